@@ -1,0 +1,1 @@
+"""Frozen vision towers: `clip.CLIPEncoder` (transformers) and `timm.TimmEncoder`."""

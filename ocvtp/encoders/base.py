@@ -1,0 +1,115 @@
+"""Frozen vision towers for training, cut behind the last layer that is read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ocvtp.data.coco import ImageTransform
+from ocvtp.encoders import taps
+from ocvtp.structures import Needs, VisualTokens
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class FrozenEncoder(nn.Module, ABC):
+    """A vision tower that turns images into visual tokens and is never trained.
+
+    Building one reads its settings only. `load(needs)` reads the weights of the blocks that are
+    needed; those behind them never exist.
+
+    Attributes:
+        tower_id: what to write into an artifact.
+        layer: number of `hidden_states` that the OC-pruner reads, non-negative.
+        feature_dim: width of the tokens.
+        grid_hw: rows and columns of the token grid.
+        num_prefix: tokens before the patches (CLS, registers).
+        transform: the image processor that belongs to the tower.
+    """
+
+    tower_id: str
+    layer: int
+    feature_dim: int
+    grid_hw: tuple[int, int]
+    num_prefix: int
+    transform: ImageTransform
+
+    def __init__(self, dtype: DType) -> None:
+        super().__init__()
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={dtype!r}; pass 'float32', 'bfloat16' or 'float16'.")
+        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.needs: Needs | None = None
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Blocks of the whole tower."""
+
+    @abstractmethod
+    def _build(self, num_blocks: int) -> nn.Module:
+        """The tower's first `num_blocks` blocks with their weights, on the CPU."""
+
+    @abstractmethod
+    def _view(self, tower: nn.Module) -> taps.Tower:
+        """Where blocks, queries and keys are."""
+
+    def _run(self, tower: nn.Module, pixel_values: Tensor) -> None:
+        tower(pixel_values)
+
+    def load(self, needs: Needs) -> FrozenEncoder:
+        """Read the weights of the blocks that `needs` reaches, and hook them.
+
+        Raises:
+            ValueError: if the tower has no such layer or the weights are incomplete.
+        """
+        hidden = tuple(taps.resolve(i, self.depth + 1, "hidden_states") for i in needs.hidden)
+        blocks = [taps.resolve(b, self.depth, "blocks") for b, _ in needs.attention]
+        blocks += [taps.resolve(b, self.depth, "blocks") for b in needs.keys]
+        self.num_blocks = max([*hidden, *(b + 1 for b in blocks), 1])
+        self.tower = self._build(self.num_blocks).to(self.dtype).eval().requires_grad_(False)
+        self.needs = needs
+        # Numbers from the end would point elsewhere in a cut tower: hook the resolved ones.
+        self._asked = Needs(
+            hidden=hidden,
+            attention=tuple((self._block(b), kind) for b, kind in needs.attention),
+            keys=tuple(self._block(b) for b in needs.keys),
+        )
+        taps.install(self._view(self.tower), self._asked)
+        return self
+
+    def _block(self, number: int) -> int:
+        return taps.resolve(number, self.depth, "blocks")
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> VisualTokens:
+        """Encode.
+
+        Args:
+            pixel_values: [B, 3, height, width] as `transform` makes them.
+
+        Returns:
+            The visual tokens with what `load` was asked for, in fp32.
+        """
+        if self.needs is None:
+            raise RuntimeError("call load(needs) before the encoder runs.")
+        with taps.recording() as record:
+            self._run(self.tower, pixel_values.to(self.dtype))
+        found = taps.gather(record, self._view(self.tower), self._asked, self.num_prefix)
+        for name, asked in (
+            ("hidden", self.needs.hidden),
+            ("attention", self.needs.attention),
+            ("keys", self.needs.keys),
+        ):
+            resolved: tuple[Any, ...] = getattr(self._asked, name)
+            values = found[name]
+            found[name] = {a: values[r].float() for a, r in zip(asked, resolved, strict=True)}
+        features = next(iter(found["hidden"].values()))
+        return VisualTokens(features=features, grid_hw=self.grid_hw, **found)
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)

@@ -1,0 +1,230 @@
+"""CLIP and SigLIP towers of transformers, frozen and cut."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPImageProcessor,
+    PreTrainedConfig,
+)
+
+from ocvtp.encoders import taps
+from ocvtp.encoders.base import DType, FrozenEncoder
+
+_LOG = logging.getLogger(__name__)
+_FAMILIES = ("clip_vision_model", "siglip_vision_model")
+
+RANDOM_TOWERS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 96,
+        "patch_size": 8,
+        "projection_dim": 64,
+        "initializer_factor": 2.0,
+    },
+    "clip-vit-large-patch14-336": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+        "projection_dim": 768,
+    },
+}
+"""Towers with random weights, named `random:NAME`: for tests, demonstrations and timing."""
+
+
+def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
+    """Settings of a tower: of `random:NAME`, of a settings dictionary, a folder or a hub id.
+
+    Raises:
+        ValueError: if it is unknown, or not a CLIP or SigLIP tower.
+    """
+    if isinstance(tower, str) and tower.startswith("random:"):
+        name = tower.removeprefix("random:")
+        if name not in RANDOM_TOWERS:
+            raise ValueError(f"{tower!r} is unknown; random towers are {sorted(RANDOM_TOWERS)}.")
+        tower = RANDOM_TOWERS[name]
+    if isinstance(tower, dict):
+        settings = dict(tower)
+        kind = settings.pop("model_type", "clip_vision_model")
+        config = AutoConfig.for_model(kind, **settings)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(tower)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
+                f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
+            ) from error
+        config = getattr(config, "vision_config", config)
+    if config.model_type not in _FAMILIES:
+        raise ValueError(
+            f"tower={tower!r} is a {config.model_type}; pass one of {', '.join(_FAMILIES)}, or use"
+            " ocvtp.encoders.TimmEncoder."
+        )
+    return config
+
+
+def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
+    """A tower with random weights: the same for the same settings and seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModel.from_config(config, attn_implementation="sdpa")
+
+
+class CLIPEncoder(FrozenEncoder):
+    """A frozen CLIP or SigLIP tower, cut behind the layer that is read.
+
+    Args:
+        tower: hub id or folder (of the tower, of a whole CLIP or SigLIP, or of a LLaVA),
+            `random:NAME`, or a dictionary of settings for random weights.
+        layer: number of `hidden_states` that the OC-pruner reads; paper: 9 of CLIP ViT-L/14-336.
+        dtype: of weights and computation.
+        processor: hub id or folder of the image processor; None for the tower's own. Give the
+            host's own if it prepares images in another way.
+        seed: of random weights.
+    """
+
+    def __init__(
+        self,
+        tower: str | dict[str, Any] = "openai/clip-vit-large-patch14-336",
+        layer: int = 9,
+        dtype: DType = "float32",
+        processor: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dtype)
+        self._source = tower
+        self._seed = seed
+        self._config = config = vision_config(tower)
+        self._is_random = isinstance(tower, dict) or tower.startswith("random:")
+        self.tower_id = "random" if isinstance(tower, dict) else tower
+        self.layer = taps.resolve(layer, config.num_hidden_layers + 1, "hidden_states")
+        self.feature_dim = config.hidden_size
+        side = config.image_size // config.patch_size
+        self.grid_hw = (side, side)
+        self.num_prefix = 1 if config.model_type == "clip_vision_model" else 0
+        self.transform = ProcessorTransform(self._image_processor(processor))
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the whole tower."""
+        return int(self._config.num_hidden_layers)
+
+    def _image_processor(self, processor: str | None) -> Any:
+        if processor is None and self._is_random:
+            size = self._config.image_size
+            return CLIPImageProcessor(
+                size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+            )
+        try:
+            return AutoImageProcessor.from_pretrained(processor or self._source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"no image processor in {processor or self._source!r}: pass"
+                " `processor`, the id or folder of the host or tower that has one."
+            ) from error
+
+    def _build(self, num_blocks: int) -> nn.Module:
+        config = self._config.__class__(**self._config.to_dict())
+        if self._is_random:
+            # Draw all blocks, so that the first ones are those of the whole tower.
+            tower = random_tower(config, self._seed)
+            tower.encoder.layers = tower.encoder.layers[:num_blocks]
+            return tower
+        config.num_hidden_layers = num_blocks
+        config.vision_use_head = False  # SigLIP: no pooling head
+        tower, info = AutoModel.from_pretrained(
+            self._source,
+            config=config,
+            dtype=self.dtype,
+            output_loading_info=True,
+            attn_implementation="sdpa",
+            key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": ""},
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{self._source!r} lacks {len(missing)} weights of the vision tower, e.g."
+                f" {missing[:3]}; pass the id or folder of a CLIP or SigLIP tower."
+            )
+        return tower
+
+    def _view(self, tower: nn.Module) -> taps.Tower:
+        return tower_view(tower)
+
+
+def tower_view(tower: nn.Module) -> taps.Tower:
+    """Where blocks, queries and keys of a CLIP or SigLIP tower are."""
+    return taps.Tower(
+        blocks=tower.encoder.layers,  # type: ignore[arg-type,union-attr]
+        num_heads=int(tower.config.num_attention_heads),  # type: ignore[arg-type,union-attr]
+        query_key=lambda block: (block.self_attn.q_proj, block.self_attn.k_proj),
+    )
+
+
+class ProcessorTransform:
+    """The image transform of a transformers image processor.
+
+    Args:
+        processor: an image processor; every image must come out with one size.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Pixel values [3, H, W] of an RGB image."""
+        return torch.as_tensor(self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+
+    def instance_map(self, ids: np.ndarray) -> Tensor:
+        """Instance ids [h, w] uint8 through the same geometry: [H, W] int64, 0 outside."""
+        image = Image.fromarray(np.repeat(ids[:, :, None], 3, axis=2))
+        pixels = self.processor(
+            images=image,
+            return_tensors="pt",
+            do_rescale=False,
+            do_normalize=False,
+            resample=Image.Resampling.NEAREST,
+        )["pixel_values"][0]
+        return torch.as_tensor(pixels)[0].round().long()
+
+    def denormalize(self, pixel_values: Tensor) -> Tensor:
+        """Pixel values [..., 3, H, W] back to colours in 0..1."""
+        mean = pixel_values.new_tensor(self.processor.image_mean)[:, None, None]
+        std = pixel_values.new_tensor(self.processor.image_std)[:, None, None]
+        return (pixel_values * std + mean).clamp(0, 1)
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, for the artifact."""
+        names = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_convert_rgb")
+        names += ("image_mean", "image_std", "rescale_factor", "resample")
+        settings = self.processor.to_dict()
+        kept = {n: settings[n] for n in names if settings.get(n) is not None}
+        return {"image_processor_type": type(self.processor).__name__} | _plain(kept)
+
+
+def _plain(value: Any) -> Any:
+    """JSON's own types only."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (bool, str, float)):
+        return value
+    return int(value)

@@ -1,0 +1,219 @@
+"""Looking inside a vision tower without copying its forward and without its full attention.
+
+B images, T tokens of the tower (CLS included), N patch tokens, H heads, D width.
+
+A few forward hooks record what `Needs` names: layer outputs, and the queries and keys of single
+blocks, from which one row or mean of the attention is computed afterwards, in fp32. The tower keeps
+its fast attention. Hooks act only inside `recording()`, per thread and per call, and store nothing
+on the modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.structures import AttentionKind, Needs
+
+_CHUNK_BYTES = 64 * 2**20  # of fp32 attention held at once
+
+
+@dataclass
+class Recording:
+    """What one forward of the tower left behind; keys are the resolved, non-negative numbers."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
+    queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    other: dict[str, Tensor] = field(default_factory=dict)
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("ocvtp_recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Record every tapped tower that runs inside the block, in this thread."""
+    record = Recording()
+    token = _RECORDING.set(record)
+    try:
+        yield record
+    finally:
+        _RECORDING.reset(token)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where to find things in a vision transformer.
+
+    Args:
+        blocks: its blocks, in order.
+        num_heads: H.
+        query_key: block -> the two modules whose outputs are its queries and its keys, either
+            [B, T, D] or [B, H, T, D / H].
+    """
+
+    blocks: Sequence[nn.Module]
+    num_heads: int
+    query_key: Callable[[Any], tuple[nn.Module, nn.Module]]
+
+    def layer(self, number: int) -> int:
+        """The non-negative number of a layer of `hidden_states`.
+
+        Raises:
+            ValueError: if the tower has no such layer.
+        """
+        return resolve(number, len(self.blocks) + 1, "hidden_states")
+
+    def block(self, number: int) -> int:
+        """The non-negative number of a block."""
+        return resolve(number, len(self.blocks), "blocks")
+
+
+def resolve(number: int, count: int, what: str) -> int:
+    """A Python-style index as a non-negative one.
+
+    Raises:
+        ValueError: if it is out of range.
+    """
+    if not -count <= number < count:
+        raise ValueError(
+            f"{what}[{number}] does not exist in this tower; pass {-count} to {count - 1}."
+        )
+    return number % count
+
+
+def install(tower: Tower, needs: Needs) -> list[RemovableHandle]:
+    """Hook what `needs` names; returns the handles."""
+    handles = []
+    for layer in sorted({tower.layer(i) for i in needs.hidden}):
+        if layer == 0:
+            pre = partial(_keep_input, layer)
+            handles.append(tower.blocks[0].register_forward_pre_hook(pre, with_kwargs=True))
+        else:
+            hook = partial(_keep_output, "hidden", layer)
+            handles.append(tower.blocks[layer - 1].register_forward_hook(hook))
+    blocks = {tower.block(number) for number, _ in needs.attention} | {
+        tower.block(number) for number in needs.keys
+    }
+    for block in sorted(blocks):
+        query, key = tower.query_key(tower.blocks[block])
+        handles.append(query.register_forward_hook(partial(_keep_output, "queries", block)))
+        handles.append(key.register_forward_hook(partial(_keep_output, "keys", block)))
+    return handles
+
+
+def keep_input_of(module: nn.Module, name: str) -> RemovableHandle:
+    """Record the first input of any module under `recording.other[name]`."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if (record := _RECORDING.get()) is not None:
+            record.other[name] = args[0]
+
+    return module.register_forward_pre_hook(hook)
+
+
+def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
+    if (record := _RECORDING.get()) is not None:
+        getattr(record, store)[number] = output[0] if isinstance(output, tuple) else output
+
+
+def _keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if (record := _RECORDING.get()) is not None:
+        record.hidden[number] = args[0] if args else kwargs["hidden_states"]
+
+
+def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> dict[str, Any]:
+    """What `needs` names of the tower, under the numbers it was asked by.
+
+    Args:
+        record: of a forward that ran with the hooks installed.
+        tower: that ran.
+        needs: as given to `install`.
+        num_prefix: tokens before the patches: 1 with a CLS, else 0.
+
+    Returns:
+        Keyword arguments of `VisualTokens`.
+
+    Raises:
+        ValueError: if CLS attention is asked of a tower without a CLS.
+        RuntimeError: if a hook did not fire.
+    """
+    if num_prefix == 0 and any(kind == "cls" for _, kind in needs.attention):
+        raise ValueError(
+            "this vision tower has no CLS token, so there is no CLS attention; use a method (or an"
+            " option) that reads `received` attention instead."
+        )
+    missing = {tower.layer(i) for i in needs.hidden} - record.hidden.keys()
+    missing |= {tower.block(b) for b, _ in needs.attention} - record.keys.keys()
+    if missing:
+        raise RuntimeError(
+            f"the vision tower ran but the hooks on {sorted(missing)} did not fire: attach the"
+            " pruner before the tower is compiled or exported."
+        )
+    found: dict[str, Any] = {
+        "hidden": {i: record.hidden[tower.layer(i)][:, num_prefix:] for i in needs.hidden},
+        "attention": {},
+        "num_heads": tower.num_heads,
+    }
+    for number, kind in needs.attention:
+        block = tower.block(number)
+        queries, keys = _side_by_side(record.queries[block]), _side_by_side(record.keys[block])
+        found["attention"][number, kind] = attention_mean(
+            queries, keys, tower.num_heads, kind, num_prefix
+        )
+    keys_of = {i: _side_by_side(record.keys[tower.block(i)]) for i in needs.keys}
+    found["keys"] = {i: keys[:, num_prefix:] for i, keys in keys_of.items()}
+    if num_prefix:
+        queries_of = {i: _side_by_side(record.queries[tower.block(i)]) for i in needs.keys}
+        found["cls_keys"] = {i: keys[:, 0] for i, keys in keys_of.items()}
+        found["cls_queries"] = {i: queries[:, 0] for i, queries in queries_of.items()}
+    return found
+
+
+def _side_by_side(projected: Tensor) -> Tensor:
+    """[B, H, T, D / H] or [B, T, D] -> [B, T, D]."""
+    return projected.transpose(1, 2).flatten(2) if projected.ndim == 4 else projected
+
+
+def attention_mean(
+    queries: Tensor, keys: Tensor, num_heads: int, kind: AttentionKind, num_prefix: int
+) -> Tensor:
+    """One row or mean of softmax(q k^T / sqrt(d)), head mean, fp32, in bounded memory.
+
+    Args:
+        queries: [B, T, D], all heads side by side.
+        keys: [B, T, D].
+        num_heads: H.
+        kind: `cls`: the first row; `received`: the mean over all T queries; `given`: for each patch
+            the mean over the patch keys.
+        num_prefix: tokens before the patches.
+
+    Returns:
+        [B, N], the prefix tokens' own entries left out.
+    """
+    split = (num_heads, queries.shape[-1] // num_heads)
+    q = queries[:, :1] if kind == "cls" else queries
+    q = q.unflatten(-1, split).transpose(1, 2).float() * split[1] ** -0.5  # [B, H, Q, d]
+    k = keys.unflatten(-1, split).permute(0, 2, 3, 1).float()  # [B, H, d, T]
+    rows = max(1, _CHUNK_BYTES // (4 * q.shape[0] * num_heads * k.shape[-1]))
+    total: Tensor | None = None
+    given = []
+    for chunk in q.split(rows, dim=2):
+        weights = (chunk @ k).softmax(dim=-1)  # [B, H, rows, T]
+        if kind == "given":
+            given.append(weights[..., num_prefix:].mean(dim=(1, 3)))
+        else:
+            part = weights.sum(dim=(1, 2))
+            total = part if total is None else total + part
+    if total is None:
+        return torch.cat(given, dim=1)[:, num_prefix:]
+    return (total / (num_heads * q.shape[2]))[:, num_prefix:]

@@ -1,0 +1,5 @@
+"""Vision-language models that pruners plug into."""
+
+from ocvtp.hosts.attach import Handle, attach, attached, find_host
+
+__all__ = ["Handle", "attach", "attached", "find_host"]

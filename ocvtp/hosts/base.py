@@ -1,0 +1,126 @@
+"""The contract of a host: what a vision-language model must tell about itself.
+
+I images of a call, N encoder tokens of an image, R rows that the language model reads of all
+images, D' its width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The images of one call.
+
+    Args:
+        tokens: [I, N, ...], what pruners see.
+        embeddings: [R, D'], what the language model would read, image after image.
+    """
+
+    tokens: VisualTokens
+    embeddings: Tensor
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the language model reads after pruning.
+
+    Args:
+        positions: [R'] ascending row numbers among the R that it would have read.
+        embeddings: [R', D'].
+    """
+
+    positions: Tensor
+    embeddings: Tensor
+
+
+class Host(ABC):
+    """Adapter of one model family. Holds no state of a call.
+
+    Args:
+        model: the transformers `...ForConditionalGeneration`.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    """Values of `config.model_type` that it serves."""
+    image_keys: ClassVar[tuple[str, ...]]
+    """Arguments of forward() that belong to the images."""
+    stages: ClassVar[tuple[Stage, ...]] = ("llm_input",)
+    """Pruner stages that it can serve."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    @abstractmethod
+    def tower(self) -> nn.Module:
+        """The vision tower."""
+
+    @property
+    def image_token_id(self) -> int:
+        """The placeholder in `input_ids`."""
+        return int(self.model.config.image_token_id)
+
+    @abstractmethod
+    def check(self, needs: Needs) -> None:
+        """Refuse what cannot be supplied.
+
+        Raises:
+            ValueError: that names the alternative.
+        """
+
+    @abstractmethod
+    def install(self, needs: Needs) -> list[RemovableHandle]:
+        """Put inert hooks where `needs` looks."""
+
+    @abstractmethod
+    def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
+        """Run the host's own image encoding, with the hooks of `install` in place.
+
+        Args:
+            images: the arguments that `image_keys` names.
+            needs: as given to `install`.
+        """
+
+    @abstractmethod
+    def apply(self, encoded: Encoded, selection: Selection) -> Kept:
+        """Keep what was selected."""
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for tables and reports."""
+        return {"model_type": self.model.config.model_type, "stages": list(self.stages)}
+
+    def eager_tower(self, needs: Needs) -> AbstractContextManager[Any]:
+        """Run a compiled tower eagerly if hooks look into it: dynamo ignores them."""
+        looks_inside = needs.hidden or needs.attention or needs.keys or needs.cls
+        if looks_inside and any(_is_compiled(module) for module in self.tower.modules()):
+            return torch.compiler.set_stance("force_eager")
+        return nullcontext()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+@contextmanager
+def on_device(module: Any) -> Iterator[None]:
+    """Bring a module that accelerate offloads to its device: its methods are no forward."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)

@@ -1,0 +1,128 @@
+"""Models and processors by name: a folder, a hub id, or random weights that need no download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ocvtp.encoders.clip import random_tower, vision_config
+
+RANDOM_MODELS = ("random:tiny-llava",)
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """A vision-language model in evaluation mode, and its processor.
+
+    Args:
+        name: folder or hub id, or one of `RANDOM_MODELS` (random weights: the answers mean nothing).
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device: e.g. `cpu`, `cuda`.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if name.startswith("random:"):
+        model, processor = _random_model(name)
+    else:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            processor = AutoProcessor.from_pretrained(name)
+            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
+                f" folder or hub id of a vision-language model, or one of {list(RANDOM_MODELS)}."
+            ) from error
+    if dtype != "auto":
+        model = model.to(getattr(torch, dtype))
+    return model.to(device).eval(), processor
+
+
+def _random_model(name: str) -> tuple[Any, Any]:
+    if name not in RANDOM_MODELS:
+        raise ValueError(f"{name!r} is unknown; random models are {list(RANDOM_MODELS)}.")
+    return tiny_llava()
+
+
+def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
+    """A LLaVA-1.5 of 0.5 M random weights behind the tower `random:tiny`, and its processor."""
+    from transformers import (
+        CLIPImageProcessor,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = _byte_tokenizer()
+    vision = vision_config("random:tiny")
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    side = vision.image_size // vision.patch_size
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=side * side,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    size = vision.image_size
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        ),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=_CHAT_TEMPLATE,
+    )
+    return model.eval(), processor
+
+
+def _byte_tokenizer() -> Any:
+    """A tokenizer that reads any text, byte by byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+    )

@@ -1,0 +1,185 @@
+"""Shorten a prompt: the processor's tensors in, the same without the dropped tokens out.
+
+B rows of the batch, L tokens of the caller's prompt, L' of the short one, R image tokens, D' width
+of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts.base import Encoded, Host
+from ocvtp.pruners import Pruner
+from ocvtp.structures import Selection
+
+Positions = Literal["contiguous", "original"]
+_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels", "token_type_ids")
+_PER_TOKEN += ("mm_token_type_ids",)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One shortened prompt.
+
+    Args:
+        input_ids: [B, L] the caller's.
+        keep: [B, L] bool, which of them the language model reads.
+        short_ids: [B, L'].
+        short_mask: [B, L'] bool, False on padding.
+        embeddings: [B, L', D'] of the short prompt, images included.
+        gapped: whether its position ids have holes.
+        encoded: the images. selection: what was kept of them.
+    """
+
+    input_ids: Tensor
+    keep: Tensor
+    short_ids: Tensor
+    short_mask: Tensor
+    embeddings: Tensor
+    gapped: bool
+    encoded: Encoded
+    selection: Selection
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return self.input_ids.shape[1]
+
+    @property
+    def short_length(self) -> int:
+        """L'."""
+        return self.short_ids.shape[1]
+
+    def summary(self) -> dict[str, Any]:
+        """Counts worth showing (this waits for the device)."""
+        return {
+            "visual_tokens": self.encoded.tokens.num_tokens,
+            "visual_tokens_kept": self.selection.counts().tolist(),
+            "prompt_tokens": self.length,
+            "prompt_tokens_kept": self.keep.sum(dim=1).tolist(),
+        }
+
+
+def shorten(
+    host: Host, pruner: Pruner, inputs: dict[str, Any], positions: Positions = "contiguous"
+) -> tuple[dict[str, Any], Prompt]:
+    """Encode the images, let the pruner choose, and drop the other placeholders from the prompt.
+
+    Args:
+        host: of the model.
+        pruner: with its hooks installed.
+        inputs: what the processor returned (and `labels`, `position_ids` if wanted).
+        positions: `contiguous` numbers what is left from 0; `original` leaves the gaps.
+
+    Returns:
+        the inputs without image arguments, shortened, and the prompt with its embeddings.
+
+    Raises:
+        ValueError: if the prompt and the images do not fit, or for inputs that cannot be shortened.
+    """
+    inputs = dict(inputs)
+    ids, mask = _check(host, inputs)
+    images = {k: inputs.pop(k) for k in host.image_keys if inputs.get(k) is not None}
+    encoded = host.encode(images, pruner.needs)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    placeholder = (ids == host.image_token_id) & real
+    slots = placeholder.nonzero()  # [R, 2], row by row: the order in which images fill them
+    if len(slots) != len(encoded.embeddings):
+        raise ValueError(
+            f"the prompt has {len(slots)} image placeholders, but the images give"
+            f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
+        )
+    selection = pruner.select(encoded.tokens)
+    kept = host.apply(encoded, selection)
+    keep = real & ~placeholder
+    chosen = slots[kept.positions.to(slots.device)]
+    keep[chosen[:, 0], chosen[:, 1]] = True
+
+    index, padding = _layout(keep, real)
+    short = {k: v for k, v in inputs.items() if k not in _PER_TOKEN}
+    fill = {"input_ids": _pad_id(host, ids, real), "labels": -100}
+    for name in _PER_TOKEN:
+        value = inputs.get(name)
+        if value is not None and name != "attention_mask":
+            short[name] = gather_columns(value.to(ids.device), index, padding, fill.get(name, 0))
+    if inputs.get("attention_mask") is not None or bool(padding.any()):
+        kind = torch.long if mask is None else inputs["attention_mask"].dtype
+        short["attention_mask"] = (~padding).to(kind)
+    gapped = inputs.get("position_ids") is not None
+    if not gapped and positions == "original" and index.shape[1] < ids.shape[1]:
+        numbers = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+        short["position_ids"] = gather_columns(numbers, index, padding, 0)
+        # transformers takes gaps for packed sequences unless there is a 2-D mask
+        short.setdefault("attention_mask", (~padding).long())
+        gapped = True
+
+    embed = host.model.get_input_embeddings()
+    embeddings = embed(short["input_ids"])
+    image_tokens = placeholder.gather(1, index) & ~padding
+    rows = kept.embeddings.to(embeddings.device, embeddings.dtype)
+    embeddings = embeddings.masked_scatter(image_tokens[:, :, None].to(embeddings.device), rows)
+    prompt = Prompt(ids, keep, short["input_ids"], ~padding, embeddings, gapped, encoded, selection)
+    return short, prompt
+
+
+def gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
+    """[..., B, L] -> [..., B, L'], `fill` where `padding` [B, L'] is True."""
+    index = index.expand(*values.shape[:-2], *index.shape)
+    return values.gather(-1, index).masked_fill(padding, fill)
+
+
+def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The prompt's ids and mask (bool) on the embedding's device."""
+    if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
+        raise ValueError(
+            "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
+            " leave inputs_embeds out."
+        )
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("videos are not pruned; call the model without the pruner for them.")
+    device = host.model.get_input_embeddings().weight.device
+    ids: Tensor = inputs["input_ids"]
+    ids = ids if device.type == "meta" else ids.to(device)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return ids, None
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
+        )
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}; pass equal shapes."
+        )
+    return ids, mask.to(ids.device).bool()
+
+
+def _layout(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """Which old column stands at each new one, and which new ones are padding: [B, L'] each."""
+    batch, length = keep.shape
+    if bool((keep == real).all()):  # nothing dropped: leave the caller's padding as it is
+        index = torch.arange(length, device=keep.device).expand(batch, -1)
+        return index, ~real
+    counts = keep.sum(dim=1)
+    short = int(counts.max())
+    pads_right = bool((real[:, 0] & ~real[:, -1]).any())
+    # A stable sort moves kept columns to one side and keeps their order.
+    order = keep.int().argsort(dim=1, descending=pads_right, stable=True)
+    index = order[:, :short] if pads_right else order[:, length - short :]
+    return index, ~keep.gather(1, index)
+
+
+def _pad_id(host: Host, ids: Tensor, real: Tensor) -> int:
+    """What the caller pads with, else what the model does."""
+    if not bool(real.all()):
+        return int(ids[~real][0])
+    text_config = host.model.config.get_text_config()
+    for source in (getattr(host.model, "generation_config", None), text_config):
+        pad = getattr(source, "pad_token_id", None)
+        if isinstance(pad, int):
+            return pad
+    return 0

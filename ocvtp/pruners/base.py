@@ -1,0 +1,122 @@
+"""The contract of a pruner.
+
+B images, N visual tokens, K kept.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+
+Status = Literal["official", "unofficial", "control"]
+
+
+@dataclass(kw_only=True, eq=False)
+class Pruner(ABC):
+    """Keeps `num_keep` visual tokens of every image.
+
+    A subclass declares what it is and what it needs, and implements `_select`. The host supplies
+    exactly what `needs` names and never asks which method it serves.
+
+    Args:
+        num_keep: tokens kept per image, tiles included.
+        keep_ratio: the same as a share of the image's tokens; give one of the two.
+    """
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+
+    name: ClassVar[str] = ""
+    """Key in the registry; `register` sets it."""
+    stage: ClassVar[Stage] = "llm_input"
+    status: ClassVar[Status]
+    """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick."""
+    paper: ClassVar[str | None] = None
+    adaptive: ClassVar[bool] = False
+    """True if images may keep different numbers of tokens."""
+    merging: ClassVar[bool] = False
+    """True if kept tokens are mixtures (`Selection.merge`)."""
+    batch_invariant: ClassVar[bool] = True
+    """False if what is kept of an image depends on its place in the batch."""
+
+    def __post_init__(self) -> None:
+        self._check_budget()
+
+    @property
+    def needs(self) -> Needs:
+        """What the host must supply besides features and grid."""
+        return Needs()
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose the tokens to keep: pure, batched, deterministic, without host syncs.
+
+        Args:
+            tokens: with everything that `needs` names.
+
+        Returns:
+            exactly K ascending indices per image (fewer, marked by `valid`, where an image has
+            fewer tokens or the method is adaptive).
+
+        Raises:
+            ValueError: if the budget exceeds N, or something in `needs` is missing.
+        """
+        if missing := tokens.missing(self.needs):
+            raise ValueError(
+                f"pruner {self.name!r} needs {', '.join(missing)}, which the given visual tokens do"
+                " not hold; put it there, or pass it through a host that supplies it."
+            )
+        return self._select(tokens, self.budget(tokens.num_tokens))
+
+    @abstractmethod
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        """The method itself; `num_keep` is K, 1 <= K <= N."""
+
+    def budget(self, num_tokens: int) -> int:
+        """K for an image of N tokens.
+
+        Raises:
+            ValueError: if `num_keep` exceeds N.
+        """
+        if self.num_keep is None:
+            assert self.keep_ratio is not None
+            return max(1, round(num_tokens * self.keep_ratio))
+        if self.num_keep > num_tokens:
+            raise ValueError(
+                f"num_keep={self.num_keep} exceeds the {num_tokens} visual tokens of this image;"
+                f" pass at most {num_tokens}."
+            )
+        return self.num_keep
+
+    def masks(self, tokens: VisualTokens) -> Tensor | None:
+        """Soft masks [B, S, N] worth drawing, if the method makes any."""
+        del tokens
+        return None
+
+    def __call__(self, model: Any, **options: Any) -> AbstractContextManager[Any]:
+        """`with pruner(model): model.generate(...)`: prune inside the block, see `ocvtp.attach`."""
+        from ocvtp.hosts.attach import attached
+
+        return attached(model, self, **options)
+
+    def _check_budget(self) -> None:
+        if (self.num_keep is None) == (self.keep_ratio is None):
+            raise ValueError(
+                f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
+                f" keep_ratio={self.keep_ratio}; pass exactly one of them."
+            )
+        if self.num_keep is not None and (
+            isinstance(self.num_keep, bool) or int(self.num_keep) != self.num_keep
+        ):
+            raise ValueError(f"num_keep={self.num_keep!r}; pass a whole number of tokens.")
+        if self.num_keep is not None and self.num_keep < 1:
+            raise ValueError(f"num_keep={self.num_keep}; pass at least 1 token.")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio}; pass the share of tokens KEPT, above 0, at most 1."
+            )

@@ -1,0 +1,84 @@
+"""The learned pruner of "Object-Centric Vision Token Pruning".
+
+B images, N visual tokens, S slots, K kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import fill_up, slot_winners
+from ocvtp.slots import OCPruner
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("ocvtp")
+@dataclass(kw_only=True, eq=False)
+class OCVTP(Pruner):
+    """OC-VTP: keep the token that each slot of a trained Slot Attention attends to most.
+
+    Paper: https://arxiv.org/abs/2511.20439, section 3.
+    Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
+
+    Slots that share a token leave room; it is filled by the attention of one block of the tower.
+
+    Args:
+        num_keep: tokens kept per image; paper: 192, 128 or 64 of 576.
+        checkpoint: folder or hub id of an exported OC-pruner.
+        network: an OC-pruner in memory, instead of `checkpoint`. It moves to the tokens' device.
+        num_slots: S; None for `num_keep` slots, as in the paper.
+        fill: which attention fills up: `received` (paper) or the `cls` row.
+        fill_block: block of the tower that it is read from; paper: 22 of 24, LLaVA's selected one.
+    Deviations: the query noise is the table that was saved with the weights, not drawn anew at
+        every call, so that selections are reproducible; exactly K tokens in any batch (the official
+        code keeps K + 1 with the CLS, at batch 1).
+    """
+
+    checkpoint: str | None = None
+    network: OCPruner | None = field(default=None, repr=False)
+    num_slots: int | None = None
+    fill: Literal["received", "cls"] = "received"
+    fill_block: int = -2
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2511.20439"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.checkpoint is None) == (self.network is None):
+            raise ValueError(
+                "pruner 'ocvtp' needs a trained network: pass either checkpoint=DIR_OR_HUB_ID"
+                " (written by `ocvtp export`) or network=an OCPruner."
+            )
+        if self.fill not in ("received", "cls"):
+            raise ValueError(f"fill={self.fill!r}; pass 'received' or 'cls'.")
+        if self.checkpoint is not None:
+            self.network = OCPruner.from_pretrained(self.checkpoint)
+
+    @property
+    def needs(self) -> Needs:
+        """One layer and one mean of one block's attention."""
+        assert self.network is not None
+        layer = self.network.config.layer
+        return Needs(hidden=(layer,), attention=((self.fill_block, self.fill),))
+
+    def masks(self, tokens: VisualTokens) -> Tensor:
+        """The slots' attention [B, S, N]."""
+        return self._attend(tokens, self.budget(tokens.num_tokens))
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        winners = slot_winners(self._attend(tokens, num_keep))
+        scores = tokens.attention[self.fill_block, self.fill]
+        return fill_up(winners, scores, num_keep, tokens.valid)
+
+    def _attend(self, tokens: VisualTokens, num_keep: int) -> Tensor:
+        assert self.network is not None
+        network = self.network.eval().to(tokens.features.device)
+        features = tokens.hidden[network.config.layer].to(network.queries.mean.dtype)
+        _, attention = network.assign(features, self.num_slots or num_keep, valid=tokens.valid)
+        return attention.detach()

@@ -1,0 +1,70 @@
+"""Pruners by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+from ocvtp.pruners.base import Pruner
+
+_REGISTRY: dict[str, type[Pruner]] = {}
+_P = TypeVar("_P", bound=type[Pruner])
+
+
+def register(name: str) -> Callable[[_P], _P]:
+    """Class decorator: make a pruner known under `name`, its file's name.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def add(cls: _P) -> _P:
+        if name in _REGISTRY:
+            raise ValueError(f"pruner {name!r} is registered already; choose another name.")
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def list_pruners() -> list[str]:
+    """Names of all registered pruners, sorted."""
+    return sorted(_REGISTRY)
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The class registered under `name`.
+
+    Raises:
+        ValueError: if there is none; names close ones.
+    """
+    if name not in _REGISTRY:
+        close = get_close_matches(name, _REGISTRY, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see `ocvtp list`."
+        raise ValueError(f"unknown pruner {name!r}; {hint} Known: {', '.join(list_pruners())}.")
+    return _REGISTRY[name]
+
+
+def build_pruner(name: str, **settings: Any) -> Pruner:
+    """Make a pruner, e.g. `build_pruner("fastervlm", num_keep=64)`.
+
+    Args:
+        name: see `list_pruners()`.
+        settings: `num_keep` or `keep_ratio`, and the method's own parameters.
+
+    Raises:
+        ValueError: for unknown names and settings.
+    """
+    cls = pruner_class(name)
+    known = [f.name for f in fields(cls) if f.init]
+    for setting in settings:
+        if setting not in known:
+            close = get_close_matches(setting, known, n=1)
+            hint = f" did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"pruner {name!r} has no setting {setting!r};{hint} It takes {', '.join(known)}."
+            )
+    return cls(**settings)

@@ -1,0 +1,108 @@
+"""The two files of an exported OC-pruner: `model.safetensors` and `config.json`.
+
+Written under temporary names and renamed, so that a folder never holds half of one; read without
+executing anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+FORMAT = "ocvtp.oc-pruner"
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename: all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Write both files into `folder`."""
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION}
+    text = json.dumps(header | config, indent=2, allow_nan=False) + "\n"
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    data = save(tensors, metadata={"format": "pt"})
+    write_atomic(folder / WEIGHTS_NAME, data)
+    write_atomic(folder / CONFIG_NAME, text.encode())
+
+
+def read(
+    source: str | Path, map_location: str = "cpu", **hub: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read settings and weights from a folder or the hub.
+
+    Raises:
+        ValueError: if a file is missing, damaged, of another kind or of a newer format.
+    """
+    with explained(f"cannot read an OC-pruner from {source}"):
+        config = json.loads(_locate(source, CONFIG_NAME, **hub).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
+            raise ValueError(
+                f'{CONFIG_NAME} lacks "format": "{FORMAT}": this is not the export of an'
+                " OC-pruner; make one with `ocvtp export`."
+            )
+        version = config.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version!r}, this ocvtp reads {FORMAT_VERSION}; upgrade ocvtp"
+                " or export the checkpoint again."
+            )
+        weights = load_file(_locate(source, WEIGHTS_NAME, **hub), device=map_location)
+    return config, weights
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn everything that a wrong file can raise into one ValueError that begins with `what`."""
+    try:
+        yield
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what}: {reason[:500]}") from error
+
+
+def _locate(source: str | Path, name: str, **hub: Any) -> Path:
+    if Path(source).is_dir():
+        path = Path(source) / name
+        if not path.is_file():
+            raise ValueError(f"the folder has no {name}; pass one that `ocvtp export` wrote.")
+        return path
+    try:
+        return Path(hf_hub_download(str(source), name, **hub))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"{source!s} is neither a folder nor a model id of the hub that can be reached now"
+            f" ({type(error).__name__})."
+        ) from error

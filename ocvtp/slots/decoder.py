@@ -1,0 +1,219 @@
+"""Decoders: slots back to encoder tokens. They exist in training only.
+
+B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+DecoderKind = Literal["masked_transformer", "mlp"]
+Visible = Literal["random", "all", "none"]
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """How slots are decoded; the defaults are the paper's, at LLaVA-1.5 size.
+
+    Args:
+        kind: `masked_transformer` (the paper's) or `mlp` (light: a spatial broadcast decoder).
+        num_layers: of the transformer, or hidden layers of the MLP.
+        num_heads: of the transformer.
+        ffn_dim: hidden width.
+        prefix_probability: chance of a uniformly drawn number of visible tokens in training.
+        prefix_fraction: share of visible tokens otherwise.
+    """
+
+    kind: DecoderKind = "masked_transformer"
+    num_layers: int = 4
+    num_heads: int = 4
+    ffn_dim: int = 4096
+    prefix_probability: float = 0.5
+    prefix_fraction: float = 0.1
+
+
+class Decoder(nn.Module, ABC):
+    """What reconstructs the tokens of an image from its slots."""
+
+    @abstractmethod
+    def forward(
+        self,
+        features: Tensor,
+        slots: Tensor,
+        grid_hw: tuple[int, int],
+        visible: Visible = "none",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Reconstruct.
+
+        Args:
+            features: [B, N, D] the tokens, for decoders that see some of them.
+            slots: [B, S, C].
+            grid_hw: rows and columns of the token grid.
+            visible: which tokens the decoder sees: a `random` part (training), `all` (the official
+                evaluation) or `none` (an honest one).
+            generator: of the random part.
+
+        Returns:
+            [B, N, D]
+        """
+
+
+class PositionEmbedding(nn.Module):
+    """Learnt positions of a token grid, bicubically resized for other grids.
+
+    Args:
+        dim: D.
+        grid_hw: rows and columns of the grid that it is trained on.
+    """
+
+    def __init__(self, dim: int, grid_hw: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid_hw = (int(grid_hw[0]), int(grid_hw[1]))
+        self.weight = nn.Parameter(torch.empty(1, self.grid_hw[0] * self.grid_hw[1], dim))
+        nn.init.trunc_normal_(self.weight, std=1.0)
+
+    def forward(self, grid_hw: tuple[int, int]) -> Tensor:
+        """Positions [1, H W, D] of a grid of H rows and W columns."""
+        if tuple(grid_hw) == self.grid_hw:
+            return self.weight
+        grid = self.weight.unflatten(1, self.grid_hw).permute(0, 3, 1, 2)  # [1, D, H0, W0]
+        grid = F.interpolate(grid.float(), size=tuple(grid_hw), mode="bicubic", align_corners=False)
+        return grid.to(self.weight.dtype).flatten(2).transpose(1, 2)
+
+
+class _Projection(nn.Module):
+    """A linear map without bias, then LayerNorm."""
+
+    def __init__(self, dim_in: int, dim_out: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim_in, dim_out, bias=False)
+        self.norm = nn.LayerNorm(dim_out)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return torch.as_tensor(self.norm(self.linear(inputs)))
+
+
+class MaskedTransformerDecoder(Decoder):
+    """A transformer fills in masked tokens from the visible ones and the slots.
+
+    Source: the official code of https://arxiv.org/abs/2511.20439. It permutes the tokens of each
+    image at random, shows a prefix, masks the rest, decodes without a causal mask and un-permutes.
+    Self-attention without a causal mask does not see the order, so masking a random subset in
+    place is the same computation; that is what happens here.
+
+    Args:
+        dim: D. slot_dim: C. grid_hw: of the position embedding. config: see `DecoderConfig`.
+    """
+
+    def __init__(
+        self, dim: int, slot_dim: int, grid_hw: tuple[int, int], config: DecoderConfig
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.project_tokens = _Projection(dim, dim)
+        self.project_slots = _Projection(slot_dim, dim)
+        self.positions = PositionEmbedding(dim, grid_hw)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        layer = nn.TransformerDecoderLayer(
+            dim,
+            config.num_heads,
+            config.ffn_dim,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
+            bias=False,
+        )
+        self.backbone = nn.TransformerDecoder(layer, config.num_layers)
+        # The first layer's norm1 stands in front of the whole stack, residual branch included.
+        first = self.backbone.layers[0]
+        self.norm = first.norm1
+        first.norm1 = nn.Identity()
+
+    def forward(
+        self,
+        features: Tensor,
+        slots: Tensor,
+        grid_hw: tuple[int, int],
+        visible: Visible = "none",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `Decoder.forward`."""
+        batch, num_tokens, _ = features.shape
+        if visible == "none":
+            tokens = self.mask_token.expand(batch, num_tokens, -1)
+        else:
+            tokens = self.project_tokens(features)
+        if visible == "random":
+            shown = self._draw_visible(batch, num_tokens, features.device, generator)  # [B, N]
+            tokens = torch.where(shown[:, :, None], tokens, self.mask_token)
+        queries = self.norm(tokens + self.positions(grid_hw))
+        return torch.as_tensor(self.backbone(queries, self.project_slots(slots)))
+
+    def _draw_visible(
+        self, batch: int, num_tokens: int, device: torch.device, generator: torch.Generator | None
+    ) -> Tensor:
+        """A random subset of each image's tokens [B, N]; its size is drawn as in training."""
+        draw = torch.rand(batch, num_tokens + 2, generator=generator, device=device)
+        rank = draw[:, :num_tokens].argsort(dim=1).argsort(dim=1)
+        uniform = (draw[:, num_tokens] * (num_tokens - 1)).long()
+        fixed = int(self.config.prefix_fraction * num_tokens)
+        is_uniform = draw[:, num_tokens + 1] < self.config.prefix_probability
+        return rank < torch.where(is_uniform, uniform, fixed)[:, None]
+
+
+class BroadcastMLPDecoder(Decoder):
+    """Every slot paints every position; a softmax over slots mixes them. Light and unmasked.
+
+    Paper: https://arxiv.org/abs/2209.14860 (DINOSAUR), section 3 and appendix: the MLP decoder.
+
+    Args:
+        dim: D. slot_dim: C. grid_hw: of the position embedding. config: see `DecoderConfig`.
+    """
+
+    def __init__(
+        self, dim: int, slot_dim: int, grid_hw: tuple[int, int], config: DecoderConfig
+    ) -> None:
+        super().__init__()
+        self.positions = PositionEmbedding(slot_dim, grid_hw)
+        widths = [slot_dim] + [config.ffn_dim] * config.num_layers
+        layers: list[nn.Module] = []
+        for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], dim + 1))
+
+    def forward(
+        self,
+        features: Tensor,
+        slots: Tensor,
+        grid_hw: tuple[int, int],
+        visible: Visible = "none",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """See `Decoder.forward`; it never sees a token, whatever `visible` says."""
+        del features, visible, generator
+        painted = self.mlp(slots[:, :, None] + self.positions(grid_hw)[:, None])  # [B, S, N, D+1]
+        values, alpha = painted[..., :-1], painted[..., -1:].softmax(dim=1)
+        return (values * alpha).sum(dim=1)
+
+
+_DECODERS: dict[str, type[MaskedTransformerDecoder] | type[BroadcastMLPDecoder]] = {
+    "masked_transformer": MaskedTransformerDecoder,
+    "mlp": BroadcastMLPDecoder,
+}
+
+
+def build_decoder(
+    config: DecoderConfig, dim: int, slot_dim: int, grid_hw: tuple[int, int]
+) -> Decoder:
+    """The decoder that `config.kind` names."""
+    if config.kind not in _DECODERS:
+        raise ValueError(f"decoder kind={config.kind!r} is unknown; pass one of {list(_DECODERS)}.")
+    return _DECODERS[config.kind](dim, slot_dim, grid_hw, config)

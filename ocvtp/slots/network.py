@@ -1,0 +1,202 @@
+"""The OC-pruner's network: encode tokens, let slots compete for them, (in training) decode.
+
+B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from ocvtp.slots import artifact
+from ocvtp.slots.attention import SlotAttention, Truncation
+from ocvtp.slots.decoder import Decoder, DecoderConfig, Visible, build_decoder
+from ocvtp.slots.queries import GaussianQueries
+
+
+@dataclass(frozen=True)
+class OCPrunerConfig:
+    """Sizes, provenance and training summary of an OC-pruner; the defaults are LLaVA-1.5's.
+
+    Args:
+        feature_dim: D. hidden_dim: of the encoding MLP. slot_dim: C. ffn_dim: of Slot Attention.
+        num_iterations: of Slot Attention. dropout: in its feed-forward network.
+        truncation: of its gradient.
+        grid_hw: token grid that it was trained on; it runs on any other.
+        noise_rows: rows of the saved table of query noise. noise_seed: its seed.
+        decoder: None without one.
+        tower: vision tower whose tokens it reads: a hub id, or a description.
+        layer: it reads `hidden_states[layer]` of the tower.
+        preprocessing: settings of the image processor that it was trained behind.
+        num_slots: slot counts that it was trained with.
+        objective: that it was trained for.
+        training: summary of the run: steps, images, losses, versions.
+    """
+
+    feature_dim: int = 1024
+    hidden_dim: int = 2048
+    slot_dim: int = 512
+    ffn_dim: int = 2048
+    num_iterations: int = 3
+    dropout: float = 0.01
+    truncation: Truncation = "bilevel"
+    grid_hw: tuple[int, int] = (24, 24)
+    noise_rows: int = 1024
+    noise_seed: int = 0
+    decoder: DecoderConfig | None = None
+    tower: str | None = "openai/clip-vit-large-patch14-336"
+    layer: int = 9
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    num_slots: tuple[int, ...] = (16, 32, 64, 128)
+    objective: str = "slots"
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OCPrunerConfig:
+        """Read what `asdict` (or config.json) wrote.
+
+        Raises:
+            ValueError: for unknown names and values of the wrong kind.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}.")
+        values = dict(values)
+        for name in ("grid_hw", "num_slots"):
+            if name in values:
+                values[name] = tuple(int(v) for v in values[name])
+        if isinstance(values.get("decoder"), dict):
+            values["decoder"] = DecoderConfig(**values["decoder"])
+        return cls(**values)
+
+
+class OCPruner(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ocvtp",
+    tags=["visual-token-pruning", "slot-attention"],
+    paper_url="https://arxiv.org/abs/2511.20439",
+):
+    """The network of "Object-Centric Vision Token Pruning".
+
+    Paper: https://arxiv.org/abs/2511.20439. `save_pretrained`, `from_pretrained` and `push_to_hub`
+    are huggingface_hub's; the files are `model.safetensors` and `config.json`.
+
+    Args:
+        config: sizes and provenance; None for LLaVA-1.5's.
+    """
+
+    def __init__(self, config: OCPrunerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or OCPrunerConfig()
+        self.encode = nn.Sequential(
+            nn.LayerNorm(config.feature_dim),
+            nn.Linear(config.feature_dim, config.hidden_dim),
+            nn.GELU(),
+            nn.Linear(config.hidden_dim, config.slot_dim),
+        )
+        for module in self.encode:
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        self.queries = GaussianQueries(config.slot_dim, config.noise_rows, config.noise_seed)
+        self.attention = SlotAttention(
+            config.slot_dim,
+            config.ffn_dim,
+            config.num_iterations,
+            config.dropout,
+            config.truncation,
+        )
+        self.decoder: Decoder | None = None
+        if config.decoder is not None:
+            self.decoder = build_decoder(
+                config.decoder, config.feature_dim, config.slot_dim, config.grid_hw
+            )
+
+    def assign(
+        self,
+        features: Tensor,
+        num_slots: int,
+        noise: Tensor | None = None,
+        *,
+        valid: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Let `num_slots` slots compete for the tokens.
+
+        Args:
+            features: [B, N, D], `hidden_states[config.layer]` of the tower without the CLS.
+            num_slots: S, any number.
+            noise: [B or 1, S, C] of the queries; None: fresh in training mode, else the table.
+            valid: [B, N] bool, False on padding tokens.
+            generator: of fresh noise.
+
+        Returns:
+            slots [B, S, C] and attention [B, S, N], a softmax over slots.
+
+        Raises:
+            ValueError: if features have another width than the network was built for.
+        """
+        if features.ndim != 3 or features.shape[2] != self.config.feature_dim:
+            raise ValueError(
+                f"features have shape {list(features.shape)}; this OC-pruner reads"
+                f" [B, N, {self.config.feature_dim}], hidden_states[{self.config.layer}] of"
+                f" {self.config.tower}."
+            )
+        initial = self.queries(features.shape[0], num_slots, noise, generator)
+        slots, attention = self.attention(self.encode(features), initial, token_mask=valid)
+        return slots, attention
+
+    def decode(
+        self,
+        features: Tensor,
+        slots: Tensor,
+        grid_hw: tuple[int, int],
+        visible: Visible = "none",
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Reconstruct the tokens [B, N, D] from slots [B, S, C], see `Decoder.forward`.
+
+        Raises:
+            ValueError: without a decoder (artifacts are exported without one by default).
+        """
+        if self.decoder is None:
+            raise ValueError(
+                "this OC-pruner has no decoder: it was exported without. Export it again with"
+                " `--with-decoder`."
+            )
+        return torch.as_tensor(self.decoder(features, slots, grid_hw, visible, generator))
+
+    def without_decoder(self) -> OCPruner:
+        """A copy that only assigns: what an artifact holds by default."""
+        copy = OCPruner(replace(self.config, decoder=None))
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
+        copy.load_state_dict(weights)
+        return copy.train(self.training)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        artifact.write(save_directory, self.state_dict(), asdict(self.config))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **hub: Any
+    ) -> OCPruner:
+        """Read an exported OC-pruner, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a model id of the hub.
+            map_location: device of the weights.
+            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ValueError: if the files are missing, damaged, of another kind or a newer format.
+        """
+        values, weights = artifact.read(pretrained_model_name_or_path, map_location, **hub)
+        with artifact.explained(f"{pretrained_model_name_or_path} does not hold an OC-pruner"):
+            network = cls(OCPrunerConfig.from_dict(values))
+            network.load_state_dict(weights)
+        return network.to(map_location).eval()

@@ -1,0 +1,211 @@
+"""What the OC-pruner is trained to do, apart from the network and from the loop.
+
+B images, N visual tokens, S slots, D width of the encoder tokens.
+
+An objective names the tokens it reads (`needs`, of the training encoder) and turns one batch into a
+loss. `slots` is the paper's: reconstruct the tokens from the slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.slots.decoder import DecoderConfig, Visible
+from ocvtp.slots.network import OCPruner
+from ocvtp.structures import Needs, VisualTokens
+
+Normalization = Literal["mean1", "sum1", "none"]
+
+
+def slot_areas(attention: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How many tokens each slot wins.
+
+    Args:
+        attention: [B, S, N].
+        valid: [B, N] bool, False on padding tokens, which nobody wins.
+
+    Returns:
+        [B, S], in the attention's dtype.
+    """
+    winner = attention.argmax(dim=1)  # [B, N]
+    one = torch.ones_like(winner) if valid is None else valid.long()
+    areas = torch.zeros(attention.shape[:2], dtype=torch.long, device=attention.device)
+    return areas.scatter_add_(1, winner, one).to(attention.dtype)
+
+
+def slot_weights(
+    areas: Tensor,
+    power: float = 0.5,
+    cap: float | None = 10.0,
+    normalization: Normalization = "mean1",
+    eps: float = 1e-8,
+    legacy: bool = False,
+) -> Tensor:
+    """Weights [B, S] that make small slots count: `(area / N) ** -power`, normalised, capped.
+
+    An empty slot has no area to make up for: it weighs 0 and stays out of the mean. With `legacy`
+    it gets `eps ** -power` before the mean, as in the official code, and drowns all the others.
+    """
+    fraction = areas / areas.sum(dim=1, keepdim=True)
+    counted = torch.ones_like(fraction) if legacy else (areas > 0).to(fraction.dtype)
+    weights = fraction.clamp(min=eps).pow(-power) * counted
+    total = weights.sum(dim=1, keepdim=True)
+    if normalization == "mean1":
+        weights = weights * counted.sum(dim=1, keepdim=True) / total
+    elif normalization == "sum1":
+        weights = weights / total
+    elif normalization != "none":
+        raise ValueError(f"normalization={normalization!r}; pass 'mean1', 'sum1' or 'none'.")
+    return weights if cap is None else weights.clamp(max=cap)
+
+
+def area_weighted_mse(
+    prediction: Tensor,
+    target: Tensor,
+    attention: Tensor,
+    *,
+    power: float = 0.5,
+    cap: float | None = 10.0,
+    normalization: Normalization = "mean1",
+    channel_reduction: Literal["mean", "sum"] = "mean",
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    eps: float = 1e-8,
+    legacy: bool = False,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Area-weighted MSE: every object counts, not every pixel (arXiv 2511.20439).
+
+    `omega_t = sum_k A_kt w_k` with `w` of `slot_weights`; an image's loss is the omega-weighted
+    mean of its tokens' squared errors. The attention is detached.
+
+    Args:
+        prediction: [B, N, D].
+        target: [B, N, D].
+        attention: [B, S, N], softmax over slots.
+        power: p of the weights. cap: their upper bound, None for none. normalization, eps and
+            legacy: see `slot_weights`.
+        channel_reduction: over D. reduction: over B.
+        valid: [B, N] bool, False on padding tokens, which do not count.
+
+    Returns:
+        The loss, a scalar, or [B] for `reduction="none"`.
+    """
+    attention = attention.detach()
+    areas = slot_areas(attention, valid)
+    weights = slot_weights(areas, power, cap, normalization, eps, legacy)
+    omega = (attention * weights[:, :, None]).sum(dim=1)  # [B, N]
+    if valid is not None:
+        omega = omega * valid
+    error = (prediction - target).square()
+    error = error.mean(dim=2) if channel_reduction == "mean" else error.sum(dim=2)  # [B, N]
+    loss = (omega * error).sum(dim=1) / omega.sum(dim=1)
+    if reduction == "none":
+        return loss
+    return loss.mean() if reduction == "mean" else loss.sum()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective returns.
+
+    Args:
+        loss: scalar. slots: [B, S, C]. attention: [B, S, N]. logs: scalars worth a curve.
+    """
+
+    loss: Tensor
+    slots: Tensor
+    attention: Tensor
+    logs: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """How one batch of visual tokens becomes a loss. Holds settings, never parameters.
+
+    Parameters that only training needs live in the network's decoder, which `decoder` configures.
+    """
+
+    name: ClassVar[str]
+    decoder: DecoderConfig | None = None
+
+    def needs(self, layer: int) -> Needs:
+        """What the encoder must supply, for a network that reads `hidden_states[layer]`."""
+        return Needs(hidden=(layer,))
+
+    @abstractmethod
+    def __call__(
+        self,
+        network: OCPruner,
+        tokens: VisualTokens,
+        num_slots: int,
+        generator: torch.Generator | None = None,
+    ) -> Outcome:
+        """The loss of one batch.
+
+        Args:
+            network: in training mode it draws fresh queries and masks; else all is deterministic
+                and the decoder sees no token.
+            tokens: what `needs` asked for.
+            num_slots: S.
+            generator: of all that is random in training.
+        """
+
+
+class SlotsObjective(Objective):
+    """The paper's objective: reconstruct all tokens from the slots, area-weighted.
+
+    Source: arXiv 2511.20439 and its official code.
+
+    Args:
+        decoder: see `DecoderConfig`; None for the paper's.
+        power: of the area weights. cap: their upper bound.
+        legacy: weigh empty slots as the official code does, see `slot_weights`.
+    """
+
+    name = "slots"
+
+    def __init__(
+        self,
+        decoder: DecoderConfig | None = None,
+        power: float = 0.5,
+        cap: float | None = 10.0,
+        legacy: bool = False,
+    ) -> None:
+        self.decoder = decoder or DecoderConfig()
+        self.power = power
+        self.cap = cap
+        self.legacy = legacy
+
+    def __call__(
+        self,
+        network: OCPruner,
+        tokens: VisualTokens,
+        num_slots: int,
+        generator: torch.Generator | None = None,
+    ) -> Outcome:
+        """See `Objective.__call__`."""
+        features = tokens.hidden[network.config.layer]
+        slots, attention = network.assign(
+            features, num_slots, valid=tokens.valid, generator=generator
+        )
+        visible: Visible = "random" if network.training else "none"
+        prediction = network.decode(features, slots, tokens.grid_hw, visible, generator)
+        loss = area_weighted_mse(
+            prediction,
+            features,
+            attention,
+            power=self.power,
+            cap=self.cap,
+            legacy=self.legacy,
+            valid=tokens.valid,
+        )
+        with torch.no_grad():
+            spread = (features - features.mean(dim=(0, 1))).square().mean()
+            error = (prediction - features).square().mean()
+            won = slot_areas(attention, tokens.valid) > 0
+        logs = {"relative_mse": error / spread, "slots_in_use": won.float().mean()}
+        return Outcome(loss, slots, attention, logs)

@@ -1,0 +1,166 @@
+"""What crosses stages: what a pruner asks for, what it is given, what it answers.
+
+B images, N visual tokens of an image (CLS apart), K kept, D encoder width, D' width of the language
+model, M text tokens. `hidden_states[i]` is the *input* of block i, so block i's output is
+`hidden_states[i + 1]`; blocks are numbered from 0. Negative numbers count from the end as in
+Python: block -2 of a 24-block tower is block 22 and its output is `hidden_states[-2]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Stage = Literal["pixels", "encoder", "llm_input", "llm_layers"]
+STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
+
+AttentionKind = Literal["cls", "received", "given"]
+AttentionKey = tuple[int, AttentionKind]
+"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included), `given`
+the mean over the patch keys of each patch query; all are means over heads, in fp32."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a pruner reads besides `features` and `grid_hw`; what is not named is not computed.
+
+    Args:
+        hidden: layers of `hidden_states` of the vision tower.
+        attention: `(block, kind)` pairs, see `AttentionKey`.
+        keys: blocks whose attention keys are wanted (with the CLS key and query).
+        cls: whether the CLS row of the selected layer is wanted.
+        projected: whether the projected tokens (what the language model would read) are wanted.
+        text: whether the text embeddings of the language model are wanted.
+        clip: whether CLIP's image and text embeddings of the shared space are wanted.
+    """
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[AttentionKey, ...] = ()
+    keys: tuple[int, ...] = ()
+    cls: bool = False
+    projected: bool = False
+    text: bool = False
+    clip: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        """Everything that either asks for."""
+        return Needs(
+            hidden=_union(self.hidden, other.hidden),
+            attention=_union(self.attention, other.attention),
+            keys=_union(self.keys, other.keys),
+            cls=self.cls or other.cls,
+            projected=self.projected or other.projected,
+            text=self.text or other.text,
+            clip=self.clip or other.clip,
+        )
+
+    def describe(self) -> str:
+        """One short line for tables, e.g. `hidden[9], attention[-2, received]`."""
+        parts = [f"hidden[{i}]" for i in self.hidden]
+        parts += [f"attention[{block}, {kind}]" for block, kind in self.attention]
+        parts += [f"keys[{i}]" for i in self.keys]
+        parts += [name for name in ("cls", "projected", "text", "clip") if getattr(self, name)]
+        return ", ".join(parts) or "-"
+
+
+def _union(a: tuple[_T, ...], b: tuple[_T, ...]) -> tuple[_T, ...]:
+    return tuple(dict.fromkeys((*a, *b)))
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of B images and what was asked for about them.
+
+    Args:
+        features: [B, N, D], what would go to the projector, CLS apart.
+        grid_hw: rows and columns of the token grid; N = H W unless images are packed.
+        valid: [B, N] bool, False on padding; None when all tokens are real.
+        cls: [B, D], CLS row of the selected layer.
+        hidden: layer -> [B, N, D].
+        attention: (block, kind) -> [B, N], fp32.
+        keys: block -> [B, N, D], all heads side by side.
+        cls_keys: block -> [B, D].
+        cls_queries: block -> [B, D].
+        num_heads: heads of the tower's attention.
+        projected: [B, N, D'].
+        text: [B, M, D'], the prompt around each image; `text_valid` [B, M] marks real tokens.
+        clip_visual: [B, N, P] and `clip_text` [B, T, P], CLIP's shared space.
+    """
+
+    features: Tensor
+    grid_hw: tuple[int, int]
+    valid: Tensor | None = None
+    cls: Tensor | None = None
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[AttentionKey, Tensor] = field(default_factory=dict)
+    keys: Mapping[int, Tensor] = field(default_factory=dict)
+    cls_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    cls_queries: Mapping[int, Tensor] = field(default_factory=dict)
+    num_heads: int | None = None
+    projected: Tensor | None = None
+    text: Tensor | None = None
+    text_valid: Tensor | None = None
+    clip_visual: Tensor | None = None
+    clip_text: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.features.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.features.shape[1]
+
+    def missing(self, needs: Needs) -> list[str]:
+        """Names of what `needs` asks for and is not here."""
+        absent = [f"hidden[{i}]" for i in needs.hidden if i not in self.hidden]
+        absent += [f"attention[{k[0]}, {k[1]}]" for k in needs.attention if k not in self.attention]
+        absent += [f"keys[{i}]" for i in needs.keys if i not in self.keys]
+        given = {"cls": self.cls, "projected": self.projected, "text": self.text}
+        given["clip"] = self.clip_visual if self.clip_text is not None else None
+        absent += [name for name, value in given.items() if getattr(needs, name) and value is None]
+        return absent
+
+    def map(self, function: Any) -> VisualTokens:
+        """Apply `function` to every tensor: `tokens.map(lambda t: t[:1])` is the first image."""
+        changed: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                changed[f.name] = function(value)
+            elif isinstance(value, Mapping):
+                changed[f.name] = {key: function(tensor) for key, tensor in value.items()}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which tokens are kept.
+
+    Args:
+        keep_indices: [B, K] int64, ascending (where `valid` is given: ascending over the valid
+            ones, which come first).
+        valid: [B, K] bool where images keep different numbers; None when all entries count.
+        merge: [B, K, 1 + N] rows of weights over CLS and tokens for merging methods: kept token k
+            is replaced by `merge[k] @ [cls; features]`. Weights need not sum to 1; column 0 is 0
+            without a CLS.
+    """
+
+    keep_indices: Tensor
+    valid: Tensor | None = None
+    merge: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """[B] tokens kept of each image."""
+        if self.valid is not None:
+            return self.valid.sum(dim=1)
+        rows, kept = self.keep_indices.shape
+        return torch.full((rows,), kept, device=self.keep_indices.device)
