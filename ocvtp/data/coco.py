@@ -2,8 +2,8 @@
 
 B images, H x W pixels after the transform, h x w pixels as stored.
 
-Images are used in the orientation in which their pixels are stored: COCO's masks are drawn on it, so
-an EXIF orientation tag is not applied.
+Images are used in the orientation in which their pixels are stored: COCO's masks are drawn on it,
+so an EXIF orientation tag is not applied.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class ImageTransform(Protocol):
 class CocoImages(Dataset[dict[str, Any]]):
     """The images of a COCO annotation file, in the order of their ids, or of a folder, sorted.
 
-    An item is a dict of `pixel_values` [3, H, W] float, `image_id` int, `file_name` str (relative to
-    `images`) and, with instances, `instances` [H, W] int64: 0 background, then 1 for the largest
-    instance, 2 for the next and so on. Smaller instances lie over larger ones; crowds are left out,
-    as is all after the 255 largest. An unreadable image gives `{"error": "FILE: reason"}` where
-    `on_error` is `skip`: another image never takes its place.
+    An item is a dict of `pixel_values` [3, H, W] float, `image_id` int, `file_name` str (relative
+    to `images`) and, with instances, `instances` [H, W] int64: 0 background, then 1 for the largest
+    instance, 2 for the next and so on. Smaller instances lie over larger ones; crowds are left
+    out, as is all after the 255 largest. An unreadable image gives `{"error": "FILE: reason"}`
+    where `on_error` is `skip`: another image never takes its place.
 
     Args:
         images: folder of the images.
@@ -85,13 +85,13 @@ class CocoImages(Dataset[dict[str, Any]]):
         self.on_error = on_error
         self._coco: COCO | None = None
         if not self.images.is_dir():
-            raise ValueError(f"images folder {self.images} does not exist; pass a folder of images.")
+            raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
         if self.annotations is None:
             found = find_images(self.images)
             records = [(i, path.as_posix()) for i, path in enumerate(found)]
         else:
             content = _read_instances(self.annotations)
-            records = sorted((int(e["id"]), str(e["file_name"])) for e in content["images"])
+            records = sorted((e["id"], str(e["file_name"])) for e in content["images"])
             self._coco = _index(content) if with_instances else None
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
@@ -232,6 +232,9 @@ def _read_instances(path: Path) -> dict[str, Any]:
             if not isinstance(entry, dict) or not keys <= entry.keys():
                 needed = ", ".join(sorted(keys))
                 found = f"with entries in {name!r} that lack one of {needed}"
+                raise ValueError(_no_instances_file(path, found))
+            if not isinstance(entry["id"], int):
+                found = f"with the id {entry['id']!r} in {name!r}, which is no integer"
                 raise ValueError(_no_instances_file(path, found))
     return content
 

@@ -62,10 +62,10 @@ def resize_folder(
 ) -> ResizeReport:
     """Write every image of a folder with a shorter edge of `size` pixels, as JPEG.
 
-    Paths below the folder are kept, but for the suffix, which becomes .jpg. Smaller images keep their
-    size. Pixels keep their stored orientation (the EXIF tag is dropped), so the result goes with the
-    annotation file of the source. Images already in `output` are skipped, so an interrupted call can
-    be repeated.
+    Paths below the folder are kept, but for the suffix, which becomes .jpg. Smaller images keep
+    their size. Pixels keep their stored orientation (the EXIF tag is dropped), so the result goes
+    with the annotation file of the source. Images already in `output` are skipped, so an
+    interrupted call can be repeated.
 
     Args:
         source: folder of jpg, jpeg, png and webp files, searched with all below it.
@@ -78,8 +78,8 @@ def resize_folder(
         How many images were written, skipped and unreadable.
 
     Raises:
-        ValueError: if `source` holds no images, if two of them would become one file, if `output` lies
-            in `source` or holds images of other settings, or if a number is out of range.
+        ValueError: if `source` holds no images, if two of them would become one file, if `output`
+            lies in `source` or holds images of other settings, or if a number is out of range.
     """
     source, output = Path(source), Path(output)
     _check_numbers(size, quality, num_workers)
@@ -162,7 +162,7 @@ def _shrink(path: Path, size: int) -> Image.Image:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` once the block has ended without an error."""
+    """A temporary name beside `path`, renamed to `path` when the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary
@@ -180,7 +180,7 @@ def claim_folder(folder: Path, name: str, settings: dict[str, Any]) -> None:
         settings: JSON-able.
 
     Raises:
-        ValueError: if the folder holds images of other settings, or images that came from elsewhere.
+        ValueError: if the folder holds images of other settings, or images from elsewhere.
     """
     path = folder / name
     if path.is_file():

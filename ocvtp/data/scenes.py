@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,11 +18,8 @@ from pycocotools import mask as rle
 
 from ocvtp.data.resize import claim_folder, progress, replacing
 
-VERSION = 1
-"""Of the drawing; a change of the images needs another number, so that two are never mixed."""
-SETTINGS_FILE = "scenes.json"
-UNIT = 96
-"""Lengths of a `SceneStyle` are pixels of an image of this size, and grow with the image."""
+VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
+UNIT = 96  # lengths are given in pixels of an image of this size, and grow with the image
 MIN_SIZE = 48
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -32,27 +29,26 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (165, 55, 190),
     "cyan": (55, 205, 215),
 }
-SPLITS = ("train", "val")
 
-_Pixels = NDArray[np.float32]
+_Array = NDArray[Any]
 _SUPERSAMPLING = 4
 
 
-def _regular(vertices: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> _Pixels:
+def _regular(vertices: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> _Array:
     """[V, 2] corners around the centre, the first at the top; `radii` are taken in turn."""
     angles = np.arange(vertices) * (2 * np.pi / vertices) - np.pi / 2 + turn
-    corners = np.resize(radii, vertices)[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-    return corners.astype(np.float32)
+    corners: _Array = np.stack([np.cos(angles), np.sin(angles)], 1)
+    return np.resize(radii, vertices)[:, None] * corners
 
 
-def _cross(arm: float = 0.32) -> _Pixels:
+def _cross(arm: float = 0.32) -> _Array:
     """[12, 2] corners of an upright cross whose arms are `2 arm` wide."""
-    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)], np.float32)
-    turns = [np.array([(c, s), (-s, c)], np.float32) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-    return np.concatenate([quarter @ turn for turn in turns])
+    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
+    turn = np.array([(0, 1), (-1, 0)])
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
 
 
-OUTLINES: dict[str, _Pixels] = {
+OUTLINES: dict[str, _Array] = {
     "circle": _regular(48),
     "square": _regular(4, turn=np.pi / 4),
     "triangle": _regular(3),
@@ -70,7 +66,6 @@ class SceneStyle:
         small: least and greatest extent of a small object.
         large: the same of a large one.
         large_share: part of the objects that is large.
-        gap: least distance between the boxes of two objects.
         clutter: least and greatest number of grey things in the background.
         noise: half range of the noise over everything, in grey levels of 255.
     """
@@ -78,21 +73,15 @@ class SceneStyle:
     small: tuple[int, int] = (11, 13)
     large: tuple[int, int] = (20, 24)
     large_share: float = 0.45
-    gap: int = 1
     clutter: tuple[int, int] = (2, 5)
     noise: int = 8
 
 
 @dataclass(frozen=True, eq=False)
 class SceneObject:
-    """One object of a scene.
+    """One of `SHAPES` in one of `COLOURS`.
 
-    Args:
-        shape: one of `SHAPES`.
-        colour: one of `COLOURS`.
-        size: `small` or `large`.
-        box: x, y, width and height of what is visible, in pixels.
-        mask: [H, W] bool, the pixels that are visible.
+    What is visible of it is `mask`, [H, W] bool, and `box`, its x, y, width and height in pixels.
     """
 
     shape: str
@@ -110,8 +99,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where an object goes: the corner of a square of `extent` pixels."""
 
     size: Literal["small", "large"]
@@ -120,9 +108,9 @@ class _Place:
     extent: int
 
     def clear_of(self, other: _Place, gap: int) -> bool:
-        reach_x = self.extent if self.x < other.x else other.extent
-        reach_y = self.extent if self.y < other.y else other.extent
-        return abs(self.x - other.x) >= reach_x + gap or abs(self.y - other.y) >= reach_y + gap
+        x = max(self.x, other.x) - min(self.x + self.extent, other.x + other.extent)
+        y = max(self.y, other.y) - min(self.y + self.extent, other.y + other.extent)
+        return max(x, y) >= gap
 
 
 def draw_scene(
@@ -146,24 +134,22 @@ def draw_scene(
     """
     if size < MIN_SIZE:
         raise ValueError(f"size={size} leaves objects of a few pixels; pass at least {MIN_SIZE}.")
-    low, high = num_objects
-    if not 1 <= low <= high:
+    if not 1 <= num_objects[0] <= num_objects[1]:
         raise ValueError(f"num_objects={num_objects} is no range; pass 1 <= least <= greatest.")
     style = style or SceneStyle()
     rng = np.random.default_rng([seed, index])
     canvas = _background(rng, size)
     for _ in range(rng.integers(*style.clutter, endpoint=True)):
         _draw_clutter(rng, canvas)
-    places = _layout(rng, size, int(rng.integers(low, high, endpoint=True)), style)
+    places = _layout(rng, size, int(rng.integers(*num_objects, endpoint=True)), style)
     objects = tuple(_draw_object(rng, canvas, place) for place in places)
-    noise = rng.integers(2 * style.noise, size=canvas.shape, dtype=np.uint8, endpoint=True)
-    canvas += noise
+    canvas += rng.integers(2 * style.noise, size=canvas.shape, dtype=np.uint8, endpoint=True)
     canvas -= style.noise
     return Scene(canvas.clip(0, 255).astype(np.uint8), objects)
 
 
-def _background(rng: np.random.Generator, size: int) -> _Pixels:
-    """[H, W, 3] soft texture of three scales, striped more often than not."""
+def _background(rng: np.random.Generator, size: int) -> _Array:
+    """[H, W, 3] float32: soft texture of three scales, striped more often than not."""
     field = np.broadcast_to(rng.uniform(70, 185) + rng.normal(0, 16, 3), (2, 2, 3))
     for cells, strength in ((5, 22), (14, 12), (40, 8)):
         grey = rng.normal(0, strength, (cells, cells, 1))
@@ -178,20 +164,22 @@ def _background(rng: np.random.Generator, size: int) -> _Pixels:
     return canvas
 
 
-def _enlarge(field: NDArray[Any], size: int) -> _Pixels:
-    """[h, w, 3] -> [size, size, 3], bilinear, rounded to grey levels."""
+def _enlarge(field: _Array, size: int) -> _Array:
+    """[h, w, 3] -> [size, size, 3] float32, bilinear, rounded to grey levels."""
     image = Image.fromarray(field.clip(0, 255).astype(np.uint8))
-    resized = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(resized).astype(np.float32)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.float32)
 
 
 def _layout(rng: np.random.Generator, size: int, count: int, style: SceneStyle) -> list[_Place]:
     """Places of `count` objects that do not touch."""
-    gap = round(style.gap * size / UNIT)
+    gap = round(size / UNIT)
     for _ in range(20):
         places: list[_Place] = []
         for _ in range(20 * count):
-            place = _random_place(rng, size, style)
+            large = rng.random() < style.large_share
+            extent = round(rng.uniform(*(style.large if large else style.small)) * size / UNIT)
+            x, y = rng.integers(size - extent, size=2, endpoint=True).tolist()
+            place = _Place("large" if large else "small", x, y, extent)
             if all(place.clear_of(other, gap) for other in places):
                 places.append(place)
             if len(places) == count:
@@ -199,27 +187,19 @@ def _layout(rng: np.random.Generator, size: int, count: int, style: SceneStyle) 
     raise ValueError(f"{count} objects do not fit into a scene; pass a smaller num_objects.")
 
 
-def _random_place(rng: np.random.Generator, size: int, style: SceneStyle) -> _Place:
-    large = rng.random() < style.large_share
-    extent = round(rng.uniform(*(style.large if large else style.small)) * size / UNIT)
-    x, y = rng.integers(size - extent, size=2, endpoint=True)
-    return _Place("large" if large else "small", int(x), int(y), extent)
-
-
-def _draw_object(rng: np.random.Generator, canvas: _Pixels, place: _Place) -> SceneObject:
+def _draw_object(rng: np.random.Generator, canvas: _Array, place: _Place) -> SceneObject:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
     alpha = _coverage(OUTLINES[shape], rng.uniform(-0.3, 0.3), place.extent)
     shade = np.array(COLOURS[colour]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
     _blend(canvas, place.x, place.y, alpha, shade)
     mask = np.zeros(canvas.shape[:2], bool)
     mask[place.y : place.y + place.extent, place.x : place.x + place.extent] = alpha >= 0.5
-    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
-    width, height = np.ptp(columns) + 1, np.ptp(rows) + 1
-    box = (int(columns[0]), int(rows[0]), int(width), int(height))
+    left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
+    box = (left, top, right - left, bottom - top)
     return SceneObject(shape, colour, place.size, box, mask)
 
 
-def _coverage(outline: _Pixels, angle: float, extent: int) -> _Pixels:
+def _coverage(outline: _Array, angle: float, extent: int) -> _Array:
     """[extent, extent] part of each pixel inside the outline, turned and fitted to the square."""
     cos, sin = np.cos(angle), np.sin(angle)
     points = outline @ np.array([(cos, sin), (-sin, cos)])
@@ -231,36 +211,32 @@ def _coverage(outline: _Pixels, angle: float, extent: int) -> _Pixels:
     return np.asarray(image.reduce(_SUPERSAMPLING)).astype(np.float32) / 255
 
 
-def _draw_clutter(rng: np.random.Generator, canvas: _Pixels) -> None:
+def _draw_clutter(rng: np.random.Generator, canvas: _Array) -> None:
     """A grey ring, bar or patch of speckle, which objects may cover."""
-    size = canvas.shape[0]
-    extent = round(rng.uniform(6, 17) * size / UNIT)
+    extent = round(rng.uniform(6, 17) * len(canvas) / UNIT)
     kind = rng.integers(3)
     if kind == 0:
         alpha = _coverage(OUTLINES["circle"], 0, extent)
-        inner = round(0.6 * extent)
-        start = (extent - inner) // 2
-        hole = alpha[start : start + inner, start : start + inner]
-        hole -= _coverage(OUTLINES["circle"], 0, inner)
+        edge = extent // 5
+        alpha[edge:-edge, edge:-edge] -= _coverage(OUTLINES["circle"], 0, extent - 2 * edge)
     elif kind == 1:
-        bar = OUTLINES["square"] * np.array([1, 0.25], np.float32)
-        alpha = _coverage(bar, rng.uniform(0, np.pi), extent)
+        alpha = _coverage(OUTLINES["square"] * (1, 0.25), rng.uniform(0, np.pi), extent)
     else:
         speckle = (rng.random((5, 5, 1)) < 0.4) * np.full(3, 255)
         alpha = _enlarge(speckle, extent)[..., 0] / 255
-    x, y = rng.integers(size - extent, size=2, endpoint=True)
+    x, y = rng.integers(len(canvas) - extent, size=2, endpoint=True)
     shade = rng.uniform(30, 225) + rng.normal(0, 6, 3)
     _blend(canvas, int(x), int(y), alpha * np.float32(rng.uniform(0.5, 0.95)), shade)
 
 
-def _blend(canvas: _Pixels, x: int, y: int, alpha: _Pixels, shade: NDArray[Any]) -> None:
+def _blend(canvas: _Array, x: int, y: int, alpha: _Array, shade: _Array) -> None:
     """Lay a colour over the square of `alpha` whose corner is (x, y), in place."""
     window = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
     window += alpha[..., None] * (shade.astype(np.float32) - window)
 
 
 def write_scenes(root: str | Path, num_train: int, num_val: int, size: int, seed: int) -> None:
-    """Draw scenes into COCO's layout: `train2017`, `val2017` and `annotations/instances_*.json`.
+    """Draw scenes into COCO's layout: `train2017`, `val2017`, `annotations/instances_*.json`.
 
     Categories are the shapes; annotations also name `colour` and `size`. Masks are compressed RLE.
     What an interrupted call has finished is kept, and the annotation files come last.
@@ -273,18 +249,17 @@ def write_scenes(root: str | Path, num_train: int, num_val: int, size: int, seed
         seed: not negative.
 
     Raises:
-        ValueError: if `root` holds scenes of other settings or other images, or if a number is out of
-            range.
+        ValueError: if `root` holds scenes of other settings or other images, or if a number is out
+            of range.
     """
     if min(num_train, num_val, seed) < 0:
         raise ValueError(f"{num_train=}, {num_val=}, {seed=}: pass no negative numbers.")
-    root = Path(root)
     draw_scene(seed, 0, size)  # refuses a bad size before anything is written
-    settings = {"seed": seed, "size": size, "num_train": num_train, "num_val": num_val}
-    info = {"description": "drawn scenes", "version": VERSION, **settings}
-    claim_folder(root, SETTINGS_FILE, info)
-    for stream, (split, count) in enumerate(zip(SPLITS, (num_train, num_val), strict=True)):
-        _write_split(root, split, count, info, stream + len(SPLITS) * seed)
+    info = {"description": "drawn scenes", "version": VERSION, "seed": seed, "size": size}
+    info |= {"num_train": num_train, "num_val": num_val}
+    claim_folder(Path(root), "scenes.json", info)
+    _write_split(Path(root), "train", num_train, info, 2 * seed)
+    _write_split(Path(root), "val", num_val, info, 2 * seed + 1)
 
 
 def _write_split(root: Path, split: str, count: int, info: dict[str, Any], seed: int) -> None:
@@ -295,19 +270,15 @@ def _write_split(root: Path, split: str, count: int, info: dict[str, Any], seed:
     folder.mkdir(parents=True, exist_ok=True)
     annotations.parent.mkdir(exist_ok=True)
     content: dict[str, Any] = {"info": info, "licenses": [], "images": [], "annotations": []}
-    content["categories"] = [
-        {"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, start=1)
-    ]
+    content["categories"] = [{"id": i, "name": shape} for i, shape in enumerate(SHAPES, start=1)]
     size = info["size"]
     for index, name in enumerate(progress(names, f"draw {split} scenes", count)):
         scene = draw_scene(seed, index, size)
         if not (folder / name).is_file():
             with replacing(folder / name) as temporary:
                 Image.fromarray(scene.image).save(temporary, format="JPEG", quality=95)
-        entry = {"id": index + 1, "file_name": name, "width": size, "height": size}
-        content["images"].append(entry)
-        start = len(content["annotations"]) + 1
-        content["annotations"] += _annotations(scene, index + 1, start)
+        content["images"] += [{"id": index + 1, "file_name": name, "width": size, "height": size}]
+        content["annotations"] += _annotations(scene, index + 1, len(content["annotations"]) + 1)
     with replacing(annotations) as temporary:
         temporary.write_text(json.dumps(content))
 

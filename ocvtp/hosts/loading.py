@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image, UnidentifiedImageError
 
 from ocvtp.encoders.clip import random_tower, vision_config
 
@@ -21,7 +22,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     """A vision-language model in evaluation mode, and its processor.
 
     Args:
-        name: folder or hub id, or one of `RANDOM_MODELS` (random weights: the answers mean nothing).
+        name: folder or hub id, or one of `RANDOM_MODELS` (random weights, meaningless answers).
         dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
         device: e.g. `cpu`, `cuda`.
 
@@ -44,6 +45,19 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     if dtype != "auto":
         model = model.to(getattr(torch, dtype))
     return model.to(device).eval(), processor
+
+
+def open_image(path: str) -> Image.Image:
+    """An image file in RGB.
+
+    Raises:
+        ValueError: if it is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"image {path!r} cannot be read ({error}); pass a JPEG or PNG.") from error
 
 
 def _random_model(name: str) -> tuple[Any, Any]:

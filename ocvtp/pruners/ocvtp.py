@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import fill_up, slot_winners
+from ocvtp.pruners.selection import fill_up
 from ocvtp.slots import OCPruner
+from ocvtp.slots.attention import slot_winners
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

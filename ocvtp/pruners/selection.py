@@ -1,6 +1,6 @@
 """Pure tensor cores that methods share.
 
-B images, N visual tokens, K kept, S slots. Ties go to the lower index, on every device.
+B images, N visual tokens, K kept. Ties go to the lower index, on every device.
 """
 
 from __future__ import annotations
@@ -38,24 +38,6 @@ def top_k(scores: Tensor, num_keep: int, valid: Tensor | None = None) -> Selecti
         scores = scores.masked_fill(~valid, float("-inf"))
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return ascending(order[:, :num_keep], valid, scores.shape[1])
-
-
-def slot_winners(attention: Tensor, tokens_per_slot: int = 1) -> Tensor:
-    """The tokens that some slot attends to most.
-
-    Args:
-        attention: [B, S, N].
-        tokens_per_slot: how many of each slot's best tokens count.
-
-    Returns:
-        [B, N] bool; slots that share a token count once.
-    """
-    if tokens_per_slot == 1:
-        best = attention.argmax(dim=2)  # [B, S]
-    else:
-        best = attention.topk(tokens_per_slot, dim=2).indices.flatten(1)
-    won = torch.zeros(attention.shape[0], attention.shape[2], device=attention.device)
-    return won.scatter_(1, best, 1.0) > 0
 
 
 def fill_up(

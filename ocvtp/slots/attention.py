@@ -99,3 +99,21 @@ class SlotAttention(nn.Module):
     def _update(self, update: Tensor, slots: Tensor) -> Tensor:
         slots = self.gru(update.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
         return slots + torch.as_tensor(self.ffn(self.norm_ffn(slots)))
+
+
+def slot_winners(attention: Tensor, tokens_per_slot: int = 1) -> Tensor:
+    """The tokens that some slot attends to most.
+
+    Args:
+        attention: [B, S, N].
+        tokens_per_slot: how many of each slot's best tokens count.
+
+    Returns:
+        [B, N] bool; slots that share a token count once.
+    """
+    if tokens_per_slot == 1:
+        best = attention.argmax(dim=2)  # [B, S]
+    else:
+        best = attention.topk(tokens_per_slot, dim=2).indices.flatten(1)
+    won = torch.zeros(attention.shape[0], attention.shape[2], device=attention.device)
+    return won.scatter_(1, best, 1.0) > 0

@@ -48,7 +48,6 @@ class Decoder(nn.Module, ABC):
         slots: Tensor,
         grid_hw: tuple[int, int],
         visible: Visible = "none",
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Reconstruct.
 
@@ -58,7 +57,6 @@ class Decoder(nn.Module, ABC):
             grid_hw: rows and columns of the token grid.
             visible: which tokens the decoder sees: a `random` part (training), `all` (the official
                 evaluation) or `none` (an honest one).
-            generator: of the random part.
 
         Returns:
             [B, N, D]
@@ -143,7 +141,6 @@ class MaskedTransformerDecoder(Decoder):
         slots: Tensor,
         grid_hw: tuple[int, int],
         visible: Visible = "none",
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `Decoder.forward`."""
         batch, num_tokens, _ = features.shape
@@ -152,16 +149,14 @@ class MaskedTransformerDecoder(Decoder):
         else:
             tokens = self.project_tokens(features)
         if visible == "random":
-            shown = self._draw_visible(batch, num_tokens, features.device, generator)  # [B, N]
+            shown = self._draw_visible(batch, num_tokens, features.device)  # [B, N]
             tokens = torch.where(shown[:, :, None], tokens, self.mask_token)
         queries = self.norm(tokens + self.positions(grid_hw))
         return torch.as_tensor(self.backbone(queries, self.project_slots(slots)))
 
-    def _draw_visible(
-        self, batch: int, num_tokens: int, device: torch.device, generator: torch.Generator | None
-    ) -> Tensor:
+    def _draw_visible(self, batch: int, num_tokens: int, device: torch.device) -> Tensor:
         """A random subset of each image's tokens [B, N]; its size is drawn as in training."""
-        draw = torch.rand(batch, num_tokens + 2, generator=generator, device=device)
+        draw = torch.rand(batch, num_tokens + 2, device=device)
         rank = draw[:, :num_tokens].argsort(dim=1).argsort(dim=1)
         uniform = (draw[:, num_tokens] * (num_tokens - 1)).long()
         fixed = int(self.config.prefix_fraction * num_tokens)
@@ -195,10 +190,9 @@ class BroadcastMLPDecoder(Decoder):
         slots: Tensor,
         grid_hw: tuple[int, int],
         visible: Visible = "none",
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """See `Decoder.forward`; it never sees a token, whatever `visible` says."""
-        del features, visible, generator
+        del features, visible
         painted = self.mlp(slots[:, :, None] + self.positions(grid_hw)[:, None])  # [B, S, N, D+1]
         values, alpha = painted[..., :-1], painted[..., -1:].softmax(dim=1)
         return (values * alpha).sum(dim=1)

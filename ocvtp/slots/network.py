@@ -20,15 +20,33 @@ from ocvtp.slots.queries import GaussianQueries
 
 
 @dataclass(frozen=True)
-class OCPrunerConfig:
+class NetworkSizes:
+    """What may be chosen for any tower; the defaults are the paper's.
+
+    Args:
+        hidden_dim: of the encoding MLP. slot_dim: C. ffn_dim: of Slot Attention.
+        num_iterations: of Slot Attention. dropout: in its feed-forward network.
+        truncation: of its gradient.
+        noise_rows: rows of the saved table of query noise. noise_seed: its seed.
+    """
+
+    hidden_dim: int = 2048
+    slot_dim: int = 512
+    ffn_dim: int = 2048
+    num_iterations: int = 3
+    dropout: float = 0.01
+    truncation: Truncation = "bilevel"
+    noise_rows: int = 1024
+    noise_seed: int = 0
+
+
+@dataclass(frozen=True)
+class OCPrunerConfig(NetworkSizes):
     """Sizes, provenance and training summary of an OC-pruner; the defaults are LLaVA-1.5's.
 
     Args:
-        feature_dim: D. hidden_dim: of the encoding MLP. slot_dim: C. ffn_dim: of Slot Attention.
-        num_iterations: of Slot Attention. dropout: in its feed-forward network.
-        truncation: of its gradient.
+        feature_dim: D.
         grid_hw: token grid that it was trained on; it runs on any other.
-        noise_rows: rows of the saved table of query noise. noise_seed: its seed.
         decoder: None without one.
         tower: vision tower whose tokens it reads: a hub id, or a description.
         layer: it reads `hidden_states[layer]` of the tower.
@@ -39,15 +57,7 @@ class OCPrunerConfig:
     """
 
     feature_dim: int = 1024
-    hidden_dim: int = 2048
-    slot_dim: int = 512
-    ffn_dim: int = 2048
-    num_iterations: int = 3
-    dropout: float = 0.01
-    truncation: Truncation = "bilevel"
     grid_hw: tuple[int, int] = (24, 24)
-    noise_rows: int = 1024
-    noise_seed: int = 0
     decoder: DecoderConfig | None = None
     tower: str | None = "openai/clip-vit-large-patch14-336"
     layer: int = 9
@@ -124,7 +134,6 @@ class OCPruner(
         noise: Tensor | None = None,
         *,
         valid: Tensor | None = None,
-        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Let `num_slots` slots compete for the tokens.
 
@@ -133,7 +142,6 @@ class OCPruner(
             num_slots: S, any number.
             noise: [B or 1, S, C] of the queries; None: fresh in training mode, else the table.
             valid: [B, N] bool, False on padding tokens.
-            generator: of fresh noise.
 
         Returns:
             slots [B, S, C] and attention [B, S, N], a softmax over slots.
@@ -147,7 +155,7 @@ class OCPruner(
                 f" [B, N, {self.config.feature_dim}], hidden_states[{self.config.layer}] of"
                 f" {self.config.tower}."
             )
-        initial = self.queries(features.shape[0], num_slots, noise, generator)
+        initial = self.queries(features.shape[0], num_slots, noise)
         slots, attention = self.attention(self.encode(features), initial, token_mask=valid)
         return slots, attention
 
@@ -157,7 +165,6 @@ class OCPruner(
         slots: Tensor,
         grid_hw: tuple[int, int],
         visible: Visible = "none",
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Reconstruct the tokens [B, N, D] from slots [B, S, C], see `Decoder.forward`.
 
@@ -169,7 +176,7 @@ class OCPruner(
                 "this OC-pruner has no decoder: it was exported without. Export it again with"
                 " `--with-decoder`."
             )
-        return torch.as_tensor(self.decoder(features, slots, grid_hw, visible, generator))
+        return torch.as_tensor(self.decoder(features, slots, grid_hw, visible))
 
     def without_decoder(self) -> OCPruner:
         """A copy that only assigns: what an artifact holds by default."""

@@ -142,7 +142,6 @@ class Objective(ABC):
         network: OCPruner,
         tokens: VisualTokens,
         num_slots: int,
-        generator: torch.Generator | None = None,
     ) -> Outcome:
         """The loss of one batch.
 
@@ -151,7 +150,6 @@ class Objective(ABC):
                 and the decoder sees no token.
             tokens: what `needs` asked for.
             num_slots: S.
-            generator: of all that is random in training.
         """
 
 
@@ -185,15 +183,12 @@ class SlotsObjective(Objective):
         network: OCPruner,
         tokens: VisualTokens,
         num_slots: int,
-        generator: torch.Generator | None = None,
     ) -> Outcome:
         """See `Objective.__call__`."""
         features = tokens.hidden[network.config.layer]
-        slots, attention = network.assign(
-            features, num_slots, valid=tokens.valid, generator=generator
-        )
+        slots, attention = network.assign(features, num_slots, valid=tokens.valid)
         visible: Visible = "random" if network.training else "none"
-        prediction = network.decode(features, slots, tokens.grid_hw, visible, generator)
+        prediction = network.decode(features, slots, tokens.grid_hw, visible)
         loss = area_weighted_mse(
             prediction,
             features,

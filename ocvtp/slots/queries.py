@@ -52,7 +52,6 @@ class GaussianQueries(nn.Module):
         batch_size: int,
         num_slots: int,
         noise: Tensor | None = None,
-        generator: torch.Generator | None = None,
     ) -> Tensor:
         """Initial slots.
 
@@ -60,19 +59,13 @@ class GaussianQueries(nn.Module):
             batch_size: B.
             num_slots: S.
             noise: [B or 1, S, D] to use instead of the module's own.
-            generator: of the fresh noise, in training mode.
 
         Returns:
             [B, S, D]
         """
         dim = self.mean.shape[-1]
         if noise is None and self.training:
-            noise = torch.randn(
-                (batch_size, num_slots, dim),
-                generator=generator,
-                device=self.mean.device,
-                dtype=self.mean.dtype,
-            )
+            noise = torch.randn(batch_size, num_slots, dim, device=self.mean.device)
         elif noise is None:
             noise = self._rows(num_slots)[None]
         elif noise.shape[0] not in (1, batch_size) or noise.shape[1:] != (num_slots, dim):

@@ -1,0 +1,53 @@
+"""The command line: finds the command, lets it parse its flags, and reports wrong input."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+_COMMANDS = {
+    "train": "train an OC-pruner (--config YAML [--resume CKPT])",
+    "export": "checkpoint or official weights to an artifact",
+    "resize": "a folder of images, pre-resized for training",
+    "list": "every pruner: stage, needs, paper, status",
+    "answer": "one answer, tokens before and after",
+    "show": "draw kept tokens and slot masks",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["train"]:  # LightningCLI has a parser of its own
+            from ocvtp.commands.train import run_words
+
+            return run_words(words[1:])
+        arguments = _parser(words).parse_args(words)
+        return int(arguments.run(arguments))
+    except ValueError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"ocvtp: error: {error}\n")
+        return 2
+
+
+def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ocvtp", description="Train, export, plug in and measure visual-token pruners."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, summary in _COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if words[:1] == [name]:  # import only what runs
+            module = importlib.import_module(f"ocvtp.commands.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

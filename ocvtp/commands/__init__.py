@@ -1,0 +1,1 @@
+"""One file per command of `ocvtp`: its flags (`add_arguments`) and what it does (`run`)."""

@@ -1,0 +1,114 @@
+"""`ocvtp answer`: one answer, with the tokens before and after pruning."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ocvtp.commands import options, output
+from ocvtp.hosts.attach import attached
+from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.rewrite import Prompt
+from ocvtp.pruners import Pruner
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    options.add_model(parser)
+    options.add_pruner(parser, several=False)
+    parser.add_argument("--image", required=True, nargs="+", help="image files")
+    parser.add_argument("--prompt", required=True, help="plain text")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    output.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Answer and print."""
+    result = answer(
+        arguments.model,
+        options.build(arguments.pruner, arguments),
+        arguments.image,
+        arguments.prompt,
+        arguments.max_new_tokens,
+        arguments.dtype,
+        arguments.device,
+    )
+    kept = ", ".join(map(str, result.visual_tokens_kept))
+    text = (
+        f"{result.answer}\n[{result.pruner}: {kept} of {result.visual_tokens} visual tokens per"
+        f" image; prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
+    )
+    output.emit(asdict(result), text, arguments.json)
+    return 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Args:
+        answer: the text. pruner: its name.
+        visual_tokens: N of each image. visual_tokens_kept: K of each image.
+        prompt_tokens: of the prompt before pruning. prompt_tokens_kept: after.
+    """
+
+    answer: str
+    pruner: str
+    visual_tokens: int
+    visual_tokens_kept: list[int]
+    prompt_tokens: int
+    prompt_tokens_kept: int
+
+
+def answer(
+    model: str,
+    pruner: Pruner,
+    images: Sequence[str],
+    prompt: str,
+    max_new_tokens: int = 64,
+    dtype: str = "auto",
+    device: str = "cpu",
+) -> Answer:
+    """Answer one prompt about images, greedily, with pruned visual tokens.
+
+    Args:
+        model: see `load_model`.
+        pruner: what prunes.
+        images: files.
+        prompt: plain text; the model's chat template is put around it. With `<image>` in it, it is
+            used as it stands.
+        max_new_tokens: length of the answer at most.
+        dtype: see `load_model`. device: where to run.
+
+    Raises:
+        ValueError: if something cannot be read, or the pruner does not fit the model.
+    """
+    pictures = [open_image(path) for path in images]
+    vlm, processor = load_model(model, dtype, device)
+    text = _with_template(processor, prompt, len(pictures))
+    inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
+    prompts: list[Prompt] = []
+    with attached(vlm, pruner, on_prune=prompts.append):
+        output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    new = output[0, inputs["input_ids"].shape[1] :]
+    counts = prompts[0].summary()
+    return Answer(
+        answer=processor.decode(new, skip_special_tokens=True).strip(),
+        pruner=pruner.name,
+        visual_tokens=counts["visual_tokens"],
+        visual_tokens_kept=counts["visual_tokens_kept"],
+        prompt_tokens=counts["prompt_tokens"],
+        prompt_tokens_kept=counts["prompt_tokens_kept"][0],
+    )
+
+
+def _with_template(processor: Any, prompt: str, num_images: int) -> str:
+    if "<image>" in prompt:
+        return prompt
+    if getattr(processor, "chat_template", None) is None:
+        return "USER: " + "<image>\n" * num_images + f"{prompt} ASSISTANT:"
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))

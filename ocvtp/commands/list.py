@@ -1,0 +1,32 @@
+"""`ocvtp list`: every pruner."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from ocvtp.commands import output
+from ocvtp.pruners.catalog import catalog
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    output.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the registry."""
+    entries = catalog()
+    if arguments.json:
+        output.emit({"pruners": [asdict(e) for e in entries]}, "", as_json=True)
+        return 0
+    columns = ("name", "stage", "needs", "budget", "merges", "status", "paper")
+    table = Table(*columns, title=f"{len(entries)} pruners", title_justify="left")
+    for e in entries:
+        merges, paper = "yes" if e.merges else "no", e.paper_id or "-"
+        table.add_row(e.name, e.stage, e.needs, e.budget, merges, e.status, paper)
+    Console().print(table)
+    return 0

@@ -1,0 +1,53 @@
+"""Flags that commands share."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+import yaml
+
+from ocvtp.pruners import Pruner, build_pruner, pruner_class
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, where and in which precision."""
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id of a VLM, or random:tiny-llava"
+    )
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda (default: %(default)s)")
+
+
+def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
+    """Which pruner(s), and the budget."""
+    parser.add_argument(
+        "--pruner",
+        required=True,
+        nargs="+" if several else None,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; e.g. fastervlm, or fastervlm:block=-3",
+    )
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--num-keep", type=int, help="tokens kept per image")
+    budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
+    parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+
+
+def build(spec: str, arguments: argparse.Namespace) -> Pruner:
+    """The pruner of `NAME:KEY=VALUE,...`, with the shared flags where it knows them.
+
+    Raises:
+        ValueError: for a spec that does not parse, and what `build_pruner` refuses.
+    """
+    name, _, text = spec.partition(":")
+    known = {f.name for f in dataclasses.fields(pruner_class(name))}
+    shared = {k: getattr(arguments, k) for k in ("num_keep", "keep_ratio", "checkpoint")}
+    settings: dict[str, Any] = {k: v for k, v in shared.items() if v is not None and k in known}
+    for pair in filter(None, text.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
+        settings[key] = yaml.safe_load(value)
+    return build_pruner(name, **settings)

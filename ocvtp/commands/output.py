@@ -1,0 +1,18 @@
+"""Printing results: text for people, or one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The flag --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:
+    """Print `facts` as one JSON object, or `text`, on stdout."""
+    sys.stdout.write((json.dumps(facts, default=str) if as_json else text) + "\n")

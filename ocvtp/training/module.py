@@ -1,0 +1,254 @@
+"""Training the OC-pruner, as a LightningModule.
+
+B images, N visual tokens, S slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ocvtp.encoders.base import FrozenEncoder
+from ocvtp.slots.attention import slot_winners
+from ocvtp.slots.network import NetworkSizes, OCPruner, OCPrunerConfig
+from ocvtp.slots.objectives import Objective, Outcome, SlotsObjective
+from ocvtp.structures import VisualTokens
+from ocvtp.training.metrics import (
+    ForegroundARI,
+    MeanBestOverlap,
+    nearest_kept_distance,
+    reconstruction_residual,
+    slot_labels,
+)
+
+_LOG = logging.getLogger(__name__)
+CHECKPOINT_KEY = "ocvtp"
+
+
+class OCPrunerModule(pl.LightningModule):
+    """Trains an `OCPruner` on the tokens of a frozen encoder.
+
+    All that is random in a step (slots drawn, query noise, masks, dropout) follows from the seed,
+    the step and the rank, so that a resumed run continues bit for bit.
+
+    Args:
+        encoder: frozen tower; it fixes the layer, the width and the grid.
+        objective: what to train for; None for the paper's, `SlotsObjective()`.
+        network: sizes of the network.
+        num_slots: slot counts; each step draws one. Paper: 16, 32, 64, 128.
+        val_num_slots: slot count of the validation; None for the median of `num_slots`.
+        lr: peak learning rate of AdamW; paper: 1e-3.
+        weight_decay: paper: 0.01.
+        warmup_fraction: share of the steps in which the rate climbs; paper: 4 of 30 epochs.
+        min_lr: where the cosine ends; paper: 1e-8.
+        seed: of everything random in a step.
+    """
+
+    def __init__(
+        self,
+        encoder: FrozenEncoder,
+        objective: Objective | None = None,
+        network: NetworkSizes | None = None,
+        num_slots: list[int] | None = None,
+        val_num_slots: int | None = None,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup_fraction: float = 4 / 30,
+        min_lr: float = 1e-8,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.objective = objective or SlotsObjective()
+        self.num_slots = list(num_slots or (16, 32, 64, 128))
+        tokens = encoder.grid_hw[0] * encoder.grid_hw[1]
+        for slots in [*self.num_slots, *([val_num_slots] if val_num_slots else [])]:
+            if not 1 <= slots <= tokens:
+                raise ValueError(f"{slots} slots for {tokens} tokens; pass 1 to {tokens} slots.")
+        self.val_num_slots = val_num_slots or sorted(self.num_slots)[len(self.num_slots) // 2]
+        self.lr, self.weight_decay = lr, weight_decay
+        self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
+        self.seed = seed
+        self.encoder = encoder.load(self.objective.needs(encoder.layer))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = OCPruner(self._config(network or NetworkSizes()))
+        self.foreground_ari = ForegroundARI()
+        self.mean_best_overlap = MeanBestOverlap()
+        self._bad_images = 0
+
+    def _config(self, sizes: NetworkSizes) -> OCPrunerConfig:
+        encoder = self.encoder
+        return OCPrunerConfig(
+            **asdict(sizes),
+            feature_dim=encoder.feature_dim,
+            grid_hw=encoder.grid_hw,
+            decoder=self.objective.decoder,
+            tower=encoder.tower_id,
+            layer=encoder.layer,
+            preprocessing=encoder.transform.describe(),
+            num_slots=tuple(self.num_slots),
+            objective=self.objective.name,
+        )
+
+    # ------------------------------------------------------------------ steps
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """One step on the images of a batch, see `ocvtp.data.coco.collate`."""
+        self._report(batch["errors"])
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # Seeded by name: every rank draws the same S, and its own noise.
+        choice = _seed(self.seed, "slots", step) % len(self.num_slots)
+        torch.manual_seed(_seed(self.seed, "noise", step, self.global_rank))
+        if not len(batch["pixel_values"]):
+            return self._nothing()
+        outcome = self._run(batch, self.num_slots[choice])[1]
+        size = len(batch["pixel_values"])
+        self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
+        self.log("train/num_slots", float(self.num_slots[choice]), batch_size=size)
+        for name, value in outcome.logs.items():
+            self.log(f"train/{name}", value, batch_size=size)
+        return outcome.loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Everything masked, fixed query noise: the same figure for the same weights."""
+        self._report(batch["errors"])
+        if not len(batch["pixel_values"]):
+            return None
+        tokens, outcome = self._run(batch, self.val_num_slots)
+        figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
+        for name, value in figures.items():
+            self.log(
+                f"val/{name}",
+                value,
+                prog_bar=name == "loss",
+                batch_size=tokens.batch_size,
+                on_epoch=True,
+                sync_dist=True,
+            )
+        if "instances" in batch:
+            size = batch["instances"].shape[1:]
+            labels = slot_labels(outcome.attention.float(), tokens.grid_hw, tuple(size))
+            for name, metric in (
+                ("fg_ari", self.foreground_ari),
+                ("mbo_i", self.mean_best_overlap),
+            ):
+                metric.update(labels, batch["instances"])
+                self.log(f"val/{name}", metric, on_epoch=True)
+        return {"attention": outcome.attention, "grid_hw": tokens.grid_hw}
+
+    def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
+        tokens = self.encoder(batch["pixel_values"])
+        return tokens, self.objective(self.network, tokens, num_slots)
+
+    def _coverage(self, tokens: VisualTokens, outcome: Outcome) -> dict[str, Tensor]:
+        """How well the slots' own tokens (no fill) stand for all tokens."""
+        features = tokens.hidden[self.encoder.layer]
+        won = slot_winners(outcome.attention)  # [B, N]
+        order = won.int().sort(dim=1, descending=True, stable=True).indices
+        keep = order[:, : self.val_num_slots]
+        valid = won.gather(1, keep)
+        return {
+            "unique_tokens": won.sum(dim=1).float().mean(),
+            "coverage_distance": nearest_kept_distance(features, keep, valid).mean(),
+            "coverage_residual": reconstruction_residual(features, keep, valid).mean(),
+        }
+
+    def _nothing(self) -> Tensor | None:
+        """A step without images: skipped, or, among other ranks, a zero gradient."""
+        if self.trainer.world_size == 1:
+            return None
+        return sum(p.sum() * 0.0 for p in self.network.parameters())  # type: ignore[return-value]
+
+    def _report(self, errors: list[str]) -> None:
+        """Name and count images that could not be read (on_error=skip)."""
+        for error in errors:
+            _LOG.warning("skipped %s", error)
+        self._bad_images += len(errors)
+        if errors:
+            self.log("skipped_images", float(self._bad_images), batch_size=1)
+
+    # ------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[dict[str, Any]]]:
+        """AdamW; linear warm-up, then cosine, per step."""
+        optimizer = AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = round(self.warmup_fraction * total)
+        floor = self.min_lr / self.lr
+
+        def factor(step: int) -> float:
+            return warmup_cosine(step, warmup, total, floor)
+
+        schedule = LambdaLR(optimizer, factor)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # ------------------------------------------------------------ checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The network alone: the frozen encoder is read from its own files."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in state.items() if not k.startswith("encoder.")}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Strict: the checkpoint's network and the encoder that is there."""
+        frozen = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
+        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what an export needs, in plain types."""
+        checkpoint[CHECKPOINT_KEY] = {
+            "config": asdict(self.network.config),
+            "training": self._summary(),
+        }
+
+    def _summary(self) -> dict[str, Any]:
+        figures = {
+            name.removeprefix("val/"): round(float(value), 6)
+            for name, value in self.trainer.callback_metrics.items()
+            if name.startswith("val/") and math.isfinite(float(value))
+        }
+        data = getattr(self.trainer, "datamodule", None)
+        loader = self.trainer.train_dataloader
+        return {
+            "steps": self.trainer.global_step,
+            "epochs": self.trainer.current_epoch,
+            "images": len(loader.dataset) if loader is not None else None,
+            "batch_size": getattr(data, "batch_size", None),
+            "devices": self.trainer.world_size,
+            "precision": str(self.trainer.precision),
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "validation": {"num_slots": self.val_num_slots, **figures},
+            "versions": {
+                name: importlib.metadata.version(name)
+                for name in ("ocvtp", "torch", "transformers", "pytorch-lightning")
+            },
+        }
+
+
+def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+    """Share of the peak rate at a step: linear up to 1 at step `warmup`, cosine down to `floor`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on every part."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
