@@ -1,8 +1,8 @@
 """Pictures of what pruners keep and of what slots look at.
 
-H x W pixels of an image, N = h w visual tokens (row by row), K kept, S slots. A token's patch is the
-rectangle of pixels it covers; sides need not be multiples of the grid. Figures are drawn on their
-own Agg canvas: nothing here touches pyplot or matplotlib's global state.
+H x W pixels of an image, N = h w visual tokens (row by row), K kept, S slots. A token's patch is
+the rectangle of pixels it covers; sides need not be multiples of the grid. Figures are drawn on
+their own Agg canvas: nothing here touches pyplot or matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+from torchvision.utils import make_grid
 
 Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
-_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 _OUTLINE = (255, 196, 0)
 _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 """Suffixes `save_figure` writes, and what it leaves out so that equal figures are equal files."""
@@ -33,7 +34,7 @@ _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"C
 
 @dataclass(frozen=True)
 class Panel:
-    """What one pruner does to an image.
+    """What one pruner does with an image.
 
     Args:
         title: name of the pruner.
@@ -70,12 +71,8 @@ def draw_kept_tokens(image: ArrayLike, keep_indices: Tensor, grid_hw: tuple[int,
         ValueError: if the image is no uint8 RGB image or the tokens do not fit the grid.
     """
     pixels = _check_image(image)
-    kept = _keep_mask(keep_indices, grid_hw)
-    cells = _cells(pixels.shape[:2], grid_hw)  # [H, W]
-    grey = pixels @ np.asarray(_LUMA)  # [H, W]
-    dim = 0.3 * (0.8 * grey[..., None] + 0.2 * pixels)  # [H, W, 3]
-    bright = kept[cells]
-    picture = np.where(bright[..., None], pixels, dim)
+    bright = _keep_mask(keep_indices, grid_hw)[_cells(pixels, grid_hw)]  # [H, W]
+    picture: NDArray[Any] = np.where(bright[..., None], pixels, 0.35 * _fade(pixels))
     picture[bright & _border(bright, grid_hw)] = _OUTLINE
     return picture.round().astype(np.uint8)
 
@@ -102,9 +99,8 @@ def draw_slot_masks(image: ArrayLike, attention: Tensor, grid_hw: tuple[int, int
             f"attention {list(attention.shape)} does not fit the grid {tuple(grid_hw)}; "
             f"pass [S, {math.prod(grid_hw)}]."
         )
-    winner = attention.detach().argmax(dim=0).cpu().numpy()  # [N]
-    slots = winner[_cells(pixels.shape[:2], grid_hw)]  # [H, W]
-    picture = 0.45 * pixels + 0.55 * slot_palette(len(attention))[slots]
+    slots = attention.argmax(dim=0).cpu().numpy()[_cells(pixels, grid_hw)]  # [H, W]
+    picture: NDArray[Any] = 0.4 * _fade(pixels) + 0.6 * slot_palette(len(attention))[slots]
     picture[_border(slots, grid_hw)] = 255
     return picture.round().astype(np.uint8)
 
@@ -128,18 +124,17 @@ def figure(
             `max_columns` is below 1.
     """
     if max_columns < 1:
-        raise ValueError(f"max_columns={max_columns} is below 1; pass at least 1.")
+        raise ValueError(f"max_columns={max_columns}; pass at least 1.")
     pixels = _check_image(image)
     tiles = [("input", pixels), *(tile for panel in panels for tile in _tiles(pixels, panel))]
     rows = math.ceil(len(tiles) / max_columns)
     columns = math.ceil(len(tiles) / rows)
-    stretch = math.sqrt(pixels.shape[1] / pixels.shape[0])
-    width = min(max(stretch, 0.8), 2.0) * tile_inches
-    height = width * pixels.shape[0] / pixels.shape[1]
-    drawing = Figure(figsize=(columns * width, rows * (height + 0.3)), layout="constrained")
+    aspect = pixels.shape[1] / pixels.shape[0]
+    width = min(max(math.sqrt(aspect), 0.8), 2.0) * tile_inches
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04, wspace=0, hspace=0)  # inches
+    drawing = Figure(figsize=(columns * width, rows * (width / aspect + 0.3)), layout=layout)
     FigureCanvasAgg(drawing)
-    drawing.get_layout_engine().set(w_pad=0.04, h_pad=0.04, wspace=0, hspace=0)
-    axes = drawing.subplots(rows, columns, squeeze=False).flat
+    axes = drawing.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
         axis.set_axis_off()
     for axis, (title, picture) in zip(axes, tiles, strict=False):
@@ -157,19 +152,12 @@ def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
         path: the suffix, `.png` or `.pdf`, is the format.
         dpi: pixels an inch.
 
-    Returns:
-        The path.
-
     Raises:
         ValueError: for another suffix.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    path, suffix = Path(path), Path(path).suffix.lower()
     if suffix not in _METADATA:
-        raise ValueError(
-            f"cannot write {path.name!r}: the suffix is {path.suffix!r}; "
-            f"use one of {', '.join(_METADATA)}."
-        )
+        raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{suffix}")
     try:
@@ -192,28 +180,26 @@ def slot_picture(
         max_images: most images drawn, the first ones.
 
     Returns:
-        [2 H + gap, min(B, max_images) (W + gap) - gap, 3] uint8.
+        [H', W', 3] uint8, 4 white pixels around each picture.
 
     Raises:
         ValueError: if the shapes do not fit together or no image is to be drawn.
     """
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or attention.ndim != 3:
+    shape = (len(attention), 3, *pixel_values.shape[2:])
+    if pixel_values.ndim != 4 or attention.ndim != 3 or pixel_values.shape != shape:
         raise ValueError(
             f"pixel_values {list(pixel_values.shape)} and attention {list(attention.shape)} do "
             "not fit; pass [B, 3, H, W] and [B, S, N]."
         )
-    count = min(len(pixel_values), len(attention), max_images)
+    count = min(len(attention), max_images)
     if count < 1:
-        raise ValueError(f"no image to draw (max_images={max_images}); pass at least one.")
+        raise ValueError(f"no image to draw: B={len(attention)}, max_images={max_images}; pass 1.")
     scaled = pixel_values[:count].detach().float().clamp(0, 1).mul(255).round()
     images = scaled.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()  # [B, H, W, 3]
-    masks = [draw_slot_masks(i, a, grid_hw) for i, a in zip(images, attention, strict=False)]
-    gap = 4
-    tiles = np.stack([images, np.stack(masks)])  # [2, B, H, W, 3]
-    tiles = np.pad(tiles, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    rows, _, high, wide, _ = tiles.shape
-    picture = tiles.transpose(0, 2, 1, 3, 4).reshape(rows * high, count * wide, 3)
-    return np.ascontiguousarray(picture[:-gap, :-gap])
+    masks = [draw_slot_masks(i, a, grid_hw) for i, a in zip(images, attention[:count], strict=True)]
+    tiles = torch.from_numpy(np.concatenate([images, masks]))  # [2 B, H, W, 3]
+    picture = make_grid(tiles.permute(0, 3, 1, 2), nrow=count, padding=4, pad_value=255)
+    return np.asarray(picture.permute(1, 2, 0).contiguous())
 
 
 @lru_cache(maxsize=8)
@@ -221,21 +207,21 @@ def slot_palette(num_slots: int) -> Image:
     """[S, 3] colours as far apart as can be: farthest-point picks in OKLab, vivid ones only.
 
     OKLab (Ottosson 2020, https://bottosson.github.io/posts/oklab) measures how different colours
-    look. Each colour is picked given those before it, so a longer palette begins with a shorter one.
-    Repeats after about 1,500 slots.
+    look. Each colour is picked given those before it, so a longer palette begins with a shorter
+    one. Repeats after about 1,800 slots.
     """
     levels = np.linspace(0, 1, 16)
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lab = _oklab(rgb)
     chroma = np.hypot(lab[:, 1], lab[:, 2])
-    vivid = (chroma > 0.09) & (lab[:, 0] > 0.42) & (lab[:, 0] < 0.88)
+    vivid = (chroma > 0.09) & (chroma < 0.21) & (lab[:, 0] > 0.45) & (lab[:, 0] < 0.88)
     rgb, lab = rgb[vivid], lab[vivid]
     picks = [int(lab[:, 2].argmin())]  # the bluest
     distance = np.full(len(lab), np.inf)
     for _ in range(min(num_slots, len(lab)) - 1):
         distance = np.minimum(distance, np.linalg.norm(lab - lab[picks[-1]], axis=1))
         picks.append(int(distance.argmax()))
-    palette = (255 * rgb[np.resize(picks, num_slots)]).round().astype(np.uint8)
+    palette: Image = (255 * rgb[np.resize(picks, num_slots)]).round().astype(np.uint8)
     palette.flags.writeable = False  # shared by the cache
     return palette
 
@@ -243,34 +229,21 @@ def slot_palette(num_slots: int) -> Image:
 def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     """[..., 3] sRGB in 0..1 to OKLab."""
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    cones = linear @ np.array(
-        [
-            [0.4122214708, 0.2119034982, 0.0883024619],
-            [0.5363325363, 0.6806995451, 0.2817188376],
-            [0.0514459929, 0.1073969566, 0.6299787005],
-        ]
-    )
-    lab: NDArray[np.float64] = np.cbrt(cones) @ np.array(
-        [
-            [0.2104542553, 1.9779984951, 0.0259040371],
-            [0.7936177850, -2.4285922050, 0.7827717662],
-            [-0.0040720468, 0.4505937099, -0.8086757660],
-        ]
-    )
-    return lab
+    cones = [[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]]
+    opponents = [[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]]
+    return np.asarray(np.cbrt(linear @ np.array(cones)) @ np.array(opponents))
 
 
 def _tiles(pixels: Image, panel: Panel) -> list[tuple[str, Image]]:
     """Titles and pictures of a panel."""
     tiles = []
     if panel.keep is not None:
-        total = math.prod(panel.grid_hw)
-        kept = int(_keep_mask(panel.keep, panel.grid_hw).sum())
-        picture = draw_kept_tokens(pixels, panel.keep, panel.grid_hw)
-        tiles.append((f"{panel.title}  {kept} of {total} tokens", picture))
+        mask = _keep_mask(panel.keep, panel.grid_hw)
+        title = f"{panel.title}  {mask.sum()} of {mask.size} tokens"
+        tiles.append((title, draw_kept_tokens(pixels, panel.keep, panel.grid_hw)))
     if panel.attention is not None:
-        picture = draw_slot_masks(pixels, panel.attention, panel.grid_hw)
-        tiles.append((f"{panel.title}  {len(panel.attention)} slots", picture))
+        title = f"{panel.title}  {len(panel.attention)} slots"
+        tiles.append((title, draw_slot_masks(pixels, panel.attention, panel.grid_hw)))
     return tiles
 
 
@@ -282,14 +255,19 @@ def _check_image(image: ArrayLike) -> Image:
     return pixels
 
 
+def _fade(pixels: Image) -> NDArray[np.float64]:
+    """[H, W, 3] with a fifth of the colour left."""
+    grey = pixels @ np.array([0.299, 0.587, 0.114])  # [H, W], ITU-R BT.601
+    return np.asarray(0.8 * grey[..., None] + 0.2 * pixels)
+
+
 def _keep_mask(keep: Tensor, grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
     """[N] bool from a mask or indices."""
     total = math.prod(grid_hw)
     given = keep.detach().cpu().numpy()
     if given.dtype == np.bool_ and given.shape == (total,):
         return given
-    integers = given.ndim == 1 and given.dtype.kind in "iu"
-    if not integers or ((given < 0) | (given >= total)).any():
+    if given.ndim != 1 or given.dtype.kind not in "iu" or ((given < 0) | (given >= total)).any():
         raise ValueError(
             f"kept tokens {keep.dtype} {list(keep.shape)} do not fit the grid {tuple(grid_hw)}; "
             f"pass indices [K] in 0..{total - 1} or a bool mask [{total}]."
@@ -299,21 +277,21 @@ def _keep_mask(keep: Tensor, grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
     return mask
 
 
-def _cells(size_hw: tuple[int, ...], grid_hw: tuple[int, int]) -> NDArray[np.int64]:
+def _cells(pixels: Image, grid_hw: tuple[int, int]) -> NDArray[np.intp]:
     """[H, W] token of each pixel."""
-    rows, columns = (np.arange(s) * g // s for s, g in zip(size_hw, grid_hw, strict=True))
-    return rows[:, None] * grid_hw[1] + columns
+    rows, columns = (np.arange(s) * g // s for s, g in zip(pixels.shape, grid_hw, strict=False))
+    return np.asarray(rows[:, None] * grid_hw[1] + columns)
 
 
 def _border(region: NDArray[Any], grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """[H, W] bool: pixels a line's width from another region or from the edge of the image.
+    """[H, W] bool: pixels within a line's width of another region.
 
     The line is a fourteenth of a patch; patches below 4 pixels would drown in it and get none.
     """
     height, width = region.shape
-    patch = min(height / grid_hw[0], width / grid_hw[1])
+    patch = min(height / grid_hw[0], width / grid_hw[1])  # pixels
     line = max(round(patch / 14), 1) if patch >= 4 else 0
-    padded = np.pad(region.astype(np.int64), line, constant_values=-1)
+    padded = np.pad(region, line, mode="edge")
     shifts = ((0, line), (2 * line, line), (line, 0), (line, 2 * line))
     moved = [padded[y : y + height, x : x + width] for y, x in shifts]
-    return np.any([other != region for other in moved], axis=0)
+    return np.asarray(np.any([other != region for other in moved], axis=0))

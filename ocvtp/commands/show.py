@@ -91,10 +91,9 @@ def show(
             selection = pruner.select(tokens)
             masks = pruner.masks(tokens)
             kept[pruner.name] = int(selection.counts()[0])
-            title = f"{pruner.name}  {kept[pruner.name]} of {tokens.num_tokens} tokens"
             indices = selection.keep_indices[0, : kept[pruner.name]].cpu()
             soft = None if masks is None else masks[0].float().cpu()
-            panels.append(Panel(title, indices, soft, tokens.grid_hw))
+            panels.append(Panel(pruner.name, indices, soft, tokens.grid_hw))
     seen = _denormalized(processor.image_processor, pixels[0])
     save_figure(figure(seen, panels), Path(output))
     return {"output": output, "visual_tokens": tokens.num_tokens, "kept": kept}

@@ -130,8 +130,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         """[h, w] ids at the stored image's `size` (w, h); None without instances."""
         if self._coco is None:
             return None
-        entry = self._coco.imgs[image_id]
-        ids = _draw_instances(self._coco, image_id, (entry["height"], entry["width"]))
+        ids = _draw_instances(self._coco, image_id)
         if ids.shape == size[::-1]:
             return ids
         if abs(ids.shape[0] * size[0] - ids.shape[1] * size[1]) > sum(ids.shape):
@@ -255,9 +254,10 @@ def _index(content: dict[str, Any]) -> COCO:
     return coco
 
 
-def _draw_instances(coco: COCO, image_id: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+def _draw_instances(coco: COCO, image_id: int) -> NDArray[np.uint8]:
     """[h, w] ids, 1 for the largest instance; the smaller lie over the larger."""
-    masks = [_mask(coco, a) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
+    shape = (coco.imgs[image_id]["height"], coco.imgs[image_id]["width"])
+    masks = [_mask(coco, a, shape) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
     masks.sort(key=lambda mask: -int(mask.sum()))
     ids = np.zeros(shape, np.uint8)
     for number, mask in enumerate(masks[:MAX_INSTANCES], start=1):
@@ -265,8 +265,12 @@ def _draw_instances(coco: COCO, image_id: int, shape: tuple[int, int]) -> NDArra
     return ids
 
 
-def _mask(coco: COCO, annotation: dict[str, Any]) -> NDArray[np.bool_]:
+def _mask(coco: COCO, annotation: dict[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    number = annotation["id"]
     try:
-        return np.asarray(coco.annToMask(annotation), dtype=bool)
+        mask = np.asarray(coco.annToMask(annotation), dtype=bool)
     except Exception as error:  # pycocotools raises bare Exception, TypeError, KeyError, ...
-        raise ValueError(f"annotation {annotation['id']} has no readable mask ({error})") from error
+        raise ValueError(f"annotation {number} has no readable mask ({error})") from error
+    if mask.shape != shape:
+        raise ValueError(f"annotation {number} has no readable mask (of {mask.shape}, not {shape})")
+    return mask

@@ -86,18 +86,22 @@ def resize_folder(
     targets = _targets(source, output)
     claim_folder(output, SETTINGS_FILE, {"size": size, "quality": quality})
     work = partial(_resize, source, output, size, quality)
-    written, skipped, failures = 0, 0, []
     executor = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 16))
     try:
         results = executor.map(work, targets.values(), targets.keys())
-        for outcome, message in progress(results, f"resize to {size}", len(targets)):
-            written += outcome == "written"
-            skipped += outcome == "skipped"
-            if outcome == "failed":
-                failures.append(message)
-                logger.warning("not resized: %s", message)
+        return _report(progress(results, f"resize to {size}", len(targets)))
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _report(results: Iterable[_Outcome]) -> ResizeReport:
+    written, skipped, failures = 0, 0, []
+    for outcome, message in results:
+        written += outcome == "written"
+        skipped += outcome == "skipped"
+        if outcome == "failed":
+            failures.append(message)
+            logger.warning("not resized: %s", message)
     return ResizeReport(written, skipped, tuple(failures))
 
 

@@ -217,7 +217,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: _Array) -> None:
     kind = rng.integers(3)
     if kind == 0:
         alpha = _coverage(OUTLINES["circle"], 0, extent)
-        edge = extent // 5
+        edge = max(extent // 5, 1)
         alpha[edge:-edge, edge:-edge] -= _coverage(OUTLINES["circle"], 0, extent - 2 * edge)
     elif kind == 1:
         alpha = _coverage(OUTLINES["square"] * (1, 0.25), rng.uniform(0, np.pi), extent)

@@ -79,6 +79,7 @@ class FrozenEncoder(nn.Module, ABC):
             keys=tuple(self._block(b) for b in needs.keys),
         )
         taps.install(self._view(self.tower), self._asked)
+        self.eval()
         return self
 
     def _block(self, number: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,11 @@ from transformers import (
     CLIPImageProcessor,
     PreTrainedConfig,
 )
+from transformers.utils import logging as hf_logging
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
 
-_LOG = logging.getLogger(__name__)
 _FAMILIES = ("clip_vision_model", "siglip_vision_model")
 
 RANDOM_TOWERS: dict[str, dict[str, Any]] = {
@@ -150,14 +151,15 @@ class CLIPEncoder(FrozenEncoder):
             return tower
         config.num_hidden_layers = num_blocks
         config.vision_use_head = False  # SigLIP: no pooling head
-        tower, info = AutoModel.from_pretrained(
-            self._source,
-            config=config,
-            dtype=self.dtype,
-            output_loading_info=True,
-            attn_implementation="sdpa",
-            key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": ""},
-        )
+        with _quiet():  # the blocks that are cut off are no news
+            tower, info = AutoModel.from_pretrained(
+                self._source,
+                config=config,
+                dtype=self.dtype,
+                output_loading_info=True,
+                attn_implementation="sdpa",
+                key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": ""},
+            )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"{self._source!r} lacks {len(missing)} weights of the vision tower, e.g."
@@ -167,6 +169,17 @@ class CLIPEncoder(FrozenEncoder):
 
     def _view(self, tower: nn.Module) -> taps.Tower:
         return tower_view(tower)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from listing every weight that a cut tower leaves unread."""
+    before = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(before)
 
 
 def tower_view(tower: nn.Module) -> taps.Tower:

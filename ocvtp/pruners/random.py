@@ -41,7 +41,7 @@ class Random(Pruner):
         row = torch.arange(batch, device=tokens.features.device)[:, None]
         column = torch.arange(num_tokens, device=tokens.features.device)
         noise = _hash(_hash(_hash(column) + row) + self.seed)  # [B, N]
-        return top_k(noise, num_keep, tokens.valid)
+        return top_k(noise.float(), num_keep, tokens.valid)
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -85,12 +85,33 @@ class OCPrunerConfig(NetworkSizes):
         return cls(**values)
 
 
+_MODEL_CARD = """---
+{{ card_data }}
+---
+
+# OC-pruner
+
+A visual-token pruner for vision-language models, trained with ocvtp after "Object-Centric Vision Token
+Pruning" ({{ paper_url }}). `config.json` names the vision tower, the layer it reads, the preprocessing,
+the slot counts and the training run; `model.safetensors` holds the weights and the table of query noise.
+
+```python
+import ocvtp
+
+pruner = ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="THIS_FOLDER_OR_HUB_ID")
+with pruner(model):  # a transformers VLM whose tower config.json names
+    model.generate(**inputs)
+```
+"""
+
+
 class OCPruner(
     nn.Module,
     PyTorchModelHubMixin,
     library_name="ocvtp",
     tags=["visual-token-pruning", "slot-attention"],
     paper_url="https://arxiv.org/abs/2511.20439",
+    model_card_template=_MODEL_CARD,
 ):
     """The network of "Object-Centric Vision Token Pruning".
 

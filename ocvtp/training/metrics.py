@@ -101,7 +101,7 @@ def _gather_kept(tokens: Tensor, keep_indices: Tensor, valid: Tensor | None) -> 
 def slot_labels(attention: Tensor, grid_hw: tuple[int, int], size_hw: tuple[int, int]) -> Tensor:
     """Slot of each pixel: masks upsampled bilinearly, then argmax over slots.
 
-    The order of the object-centric literature (DINOSAUR, arXiv 2209.14860, sec. 4): upsampling the
+    The order of the object-centric literature (DINOSAUR, arXiv 2209.14860): upsampling the
     soft masks first gives smoother borders than upsampling labels. Needs B S H W floats.
 
     Args:
@@ -164,7 +164,7 @@ class ForegroundARI(Metric):
         counted = (sizes > 0).sum(dim=1) >= self.min_instances
         together = _pairs(table).sum(dim=(1, 2))
         same_instance, same_slot = _pairs(sizes).sum(dim=1), _pairs(table.sum(dim=1)).sum(dim=1)
-        expected = same_instance * same_slot / _pairs(sizes.sum(dim=1)).clamp_min(1)
+        expected = same_instance * same_slot / _pairs(sizes.sum(dim=1))
         score = (together - expected) / ((same_instance + same_slot) / 2 - expected)
         # Equal partitions, the degenerate 0 / 0 ones (a single cluster, single pixels) among them.
         score = score.masked_fill((together == same_instance) & (together == same_slot), 1.0)
@@ -227,7 +227,7 @@ def _contingency(labels: Tensor, instances: Tensor) -> tuple[Tensor, Tensor]:
             "[B, H, W] both (`slot_labels` resizes slot masks)."
         )
     slots, column = torch.unique(labels, return_inverse=True)
-    ids, row = torch.unique(instances.clamp_min(0), return_inverse=True)
+    ids, row = torch.unique(instances, return_inverse=True)
     images, num_slots, num_ids = len(labels), len(slots), len(ids)
     image = torch.arange(images, device=labels.device)[:, None, None]
     cell = (image * num_ids + row) * num_slots + column  # [B, H, W]

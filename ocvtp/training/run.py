@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,10 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
         SystemExit: for settings that do not parse.
         ValueError: for settings that make no sense.
     """
+    # The words may well be those of the process, without the name of the command.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # The frozen tower is meant to be in evaluation mode.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     cli = _TrainCLI(
         OCPrunerModule,
         pl.LightningDataModule,

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from reference import ONE, fingerprint, make_batch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Ten times faster for models as small as these."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def used(llava: Any, llava_siglip: Any) -> list[Any]:
+    """Both models after a first call, in which transformers installs hooks of its own."""
+    for model in (llava, llava_siglip):
+        model.generate(**make_batch(ONE), max_new_tokens=1)
+    return [llava, llava_siglip]
+
+
+@pytest.fixture
+def untouched(used: list[Any]) -> Iterator[None]:
+    """Both models are the same after the test as before it."""
+    before = [fingerprint(model) for model in used]
+    yield
+    for model, expected in zip(used, before, strict=True):
+        assert dict(fingerprint(model).items() ^ expected.items()) == {}
