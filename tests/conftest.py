@@ -1,18 +1,69 @@
-"""Models shared by all tests; a test leaves them as it found them, or works on a copy."""
+"""Fixtures that tests share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_llava
+from torch import Tensor
+
+from ocvtp.slots import OCPruner, OCPrunerConfig
+
+DATA = Path(__file__).parent / "data"
+COCO_TINY = Path(__file__).parents[2] / "shared" / "coco-tiny"
 
 
 @pytest.fixture(scope="session")
 def llava() -> Any:
+    """A tiny LLaVA-1.5; a test leaves it as it found it, or works on a copy."""
     return tiny_llava("clip")
 
 
 @pytest.fixture(scope="session")
 def llava_siglip() -> Any:
+    """The same behind a SigLIP tower."""
     return tiny_llava("siglip")
+
+
+@lru_cache
+def _vectors(name: str) -> dict[str, Tensor]:
+    return load_file(DATA / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def vectors() -> Callable[[str], dict[str, Tensor]]:
+    """Reference vectors by name, see tests/data/README.md."""
+    return _vectors
+
+
+@pytest.fixture
+def small_network() -> OCPruner:
+    """An OC-pruner over 8-wide tokens, in evaluation mode."""
+    torch.manual_seed(0)
+    config = OCPrunerConfig(
+        feature_dim=8, hidden_dim=16, slot_dim=4, ffn_dim=8, grid_hw=(4, 4), layer=3, noise_rows=32
+    )
+    return OCPruner(config).eval()
+
+
+@pytest.fixture(scope="session")
+def coco_tiny() -> Path:
+    """A small folder of real COCO images, where there is one beside the repository."""
+    if not COCO_TINY.is_dir():
+        pytest.skip(f"no real COCO images at {COCO_TINY}")
+    return COCO_TINY
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave GPU tests out where there is no GPU, and network tests unless they are asked for."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if item.get_closest_marker("network") and "network" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="needs the internet; run with -m network"))

@@ -10,37 +10,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from ocvtp.hosts import generation
+from ocvtp.hosts import calls
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.llava import LlavaHost
-from ocvtp.hosts.rewrite import Positions, Prompt, shorten
+from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.pruners import Pruner
 
 HOSTS: tuple[type[Host], ...] = (LlavaHost,)
-_STATE = "_ocvtp_state"
 _WRAPPED = ("forward", "generate")
-
-_PROMPT: ContextVar[tuple[Any, Prompt] | None] = ContextVar("ocvtp_prompt", default=None)
-
-
-@dataclass
-class _State:
-    """What an attached model carries."""
-
-    host: Host
-    pruner: Pruner
-    positions: Positions
-    on_prune: Callable[[Prompt], None] | None
-    before: dict[str, Any] = field(default_factory=dict)  # instance attributes that stood there
 
 
 class Handle:
@@ -56,7 +39,7 @@ class Handle:
             hook.remove()
         self._hooks = []
         attributes = self._model.__dict__
-        state = attributes.pop(_STATE, None)
+        state = attributes.pop(STATE, None)
         if state is None:
             return
         for name in _WRAPPED:
@@ -76,7 +59,7 @@ class _Wrapper(partial):  # type: ignore[type-arg]
     @property
     def __signature__(self) -> inspect.Signature:
         model = self.args[0]
-        return inspect.signature(getattr(type(model), self.func.__name__[1:]).__get__(model))
+        return inspect.signature(getattr(type(model), self.func.__name__).__get__(model))
 
 
 def find_host(model: Any) -> Host:
@@ -88,7 +71,7 @@ def find_host(model: Any) -> Host:
     model = unwrap(model)
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for host in HOSTS:
-        if kind in host.model_types:
+        if kind in host.model_types and hasattr(model, "generate"):
             return host(model)
     supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
     raise ValueError(
@@ -134,7 +117,7 @@ def attach(
             pruner needs.
     """
     model = unwrap(model)
-    if _STATE in model.__dict__:
+    if STATE in model.__dict__:
         raise ValueError(
             "a pruner is attached to this model already; remove it first (handle.remove(), or"
             " leave its `with` block)."
@@ -149,11 +132,11 @@ def attach(
         )
     host.check(pruner.needs)
     hooks = host.install(pruner.needs)
-    state = _State(host, pruner, positions, on_prune)
+    state = State(host, pruner, positions, on_prune)
     state.before = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
-    model.__dict__[_STATE] = state
-    model.__dict__["forward"] = _Wrapper(_forward, model)
-    model.__dict__["generate"] = _Wrapper(_generate, model)
+    model.__dict__[STATE] = state
+    for name in _WRAPPED:
+        model.__dict__[name] = _Wrapper(getattr(calls, name), model)
     return Handle(model, hooks)
 
 
@@ -165,115 +148,3 @@ def attached(model: Any, pruner: Pruner, **options: Any) -> Iterator[Handle]:
         yield handle
     finally:
         handle.remove()
-
-
-def _original(model: Any, state: _State | None, name: str) -> Callable[..., Any]:
-    if state is not None and name in state.before:
-        function: Callable[..., Any] = state.before[name]
-        return function
-    return partial(getattr(type(model), name), model)
-
-
-def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    state: _State | None = model.__dict__.get(_STATE)
-    original = _original(model, state, "forward")
-    if state is None:
-        return original(*args, **kwargs)
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    has_images = kwargs.get("pixel_values") is not None or len(args) > 1
-    if not has_images and (ids is None or ids.shape[1] == 1):
-        return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
-    if args:
-        names = list(inspect.signature(type(model).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-    running = _PROMPT.get()
-    if running is not None and running[0] is model:  # inside generate: the ids are short already
-        return original(**_splice(model, running[1], kwargs))
-    if kwargs.get("pixel_values") is None:
-        return original(**kwargs)
-    if kwargs.get("past_key_values") is not None and generation.cache_length(kwargs):
-        raise ValueError(
-            "forward() got images and a filled cache while a pruner is attached: the attention"
-            " mask would not match the short cache. Use generate(), or pass the images with an"
-            " empty cache."
-        )
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise ValueError(
-            "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int."
-        )
-    short, prompt = _shorten(state, kwargs)
-    short.pop("input_ids")
-    return original(**short, inputs_embeds=prompt.embeddings)
-
-
-def _shorten(state: _State, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
-    short, prompt = shorten(state.host, state.pruner, inputs, state.positions)
-    if state.on_prune is not None:
-        state.on_prune(prompt)
-    return short, prompt
-
-
-def _splice(model: Any, prompt: Prompt, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Put the prepared embeddings where this forward sees tokens of the short prompt."""
-    ids = kwargs.get("input_ids")
-    if ids is None:
-        return kwargs
-    past = generation.cache_length(kwargs)
-    here = slice(past, past + ids.shape[1])
-    if past >= prompt.short_length:
-        return kwargs
-    repeats, rest = divmod(ids.shape[0], prompt.short_ids.shape[0])
-    expected = prompt.short_ids[:, here].repeat_interleave(max(repeats, 1), dim=0)
-    head = ids[:, : expected.shape[1]]
-    if rest or not torch.equal(expected.to(ids.device), head):
-        if bool((ids == model.config.image_token_id).any()):
-            raise ValueError(
-                "generate() ran the model on image placeholders that are not the prompt's (e.g. a"
-                " negative prompt with an image); leave them out while a pruner is attached."
-            )
-        return kwargs  # e.g. the text-only branch of classifier-free guidance
-    kwargs = dict(kwargs)
-    tail = kwargs.pop("input_ids")[:, expected.shape[1] :]
-    embeddings = prompt.embeddings[:, here].repeat_interleave(repeats, dim=0)
-    if tail.shape[1]:
-        embed = model.get_input_embeddings()
-        embeddings = torch.cat([embeddings, embed(tail).to(embeddings)], dim=1)
-    kwargs["inputs_embeds"] = embeddings
-    if prompt.gapped and kwargs.get("attention_mask") is None:
-        # An all-ones mask may have been dropped; without one, gaps look like packed sequences.
-        kwargs["attention_mask"] = torch.ones(
-            ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device
-        )
-    return kwargs
-
-
-@torch.no_grad()
-def _generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-    state: _State | None = model.__dict__.get(_STATE)
-    original = _original(model, state, "generate")
-    if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
-        kwargs["input_ids"], inputs = inputs, None
-    if state is None:
-        return original(inputs, *args, **kwargs)
-    remembered = generation.remembered_prompt(kwargs)
-    if remembered is not None:  # a later turn: the images are in the cache
-        turn, full_ids = generation.later_turn(state.host, remembered, kwargs)
-        shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
-        prompt = None
-    elif kwargs.get("pixel_values") is None:
-        return original(inputs, *args, **kwargs)
-    else:
-        named = set(inspect.signature(type(model).forward).parameters)
-        named -= {"logits_to_keep", "use_cache", "past_key_values"}
-        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in named}
-        turn, prompt = _shorten(state, ours)
-        turn |= kwargs
-        shown = generation.Shown(prompt.input_ids, prompt.short_length)
-    generation.adjust(model, args, turn, shown)
-    token = _PROMPT.set(None if prompt is None else (model, prompt))
-    try:
-        output = original(None, *args, **turn)
-    finally:
-        _PROMPT.reset(token)
-    generation.remember(output, turn, prompt or remembered)
-    return generation.restore(output, shown)

@@ -5,16 +5,12 @@ B rows of the batch, L tokens of the caller's prompt, L' of the short one.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from ocvtp.hosts.base import Host
-from ocvtp.hosts.rewrite import Prompt
-
-_ON_CACHE = "_ocvtp_prompt"
 
 
 @dataclass(frozen=True)
@@ -36,129 +32,110 @@ class Shown:
         return torch.cat([ids, sequences[:, self.short_length :]], dim=1)
 
 
-@dataclass(frozen=True)
-class _Remembered:
-    """What a cache remembers of the prompt that it was filled with.
-
-    Args:
-        input_ids: [B, L] the caller's. short_ids: [B, L']. short_mask: [B, L'] bool.
-    """
-
-    input_ids: Tensor
-    short_ids: Tensor
-    short_mask: Tensor
-
-
 def cache_length(kwargs: dict[str, Any]) -> int:
     """Tokens in the cache that a call was given."""
     cache = kwargs.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
 
 
-def remembered_prompt(kwargs: dict[str, Any]) -> _Remembered | None:
-    """The prompt that the given cache was filled with under a pruner.
-
-    Raises:
-        ValueError: if images come with a cache that was filled without one.
-    """
-    if not cache_length(kwargs):
-        return None
-    found: _Remembered | None = getattr(kwargs["past_key_values"], _ON_CACHE, None)
-    if found is None and kwargs.get("pixel_values") is not None:
-        raise ValueError(
-            "generate() got images and a cache that was filled without the pruner; pass an empty"
-            " cache, or the one that a pruned generate() filled."
-        )
-    return found
+def given_or_inferred_mask(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The caller's mask; without one, padding is found by its id, as generate() does."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    pad = _setting("pad_token_id", kwargs, model)
+    if mask is not None or ids is None or pad is None:
+        return mask
+    end = _setting("eos_token_id", kwargs, model)
+    ends = end if isinstance(end, (list, tuple)) else [end]
+    real: Tensor = ids != pad
+    return None if pad in ends or bool(real.all()) else real.long()
 
 
-def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt | _Remembered | None) -> None:
-    """Leave a note of the prompt on the cache, for the next turn."""
-    if prompt is None:
-        return
-    note = _Remembered(prompt.input_ids, prompt.short_ids, prompt.short_mask)
-    for cache in (getattr(output, "past_key_values", None), kwargs.get("past_key_values")):
-        if cache is not None and not isinstance(cache, tuple):
-            setattr(cache, _ON_CACHE, note)
-
-
-def later_turn(
-    host: Host, first: _Remembered, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of a later turn on a warm cache, and the caller's whole prompt [B, L].
-
-    Raises:
-        ValueError: if the prompt does not continue the one in the cache, or brings new images.
-    """
-    ids: Tensor = kwargs["input_ids"]
-    length = first.input_ids.shape[1]
-    start = first.input_ids.to(ids.device)
-    if ids.shape[0] != start.shape[0] or not torch.equal(ids[:, :length], start):
-        raise ValueError(
-            f"input_ids {list(ids.shape)} do not begin with the prompt {list(start.shape)} that the"
-            " cache was filled with; pass the whole conversation, or an empty cache."
-        )
-    tail = ids[:, length:]
-    if bool((tail == host.image_token_id).any()):
-        raise ValueError(
-            "a later turn brings new images, which a warm cache cannot take; pass the whole"
-            " conversation with all its images and an empty cache."
-        )
-    turn = {k: v for k, v in kwargs.items() if k not in host.image_keys}
-    turn["input_ids"] = torch.cat([first.short_ids.to(ids.device), tail], dim=1)
-    mask = kwargs.get("attention_mask")
-    rest = torch.ones_like(tail) if mask is None else mask[:, length:].to(ids.device)
-    head = first.short_mask.to(rest.device, rest.dtype)
-    turn["attention_mask"] = torch.cat([head, rest], dim=1)
-    return turn, ids
-
-
-def adjust(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], shown: Shown) -> None:
+def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
     """Keep the meaning of arguments that count or read the prompt."""
-    from transformers import LogitsProcessorList, StoppingCriteriaList
+    from transformers import (
+        LogitsProcessorList,
+        PrefixConstrainedLogitsProcessor,
+        StoppingCriteriaList,
+    )
 
-    config = args[0] if args else kwargs.get("generation_config")
-    lost = shown.input_ids.shape[1] - shown.short_length
-    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        if _setting(new, kwargs, config, model) is None:
-            value = _setting(total, kwargs, config, model)
-            if value:
-                kwargs[total] = max(value - lost, 0)
-    if criteria := kwargs.get("stopping_criteria"):
-        items = [_OnWholePromptStop(shown, c) for c in _as_list(criteria)]
-        kwargs["stopping_criteria"] = StoppingCriteriaList(items)
-    if processors := kwargs.get("logits_processor"):
-        items = [_OnWholePrompt(shown, p) for p in _as_list(processors)]
+    _shift_lengths(model, kwargs, shown.input_ids.shape[1] - shown.short_length)
+    processors = _as_list(kwargs.get("logits_processor"))
+    if (allowed := kwargs.pop("prefix_allowed_tokens_fn", None)) is not None:
+        beams = _setting("num_beams", kwargs, model) or 1
+        processors.append(PrefixConstrainedLogitsProcessor(allowed, beams))
+    if processors:
+        items: list[Any] = [_OnWholePrompt(p, shown) for p in processors]
         kwargs["logits_processor"] = LogitsProcessorList(items)
+    if criteria := _as_list(kwargs.get("stopping_criteria")):
+        items = [_StopOnWholePrompt(c, shown) for c in criteria]
+        kwargs["stopping_criteria"] = StoppingCriteriaList(items)
+    if kwargs.get("streamer") is not None:
+        kwargs["streamer"] = _StreamWholePrompt(kwargs["streamer"], shown)
+
+
+def _shift_lengths(model: Any, kwargs: dict[str, Any], lost: int) -> None:
+    """Lengths that count the prompt, for a prompt of `lost` tokens less."""
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = _setting(total, kwargs, model)
+        if not value or _setting(new, kwargs, model) is not None:
+            continue
+        config = kwargs.get("generation_config")
+        if config is None or kwargs.get(total) is not None:
+            kwargs[total] = max(value - lost, 0)
+        else:  # generate() wants settings in one place
+            kwargs["generation_config"] = config = copy(config)
+            setattr(config, total, max(value - lost, 0))
 
 
 def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _setting(name: str, kwargs: dict[str, Any], config: Any, model: Any) -> Any:
+def _setting(name: str, kwargs: dict[str, Any], model: Any) -> Any:
     """A generation setting, as generate() looks it up."""
-    for source in (kwargs.get(name), getattr(config, name, None)):
-        if source is not None:
-            return source
-    return getattr(model.generation_config, name, None)
+    given = kwargs.get(name)
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        if given is None:
+            given = getattr(config, name, None)
+    return given
 
 
 class _OnWholePrompt:
     """A caller's logits processor, shown the caller's prompt instead of the short one."""
 
-    def __init__(self, shown: Shown, function: Any) -> None:
-        self.shown, self.function = shown, function
+    def __init__(self, inner: Any, shown: Shown) -> None:
+        self.inner, self.shown = inner, shown
+
+    def __getattr__(self, name: str) -> Any:  # e.g. generate() looks for eos_token_id
+        if name.startswith("__") or name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        return self.function(self.shown.lengthen(input_ids), scores)
+        return self.inner(self.shown.lengthen(input_ids), scores)
 
 
-class _OnWholePromptStop(_OnWholePrompt):
+class _StopOnWholePrompt(_OnWholePrompt):
     """The same for a stopping criterion."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return self.function(self.shown.lengthen(input_ids), scores, **kwargs)
+        return self.inner(self.shown.lengthen(input_ids), scores, **kwargs)
+
+
+class _StreamWholePrompt:
+    """A caller's streamer, which gets the prompt first and then the answer, piece by piece."""
+
+    def __init__(self, inner: Any, shown: Shown) -> None:
+        self.inner, self.shown, self.has_prompt = inner, shown, False
+
+    def put(self, value: Tensor) -> None:
+        self.inner.put(value if self.has_prompt else self.shown.lengthen(value))
+        self.has_prompt = True
+
+    def end(self) -> None:
+        self.inner.end()
 
 
 def restore(output: Any, shown: Shown) -> Any:

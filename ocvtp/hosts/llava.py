@@ -88,15 +88,16 @@ class LlavaHost(Host):
                 f" vision_feature_layer={self.model.config.vision_feature_layer}; use a pruner"
                 " that does not (see `ocvtp list`)."
             )
+        view = self._view()
+        for layer in self._inside(needs).hidden:
+            view.layer(layer)
+        for block in [*needs.keys, *(block for block, _ in needs.attention)]:
+            view.block(block)
 
     def install(self, needs: Needs) -> list[RemovableHandle]:
         """See `Host.install`."""
-        handles = [taps.keep_input_of(self._projector, "features")]
-        try:
-            return handles + taps.install(self._view(), self._inside(needs))
-        except ValueError:
-            handles[0].remove()
-            raise
+        handles = taps.install(self._view(), self._inside(needs))
+        return [*handles, taps.keep_input_of(self._projector, "features")]
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""

@@ -17,8 +17,14 @@ from ocvtp.pruners import Pruner
 from ocvtp.structures import Selection
 
 Positions = Literal["contiguous", "original"]
-_PER_TOKEN = ("input_ids", "attention_mask", "position_ids", "labels", "token_type_ids")
-_PER_TOKEN += ("mm_token_type_ids",)
+_PER_TOKEN = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "labels",
+    "token_type_ids",
+    "mm_token_type_ids",
+)
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Prompt:
         short_ids: [B, L'].
         short_mask: [B, L'] bool, False on padding.
         embeddings: [B, L', D'] of the short prompt, images included.
-        gapped: whether its position ids have holes.
-        encoded: the images. selection: what was kept of them.
+        positions: [B, L'] its position ids where they have gaps, else None.
+        images: the image arguments. encoded: what the tower made of them. selection: what was kept.
     """
 
     input_ids: Tensor
@@ -40,7 +46,8 @@ class Prompt:
     short_ids: Tensor
     short_mask: Tensor
     embeddings: Tensor
-    gapped: bool
+    positions: Tensor | None
+    images: dict[str, Any]
     encoded: Encoded
     selection: Selection
 
@@ -94,36 +101,46 @@ def shorten(
             f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
         )
     selection = pruner.select(encoded.tokens)
+    _check_selection(pruner, encoded, selection)
     kept = host.apply(encoded, selection)
     keep = real & ~placeholder
     chosen = slots[kept.positions.to(slots.device)]
     keep[chosen[:, 0], chosen[:, 1]] = True
 
     index, padding = _layout(keep, real)
-    short = {k: v for k, v in inputs.items() if k not in _PER_TOKEN}
-    fill = {"input_ids": _pad_id(host, ids, real), "labels": -100}
-    for name in _PER_TOKEN:
-        value = inputs.get(name)
-        if value is not None and name != "attention_mask":
-            short[name] = gather_columns(value.to(ids.device), index, padding, fill.get(name, 0))
-    if inputs.get("attention_mask") is not None or bool(padding.any()):
-        kind = torch.long if mask is None else inputs["attention_mask"].dtype
-        short["attention_mask"] = (~padding).to(kind)
-    gapped = inputs.get("position_ids") is not None
-    if not gapped and positions == "original" and index.shape[1] < ids.shape[1]:
-        numbers = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-        short["position_ids"] = gather_columns(numbers, index, padding, 0)
-        # transformers takes gaps for packed sequences unless there is a 2-D mask
-        short.setdefault("attention_mask", (~padding).long())
-        gapped = True
+    inputs["input_ids"] = ids
+    if (
+        positions == "original"
+        and inputs.get("position_ids") is None
+        and bool((keep != real).any())
+    ):
+        inputs["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    short = _gather(inputs, index, padding, _pad_id(host, ids, real))
 
-    embed = host.model.get_input_embeddings()
-    embeddings = embed(short["input_ids"])
+    embeddings = host.model.get_input_embeddings()(short["input_ids"])
     image_tokens = placeholder.gather(1, index) & ~padding
     rows = kept.embeddings.to(embeddings.device, embeddings.dtype)
     embeddings = embeddings.masked_scatter(image_tokens[:, :, None].to(embeddings.device), rows)
-    prompt = Prompt(ids, keep, short["input_ids"], ~padding, embeddings, gapped, encoded, selection)
-    return short, prompt
+    gapped = short.get("position_ids")
+    return short, Prompt(
+        ids, keep, short["input_ids"], ~padding, embeddings, gapped, images, encoded, selection
+    )
+
+
+def _gather(inputs: dict[str, Any], index: Tensor, padding: Tensor, pad_id: int) -> dict[str, Any]:
+    """Everything that has a column for each token, shortened; the rest as it is."""
+    short = {k: v for k, v in inputs.items() if k not in _PER_TOKEN}
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    fill = {"input_ids": pad_id, "labels": -100}
+    for name in _PER_TOKEN:
+        value = inputs.get(name)
+        if value is not None and name != "attention_mask":
+            value = value.to(ids.device).expand(*value.shape[:-2], *ids.shape)
+            short[name] = gather_columns(value, index, padding, fill.get(name, 0))
+    # Without a 2-D mask, transformers takes gaps in position_ids for packed sequences.
+    if mask is not None or "position_ids" in short or bool(padding.any()):
+        short["attention_mask"] = (~padding).to(torch.long if mask is None else mask.dtype)
+    return short
 
 
 def gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
@@ -139,8 +156,7 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
             " leave inputs_embeds out."
         )
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("videos are not pruned; call the model without the pruner for them.")
+    refuse_other_images(inputs)
     device = host.model.get_input_embeddings().weight.device
     ids: Tensor = inputs["input_ids"]
     ids = ids if device.type == "meta" else ids.to(device)
@@ -156,6 +172,36 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}; pass equal shapes."
         )
     return ids, mask.to(ids.device).bool()
+
+
+def refuse_other_images(inputs: dict[str, Any]) -> None:
+    """Refuse images that are no `pixel_values`.
+
+    Raises:
+        ValueError: for videos, and for images that were encoded beforehand.
+    """
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("videos are not pruned; call the model without the pruner for them.")
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError(
+            "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
+            " the pruner sees them."
+        )
+
+
+def _check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
+    """Anything but ascending indices would silently mix up tokens, or images."""
+    keep, valid = selection.keep_indices, selection.valid
+    images, num_tokens = encoded.tokens.batch_size, encoded.tokens.num_tokens
+    if valid is None:
+        valid = torch.ones_like(keep, dtype=torch.bool)
+    fits = (keep >= 0) & (keep < num_tokens) | ~valid
+    fits[:, 1:] &= (keep.diff(dim=1) > 0) & valid[:, :-1] | ~valid[:, 1:]
+    if len(keep) != images or not bool(fits.all()):
+        raise ValueError(
+            f"pruner {pruner.name!r} returned keep_indices {keep.tolist()}; for each of {images}"
+            f" images, return unique ascending numbers below {num_tokens}, the valid ones first."
+        )
 
 
 def _layout(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:

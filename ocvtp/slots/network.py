@@ -91,9 +91,10 @@ _MODEL_CARD = """---
 
 # OC-pruner
 
-A visual-token pruner for vision-language models, trained with ocvtp after "Object-Centric Vision Token
-Pruning" ({{ paper_url }}). `config.json` names the vision tower, the layer it reads, the preprocessing,
-the slot counts and the training run; `model.safetensors` holds the weights and the table of query noise.
+A visual-token pruner for vision-language models, trained with ocvtp after "Object-Centric Vision
+Token Pruning" ({{ paper_url }}). `config.json` names the vision tower, the layer it reads, the
+preprocessing, the slot counts and the training run; `model.safetensors` holds the weights and the
+table of query noise.
 
 ```python
 import ocvtp

@@ -199,8 +199,8 @@ class SlotsObjective(Objective):
             valid=tokens.valid,
         )
         with torch.no_grad():
-            spread = (features - features.mean(dim=(0, 1))).square().mean()
-            error = (prediction - features).square().mean()
+            spread = (features - features.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
+            error = (prediction - features).square().mean(dim=(1, 2))
             won = slot_areas(attention, tokens.valid) > 0
-        logs = {"relative_mse": error / spread, "slots_in_use": won.float().mean()}
+        logs = {"relative_mse": (error / spread).mean(), "slots_in_use": won.float().mean()}
         return Outcome(loss, slots, attention, logs)

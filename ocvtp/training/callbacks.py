@@ -36,8 +36,11 @@ class SlotPictures(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw the first batch."""
-        wanted = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
-        if not wanted or trainer.sanity_checking or not trainer.is_global_zero or not outputs:
+        due = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
+        if not due or trainer.sanity_checking:
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
+        if not trainer.is_global_zero or not outputs:
             return
         shown = slice(0, self.num_images)
         pixels = pl_module.encoder.transform.denormalize(batch["pixel_values"][shown].float())
@@ -48,6 +51,5 @@ class SlotPictures(pl.Callback):
                 logger.experiment.add_image(
                     "val/slots", picture, trainer.global_step, dataformats="HWC"
                 )
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"step{trainer.global_step:07d}.png")

@@ -168,8 +168,9 @@ class ForegroundARI(Metric):
         score = (together - expected) / ((same_instance + same_slot) / 2 - expected)
         # Equal partitions, the degenerate 0 / 0 ones (a single cluster, single pixels) among them.
         score = score.masked_fill((together == same_instance) & (together == same_slot), 1.0)
-        self.ari_sum += score[counted].sum()
-        self.ari_images += counted.sum()
+        # Not in place: a state made under inference mode may be updated outside of it.
+        self.ari_sum = self.ari_sum + score[counted].sum()
+        self.ari_images = self.ari_images + counted.sum()
 
     def compute(self) -> Tensor:
         """Mean over the images that counted."""
@@ -202,8 +203,8 @@ class MeanBestOverlap(Metric):
         union = sizes[:, :, None] + slot_sizes[:, None, :] - table  # [B, I, L]
         best = (table.double() / union.clamp_min(1)).amax(dim=2)  # [B, I], 0 where absent
         present = (sizes > 0).sum(dim=1)
-        self.overlap_sum += (best.sum(dim=1) / present.clamp_min(1)).sum()
-        self.overlap_images += (present > 0).sum()
+        self.overlap_sum = self.overlap_sum + (best.sum(dim=1) / present.clamp_min(1)).sum()
+        self.overlap_images = self.overlap_images + (present > 0).sum()
 
     def compute(self) -> Tensor:
         """Mean over the images that counted."""

@@ -145,13 +145,23 @@ class Short:
         return self.model.lm_head(states)
 
     @torch.no_grad()
-    def greedy(self, num_new: int, positions: str = "contiguous") -> Tensor:
-        """[B, n] the answer, token by token."""
-        answer = self.columns.new_empty(len(self.columns), 0)
+    def greedy(
+        self, num_new: int, positions: str = "contiguous", after: Tensor | None = None
+    ) -> Tensor:
+        """[B, n] the answer, token by token, to the prompt and what came `after` it [B, m]."""
+        text = self.columns.new_empty(len(self.columns), 0) if after is None else after
         for _ in range(num_new):
-            last = self.logits(self.positions(positions), answer)[:, -1]
-            answer = torch.cat([answer, last.argmax(dim=-1, keepdim=True)], dim=1)
-        return answer
+            last = self.logits(self.positions(positions), text)[:, -1]
+            text = torch.cat([text, last.argmax(dim=-1, keepdim=True)], dim=1)
+        return text[:, text.shape[1] - num_new :]
+
+    def generate(self, **settings: Any) -> Any:
+        """What the host's own generate() makes of it; call it while no pruner is attached."""
+        assert "generate" not in self.model.__dict__
+        with torch.no_grad():
+            return self.model.generate(
+                inputs_embeds=self.embeddings, attention_mask=self.mask, **settings
+            )
 
 
 def shorten(
@@ -198,7 +208,7 @@ def _pad(values: Tensor, length: int, side: Side, fill: float) -> Tensor:
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
     """Equal up to rounding, relative to the largest entry."""
     assert actual.shape == expected.shape
-    worst = float((actual - expected).abs().max() / expected.abs().max())
+    worst = float(((actual - expected).abs().max() / expected.abs().max()).detach())
     assert worst <= tolerance
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import IMAGE_TOKEN
 from reference import (
     BATCH,
     IMG,
@@ -23,6 +22,7 @@ from reference import (
     single,
     tower_states,
 )
+from tiny_models import IMAGE_TOKEN
 from torch.nn.functional import cross_entropy
 
 from ocvtp import Needs, Pruner, Selection, build_pruner
@@ -176,7 +176,9 @@ def test_labels_lose_the_dropped_tokens(llava: Any, pruner: Pruner, side: Any) -
     short = shorten(model, inputs, best_by_cls(llava, inputs["pixel_values"], 5), side)
     targets = short.gather(labels, fill=-100)[:, 1:]
     expected = cross_entropy(short.logits()[:, :-1].flatten(0, 1), targets.flatten())
-    expected_gradients = torch.autograd.grad(expected, list(model.model.language_model.parameters()))
+    expected_gradients = torch.autograd.grad(
+        expected, list(model.model.language_model.parameters())
+    )
     with pruner(model):
         loss = model(**inputs, labels=labels).loss
     loss.backward()

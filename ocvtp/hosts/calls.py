@@ -1,0 +1,191 @@
+"""What an attached model runs in place of its forward() and generate().
+
+B rows of the batch, L tokens of the caller's prompt, L' of the short one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts import generation, turns
+from ocvtp.hosts.base import Host
+from ocvtp.hosts.rewrite import Positions, Prompt, refuse_other_images, shorten
+from ocvtp.pruners import Pruner
+
+STATE = "_ocvtp_state"
+
+
+@dataclass
+class State:
+    """What an attached model carries."""
+
+    host: Host
+    pruner: Pruner
+    positions: Positions
+    on_prune: Callable[[Prompt], None] | None
+    before: dict[str, Any] = field(default_factory=dict)  # instance attributes that stood there
+
+    def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
+        """The short inputs and the prompt, reported."""
+        short, prompt = shorten(self.host, self.pruner, inputs, self.positions)
+        if self.on_prune is not None:
+            self.on_prune(prompt)
+        return short, prompt
+
+
+@dataclass
+class _Running:
+    """A generate() on its way: `num_read` of the short prompt's columns went into the model."""
+
+    model: Any
+    prompt: Prompt
+    num_read: int = 0
+
+
+_RUNNING: ContextVar[_Running | None] = ContextVar("ocvtp_running", default=None)
+
+
+def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
+    state: State | None = model.__dict__.get(STATE)
+    original = _original(model, state, "forward")
+    if state is None:
+        return original(*args, **kwargs)
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
+        # every decode step: cheap, and traceable by dynamo
+        if torch.compiler.is_compiling() or _reading(model) is None:
+            turns.check_step(kwargs, ids)
+            return original(*args, **kwargs)
+    kwargs = _by_name(model, "forward", args, kwargs)
+    running = _RUNNING.get()
+    if running is not None and running.model is model:  # the ids are short already
+        return original(**_splice(running, kwargs))
+    if not _brings_images(kwargs):
+        turns.check_step(kwargs, ids)
+        return original(**kwargs)
+    if generation.cache_length(kwargs):
+        raise ValueError(
+            "forward() got images and a filled cache while a pruner is attached: the attention"
+            " mask would not match the short cache. Use generate(), or pass the images with an"
+            " empty cache."
+        )
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int."
+        )
+    short, prompt = state.shorten(kwargs)
+    short.pop("input_ids")
+    output = original(**short, inputs_embeds=prompt.embeddings)
+    turns.remember(output, kwargs, prompt)
+    return output
+
+
+@torch.no_grad()
+def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`model.generate` on the short prompt, in the terms of the caller's."""
+    state: State | None = model.__dict__.get(STATE)
+    original = _original(model, state, "generate")
+    if state is None:
+        return original(*args, **kwargs)
+    kwargs = _by_name(model, "generate", args, kwargs)
+    inputs = kwargs.get("inputs")
+    if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
+        kwargs["input_ids"] = kwargs.pop("inputs")
+    running, remembered = None, turns.remembered_prompt(kwargs)
+    if remembered is not None:  # a later turn: the images are in the cache
+        turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
+        shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
+    elif not _brings_images(kwargs):
+        return original(**kwargs)
+    else:
+        refuse_other_images(kwargs)
+        named = set(inspect.signature(type(model).forward).parameters)
+        named -= {"logits_to_keep", "use_cache", "past_key_values"}
+        mask = generation.given_or_inferred_mask(model, kwargs)
+        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in named} | {"attention_mask": mask}
+        turn, prompt = state.shorten(ours)
+        turn |= kwargs
+        running = _Running(model, prompt)
+        shown = generation.Shown(prompt.input_ids, prompt.short_length)
+    generation.adjust(model, turn, shown)
+    token = _RUNNING.set(running)
+    try:
+        output = original(**turn)
+    finally:
+        _RUNNING.reset(token)
+    if running is not None and running.num_read < running.prompt.short_length:
+        raise ValueError(
+            "generate() did not read the prompt that it was given, so the images are not in the"
+            " answer; leave out what rewrites prompts, e.g. token_healing."
+        )
+    turns.remember(output, turn, running.prompt if running is not None else remembered)
+    return generation.restore(output, shown)
+
+
+def _original(model: Any, state: State | None, name: str) -> Callable[..., Any]:
+    if state is not None and name in state.before:
+        function: Callable[..., Any] = state.before[name]
+        return function
+    return partial(getattr(type(model), name), model)
+
+
+def _by_name(
+    model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    names = list(inspect.signature(getattr(type(model), name)).parameters)[1:] if args else []
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _brings_images(kwargs: dict[str, Any]) -> bool:
+    given = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    return any(given) or bool(kwargs.get("mm_encoder_outputs"))
+
+
+def _reading(model: Any) -> _Running | None:
+    """The generate() of this model and thread, while its prompt is not read to the end."""
+    running = _RUNNING.get()
+    if running is None or running.model is not model:
+        return None
+    return running if running.num_read < running.prompt.short_length else None
+
+
+def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Put the prepared embeddings where this forward sees tokens of the short prompt."""
+    prompt, ids = running.prompt, kwargs.get("input_ids")
+    past = generation.cache_length(kwargs)
+    if ids is None or past >= prompt.short_length:
+        return kwargs
+    here = slice(past, past + ids.shape[1])
+    repeats, rest = divmod(ids.shape[0], prompt.short_ids.shape[0])
+    expected = prompt.short_ids[:, here].repeat_interleave(max(repeats, 1), dim=0)
+    head = ids[:, : expected.shape[1]]
+    if rest or not torch.equal(expected.to(ids.device), head):
+        if bool((ids == running.model.config.image_token_id).any()):
+            raise ValueError(
+                "generate() ran the model on image placeholders that are not the prompt's (e.g. a"
+                " negative prompt with an image); leave them out while a pruner is attached."
+            )
+        return kwargs  # e.g. the text-only branch of classifier-free guidance
+    running.num_read = max(running.num_read, past + head.shape[1])
+    kwargs = dict(kwargs)
+    tail = kwargs.pop("input_ids")[:, expected.shape[1] :]
+    embeddings = prompt.embeddings[:, here].repeat_interleave(repeats, dim=0)
+    if tail.shape[1]:
+        embed = running.model.get_input_embeddings()
+        embeddings = torch.cat([embeddings, embed(tail).to(embeddings)], dim=1)
+    kwargs["inputs_embeds"] = embeddings
+    if prompt.positions is not None and kwargs.get("attention_mask") is None:
+        # An all-ones mask may have been dropped; without one, gaps look like packed sequences.
+        kwargs["attention_mask"] = torch.ones(
+            ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device
+        )
+    return kwargs

@@ -1,0 +1,156 @@
+"""Later turns: prompts that continue a cache which was filled with a short prompt.
+
+B rows of the batch, L tokens of the caller's first prompt, L' of the short one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts.base import Host
+from ocvtp.hosts.generation import cache_length
+from ocvtp.hosts.rewrite import Prompt
+
+_ON_CACHE = "_ocvtp_prompt"
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a cache remembers of the prompt that it was filled with.
+
+    Args:
+        input_ids: [B, L] the caller's.
+        pixel_values: its images.
+        short_ids: [B, L'].
+        short_mask: [B, L'] bool.
+        positions: [B, L'] where they are not contiguous.
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor
+    short_ids: Tensor
+    short_mask: Tensor
+    positions: Tensor | None
+
+
+def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt | Remembered | None) -> None:
+    """Leave a note of the prompt on the caches that a call filled, for the next turn."""
+    if prompt is None:
+        return
+    if isinstance(prompt, Prompt):
+        prompt = Remembered(
+            prompt.input_ids,
+            prompt.images["pixel_values"],
+            prompt.short_ids,
+            prompt.short_mask,
+            prompt.positions,
+        )
+    for cache in (getattr(output, "past_key_values", None), kwargs.get("past_key_values")):
+        if cache is not None and not isinstance(cache, tuple):
+            setattr(cache, _ON_CACHE, prompt)
+
+
+def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
+    """The prompt that the given cache was filled with under a pruner.
+
+    Raises:
+        ValueError: if images come with a cache that was filled without one.
+    """
+    if not cache_length(kwargs):
+        return None
+    found: Remembered | None = getattr(kwargs["past_key_values"], _ON_CACHE, None)
+    if found is None and kwargs.get("pixel_values") is not None:
+        raise ValueError(
+            "generate() got images and a cache that was filled without the pruner; pass an empty"
+            " cache, or the one that a pruned generate() filled."
+        )
+    return found
+
+
+def later_turn(
+    host: Host, first: Remembered, kwargs: dict[str, Any]
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of a later turn on a warm cache, and the caller's whole prompt.
+
+    Raises:
+        ValueError: if the prompt does not continue the one in the cache, or brings new images.
+    """
+    tail = _new_part(host, first, kwargs)
+    turn = {k: v for k, v in kwargs.items() if k not in host.image_keys}
+    turn["input_ids"] = torch.cat([first.short_ids.to(tail.device), tail], dim=1)
+    if turn["input_ids"].shape[1] <= cache_length(kwargs):
+        raise ValueError(
+            "input_ids hold nothing that is not in the cache already; pass the whole conversation"
+            " with the new turn at its end, or an empty cache."
+        )
+    mask = kwargs.get("attention_mask")
+    length = first.input_ids.shape[1]
+    rest = torch.ones_like(tail) if mask is None else mask[:, length:].to(tail.device)
+    head = first.short_mask.to(rest.device, rest.dtype)
+    turn["attention_mask"] = torch.cat([head, rest], dim=1)
+    if first.positions is not None and kwargs.get("position_ids") is None:
+        start = first.positions.to(tail.device)
+        numbers = start.amax(dim=1, keepdim=True) + rest.cumsum(dim=1)
+        turn["position_ids"] = torch.cat([start, numbers], dim=1)
+    return turn, kwargs["input_ids"]
+
+
+def _new_part(host: Host, first: Remembered, kwargs: dict[str, Any]) -> Tensor:
+    """The ids behind the prompt in the cache."""
+    ids: Tensor | None = kwargs.get("input_ids")
+    if ids is None:
+        raise ValueError(
+            "this cache was filled under a pruner; to continue it, pass the whole conversation as"
+            " input_ids."
+        )
+    start = first.input_ids.to(ids.device)
+    length = start.shape[1]
+    if ids.shape[0] != start.shape[0] or not torch.equal(ids[:, :length], start):
+        raise ValueError(
+            f"input_ids {list(ids.shape)} do not begin with the prompt {list(start.shape)} that the"
+            " cache was filled with; pass the whole conversation, or an empty cache."
+        )
+    if cache_length(kwargs) < first.short_ids.shape[1]:
+        raise ValueError(
+            "the cache was cropped into the prompt that it was filled with; pass the whole"
+            " conversation with its images and an empty cache."
+        )
+    images = kwargs.get("pixel_values")
+    old = first.pixel_values
+    is_new = images is not None and (
+        images.shape != old.shape or not torch.equal(images.to(old.device, old.dtype), old)
+    )
+    if is_new or bool((ids[:, length:] == host.image_token_id).any()):
+        raise ValueError(
+            "a later turn brings new images, which a warm cache cannot take; pass the whole"
+            " conversation with all its images and an empty cache."
+        )
+    return ids[:, length:]
+
+
+def check_step(kwargs: dict[str, Any], ids: Tensor | None) -> None:
+    """Refuse arguments of a bare forward() that do not fit a cache filled with a short prompt.
+
+    Raises:
+        ValueError: for a mask of the caller's length, or gapped positions without position_ids.
+    """
+    cache = kwargs.get("past_key_values")
+    first: Remembered | None = getattr(cache, _ON_CACHE, None)
+    if first is None or ids is None:
+        return
+    mask, length = kwargs.get("attention_mask"), cache_length(kwargs) + ids.shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was pruned,"
+            f" and input_ids have {length}; extend the short prompt's mask (`on_prune` hands it"
+            " over), or use generate()."
+        )
+    if first.positions is not None and kwargs.get("position_ids") is None:
+        raise ValueError(
+            "the prompt in this cache has gaps in its positions; pass position_ids (the next is"
+            f" {(first.positions.amax(dim=1) + 1).tolist()} behind the prompt), or use generate()."
+        )

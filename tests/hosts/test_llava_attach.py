@@ -1,0 +1,369 @@
+"""Attaching leaves no trace, and works on wrapped, copied and shared models."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from copy import deepcopy
+from threading import Barrier, Thread
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    BATCH,
+    ONE,
+    SEVERAL,
+    Scripted,
+    assert_close,
+    best_by_cls,
+    fingerprint,
+    make_batch,
+    shorten,
+)
+from torch import Tensor, nn
+
+from ocvtp import Needs, Pruner, attach, build_pruner
+from ocvtp.hosts import find_host
+from ocvtp.hosts.loading import tiny_llava as tiny_llava_and_processor
+
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+@pytest.fixture
+def pruner() -> Pruner:
+    return build_pruner("fastervlm", num_keep=5)
+
+
+@pytest.fixture
+def inputs() -> Any:
+    return make_batch(BATCH)
+
+
+@pytest.fixture
+def answer(llava: Any, inputs: Any) -> Tensor:
+    """What the pruned model answers, made by hand."""
+    short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+    return short.greedy(5)
+
+
+def ask(model: Any, inputs: Any) -> Tensor:
+    return model.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+
+
+@torch.no_grad()
+def test_removing_leaves_the_model_as_it_was(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    before, logits = fingerprint(llava), llava(**inputs).logits
+    handle = attach(llava, pruner)
+    assert fingerprint(llava) != before
+    assert not torch.equal(llava(**inputs).logits, logits)
+    llava.generate(**inputs, **GREEDY)
+    handle.remove()
+    handle.remove()
+    assert fingerprint(llava) == before
+    assert torch.equal(llava(**inputs).logits, logits)
+
+
+@torch.no_grad()
+def test_exceptions_leave_the_model_as_it_was(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    before, logits = fingerprint(llava), llava(**inputs).logits
+
+    def fail(*args: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    for where in ({"logits_processor": [fail]}, {"stopping_criteria": [fail]}):
+        with pytest.raises(RuntimeError, match="on purpose"), pruner(llava):
+            llava.generate(**inputs, **GREEDY, **where)
+        assert fingerprint(llava) == before
+    with pytest.raises(RuntimeError, match="on purpose"), pruner(llava, on_prune=fail):
+        llava(**inputs)
+    assert fingerprint(llava) == before
+    assert torch.equal(llava(**inputs).logits, logits)
+
+
+def test_an_exception_does_not_leak_into_the_next_call(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    with pruner(llava):
+        with pytest.raises(RuntimeError, match="on purpose"):
+            llava.generate(**make_batch(ONE), **GREEDY, logits_processor=[fail])
+        assert torch.equal(ask(llava, inputs), answer)
+
+
+def test_a_refused_pruner_leaves_no_hooks(llava: Any) -> None:
+    before = fingerprint(llava)
+    for needs in (
+        Needs(hidden=(1, 8)),
+        Needs(hidden=(1,), attention=((0, "cls"), (6, "received"))),
+        Needs(hidden=(1,), keys=(-7,)),
+    ):
+        with pytest.raises(ValueError, match="does not exist in this tower"):
+            attach(llava, Scripted(wants=needs))
+        assert fingerprint(llava) == before
+
+
+@torch.no_grad()
+def test_hooks_are_silent_outside_of_pruned_calls(llava: Any, inputs: Any) -> None:
+    everything = Needs(
+        hidden=(0, 3, -1),
+        attention=((1, "cls"), (2, "received"), (3, "given")),
+        keys=(4,),
+        cls=True,
+    )
+    pruner = Scripted(wants=everything)
+    expected = llava.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    with pruner(llava):
+        actual = llava.model.get_image_features(inputs["pixel_values"], return_dict=True)
+        kept = [value for module in llava.modules() for value in vars(module).values()]
+        llava(**inputs)
+        after = [value for module in llava.modules() for value in vars(module).values()]
+    assert len(pruner.seen) == 1
+    assert list(map(id, kept)) == list(map(id, after))
+    for ours, theirs in zip(actual.pooler_output, expected.pooler_output, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_tower_keeps_its_fast_attention(
+    llava: Any, pruner: Pruner, inputs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    fast = nn.functional.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[0].shape)
+        return fast(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", counted)
+    with pruner(llava), torch.no_grad():
+        llava(**inputs)
+    assert llava.model.vision_tower.config._attn_implementation == "sdpa"
+    assert sum(shape[-2] == 17 for shape in calls) == 6
+
+
+def test_a_second_pruner_is_refused_and_the_first_stays(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
+) -> None:
+    with pruner(llava):
+        with pytest.raises(ValueError, match="attached to this model already; remove it first"):
+            attach(llava, build_pruner("none"))
+        assert torch.equal(ask(llava, inputs), answer)
+
+
+@pytest.mark.parametrize("copy", [deepcopy], ids=["deepcopy"])
+def test_copies_of_an_attached_model_prune_on_their_own(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor, copy: Callable[[Any], Any]
+) -> None:
+    with pruner(llava):
+        other = copy(llava)
+        assert torch.equal(ask(other, inputs), answer)
+        other.lm_head.weight.data.neg_()
+        assert torch.equal(ask(llava, inputs), answer)
+        assert not torch.equal(ask(other, inputs), answer)
+    other.lm_head.weight.data.neg_()
+    assert torch.equal(ask(other, inputs), answer)
+
+
+def test_an_attached_model_pickles(llava: Any, pruner: Pruner, inputs: Any, answer: Tensor) -> None:
+    stream = io.BytesIO()
+    with pruner(llava):
+        torch.save(llava, stream)
+    stream.seek(0)
+    assert torch.equal(ask(torch.load(stream, weights_only=False), inputs), answer)
+
+
+def test_threads_do_not_see_each_other(llava: Any, pruner: Pruner) -> None:
+    unattached = deepcopy(llava)
+    jobs = [(llava, make_batch(rows, seed=seed)) for rows in (ONE, SEVERAL) for seed in (0, 1)]
+    expected = []
+    for _, inputs in jobs:
+        short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+        expected.append(short.greedy(5))
+    jobs.append((unattached, make_batch(BATCH)))
+    expected.append(ask(*jobs[-1]))
+    actual: dict[int, list[Tensor]] = {i: [] for i in range(len(jobs))}
+    start = Barrier(len(jobs))
+
+    def work(number: int) -> None:
+        start.wait()
+        actual[number] += [ask(*jobs[number]) for _ in range(6)]
+
+    with pruner(llava):
+        threads = [Thread(target=work, args=(number,)) for number in actual]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for number, answers in actual.items():
+        assert len(answers) == 6
+        assert all(torch.equal(answer, expected[number]) for answer in answers)
+
+
+def test_the_signatures_are_the_models_own(llava: Any, pruner: Pruner) -> None:
+    import inspect
+
+    before = [inspect.signature(getattr(llava, name)) for name in ("forward", "generate")]
+    with pruner(llava):
+        assert [
+            inspect.signature(getattr(llava, name)) for name in ("forward", "generate")
+        ] == before
+
+
+def test_weights_are_saved_as_without_a_pruner(llava: Any, pruner: Pruner, tmp_path: Any) -> None:
+    expected = llava.state_dict().keys()
+    with pruner(llava):
+        assert llava.state_dict().keys() == expected
+        llava.save_pretrained(tmp_path)
+    again = type(llava).from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, llava.lm_head.weight)
+
+
+def test_supported_models_describe_themselves(llava: Any, llava_siglip: Any) -> None:
+    for model in (llava, llava_siglip):
+        assert find_host(model).describe() == {"model_type": "llava", "stages": ["llm_input"]}
+
+
+def test_a_pipeline_prunes(pruner: Pruner) -> None:
+    from PIL import Image
+    from transformers import pipeline
+
+    model, processor = tiny_llava_and_processor()
+    image = Image.linear_gradient("L").convert("RGB")
+    content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
+    talk = [{"role": "user", "content": content}]
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    inputs = processor.apply_chat_template(
+        talk, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    prompts: list[Any] = []
+    with pruner(model, on_prune=prompts.append):
+        said = pipe(text=talk, generate_kwargs=settings, return_full_text=False)
+        expected = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
+    assert prompts[0].summary()["visual_tokens_kept"] == [5]
+    assert said[0]["generated_text"] == processor.decode(expected, skip_special_tokens=True)
+
+
+# --------------------------------------------------------------------------------------- wrappers
+
+
+class DataParallelLike(nn.Module):
+    """Like DDP, it keeps the model as `module` and runs its __call__."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_ddp_is_unwrapped(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    wrapped = DataParallelLike(llava)
+    with pruner(llava):
+        expected = llava(**inputs).logits
+    with pruner(wrapped):
+        assert torch.equal(wrapped(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@torch.no_grad()
+def test_compiled_models_prune(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor, when: str
+) -> None:
+    model = deepcopy(llava)
+    expected = llava(**inputs).logits
+    torch.compiler.reset()
+    if when == "before":
+        compiled = torch.compile(model, backend="eager")
+        assert_close(compiled(**inputs).logits, expected, 1e-5)
+    with pruner(model if when == "after" else compiled):
+        if when == "after":
+            compiled = torch.compile(model, backend="eager")
+        with pruner(deepcopy(llava)) as _:
+            pass
+        short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+        real = short.mask.bool()
+        assert_close(compiled(**inputs).logits[real], short.logits()[real], 1e-5)
+        assert torch.equal(ask(compiled, inputs), answer)
+    assert_close(compiled(**inputs).logits, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_tower_is_looked_into(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
+) -> None:
+    model = deepcopy(llava)
+    torch.compiler.reset()
+    model.model.vision_tower.compile(backend="eager")
+    model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    with pruner(model):
+        assert torch.equal(ask(model, inputs), answer)
+
+
+def lora(model: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return get_peft_model(deepcopy(model), config)
+
+
+def test_peft_models_prune_and_train(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    model = lora(llava)
+    inner = model.get_base_model()
+    before = fingerprint(model)
+    short = shorten(inner, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+    real = short.mask.bool()
+    assert (
+        short.logits() - shorten(llava, inputs, [[0, 1, 2, 3, 4]] * 3).logits()
+    ).abs().max() > 0.1
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] % 100 == 0, -100)
+    with pruner(model):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        assert torch.equal(ask(model, inputs), short.greedy(5))
+    assert_close(output.logits[real], short.logits()[real])
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            assert parameter.grad.abs().max() > 0
+        else:
+            assert parameter.grad is None
+    model.zero_grad(set_to_none=True)
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(
+    llava: Any, pruner: Pruner, inputs: Any, reentrant: bool
+) -> None:
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] % 100 == 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        model = lora(llava).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        with pruner(model):
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+        gradients.append([p.grad for n, p in model.named_parameters() if "lora_" in n])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert_close(recomputed, plain, 1e-5)
+
+
+def test_offloaded_models_prune(llava: Any, pruner: Pruner, inputs: Any, answer: Tensor) -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(deepcopy(llava), execution_device="cpu")
+    before = fingerprint(model)
+    forward = model.__dict__["forward"]
+    with pruner(model):
+        assert torch.equal(ask(model, inputs), answer)
+    assert model.__dict__["forward"] is forward
+    assert fingerprint(model).keys() == before.keys()
