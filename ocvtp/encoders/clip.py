@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +87,8 @@ def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
     """A tower with random weights: the same for the same settings and seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModel.from_config(config, attn_implementation="sdpa")
+        tower: nn.Module = AutoModel.from_config(config, attn_implementation="sdpa")
+    return tower
 
 
 class CLIPEncoder(FrozenEncoder):
@@ -143,12 +145,12 @@ class CLIPEncoder(FrozenEncoder):
             ) from error
 
     def _build(self, num_blocks: int) -> nn.Module:
-        config = self._config.__class__(**self._config.to_dict())
+        config = copy.deepcopy(self._config)
         if self._is_random:
             # Draw all blocks, so that the first ones are those of the whole tower.
-            tower = random_tower(config, self._seed)
+            tower: Any = random_tower(config, self._seed)
             tower.encoder.layers = tower.encoder.layers[:num_blocks]
-            return tower
+            return cast(nn.Module, tower)
         config.num_hidden_layers = num_blocks
         config.vision_use_head = False  # SigLIP: no pooling head
         with _quiet():  # the blocks that are cut off are no news
@@ -165,7 +167,7 @@ class CLIPEncoder(FrozenEncoder):
                 f"{self._source!r} lacks {len(missing)} weights of the vision tower, e.g."
                 f" {missing[:3]}; pass the id or folder of a CLIP or SigLIP tower."
             )
-        return tower
+        return cast(nn.Module, tower)
 
     def _view(self, tower: nn.Module) -> taps.Tower:
         return tower_view(tower)
@@ -225,11 +227,11 @@ class ProcessorTransform:
 
     def describe(self) -> dict[str, Any]:
         """Settings, for the artifact."""
-        names = ("size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_convert_rgb")
-        names += ("image_mean", "image_std", "rescale_factor", "resample")
+        names = ["size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_convert_rgb"]
+        names += ["image_mean", "image_std", "rescale_factor", "resample"]
         settings = self.processor.to_dict()
-        kept = {n: settings[n] for n in names if settings.get(n) is not None}
-        return {"image_processor_type": type(self.processor).__name__} | _plain(kept)
+        kept = {n: _plain(settings[n]) for n in names if settings.get(n) is not None}
+        return {"image_processor_type": type(self.processor).__name__, **kept}
 
 
 def _plain(value: Any) -> Any:

@@ -216,4 +216,5 @@ def attention_mean(
             total = part if total is None else total + part
     if total is None:
         return torch.cat(given, dim=1)[:, num_prefix:]
-    return (total / (num_heads * q.shape[2]))[:, num_prefix:]
+    mean: Tensor = total / (num_heads * q.shape[2])
+    return mean[:, num_prefix:]

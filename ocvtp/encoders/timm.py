@@ -80,7 +80,8 @@ class TimmEncoder(FrozenEncoder):
             model = self._create(self._pretrained)
         model.blocks = model.blocks[:num_blocks]
         model.norm = nn.Identity()
-        return torch.nn.Module.requires_grad_(model, False)
+        tower: nn.Module = model
+        return tower
 
     def _run(self, tower: nn.Module, pixel_values: Tensor) -> None:
         tower.forward_features(pixel_values)  # type: ignore[operator]

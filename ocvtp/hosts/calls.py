@@ -61,10 +61,8 @@ def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
-        # every decode step: cheap, and traceable by dynamo
-        if torch.compiler.is_compiling() or _reading(model) is None:
-            turns.check_step(kwargs, ids)
-            return original(*args, **kwargs)
+        turns.check_step(kwargs, ids)
+        return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     kwargs = _by_name(model, "forward", args, kwargs)
     running = _RUNNING.get()
     if running is not None and running.model is model:  # the ids are short already
@@ -83,8 +81,8 @@ def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
             "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int."
         )
     short, prompt = state.shorten(kwargs)
-    short.pop("input_ids")
-    output = original(**short, inputs_embeds=prompt.embeddings)
+    short |= {"input_ids": None, "inputs_embeds": prompt.embeddings}
+    output = original(**short)
     turns.remember(output, kwargs, prompt)
     return output
 
@@ -148,14 +146,6 @@ def _by_name(
 def _brings_images(kwargs: dict[str, Any]) -> bool:
     given = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
     return any(given) or bool(kwargs.get("mm_encoder_outputs"))
-
-
-def _reading(model: Any) -> _Running | None:
-    """The generate() of this model and thread, while its prompt is not read to the end."""
-    running = _RUNNING.get()
-    if running is None or running.model is not model:
-        return None
-    return running if running.num_read < running.prompt.short_length else None
 
 
 def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
         StoppingCriteriaList,
     )
 
-    _shift_lengths(model, kwargs, shown.input_ids.shape[1] - shown.short_length)
+    _shift_lengths(model, kwargs, shown)
     processors = _as_list(kwargs.get("logits_processor"))
     if (allowed := kwargs.pop("prefix_allowed_tokens_fn", None)) is not None:
         beams = _setting("num_beams", kwargs, model) or 1
@@ -73,18 +73,18 @@ def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
         kwargs["streamer"] = _StreamWholePrompt(kwargs["streamer"], shown)
 
 
-def _shift_lengths(model: Any, kwargs: dict[str, Any], lost: int) -> None:
-    """Lengths that count the prompt, for a prompt of `lost` tokens less."""
+def _shift_lengths(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
+    """Lengths that count the prompt, for the short one."""
+    lost = shown.input_ids.shape[1] - shown.short_length
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = _setting(total, kwargs, model)
-        if not value or _setting(new, kwargs, model) is not None:
-            continue
-        config = kwargs.get("generation_config")
-        if config is None or kwargs.get(total) is not None:
-            kwargs[total] = max(value - lost, 0)
-        else:  # generate() wants settings in one place
-            kwargs["generation_config"] = config = copy(config)
-            setattr(config, total, max(value - lost, 0))
+        if value and _setting(new, kwargs, model) is None:
+            _set(total, max(value - lost, 0), kwargs)
+    if chunk := _setting("prefill_chunk_size", kwargs, model):
+        size = max(chunk, 2)
+        while shown.short_length % size == 1:  # a single column would pass for a decode step
+            size += 1
+        _set("prefill_chunk_size", size, kwargs)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -100,6 +100,16 @@ def _setting(name: str, kwargs: dict[str, Any], model: Any) -> Any:
         if given is None:
             given = getattr(config, name, None)
     return given
+
+
+def _set(name: str, value: int, kwargs: dict[str, Any]) -> None:
+    """Change a setting where the caller gave it: generate() wants them in one place."""
+    config = kwargs.get("generation_config")
+    if config is None or kwargs.get(name) is not None:
+        kwargs[name] = value
+    else:
+        kwargs["generation_config"] = config = copy(config)
+        setattr(config, name, value)
 
 
 class _OnWholePrompt:

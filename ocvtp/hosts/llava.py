@@ -101,7 +101,7 @@ class LlavaHost(Host):
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
-        self._check_strategy(images)
+        self._check_settings(images, needs)
         with taps.recording() as record, on_device(self.model.model), self.eager_tower(needs):
             output = self.model.model.get_image_features(**images, return_dict=True)
         embeddings = torch.stack(list(output.pooler_output))  # [I, N, D']
@@ -146,7 +146,7 @@ class LlavaHost(Host):
             mixed = mixed + weights[:, :, :1] * tokens.cls[:, None]
         return torch.as_tensor(self._projector(mixed))
 
-    def _check_strategy(self, images: dict[str, Any]) -> None:
+    def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = images.get("vision_feature_select_strategy")
         strategy = strategy or self.model.config.vision_feature_select_strategy
         wanted = "default" if self._num_prefix else "full"
@@ -157,6 +157,16 @@ class LlavaHost(Host):
             )
         if images.get("image_sizes") is not None:
             raise ValueError("image_sizes belong to Pixtral towers; leave them out.")
+        selected, chosen = (
+            self.model.config.vision_feature_layer,
+            images.get("vision_feature_layer"),
+        )
+        if needs.cls and chosen not in (None, selected):
+            raise ValueError(
+                f"the pruner reads the CLS of layer {selected}, but vision_feature_layer={chosen}"
+                " takes the tokens of another; set model.config.vision_feature_layer before you"
+                " attach the pruner."
+            )
 
     def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:
         patch = self.tower.config.patch_size

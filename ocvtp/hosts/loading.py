@@ -68,13 +68,7 @@ def _random_model(name: str) -> tuple[Any, Any]:
 
 def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
     """A LLaVA-1.5 of 0.5 M random weights behind the tower `random:tiny`, and its processor."""
-    from transformers import (
-        CLIPImageProcessor,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = _byte_tokenizer()
     vision = vision_config("random:tiny")
@@ -106,8 +100,15 @@ def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), _processor(tokenizer, vision)
+
+
+def _processor(tokenizer: Any, vision: Any) -> Any:
+    """LLaVA's own processor around a tokenizer, for a tower of these settings."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
     size = vision.image_size
-    processor = LlavaProcessor(
+    return LlavaProcessor(
         image_processor=CLIPImageProcessor(
             size={"shortest_edge": size}, crop_size={"height": size, "width": size}
         ),
@@ -117,7 +118,6 @@ def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
         num_additional_image_tokens=1,
         chat_template=_CHAT_TEMPLATE,
     )
-    return model.eval(), processor
 
 
 def _byte_tokenizer() -> Any:

@@ -6,6 +6,7 @@ B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -195,10 +196,11 @@ class BroadcastMLPDecoder(Decoder):
         del features, visible
         painted = self.mlp(slots[:, :, None] + self.positions(grid_hw)[:, None])  # [B, S, N, D+1]
         values, alpha = painted[..., :-1], painted[..., -1:].softmax(dim=1)
-        return (values * alpha).sum(dim=1)
+        mixed: Tensor = (values * alpha).sum(dim=1)
+        return mixed
 
 
-_DECODERS: dict[str, type[MaskedTransformerDecoder] | type[BroadcastMLPDecoder]] = {
+_DECODERS: dict[str, Callable[..., Decoder]] = {
     "masked_transformer": MaskedTransformerDecoder,
     "mlp": BroadcastMLPDecoder,
 }

@@ -16,7 +16,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.encoders.base import FrozenEncoder
@@ -180,7 +180,7 @@ class OCPrunerModule(pl.LightningModule):
 
     # ------------------------------------------------------------ optimisation
 
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[dict[str, Any]]]:
+    def configure_optimizers(self) -> Any:
         """AdamW; linear warm-up, then cosine, per step."""
         optimizer = AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
@@ -195,7 +195,7 @@ class OCPrunerModule(pl.LightningModule):
 
     # ------------------------------------------------------------ checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The network alone: the frozen encoder is read from its own files."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         return {k: v for k, v in state.items() if not k.startswith("encoder.")}

@@ -56,6 +56,24 @@ def _transform(model: OCPrunerModule) -> Any:
     return model.encoder.transform
 
 
+def build(args: Sequence[str] | None = None) -> LightningCLI:
+    """Parse and build trainer, module and data of `ocvtp train`, without training."""
+    # The words may well be those of the process, without the name of the command.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # The frozen tower is meant to be in evaluation mode.
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    return _TrainCLI(
+        OCPrunerModule,
+        pl.LightningDataModule,
+        subclass_mode_data=True,
+        run=False,
+        args=None if args is None else list(args),
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [LearningRateMonitor("step"), SlotPictures()]},
+        parser_kwargs={"prog": "ocvtp train", "description": train.__doc__},
+    )
+
+
 def train(args: Sequence[str] | None = None) -> TrainingResult:
     """Train an OC-pruner: `--config configs/train/NAME.yaml [--resume CKPT] [settings]`.
 
@@ -69,20 +87,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
         SystemExit: for settings that do not parse.
         ValueError: for settings that make no sense.
     """
-    # The words may well be those of the process, without the name of the command.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    # The frozen tower is meant to be in evaluation mode.
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-    cli = _TrainCLI(
-        OCPrunerModule,
-        pl.LightningDataModule,
-        subclass_mode_data=True,
-        run=False,
-        args=None if args is None else list(args),
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [LearningRateMonitor("step"), SlotPictures()]},
-        parser_kwargs={"prog": "ocvtp train", "description": train.__doc__},
-    )
+    cli = build(args)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
     checkpoint = cli.trainer.checkpoint_callback
     assert isinstance(checkpoint, ModelCheckpoint)

@@ -1,0 +1,49 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := outputs/demo
+
+.PHONY: install demo test test-fast lint format type-check all-checks bench clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/ocvtp train --config configs/train/scenes.yaml
+	$(BIN)/ocvtp export --checkpoint outputs/train/scenes/checkpoints/best.ckpt --output $(DEMO)/oc-pruner
+	$(BIN)/ocvtp answer --model random:tiny-llava --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
+		--num-keep 16 --image outputs/data/scenes/val2017/000000000001.jpg --prompt "What is in the picture?"
+	$(BIN)/ocvtp show --model random:tiny-llava --pruner ocvtp fastervlm uniform random \
+		--checkpoint $(DEMO)/oc-pruner --num-keep 16 \
+		--image outputs/data/scenes/val2017/000000000001.jpg --output $(DEMO)/kept.png
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+type-check: install
+	$(BIN)/mypy
+
+all-checks: lint type-check test
+
+bench: install
+	$(BIN)/python benchmarks/road.py
+
+clean:
+	rm -rf outputs $(VENV) .mypy_cache .ruff_cache .pytest_cache

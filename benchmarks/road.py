@@ -1,0 +1,212 @@
+"""What the learned pruner costs at LLaVA-1.5 size, on one CPU thread, with random weights.
+
+    python benchmarks/road.py                      # about 15 minutes
+    python benchmarks/road.py --only pruner        # one part
+
+Goals: the cut tower <= 0.45 x the full tower; encode + assign + select <= 1.3 x the bare matrix
+products it cannot avoid; a model that keeps everything under a pruner <= 1.03 x the bare model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import environment, interleaved, medians_ms, ratio, write
+from torch import Tensor
+
+import ocvtp
+from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
+from ocvtp.slots import OCPruner
+from ocvtp.slots.objectives import SlotsObjective
+from ocvtp.structures import Needs, VisualTokens
+
+TOWER = "random:clip-vit-large-patch14-336"
+LAYER = 9
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "road-cpu.json"
+
+
+def tower() -> dict[str, Any]:
+    """The tower cut after nine blocks against the whole one."""
+    cut = CLIPEncoder(TOWER, layer=LAYER).load(Needs(hidden=(LAYER,)))
+    full = random_tower(vision_config(TOWER), 0).eval()
+    pixels = torch.randn(1, 3, 336, 336)
+    seconds = interleaved({"cut": lambda: cut(pixels), "full": lambda: full(pixels)}, rounds=9)
+    return {"ms": medians_ms(seconds), "cut / full": ratio(seconds, "cut", "full"), "goal": 0.45}
+
+
+def bare_products(network: OCPruner, features: Tensor, num_slots: int) -> Any:
+    """Only the matrix products of `assign`, on operands of the right shape, nothing else."""
+    linears = [network.encode[1].weight.t(), network.encode[3].weight.t()]
+    slot = network.attention
+    keys, values = slot.to_key.weight.t(), slot.to_value.weight.t()
+    query, gru = slot.to_query.weight.t(), slot.gru
+    first, last = slot.ffn[0].weight.t(), slot.ffn[3].weight.t()
+    batch, count, _ = features.shape
+    dim = network.config.slot_dim
+    slots = torch.randn(batch * num_slots, dim)
+    hidden = torch.randn(batch * count, network.config.hidden_dim)
+    tokens = torch.randn(batch * count, dim)
+    wide = torch.randn(batch * num_slots, network.config.ffn_dim)
+    k, v = torch.randn(batch, dim, count), torch.randn(batch, count, dim)
+    s, a = slots.view(batch, num_slots, dim), torch.randn(batch, num_slots, count)
+    flat = features.flatten(0, 1)
+
+    def run() -> None:
+        flat @ linears[0]
+        hidden @ linears[1]
+        tokens @ keys
+        tokens @ values
+        for _ in range(network.config.num_iterations):
+            slots @ query
+            s @ k
+            a @ v
+            slots @ gru.weight_ih.t()
+            slots @ gru.weight_hh.t()
+            slots @ first
+            wide @ last
+
+    return run
+
+
+def pruner() -> dict[str, Any]:
+    """Encode + assign + select, K = 64 of 576, against its bare matrix products."""
+    results: dict[str, Any] = {"goal": 1.3}
+    network = OCPruner().eval()
+    select = ocvtp.build_pruner("ocvtp", num_keep=64, network=network)
+    for batch in (1, 8):
+        features = torch.randn(batch, 576, 1024)
+        tokens = VisualTokens(
+            features,
+            (24, 24),
+            hidden={LAYER: features},
+            attention={(-2, "received"): torch.rand(batch, 576)},
+        )
+        seconds = interleaved(
+            {
+                "select": lambda tokens=tokens: select.select(tokens),
+                "bare": bare_products(network, features, 64),
+            },
+            rounds=60 if batch == 1 else 20,
+            warmups=3,
+        )
+        results[f"B={batch}"] = {
+            "ms": medians_ms(seconds),
+            "select / bare": ratio(seconds, "select", "bare"),
+        }
+    return results
+
+
+def attached() -> dict[str, Any]:
+    """Prefill with every token kept under a pruner against the bare model (4 x 2048 LLM layers)."""
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=32064,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+    )
+    config = LlavaConfig(vision_config=vision_config(TOWER), text_config=text, image_token_id=32000)
+    model = LlavaForConditionalGeneration(config).eval()
+    ids = torch.cat([torch.tensor([1]), torch.full((576,), 32000), torch.arange(100, 140)])[None]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(1, 3, 336, 336),
+        "logits_to_keep": 1,
+    }
+
+    def under(name: str, **settings: Any) -> Any:
+        chosen = ocvtp.build_pruner(name, **settings)
+
+        def run() -> None:
+            with chosen(model):
+                model(**inputs)
+
+        return run
+
+    network = OCPruner().eval()
+    seconds = interleaved(
+        {
+            "bare": lambda: model(**inputs),
+            "keep all": under("none"),
+            "ocvtp K=64": under("ocvtp", num_keep=64, network=network),
+            "fastervlm K=64": under("fastervlm", num_keep=64),
+        },
+        rounds=9,
+    )
+    ratios = {f"{n} / bare": ratio(seconds, n, "bare") for n in seconds if n != "bare"}
+    return {"ms": medians_ms(seconds), **ratios, "goal": {"keep all / bare": 1.03}}
+
+
+def training(batch: int = 4) -> dict[str, Any]:
+    """One full training step: tower, network, decoder, backward, AdamW. fp32, S = 64."""
+    encoder = CLIPEncoder(TOWER, layer=LAYER).load(Needs(hidden=(LAYER,)))
+    objective = SlotsObjective()
+    from dataclasses import replace
+
+    network = OCPruner(replace(OCPruner().config, decoder=objective.decoder)).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
+    pixels = torch.randn(batch, 3, 336, 336)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts: dict[str, Any] = {}
+
+    def encode() -> None:
+        parts["tokens"] = encoder(pixels)
+
+    def learn() -> None:
+        loss = objective(network, parts["tokens"], 64).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+
+    seconds = interleaved({"tower": encode, "network, decoder, AdamW": learn}, rounds=3)
+    medians = medians_ms(seconds)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "batch": batch,
+        "ms": medians,
+        "images per second": round(1e3 * batch / sum(medians.values()), 3),
+        "peak resident GiB": round(peak / 2**20, 2),
+        "of which before the first step GiB": round(before / 2**20, 2),
+    }
+
+
+PARTS = {"tower": tower, "pruner": pruner, "attached": attached, "training": training}
+
+
+def main() -> None:
+    """Run each part in a process of its own, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    arguments = parser.parse_args()
+    if arguments.only:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(arguments.only == "training"):
+            print(json.dumps(PARTS[arguments.only]()))
+        return
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {"command": "python benchmarks/road.py", **environment()}
+    for name in PARTS:
+        run = subprocess.run(
+            [sys.executable, __file__, "--only", name], capture_output=True, text=True, check=True
+        )
+        results[name] = json.loads(run.stdout.splitlines()[-1])
+        print(name, json.dumps(results[name], indent=2))
+        write(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""What pruners are shown of the tower, against its own eager attentions and hidden states."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    BATCH,
+    NUM_TOKENS,
+    Scripted,
+    assert_close,
+    make_batch,
+    project,
+    tower_states,
+)
+
+from ocvtp import Needs, VisualTokens
+from ocvtp.encoders import taps
+
+BLOCKS = (0, 3, 5, -1, -2, -6)
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+@pytest.fixture(params=["clip", "siglip"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue("llava" if request.param == "clip" else "llava_siglip")
+
+
+def has_cls(model: Any) -> bool:
+    return model.config.vision_feature_select_strategy == "default"
+
+
+def shown(model: Any, needs: Needs) -> tuple[VisualTokens, torch.Tensor]:
+    """What a pruner of these needs sees, and the images."""
+    pruner, inputs = Scripted(wants=needs), make_batch(BATCH)
+    with pruner(model), torch.no_grad():
+        model(**inputs)
+    return pruner.seen[0], inputs["pixel_values"]
+
+
+@pytest.mark.parametrize("chunk_bytes", [64 * 2**20, 1, 4 * 3 * 4 * 17 * 5], ids=["1", "all", "5"])
+@pytest.mark.parametrize("kind", ["cls", "received", "given"])
+def test_attention_equals_the_eager_towers(
+    model: Any, kind: Any, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "cls" and not has_cls(model):
+        pytest.skip("no CLS in this tower")
+    monkeypatch.setattr(taps, "_CHUNK_BYTES", chunk_bytes)
+    needs, first = Needs(attention=tuple((block, kind) for block in BLOCKS)), int(has_cls(model))
+    eager = deepcopy(model)
+    eager.model.vision_tower.set_attn_implementation("eager")
+    tokens, images = shown(eager, needs)
+    fast, _ = shown(model, needs)
+    _, attentions = tower_states(model, images)
+    assert tokens.attention.keys() == {(block, kind) for block in BLOCKS}
+    for block in BLOCKS:
+        weights = attentions[block].mean(dim=1)  # [I, T, T]
+        expected = {
+            "cls": weights[:, 0, first:],
+            "received": weights.mean(dim=1)[:, first:],
+            "given": weights[:, first:, first:].mean(dim=2),
+        }[kind]
+        actual = tokens.attention[block, kind]
+        assert actual.dtype == torch.float32
+        assert (actual - expected).abs().max() <= 1e-6
+        assert_close(fast.attention[block, kind], expected, 5e-5)  # of another tower's rounding
+
+
+def test_hidden_layers_equal_the_towers(model: Any) -> None:
+    layers = (0, 1, 4, 6, -1, -2, -7)
+    tokens, images = shown(model, Needs(hidden=layers))
+    with torch.no_grad():
+        states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
+    assert tokens.hidden.keys() == set(layers)
+    for layer in layers:
+        assert torch.equal(tokens.hidden[layer], states[layer][:, int(has_cls(model)) :])
+
+
+def test_tokens_hold_what_was_asked_for_and_no_more(model: Any) -> None:
+    tokens, images = shown(model, Needs())
+    with torch.no_grad():
+        states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
+    assert torch.equal(tokens.features, states[-2][:, int(has_cls(model)) :])
+    assert tokens.grid_hw == (4, 4)
+    assert tokens.num_heads == 4
+    nothing = (tokens.cls, tokens.projected, tokens.text, tokens.valid, tokens.clip_visual)
+    assert nothing == (None,) * 5
+    assert (tokens.hidden, tokens.attention, tokens.keys) == ({}, {}, {})
+
+
+def test_projected_tokens_are_what_the_language_model_reads(model: Any) -> None:
+    tokens, images = shown(model, Needs(projected=True))
+    assert tokens.projected is not None
+    assert torch.equal(tokens.projected, project(model, images))
+    assert tokens.projected.shape == (3, NUM_TOKENS, 48)
+
+
+def test_keys_give_the_attention_of_the_tower(model: Any) -> None:
+    tokens, images = shown(model, Needs(keys=(2, -1)))
+    _, attentions = tower_states(model, images)
+    for block in (2, -1):
+        attention = model.model.vision_tower.encoder.layers[block].self_attn
+        assert tokens.keys[block].shape == (3, NUM_TOKENS, 32)
+        if not has_cls(model):
+            assert tokens.cls_keys == {}
+            continue
+        keys = torch.cat([tokens.cls_keys[block][:, None], tokens.keys[block]], dim=1)
+        heads = keys.unflatten(-1, (4, 8)).transpose(1, 2)  # [I, H, T, d]
+        query = tokens.cls_queries[block].unflatten(-1, (4, 8))[:, :, None]
+        scores = (query @ heads.transpose(-1, -2)) * attention.head_dim**-0.5
+        assert_close(scores.softmax(dim=-1)[:, :, 0], attentions[block][:, :, 0], 1e-5)
+
+
+def test_the_cls_is_the_selected_layers(llava: Any) -> None:
+    tokens, images = shown(llava, Needs(cls=True))
+    states = llava.model.vision_tower(images, output_hidden_states=True).hidden_states
+    assert tokens.cls is not None
+    assert torch.equal(tokens.cls, states[-2][:, 0])
+
+
+def test_layers_may_be_chosen_in_a_call(llava: Any) -> None:
+    pruner, inputs = Scripted(), make_batch(BATCH)
+    with pruner(llava), torch.no_grad():
+        llava(**inputs, vision_feature_layer=3)
+        states = llava.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    assert torch.equal(pruner.seen[0].features, states.hidden_states[3][:, 1:])

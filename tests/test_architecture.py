@@ -1,0 +1,111 @@
+"""Dependencies run one way, and some things are nowhere to be found."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path("ocvtp")
+FILES = sorted(ROOT.rglob("*.py"))
+
+# part -> parts of the package that it may import
+ALLOWED = {
+    "structures": set(),
+    "slots": {"structures"},
+    "export": {"structures", "slots"},
+    "pruners": {"structures", "slots", "export"},
+    "data": {"structures"},
+    "encoders": {"structures", "data"},
+    "hosts": {"structures", "slots", "export", "pruners", "encoders"},
+    "visualize": {"structures"},
+    "training": {"structures", "slots", "data", "encoders", "visualize"},
+    "evaluation": {"structures", "slots", "export", "pruners", "hosts", "data", "visualize"},
+    "commands": {
+        "structures", "slots", "export", "pruners", "hosts", "data", "training", "evaluation",
+        "visualize",
+    },
+    "cli": {"commands"},
+    "__init__": {"structures", "slots", "pruners", "hosts"},
+}  # fmt: skip
+# `with pruner(model):` is the one call that goes up, when it is made
+UPWARD = {("pruners/base.py", "hosts")}
+LIGHTNING = {"training", "data/module.py"}
+TRANSFORMERS = {"encoders/clip.py", "hosts", "evaluation"}
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def within(path: Path, places: set[str]) -> bool:
+    name = path.relative_to(ROOT).as_posix()
+    return name in places or name.split("/")[0] in places
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_dependencies_run_one_way(path):
+    for name in imports(path):
+        if name.split(".")[0] != "ocvtp" or part(path) == name.split(".")[1]:
+            continue
+        target = name.split(".")[1]
+        upward = (path.relative_to(ROOT).as_posix(), target)
+        assert target in ALLOWED[part(path)] or upward in UPWARD, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_heavy_libraries_stay_in_their_place(path):
+    names = {name.split(".")[0] for name in imports(path)}
+    assert "pytorch_lightning" not in names or within(path, LIGHTNING)
+    assert "transformers" not in names or within(path, TRANSFORMERS)
+    assert "pickle" not in names
+    assert "matplotlib.pyplot" not in imports(path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_sizes_and_forbidden_things(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    assert path.name != "utils.py"
+    for word in ("os.environ", "__class__ =", ".forward = "):
+        assert word not in text, f"{path}: {word}"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Call) and "load_state_dict" in ast.unparse(node.func):
+            assert "strict=False" not in ast.unparse(node), f"{path}: {ast.unparse(node)}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            body = length - len((ast.get_docstring(node) or "").splitlines())
+            assert body <= 50, f"{path}: {node.name} has {body} lines"
+
+
+def test_inference_imports_neither_lightning_nor_transformers():
+    code = (
+        "import sys, ocvtp; heavy = {'pytorch_lightning', 'transformers', 'timm', 'matplotlib'};"
+        "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_no_method_is_named_in_hosts():
+    import ocvtp
+
+    names = set(ocvtp.list_pruners()) - {"none", "random", "uniform", "ocvtp"}
+    for path in (ROOT / "hosts").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert node.value not in names, f"{path} names {node.value}"

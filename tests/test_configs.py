@@ -1,0 +1,48 @@
+"""Every YAML file of configs/ builds what it describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_headers_say_what_to_expect(path):
+    header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    for word in ("command:", "hardware:", "expected:"):
+        assert word in header
+    assert "time:" in header or "hours:" in header
+    assert f"configs/train/{path.name}" in header
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_configs_build(path, tmp_path, monkeypatch):
+    """With the network of the file, and random weights where the file names a hub id."""
+    from ocvtp.training.run import build
+
+    words = ["--config", str(path), "--trainer.default_root_dir", str(tmp_path)]
+    words += ["--trainer.logger", "false"]
+    tower = yaml.safe_load(path.read_text())["model"]["encoder"]["init_args"]["tower"]
+    if not tower.startswith("random:"):
+        words += ["--model.encoder.tower", f"random:{tower.split('/')[-1]}"]
+    with torch.device("meta"):  # sizes only
+        monkeypatch.setattr("ocvtp.encoders.base.FrozenEncoder.load", lambda self, needs: self)
+        cli = build(words)
+    settings = yaml.safe_load(path.read_text())["model"]
+    network = cli.model.network
+    assert network.config.slot_dim == settings["network"]["slot_dim"]
+    assert network.config.layer == settings["encoder"]["init_args"]["layer"]
+    assert cli.datamodule.transform is cli.model.encoder.transform
+
+
+def test_the_papers_recipe_has_the_papers_sizes():
+    settings = yaml.safe_load(Path("configs/train/clip_l14_336.yaml").read_text())
+    assert settings["model"]["num_slots"] == [16, 32, 64, 128]
+    assert settings["data"]["init_args"]["batch_size"] == 12
+    assert settings["trainer"]["max_epochs"] == 30
+    assert settings["trainer"]["gradient_clip_val"] == 1.0
