@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import tiny_llava
 from torch import Tensor
 
+from ocvtp.data.scenes import write_scenes
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 DATA = Path(__file__).parent / "data"
@@ -53,11 +54,13 @@ def small_network() -> OCPruner:
 
 
 @pytest.fixture(scope="session")
-def coco_tiny() -> Path:
-    """A small folder of real COCO images, where there is one beside the repository."""
-    if not COCO_TINY.is_dir():
-        pytest.skip(f"no real COCO images at {COCO_TINY}")
-    return COCO_TINY
+def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fifty training images in COCO's layout: real ones where they lie beside the repository."""
+    if COCO_TINY.is_dir():
+        return COCO_TINY
+    root = tmp_path_factory.mktemp("coco")
+    write_scenes(root, num_train=50, num_val=20, size=160, seed=0)
+    return root
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

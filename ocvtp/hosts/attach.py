@@ -29,32 +29,38 @@ _WRAPPED = ("forward", "generate")
 class Handle:
     """An attached pruner; `remove()` takes it out, and may be called more than once."""
 
-    def __init__(self, model: Any, hooks: list[RemovableHandle]) -> None:
+    def __init__(self, model: Any, state: State, hooks: list[RemovableHandle]) -> None:
         self._model = model
+        self._state = state
         self._hooks = hooks
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         attributes = self._model.__dict__
-        state = attributes.pop(STATE, None)
-        if state is None:
+        if attributes.get(STATE) is not self._state:  # removed before
             return
+        del attributes[STATE]
         for name in _WRAPPED:
             # If somebody wrapped ours meanwhile, leave theirs: ours passes through without state.
-            if isinstance(attributes.get(name), _Wrapper):
+            if isinstance(wrapper := attributes.get(name), _Wrapper):
                 del attributes[name]
-                if name in state.before:
-                    attributes[name] = state.before[name]
+                if wrapper.before is not None:
+                    attributes[name] = wrapper.before
 
 
 class _Wrapper(partial):  # type: ignore[type-arg]
-    """`partial(function, model)` with the signature of the method it stands for.
+    """`partial(function, model, before)` with the signature of the method it stands for.
 
     generate() inspects forward's parameters; and a partial copies and pickles with its model.
     """
+
+    @property
+    def before(self) -> Callable[..., Any] | None:
+        """What stood in the model's `__dict__` before, e.g. of accelerate."""
+        before: Callable[..., Any] | None = self.args[1]
+        return before
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -132,12 +138,11 @@ def attach(
         )
     host.check(pruner.needs)
     hooks = host.install(pruner.needs)
-    state = State(host, pruner, positions, on_prune)
-    state.before = {name: model.__dict__[name] for name in _WRAPPED if name in model.__dict__}
-    model.__dict__[STATE] = state
+    attributes = model.__dict__
+    attributes[STATE] = state = State(host, pruner, positions, on_prune)
     for name in _WRAPPED:
-        model.__dict__[name] = _Wrapper(getattr(calls, name), model)
-    return Handle(model, hooks)
+        attributes[name] = _Wrapper(getattr(calls, name), model, attributes.get(name))
+    return Handle(model, state, hooks)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ocvtp.hosts import generation, turns
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.rewrite import Positions, Prompt, refuse_other_images, shorten
+from ocvtp.hosts.rewrite import Positions, Prompt, shorten
 from ocvtp.pruners import Pruner
 
 STATE = "_ocvtp_state"
@@ -31,7 +31,6 @@ class State:
     pruner: Pruner
     positions: Positions
     on_prune: Callable[[Prompt], None] | None
-    before: dict[str, Any] = field(default_factory=dict)  # instance attributes that stood there
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
@@ -49,15 +48,26 @@ class _Running:
     prompt: Prompt
     num_read: int = 0
 
+    def check(self) -> None:
+        """Refuse an answer to something else."""
+        if self.num_read < self.prompt.short_length:
+            raise ValueError(
+                "generate() did not read the prompt that it was given, so the images are not in"
+                " the answer; leave out what rewrites prompts, e.g. token_healing."
+            )
+
 
 _RUNNING: ContextVar[_Running | None] = ContextVar("ocvtp_running", default=None)
 
 
-def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
+def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+    """`model.forward`, images pruned; or a step of generate(), which pruned them already.
+
+    `before` is what stood in the model's `__dict__`, e.g. of accelerate.
+    """
     state: State | None = model.__dict__.get(STATE)
-    original = _original(model, state, "forward")
-    if state is None:
+    original = before or partial(type(model).forward, model)
+    if state is None:  # removed, but somebody kept this function
         return original(*args, **kwargs)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
@@ -88,10 +98,10 @@ def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @torch.no_grad()
-def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
     state: State | None = model.__dict__.get(STATE)
-    original = _original(model, state, "generate")
+    original = before or partial(type(model).generate, model)
     if state is None:
         return original(*args, **kwargs)
     kwargs = _by_name(model, "generate", args, kwargs)
@@ -105,35 +115,20 @@ def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
     elif not _brings_images(kwargs):
         return original(**kwargs)
     else:
-        refuse_other_images(kwargs)
-        named = set(inspect.signature(type(model).forward).parameters)
-        named -= {"logits_to_keep", "use_cache", "past_key_values"}
-        mask = generation.given_or_inferred_mask(model, kwargs)
-        ours = {k: kwargs.pop(k) for k in list(kwargs) if k in named} | {"attention_mask": mask}
-        turn, prompt = state.shorten(ours)
-        turn |= kwargs
-        running = _Running(model, prompt)
+        kwargs["attention_mask"] = generation.given_or_inferred_mask(model, kwargs)
+        turn, prompt = state.shorten(kwargs)
         shown = generation.Shown(prompt.input_ids, prompt.short_length)
+        running = _Running(model, prompt)
     generation.adjust(model, turn, shown)
     token = _RUNNING.set(running)
     try:
         output = original(**turn)
     finally:
         _RUNNING.reset(token)
-    if running is not None and running.num_read < running.prompt.short_length:
-        raise ValueError(
-            "generate() did not read the prompt that it was given, so the images are not in the"
-            " answer; leave out what rewrites prompts, e.g. token_healing."
-        )
+    if running is not None:
+        running.check()
     turns.remember(output, turn, running.prompt if running is not None else remembered)
     return generation.restore(output, shown)
-
-
-def _original(model: Any, state: State | None, name: str) -> Callable[..., Any]:
-    if state is not None and name in state.before:
-        function: Callable[..., Any] = state.before[name]
-        return function
-    return partial(getattr(type(model), name), model)
 
 
 def _by_name(

@@ -156,7 +156,7 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
             "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
             " leave inputs_embeds out."
         )
-    refuse_other_images(inputs)
+    _refuse_other_images(inputs)
     device = host.model.get_input_embeddings().weight.device
     ids: Tensor = inputs["input_ids"]
     ids = ids if device.type == "meta" else ids.to(device)
@@ -174,7 +174,7 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     return ids, mask.to(ids.device).bool()
 
 
-def refuse_other_images(inputs: dict[str, Any]) -> None:
+def _refuse_other_images(inputs: dict[str, Any]) -> None:
     """Refuse images that are no `pixel_values`.
 
     Raises:

@@ -61,6 +61,8 @@ def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
         ValueError: if images come with a cache that was filled without one.
     """
     if not cache_length(kwargs):
+        if kwargs.get("past_key_values") is not None:  # emptied, perhaps
+            vars(kwargs["past_key_values"]).pop(_ON_CACHE, None)
         return None
     found: Remembered | None = getattr(kwargs["past_key_values"], _ON_CACHE, None)
     if found is None and kwargs.get("pixel_values") is not None:
@@ -138,17 +140,18 @@ def check_step(kwargs: dict[str, Any], ids: Tensor | None) -> None:
     Raises:
         ValueError: for a mask of the caller's length, or gapped positions without position_ids.
     """
-    cache = kwargs.get("past_key_values")
-    first: Remembered | None = getattr(cache, _ON_CACHE, None)
+    first: Remembered | None = getattr(kwargs.get("past_key_values"), _ON_CACHE, None)
     if first is None or ids is None:
         return
-    mask, length = kwargs.get("attention_mask"), cache_length(kwargs) + ids.shape[1]
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] > length:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was pruned,"
-            f" and input_ids have {length}; extend the short prompt's mask (`on_prune` hands it"
-            " over), or use generate()."
-        )
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        length = cache_length(kwargs) + ids.shape[1]
+        if mask.shape[1] > length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was"
+                f" pruned, and input_ids have {length}; extend the short prompt's mask (`on_prune`"
+                " hands it over), or use generate()."
+            )
     if first.positions is not None and kwargs.get("position_ids") is None:
         raise ValueError(
             "the prompt in this cache has gaps in its positions; pass position_ids (the next is"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import io
 from copy import deepcopy
 from threading import Barrier, Thread
@@ -62,6 +64,40 @@ def test_removing_leaves_the_model_as_it_was(llava: Any, pruner: Pruner, inputs:
     handle.remove()
     assert fingerprint(llava) == before
     assert torch.equal(llava(**inputs).logits, logits)
+
+
+def test_an_old_handle_does_not_remove_a_new_pruner(
+    llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
+) -> None:
+    old = attach(llava, build_pruner("none"))
+    old.remove()
+    with pruner(llava):
+        old.remove()
+        assert torch.equal(ask(llava, inputs), answer)
+
+
+def test_wrappers_of_others_stay(llava: Any, pruner: Pruner, inputs: Any, answer: Tensor) -> None:
+    model = deepcopy(llava)
+    expected = ask(model, inputs)
+    calls = []
+
+    def spied(function: Any) -> Any:
+        @functools.wraps(function)
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return function(*args, **kwargs)
+
+        return spy
+
+    model.forward = spied(model.forward)  # before ours
+    handle = attach(model, pruner)
+    model.generate = spied(model.generate)  # around ours
+    assert torch.equal(ask(model, inputs), answer)
+    assert len(calls) == 6
+    handle.remove()
+    assert torch.equal(ask(model, inputs), expected)
+    assert len(calls) == 12
+    assert {"forward", "generate"} <= model.__dict__.keys()
 
 
 @torch.no_grad()
@@ -205,13 +241,12 @@ def test_threads_do_not_see_each_other(llava: Any, pruner: Pruner) -> None:
 
 
 def test_the_signatures_are_the_models_own(llava: Any, pruner: Pruner) -> None:
-    import inspect
+    def signatures() -> list[inspect.Signature]:
+        return [inspect.signature(getattr(llava, name)) for name in ("forward", "generate")]
 
-    before = [inspect.signature(getattr(llava, name)) for name in ("forward", "generate")]
+    before = signatures()
     with pruner(llava):
-        assert [
-            inspect.signature(getattr(llava, name)) for name in ("forward", "generate")
-        ] == before
+        assert signatures() == before
 
 
 def test_weights_are_saved_as_without_a_pruner(llava: Any, pruner: Pruner, tmp_path: Any) -> None:

@@ -1,0 +1,131 @@
+"""The commands, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ocvtp
+from ocvtp.cli import main
+from ocvtp.data.scenes import write_scenes
+from ocvtp.slots import OCPruner, OCPrunerConfig
+
+MODEL = ["--model", "random:tiny-llava"]
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    pixels = np.random.default_rng(0).integers(0, 255, (90, 140, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("artifact")
+    config = OCPrunerConfig(
+        feature_dim=64, hidden_dim=32, slot_dim=16, ffn_dim=32, grid_hw=(12, 12), layer=3
+    )
+    OCPruner(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_list(capsys):
+    assert main(["list"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in ocvtp.list_pruners())
+    assert main(["list", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["pruners"]
+    assert [row["name"] for row in rows] == ocvtp.list_pruners()
+    assert all(row["stage"] and row["needs"] and row["status"] for row in rows)
+
+
+def test_answer_counts_tokens_before_and_after(capsys, photo):
+    words = ["answer", *MODEL, "--pruner", "fastervlm", "--num-keep", "7", "--image", photo]
+    words += ["--prompt", "What is it?", "--max-new-tokens", "5"]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["visual_tokens"] == 144
+    assert facts["visual_tokens_kept"] == [7]
+    assert facts["prompt_tokens"] - facts["prompt_tokens_kept"] == 144 - 7
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "fastervlm: 7 of 144 visual tokens" in text
+    assert main([*words[:4], "none", *words[5:], "--json"]) == 0
+    unpruned = json.loads(capsys.readouterr().out)
+    assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
+
+
+def test_answer_with_several_images_and_a_ratio(capsys, photo):
+    words = ["answer", *MODEL, "--pruner", "uniform", "--keep-ratio", "0.25", "--json"]
+    words += ["--image", photo, photo, "--prompt", "Same?", "--max-new-tokens", "2"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens_kept"] == [36, 36]
+
+
+def test_answer_with_the_learned_pruner(capsys, photo, artifact):
+    words = ["answer", *MODEL, "--pruner", "ocvtp", "--checkpoint", artifact, "--num-keep", "9"]
+    words += ["--image", photo, "--prompt", "Hm?", "--max-new-tokens", "2", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens_kept"] == [9]
+
+
+def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
+    out = tmp_path / "deep" / "picture.png"
+    words = ["show", *MODEL, "--pruner", "ocvtp", "fastervlm:block=-3", "random:seed=4"]
+    words += ["--checkpoint", artifact, "--num-keep", "16", "--image", photo]
+    assert main([*words, "--output", str(out), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kept"] == {"ocvtp": 16, "fastervlm": 16, "random": 16}
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    assert min(picture.shape[:2]) > 200
+    assert picture.std() > 10
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["answer", *MODEL, "--pruner", "fastvlm", "--num-keep", "4"], "did you mean 'fastervlm'"),
+        (["answer", *MODEL, "--pruner", "uniform", "--num-keep", "999"], "at most 144"),
+        (["answer", *MODEL, "--pruner", "uniform"], "pass exactly one"),
+        (["answer", *MODEL, "--pruner", "uniform:seed", "--num-keep", "4"], "KEY=VALUE"),
+        (["answer", *MODEL, "--pruner", "ocvtp", "--num-keep", "4"], "checkpoint="),
+        (["answer", "--model", "random:x", "--pruner", "none"], "random:tiny-llava"),
+        (["answer", "--model", "/no/such", "--pruner", "none"], "cannot be loaded"),
+    ],
+)
+def test_wrong_input_is_one_line_on_stderr(capsys, photo, words, message):
+    assert main([*words, "--image", photo, "--prompt", "?"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [line for line in captured.err.splitlines() if line.startswith("ocvtp: error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_an_unreadable_image_is_named(capsys, tmp_path):
+    (tmp_path / "photo.jpg").write_text("no image")
+    words = ["answer", *MODEL, "--pruner", "none", "--prompt", "?", "--image"]
+    assert main([*words, str(tmp_path / "photo.jpg")]) == 2
+    assert "photo.jpg" in capsys.readouterr().err
+
+
+def test_resize(capsys, tmp_path):
+    write_scenes(tmp_path / "in", num_train=3, num_val=1, size=96, seed=0)
+    source, output = str(tmp_path / "in" / "train2017"), tmp_path / "out"
+    assert main(["resize", source, str(output), "--size", "48", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["written"] == 3
+    sizes = {Image.open(p).size for p in output.glob("*.jpg")}
+    assert sizes == {(48, 48)}
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    for command in ("train", "export", "resize", "list", "answer", "show"):
+        assert command in text
