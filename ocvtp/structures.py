@@ -73,6 +73,15 @@ def _union(a: tuple[_T, ...], b: tuple[_T, ...]) -> tuple[_T, ...]:
     return tuple(dict.fromkeys((*a, *b)))
 
 
+def _holds(mapping: Mapping[Any, Tensor], key: Any) -> bool:
+    """Whether a mapping answers to a key, also one that computes its values when asked."""
+    try:
+        mapping[key]
+    except KeyError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens of B images and what was asked for about them.
@@ -121,9 +130,13 @@ class VisualTokens:
 
     def missing(self, needs: Needs) -> list[str]:
         """Names of what `needs` asks for and is not here."""
-        absent = [f"hidden[{i}]" for i in needs.hidden if i not in self.hidden]
-        absent += [f"attention[{k[0]}, {k[1]}]" for k in needs.attention if k not in self.attention]
-        absent += [f"keys[{i}]" for i in needs.keys if i not in self.keys]
+        absent = [f"hidden[{i}]" for i in needs.hidden if not _holds(self.hidden, i)]
+        absent += [
+            f"attention[{block}, {kind}]"
+            for block, kind in needs.attention
+            if not _holds(self.attention, (block, kind))
+        ]
+        absent += [f"keys[{i}]" for i in needs.keys if not _holds(self.keys, i)]
         given = {"cls": self.cls, "projected": self.projected, "text": self.text}
         given["clip"] = self.clip_visual if self.clip_text is not None else None
         absent += [name for name, value in given.items() if getattr(needs, name) and value is None]

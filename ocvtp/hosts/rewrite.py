@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Host
+from ocvtp.hosts.base import Encoded, Host, Kept
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Selection
 
@@ -92,14 +92,9 @@ def shorten(
     ids, mask = _check(host, inputs)
     images = {k: inputs.pop(k) for k in host.image_keys if inputs.get(k) is not None}
     encoded = host.encode(images, pruner.needs)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     placeholder = (ids == host.image_token_id) & real
-    slots = placeholder.nonzero()  # [R, 2], row by row: the order in which images fill them
-    if len(slots) != len(encoded.embeddings):
-        raise ValueError(
-            f"the prompt has {len(slots)} image placeholders, but the images give"
-            f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
-        )
+    slots = _slots(placeholder, encoded)
     selection = pruner.select(encoded.tokens)
     _check_selection(pruner, encoded, selection)
     kept = host.apply(encoded, selection)
@@ -108,49 +103,58 @@ def shorten(
     keep[chosen[:, 0], chosen[:, 1]] = True
 
     index, padding = _layout(keep, real)
-    inputs["input_ids"] = ids
-    if (
-        positions == "original"
-        and inputs.get("position_ids") is None
-        and bool((keep != real).any())
-    ):
+    if positions == "original" and inputs.get("position_ids") is None and not keep.equal(real):
         inputs["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
+    inputs |= {"input_ids": ids, "attention_mask": mask}
     short = _gather(inputs, index, padding, _pad_id(host, ids, real))
-
-    embeddings = host.model.get_input_embeddings()(short["input_ids"])
     image_tokens = placeholder.gather(1, index) & ~padding
-    rows = kept.embeddings.to(embeddings.device, embeddings.dtype)
-    embeddings = embeddings.masked_scatter(image_tokens[:, :, None].to(embeddings.device), rows)
+    embeddings = _embed(host, short["input_ids"], image_tokens, kept)
     gapped = short.get("position_ids")
     return short, Prompt(
         ids, keep, short["input_ids"], ~padding, embeddings, gapped, images, encoded, selection
     )
 
 
+def _slots(placeholder: Tensor, encoded: Encoded) -> Tensor:
+    """[R, 2] row and column of every placeholder, in the order in which images fill them."""
+    slots = placeholder.nonzero()
+    if len(slots) != len(encoded.embeddings):
+        raise ValueError(
+            f"the prompt has {len(slots)} image placeholders, but the images give"
+            f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
+        )
+    return slots
+
+
+def _embed(host: Host, short_ids: Tensor, image_tokens: Tensor, kept: Kept) -> Tensor:
+    """[B, L', D'] the embeddings of the text, and the kept rows where `image_tokens` is True."""
+    text: Tensor = host.model.get_input_embeddings()(short_ids)
+    rows = kept.embeddings.to(text.device, text.dtype)
+    return text.masked_scatter(image_tokens[:, :, None].to(text.device), rows)
+
+
 def _gather(inputs: dict[str, Any], index: Tensor, padding: Tensor, pad_id: int) -> dict[str, Any]:
     """Everything that has a column for each token, shortened; the rest as it is."""
     short = {k: v for k, v in inputs.items() if k not in _PER_TOKEN}
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     fill = {"input_ids": pad_id, "labels": -100}
     for name in _PER_TOKEN:
-        value = inputs.get(name)
-        if value is not None and name != "attention_mask":
-            value = value.to(ids.device).expand(*value.shape[:-2], *ids.shape)
-            short[name] = gather_columns(value, index, padding, fill.get(name, 0))
+        if (value := inputs.get(name)) is not None:
+            value = value.to(index.device).expand(*value.shape[:-2], *inputs["input_ids"].shape)
+            short[name] = _gather_columns(value, index, padding, fill.get(name, 0))
     # Without a 2-D mask, transformers takes gaps in position_ids for packed sequences.
-    if mask is not None or "position_ids" in short or bool(padding.any()):
-        short["attention_mask"] = (~padding).to(torch.long if mask is None else mask.dtype)
+    if "position_ids" in short or bool(padding.any()):
+        short.setdefault("attention_mask", (~padding).long())
     return short
 
 
-def gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
+def _gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
     """[..., B, L] -> [..., B, L'], `fill` where `padding` [B, L'] is True."""
     index = index.expand(*values.shape[:-2], *index.shape)
     return values.gather(-1, index).masked_fill(padding, fill)
 
 
 def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The prompt's ids and mask (bool) on the embedding's device."""
+    """The prompt's ids and mask on the embedding's device."""
     if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
         raise ValueError(
             "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
@@ -163,6 +167,16 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     mask = inputs.get("attention_mask")
     if mask is None:
         return ids, None
+    check_mask(mask, ids)
+    return ids, mask.to(ids.device)
+
+
+def check_mask(mask: Tensor, ids: Tensor) -> None:
+    """Refuse other masks than the processor's.
+
+    Raises:
+        ValueError: if the mask is not 2-D, or not of the shape of the ids.
+    """
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
@@ -171,7 +185,6 @@ def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}; pass equal shapes."
         )
-    return ids, mask.to(ids.device).bool()
 
 
 def _refuse_other_images(inputs: dict[str, Any]) -> None:
@@ -207,7 +220,7 @@ def _check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> 
 def _layout(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """Which old column stands at each new one, and which new ones are padding: [B, L'] each."""
     batch, length = keep.shape
-    if bool((keep == real).all()):  # nothing dropped: leave the caller's padding as it is
+    if keep.equal(real):  # nothing dropped: leave the caller's padding as it is
         index = torch.arange(length, device=keep.device).expand(batch, -1)
         return index, ~real
     counts = keep.sum(dim=1)

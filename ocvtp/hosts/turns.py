@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.generation import cache_length
-from ocvtp.hosts.rewrite import Prompt
+from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
+from ocvtp.hosts.rewrite import Prompt, check_mask
 
 _ON_CACHE = "_ocvtp_prompt"
 
@@ -89,9 +89,11 @@ def later_turn(
             "input_ids hold nothing that is not in the cache already; pass the whole conversation"
             " with the new turn at its end, or an empty cache."
         )
-    mask = kwargs.get("attention_mask")
-    length = first.input_ids.shape[1]
-    rest = torch.ones_like(tail) if mask is None else mask[:, length:].to(tail.device)
+    mask = given_or_inferred_mask(host.model, kwargs)
+    rest = torch.ones_like(tail)
+    if mask is not None:
+        check_mask(mask, kwargs["input_ids"])
+        rest = mask[:, first.input_ids.shape[1] :].to(tail.device)
     head = first.short_mask.to(rest.device, rest.dtype)
     turn["attention_mask"] = torch.cat([head, rest], dim=1)
     if first.positions is not None and kwargs.get("position_ids") is None:

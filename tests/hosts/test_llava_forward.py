@@ -22,13 +22,14 @@ from reference import (
     single,
     tower_states,
 )
-from tiny_models import IMAGE_TOKEN
+from tiny_models import IMAGE_TOKEN, tiny_llava
 from torch.nn.functional import cross_entropy
 
 from ocvtp import Needs, Pruner, Selection, build_pruner
 
 EDGES = [(IMG, IMG, 2), (3, IMG)]
-PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH, "edges": EDGES}
+LONG_TEXT = [(2, IMG, 3), (40,)]  # as long after pruning
+PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH, "edges": EDGES, "text": LONG_TEXT}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 sides = pytest.mark.parametrize("side", ["left", "right"])
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -84,6 +85,19 @@ def test_original_positions_leave_gaps(
 
 
 @torch.no_grad()
+def test_towers_of_several_selected_layers(pruner: Pruner) -> None:
+    model = tiny_llava("clip", vision_feature_layer=[1, -2])
+    inputs = make_batch(BATCH)
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    both = torch.cat([states.hidden_states[layer][:, 1:] for layer in (1, -2)], dim=-1)
+    projected = model.model.multi_modal_projector(both)
+    kept = best_by_cls(model, inputs["pixel_values"], 5)
+    short = shorten(model, inputs, kept, projected=projected)
+    with pruner(model):
+        assert_close(model(**inputs).logits[short.mask.bool()], short.logits()[short.mask.bool()])
+
+
+@torch.no_grad()
 def test_position_ids_of_the_caller_are_gathered(llava: Any, pruner: Pruner) -> None:
     inputs = make_batch([(5, IMG, 4), (2, IMG, 7)])
     short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
@@ -91,7 +105,8 @@ def test_position_ids_of_the_caller_are_gathered(llava: Any, pruner: Pruner) -> 
     expected = short.logits(short.gather(numbers.expand(2, -1)))
     with pruner(llava):
         for given in (numbers, numbers.expand(2, -1)):
-            assert_close(llava(**inputs, position_ids=given).logits, expected)
+            actual = llava(**inputs, position_ids=given, use_cache=False).logits
+            assert_close(actual[short.mask.bool()], expected[short.mask.bool()])
 
 
 @sides

@@ -7,8 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BATCH, IMG, ONE, SEVERAL, Inputs, Short, best_by_cls, make_batch, shorten
-from tiny_models import IMAGE_TOKEN
+from reference import (
+    BATCH,
+    IMG,
+    ONE,
+    SEVERAL,
+    Inputs,
+    Short,
+    best_by_cls,
+    make_batch,
+    shorten,
+    single,
+)
+from tiny_models import IMAGE_TOKEN, PAD
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -72,27 +83,45 @@ def test_later_turns_equal_recomputing_everything(
             assert torch.equal(said[:, asked:], expected)
 
 
-def test_a_turn_may_have_padding_and_criteria_of_its_own(llava: Any, pruner: Pruner) -> None:
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_answers_that_ended_early_are_padded(
+    llava: Any, pruner: Pruner, positions: Any, with_mask: bool
+) -> None:
     inputs = make_batch(BATCH)
-    short, length = by_hand(llava, inputs), inputs["input_ids"].shape[1]
-    with pruner(llava):
+    length = inputs["input_ids"].shape[1]
+    with pruner(llava, positions=positions):
         output = llava.generate(**inputs, **GREEDY, return_dict_in_generate=True)
-        turn = continue_with(inputs, output.sequences)
-        asked = turn["input_ids"].shape[1]
-        del turn["attention_mask"]
-        cache = deepcopy(output.past_key_values)
-        short_one = llava.generate(
-            **turn, max_length=asked + 2, do_sample=False, past_key_values=cache
-        )
-        assert short_one.shape[1] == asked + 2
-        seen = []
-        stop = [lambda ids, scores, **_: seen.append(ids) or torch.zeros(len(ids)).bool()]
-        said = llava.generate(
-            **turn, **GREEDY, past_key_values=output.past_key_values, stopping_criteria=stop
-        )
-    assert all(torch.equal(ids[:, :asked], turn["input_ids"]) for ids in seen)
-    after = turn["input_ids"][:, length:]
-    assert torch.equal(said[:, asked:], short.greedy(5, after=after))
+        output.sequences[0, -3:] = PAD
+        turn = without_images(continue_with(inputs, output.sequences))
+        if with_mask:
+            turn["attention_mask"] = (turn["input_ids"] != PAD).long()
+        else:
+            del turn["attention_mask"]
+        said = llava.generate(**turn, **GREEDY, past_key_values=output.past_key_values)
+    for row in range(3):
+        alone = single(inputs, row)
+        after = turn["input_ids"][row : row + 1, length:]
+        after = after[:, after[0] != PAD]
+        if "pixel_values" in alone:
+            expected = by_hand(llava, alone).greedy(5, positions, after=after)
+        else:
+            text = torch.cat([alone["input_ids"], after], dim=1)
+            expected = llava.generate(text, **GREEDY)[:, -5:]
+        assert torch.equal(said[row : row + 1, -5:], expected)
+
+
+def test_later_turns_keep_lengths_and_criteria(llava: Any, pruner: Pruner) -> None:
+    seen = []
+    stop = [lambda ids, scores, **_: seen.append(ids) or torch.zeros(len(ids)).bool()]
+    with pruner(llava):
+        output = llava.generate(**make_batch(BATCH), **GREEDY, return_dict_in_generate=True)
+        turn = continue_with(make_batch(BATCH), output.sequences)
+        cache, length = output.past_key_values, turn["input_ids"].shape[1]
+        settings = {"max_length": length + 2, "do_sample": False, "stopping_criteria": stop}
+        said = llava.generate(**turn, **settings, past_key_values=cache)
+    assert said.shape[1] == length + 2
+    assert all(torch.equal(ids[:, :length], turn["input_ids"]) for ids in seen)
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -160,6 +189,8 @@ def test_other_prompts_are_refused(llava: Any, pruner: Pruner, conversation: Any
     refuses(llava, pruner, message, **other, past_key_values=cache)
     only_new = {"input_ids": turn["input_ids"][:, -4:], "attention_mask": turn["attention_mask"]}
     refuses(llava, pruner, message, **only_new, past_key_values=cache)
+    short_mask = without_images(turn) | {"attention_mask": make_batch(ONE)["attention_mask"]}
+    refuses(llava, pruner, "pass equal shapes", **short_mask, past_key_values=cache)
     twice = {name: value.repeat(2, 1) for name, value in without_images(turn).items()}
     refuses(llava, pruner, message, **twice, past_key_values=cache)
     embeddings = llava.get_input_embeddings()(turn["input_ids"])
