@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle  # noqa: TID251 - to make the files that must be refused
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,28 @@ def test_round_trip(small_network, tmp_path):
         "config.json",
         "model.safetensors",
     ]
+
+
+def test_push_to_hub_uploads_the_same_three_files(small_network, monkeypatch):
+    from huggingface_hub import hub_mixin
+
+    uploaded = []
+
+    class Hub:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, **kwargs):
+            self.repo_id = repo_id
+            return self
+
+        def upload_folder(self, folder_path, **kwargs):
+            uploaded.extend(p.name for p in Path(folder_path).iterdir())
+            return "commit"
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    assert small_network.push_to_hub("me/pruner", token="secret") == "commit"
+    assert sorted(uploaded) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_the_pruner_reads_the_artifact(small_network, tmp_path):

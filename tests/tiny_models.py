@@ -10,7 +10,7 @@ IMAGE_TOKEN, PAD, BOS, VOCABULARY = 100, 0, 1, 128
 
 
 def tiny_llava(tower: str, **settings: Any) -> Any:
-    """LLaVA-1.5 on 56 pixels: 16 tokens an image, 6 blocks (`clip` or `siglip`), 3 decoder layers."""
+    """LLaVA-1.5 on 56 pixels: 16 tokens an image, a `clip` or `siglip` tower, 3 decoder layers."""
     strategy = "default" if tower == "clip" else "full"
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": strategy} | settings
     return _llava(_vision(tower), **settings)

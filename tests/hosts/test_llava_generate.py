@@ -190,6 +190,15 @@ def test_classifier_free_guidance_runs_its_text_branch(llava: Any, pruner: Prune
     assert not torch.equal(expected, short.greedy(NUM_NEW))
 
 
+def test_position_ids_of_the_caller_are_gathered(llava: Any, pruner: Pruner) -> None:
+    inputs = make_batch(BATCH)
+    short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+    numbers = (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+    with pruner(llava):
+        actual = answer_of(llava, inputs, do_sample=False, position_ids=numbers)
+    assert torch.equal(actual, short.greedy(NUM_NEW, "original"))
+
+
 def test_padding_without_a_mask_is_found_as_generate_finds_it(llava: Any, pruner: Pruner) -> None:
     inputs = make_batch(BATCH)
     with pruner(llava):

@@ -21,7 +21,7 @@ from reference import (
 )
 from tiny_models import IMAGE_TOKEN, PAD
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from ocvtp import Pruner, build_pruner
 
@@ -58,14 +58,15 @@ def without_images(inputs: Inputs) -> Inputs:
 
 @prompts
 @pytest.mark.parametrize("images_again", [False, True])
-@pytest.mark.parametrize("own_cache", [False, True])
+@pytest.mark.parametrize("own_cache", [None, DynamicCache, StaticCache])
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_later_turns_equal_recomputing_everything(
-    llava: Any, pruner: Pruner, rows: Any, images_again: bool, own_cache: bool, positions: Any
+    llava: Any, pruner: Pruner, rows: Any, images_again: bool, own_cache: Any, positions: Any
 ) -> None:
     inputs = make_batch(rows)
     short, length = by_hand(llava, inputs), inputs["input_ids"].shape[1]
-    cache = DynamicCache(config=llava.config.get_text_config()) if own_cache else None
+    length_of = {"max_cache_len": 120} if own_cache is StaticCache else {}
+    cache = own_cache(config=llava.config.get_text_config(), **length_of) if own_cache else None
     with pruner(llava, positions=positions):
         if own_cache:
             said = llava.generate(**inputs, **GREEDY, past_key_values=cache)
