@@ -113,12 +113,12 @@ def install(tower: Tower, needs: Needs) -> list[RemovableHandle]:
 
 def keep_input_of(module: nn.Module, name: str) -> RemovableHandle:
     """Record the first input of any module under `recording.other[name]`."""
+    return module.register_forward_pre_hook(partial(_keep_other, name))
 
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if (record := _RECORDING.get()) is not None:
-            record.other[name] = args[0]
 
-    return module.register_forward_pre_hook(hook)
+def _keep_other(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if (record := _RECORDING.get()) is not None:
+        record.other[name] = args[0]
 
 
 def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:

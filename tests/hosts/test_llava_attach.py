@@ -201,9 +201,6 @@ def test_copies_of_an_attached_model_prune_on_their_own(
     assert torch.equal(ask(other, inputs), answer)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="taps.keep_input_of registers a local function"
-)
 def test_an_attached_model_pickles(pruner: Pruner, inputs: Any, answer: Tensor) -> None:
     # A fresh one: at its first call, transformers installs hooks that do not pickle.
     stream, fresh = io.BytesIO(), tiny_llava("clip")

@@ -118,11 +118,9 @@ def test_keeping_all_is_the_identity(name):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_a_batch_equals_its_images(name, ragged):
     pruner = build(name, 5)
-    if not pruner.batch_invariant:
-        pytest.skip(f"{name} declares that it depends on the place in the batch")
     tokens = make_tokens(pruner.needs, 3, (4, 4), ragged=ragged)
     together = pruner.select(tokens)
-    for b in range(3):
+    for b in range(3 if pruner.batch_invariant else 1):  # the first place is the same for all
         alone = pruner.select(image(tokens, b))
         assert_close(alone.keep_indices[0], together.keep_indices[b])
 
