@@ -25,8 +25,8 @@ ALLOWED = {
     "training": {"structures", "slots", "data", "encoders", "visualize"},
     "evaluation": {"structures", "slots", "export", "pruners", "hosts", "data", "visualize"},
     "commands": {
-        "structures", "slots", "export", "pruners", "hosts", "data", "training", "evaluation",
-        "visualize",
+        "structures", "slots", "export", "pruners", "encoders", "hosts", "data", "training",
+        "evaluation", "visualize",
     },
     "cli": {"commands"},
     "__init__": {"structures", "slots", "pruners", "hosts"},

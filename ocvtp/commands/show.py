@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ocvtp.commands import options
 from ocvtp.commands import output as printing
+from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.pruners import Pruner
@@ -94,14 +94,7 @@ def show(
             indices = selection.keep_indices[0, : kept[pruner.name]].cpu()
             soft = None if masks is None else masks[0].float().cpu()
             panels.append(Panel(pruner.name, indices, soft, tokens.grid_hw))
-    seen = _denormalized(processor.image_processor, pixels[0])
+    colours = ProcessorTransform(processor.image_processor).denormalize(pixels[0].float())
+    seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     save_figure(figure(seen, panels), Path(output))
     return {"output": output, "visual_tokens": tokens.num_tokens, "kept": kept}
-
-
-def _denormalized(processor: Any, pixels: torch.Tensor) -> np.ndarray:
-    """[3, H, W] pixel values -> [H, W, 3] uint8."""
-    mean = torch.tensor(processor.image_mean)[:, None, None]
-    std = torch.tensor(processor.image_std)[:, None, None]
-    colours = (pixels.float() * std + mean).clamp(0, 1)
-    return (colours * 255).round().byte().permute(1, 2, 0).numpy()

@@ -91,6 +91,13 @@ def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
     return tower
 
 
+def plain_processor(size: int) -> Any:
+    """CLIP's image processor for square images of `size` pixels."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+
+
 class CLIPEncoder(FrozenEncoder):
     """A frozen CLIP or SigLIP tower, cut behind the layer that is read.
 
@@ -132,10 +139,7 @@ class CLIPEncoder(FrozenEncoder):
 
     def _image_processor(self, processor: str | None) -> Any:
         if processor is None and self._is_random:
-            size = self._config.image_size
-            return CLIPImageProcessor(
-                size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-            )
+            return plain_processor(self._config.image_size)
         try:
             return AutoImageProcessor.from_pretrained(processor or self._source)
         except (OSError, ValueError) as error:
@@ -170,7 +174,7 @@ class CLIPEncoder(FrozenEncoder):
         return cast(nn.Module, tower)
 
     def _view(self, tower: nn.Module) -> taps.Tower:
-        return tower_view(tower)
+        return taps.clip_tower(tower)
 
 
 @contextmanager
@@ -182,15 +186,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         hf_logging.set_verbosity(before)
-
-
-def tower_view(tower: nn.Module) -> taps.Tower:
-    """Where blocks, queries and keys of a CLIP or SigLIP tower are."""
-    return taps.Tower(
-        blocks=tower.encoder.layers,  # type: ignore[arg-type,union-attr]
-        num_heads=int(tower.config.num_attention_heads),  # type: ignore[arg-type,union-attr]
-        query_key=lambda block: (block.self_attn.q_proj, block.self_attn.k_proj),
-    )
 
 
 class ProcessorTransform:

@@ -78,6 +78,15 @@ class Tower:
         return resolve(number, len(self.blocks), "blocks")
 
 
+def clip_tower(tower: Any) -> Tower:
+    """Where things are in a CLIP or SigLIP tower of transformers."""
+    return Tower(
+        blocks=tower.encoder.layers,
+        num_heads=tower.config.num_attention_heads,
+        query_key=lambda block: (block.self_attn.q_proj, block.self_attn.k_proj),
+    )
+
+
 def resolve(number: int, count: int, what: str) -> int:
     """A Python-style index as a non-negative one.
 

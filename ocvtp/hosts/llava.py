@@ -55,11 +55,7 @@ class LlavaHost(Host):
         return projector
 
     def _view(self) -> taps.Tower:
-        return taps.Tower(
-            blocks=self.tower.encoder.layers,
-            num_heads=self.tower.config.num_attention_heads,
-            query_key=lambda block: (block.self_attn.q_proj, block.self_attn.k_proj),
-        )
+        return taps.clip_tower(self.tower)
 
     def _inside(self, needs: Needs) -> Needs:
         """What to tap in the tower, the selected layer included where its CLS is wanted."""

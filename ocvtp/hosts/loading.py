@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ocvtp.encoders.clip import random_tower, vision_config
+from ocvtp.encoders.clip import plain_processor, random_tower, vision_config
 
 RANDOM_MODELS = ("random:tiny-llava",)
 _CHAT_TEMPLATE = (
@@ -105,13 +105,10 @@ def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
 
 def _processor(tokenizer: Any, vision: Any) -> Any:
     """LLaVA's own processor around a tokenizer, for a tower of these settings."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
+    from transformers import LlavaProcessor
 
-    size = vision.image_size
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        ),
+        image_processor=plain_processor(vision.image_size),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
