@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: install demo test test-fast lint format type-check all-checks bench clean
+.PHONY: install demo test test-fast lint format type-check all-checks bench readme clean
 
 install: $(STAMP)
 
@@ -44,6 +44,9 @@ all-checks: lint type-check test
 
 bench: install
 	$(BIN)/python benchmarks/road.py
+
+readme: install
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf outputs $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -230,6 +230,24 @@ def test_the_command_trains_and_resumes(tmp_path, scenes):
     assert torch.load(more.last, weights_only=True)["global_step"] == 12
 
 
+def test_a_second_run_sets_the_first_ones_checkpoints_aside(tmp_path, scenes, caplog):
+    path = settings_file(tmp_path, scenes, limit_train_batches=1, limit_val_batches=1)
+    first = Path(train(["--config", str(path)]).best)
+    content = first.read_bytes()
+    train(["--config", str(path), "--model.seed", "1"])
+    assert (tmp_path / "checkpoints.1" / "best.ckpt").read_bytes() == content
+    assert first.read_bytes() != content
+    assert any("checkpoints.1" in message for message in caplog.messages)
+
+
+def test_training_without_validation_images(tmp_path, scenes):
+    path = settings_file(tmp_path, scenes)
+    words = ["--config", str(path), "--data.val_images", "null", "--data.val_annotations", "null"]
+    result = train(words)
+    assert result.best_score is None
+    assert torch.load(result.best, weights_only=True)["global_step"] == 6
+
+
 def test_wrong_settings_name_what_is_wrong(tmp_path, scenes, capsys):
     path = settings_file(tmp_path, scenes)
     with pytest.raises(SystemExit):

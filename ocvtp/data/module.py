@@ -185,6 +185,11 @@ class CocoDataModule(pl.LightningDataModule):
         self._loader: ResumableLoader | None = None
         self._state: dict[str, int] = {}
 
+    @property
+    def has_validation(self) -> bool:
+        """Whether there are validation images."""
+        return self.val_paths[0] is not None
+
     def setup(self, stage: str | None = None) -> None:
         """Open the images: for `fit` both sets, for `validate` one; None for both.
 
@@ -194,7 +199,7 @@ class CocoDataModule(pl.LightningDataModule):
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
             self.train_set = self._open(*self.train_paths, self.limit_train, instances=False)
-        if stage in (None, "fit", "validate") and self.val_paths[0] is not None:
+        if stage in (None, "fit", "validate") and self.has_validation:
             self.val_set = self._open(*self.val_paths, self.limit_val, instances=True)
 
     def _open(
@@ -226,7 +231,7 @@ class CocoDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Batches in the order of the images; none without validation images."""
-        if self.val_paths[0] is None:
+        if not self.has_validation:
             return []
         generator = _own_generator(self.seed)
         options = {**self._options(), "generator": generator}

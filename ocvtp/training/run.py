@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +16,8 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 
 from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.module import OCPrunerModule
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ def _transform(model: OCPrunerModule) -> Any:
     return model.encoder.transform
 
 
+def _set_aside(folder: Path) -> None:
+    """Rename a folder that holds an earlier run's checkpoints, so that none is overwritten."""
+    if any(folder.glob("*.ckpt")):
+        names = (folder.with_name(f"{folder.name}.{i}") for i in count(1))
+        free = next(name for name in names if not name.exists())
+        folder.rename(free)
+        _LOG.warning("an earlier run's checkpoints are now in %s", free)
+
+
 def build(args: Sequence[str] | None = None) -> LightningCLI:
     """Parse and build trainer, module and data of `ocvtp train`, without training."""
     # The words may well be those of the process, without the name of the command.
@@ -88,9 +102,13 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
         ValueError: for settings that make no sense.
     """
     cli = build(args)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
     checkpoint = cli.trainer.checkpoint_callback
     assert isinstance(checkpoint, ModelCheckpoint)
+    if not getattr(cli.datamodule, "has_validation", True):
+        checkpoint.monitor = None  # nothing to be best at: keep the last
+    if cli.config.resume is None and checkpoint.dirpath and cli.trainer.is_global_zero:
+        _set_aside(Path(checkpoint.dirpath))
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
     score = checkpoint.best_model_score
     return TrainingResult(
         best=checkpoint.best_model_path,
