@@ -131,18 +131,22 @@ def attach(
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     host = find_host(model)
-    if pruner.stage not in host.stages:
-        raise ValueError(
-            f"pruner {pruner.name!r} acts at stage {pruner.stage!r}; the host of"
-            f" {model.config.model_type!r} serves {', '.join(host.stages)}."
-        )
-    host.check(pruner.needs)
+    _check(host, pruner)
     hooks = host.install(pruner.needs)
     attributes = model.__dict__
     attributes[STATE] = state = State(host, pruner, positions, on_prune)
     for name in _WRAPPED:
         attributes[name] = _Wrapper(getattr(calls, name), model, attributes.get(name))
     return Handle(model, state, hooks)
+
+
+def _check(host: Host, pruner: Pruner) -> None:
+    if pruner.stage not in host.stages:
+        raise ValueError(
+            f"pruner {pruner.name!r} acts at stage {pruner.stage!r}; the host of"
+            f" {host.model.config.model_type!r} serves {', '.join(host.stages)}."
+        )
+    host.check(pruner.needs)
 
 
 @contextmanager

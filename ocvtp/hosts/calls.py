@@ -127,7 +127,7 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
         _RUNNING.reset(token)
     if running is not None:
         running.check()
-    turns.remember(output, turn, running.prompt if running is not None else remembered)
+        turns.remember(output, turn, running.prompt)
     return generation.restore(output, shown)
 
 

@@ -76,10 +76,9 @@ def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
 def _shift_lengths(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
     """Lengths that count the prompt, for the short one."""
     lost = shown.input_ids.shape[1] - shown.short_length
-    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = _setting(total, kwargs, model)
-        if value and _setting(new, kwargs, model) is None:
-            _set(total, max(value - lost, 0), kwargs)
+    for name in ("max_length", "min_length"):
+        if value := _setting(name, kwargs, model):
+            _set(name, max(value - lost, 0), kwargs)
     if chunk := _setting("prefill_chunk_size", kwargs, model):
         size = max(chunk, 2)
         while shown.short_length % size == 1:  # a single column would pass for a decode step

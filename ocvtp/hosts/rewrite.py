@@ -99,19 +99,17 @@ def shorten(
     _check_selection(pruner, encoded, selection)
     kept = host.apply(encoded, selection)
     keep = real & ~placeholder
-    chosen = slots[kept.positions.to(slots.device)]
-    keep[chosen[:, 0], chosen[:, 1]] = True
+    keep[slots[kept.positions.to(slots.device)].unbind(dim=1)] = True
 
     index, padding = _layout(keep, real)
     if positions == "original" and inputs.get("position_ids") is None and not keep.equal(real):
         inputs["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     inputs |= {"input_ids": ids, "attention_mask": mask}
     short = _gather(inputs, index, padding, _pad_id(host, ids, real))
-    image_tokens = placeholder.gather(1, index) & ~padding
-    embeddings = _embed(host, short["input_ids"], image_tokens, kept)
-    gapped = short.get("position_ids")
+    short_ids, gapped = short["input_ids"], short.get("position_ids")
+    embeddings = _embed(host, short_ids, placeholder.gather(1, index) & ~padding, kept)
     return short, Prompt(
-        ids, keep, short["input_ids"], ~padding, embeddings, gapped, images, encoded, selection
+        ids, keep, short_ids, ~padding, embeddings, gapped, images, encoded, selection
     )
 
 

@@ -37,21 +37,18 @@ class Remembered:
     positions: Tensor | None
 
 
-def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt | Remembered | None) -> None:
+def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
     """Leave a note of the prompt on the caches that a call filled, for the next turn."""
-    if prompt is None:
-        return
-    if isinstance(prompt, Prompt):
-        prompt = Remembered(
-            prompt.input_ids,
-            prompt.images["pixel_values"],
-            prompt.short_ids,
-            prompt.short_mask,
-            prompt.positions,
-        )
+    note = Remembered(
+        prompt.input_ids,
+        prompt.images["pixel_values"],
+        prompt.short_ids,
+        prompt.short_mask,
+        prompt.positions,
+    )
     for cache in (getattr(output, "past_key_values", None), kwargs.get("past_key_values")):
         if cache is not None and not isinstance(cache, tuple):
-            setattr(cache, _ON_CACHE, prompt)
+            setattr(cache, _ON_CACHE, note)
 
 
 def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:

@@ -22,8 +22,8 @@ from reference import (
     single,
     tower_states,
 )
-from tiny_models import IMAGE_TOKEN, tiny_llava
-from torch.nn.functional import cross_entropy
+from tiny_models import IMAGE_TOKEN
+from torch.nn.functional import cross_entropy, pad
 
 from ocvtp import Needs, Pruner, Selection, build_pruner
 
@@ -49,6 +49,31 @@ def test_keeping_all_is_bit_exact(llava: Any, rows: Any, side: Any) -> None:
     for positions in ("contiguous", "original"):
         with build_pruner("none")(llava, positions=positions):
             assert torch.equal(llava(**inputs).logits, expected)
+
+
+@sides
+@torch.no_grad()
+def test_keeping_all_leaves_the_callers_padding(llava: Any, side: Any) -> None:
+    inputs = make_batch(BATCH, side)
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 7
+    columns = (3, 0) if side == "left" else (0, 3)  # padded to a multiple of something
+    inputs["input_ids"] = pad(inputs["input_ids"], columns, value=7)
+    inputs["attention_mask"] = pad(inputs["attention_mask"], columns)
+    expected = llava(**inputs).logits
+    with build_pruner("none")(llava):
+        assert torch.equal(llava(**inputs).logits, expected)
+
+
+@torch.no_grad()
+def test_masked_placeholders_are_padding(llava: Any, pruner: Pruner) -> None:
+    inputs = make_batch(BATCH)
+    with pruner(llava):
+        real = inputs["attention_mask"].sum(dim=1) - torch.tensor([11, 0, 22])
+        expected = llava(**inputs).logits
+        inputs["input_ids"][inputs["attention_mask"] == 0] = IMAGE_TOKEN
+        actual = llava(**inputs).logits
+    for row, length in enumerate(real):
+        assert torch.equal(actual[row, -length:], expected[row, -length:])
 
 
 @prompts
@@ -85,28 +110,16 @@ def test_original_positions_leave_gaps(
 
 
 @torch.no_grad()
-def test_towers_of_several_selected_layers(pruner: Pruner) -> None:
-    model = tiny_llava("clip", vision_feature_layer=[1, -2])
-    inputs = make_batch(BATCH)
-    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-    both = torch.cat([states.hidden_states[layer][:, 1:] for layer in (1, -2)], dim=-1)
-    projected = model.model.multi_modal_projector(both)
-    kept = best_by_cls(model, inputs["pixel_values"], 5)
-    short = shorten(model, inputs, kept, projected=projected)
-    with pruner(model):
-        assert_close(model(**inputs).logits[short.mask.bool()], short.logits()[short.mask.bool()])
-
-
-@torch.no_grad()
 def test_position_ids_of_the_caller_are_gathered(llava: Any, pruner: Pruner) -> None:
     inputs = make_batch([(5, IMG, 4), (2, IMG, 7)])
     short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
     numbers = torch.arange(inputs["input_ids"].shape[1])[None] * 2 + 3
     expected = short.logits(short.gather(numbers.expand(2, -1)))
-    with pruner(llava):
-        for given in (numbers, numbers.expand(2, -1)):
-            actual = llava(**inputs, position_ids=given, use_cache=False).logits
-            assert_close(actual[short.mask.bool()], expected[short.mask.bool()])
+    for positions in ("contiguous", "original"):
+        with pruner(llava, positions=positions):
+            for given in (numbers, numbers.expand(2, -1)):
+                actual = llava(**inputs, position_ids=given, use_cache=False).logits
+                assert_close(actual[short.mask.bool()], expected[short.mask.bool()])
 
 
 @sides

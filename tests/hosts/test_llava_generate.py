@@ -18,7 +18,7 @@ from reference import (
     shorten,
     single,
 )
-from tiny_models import IMAGE_TOKEN
+from tiny_models import IMAGE_TOKEN, PAD
 
 from ocvtp import Pruner, build_pruner
 
@@ -205,6 +205,42 @@ def test_padding_without_a_mask_is_found_as_generate_finds_it(llava: Any, pruner
         expected = answer_of(llava, inputs, do_sample=False)
         del inputs["attention_mask"]
         assert torch.equal(answer_of(llava, inputs, do_sample=False), expected)
+
+
+def test_padding_that_ends_answers_counts_as_text(llava: Any) -> None:
+    inputs = make_batch(BATCH)
+    del inputs["attention_mask"]
+    settings = {"max_new_tokens": NUM_NEW, "do_sample": False, "eos_token_id": PAD}
+    expected = llava.generate(**inputs, **settings)
+    with build_pruner("none")(llava):
+        assert torch.equal(llava.generate(**inputs, **settings), expected)
+
+
+def test_generate_keeps_no_gradients(llava: Any, pruner: Pruner) -> None:
+    prompts: list[Any] = []
+    with pruner(llava, on_prune=prompts.append):
+        answer_of(llava, make_batch(ONE))
+    assert not prompts[0].embeddings.requires_grad
+
+
+def test_another_models_images_are_its_own(llava: Any, pruner: Pruner) -> None:
+    """A processor that asks a second pruned model, in the middle of the first one's answer."""
+    inputs, other = make_batch(BATCH), deepcopy(llava)
+    other.model.multi_modal_projector.linear_2.weight.data.neg_()
+    seen = []
+
+    def ask_the_other(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(other(**inputs).logits)
+        return scores
+
+    with pruner(llava), pruner(other):
+        with torch.no_grad():
+            expected = other(**inputs).logits
+        answer = answer_of(llava, inputs, do_sample=False)
+        asked = answer_of(llava, inputs, do_sample=False, logits_processor=[ask_the_other])
+    assert torch.equal(asked, answer)
+    assert len(seen) == NUM_NEW
+    assert all(torch.equal(logits, expected) for logits in seen)
 
 
 def test_lengths_may_be_equal_before_pruning_only(llava: Any, pruner: Pruner) -> None:

@@ -44,8 +44,8 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "max": {"max_length": LENGTH + 6},
     "new": {"max_new_tokens": 6},
     "both": {"max_length": LENGTH + 3, "max_new_tokens": 6},
-    "min": {"max_length": LENGTH + 6, "min_length": LENGTH + 5, "eos_token_id": ANY_TOKEN_ENDS},
-    "min_new": {"max_new_tokens": 6, "min_new_tokens": 5, "eos_token_id": ANY_TOKEN_ENDS},
+    "min": {"max_length": LENGTH + 9, "min_length": LENGTH + 3, "eos_token_id": ANY_TOKEN_ENDS},
+    "min_new": {"max_new_tokens": 9, "min_new_tokens": 3, "eos_token_id": ANY_TOKEN_ENDS},
 }
 
 

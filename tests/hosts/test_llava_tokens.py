@@ -12,12 +12,15 @@ from reference import (
     NUM_TOKENS,
     Scripted,
     assert_close,
+    best_by_cls,
     make_batch,
     project,
+    shorten,
     tower_states,
 )
+from tiny_models import tiny_llava
 
-from ocvtp import Needs, VisualTokens
+from ocvtp import Needs, VisualTokens, build_pruner
 from ocvtp.encoders import taps
 
 BLOCKS = (0, 3, 5, -1, -2, -6)
@@ -128,3 +131,16 @@ def test_layers_may_be_chosen_in_a_call(llava: Any) -> None:
         llava(**inputs, vision_feature_layer=3)
         states = llava.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
     assert torch.equal(pruner.seen[0].features, states.hidden_states[3][:, 1:])
+
+
+@torch.no_grad()
+def test_towers_of_several_selected_layers() -> None:
+    model = tiny_llava("clip", vision_feature_layer=[1, -2])
+    inputs = make_batch(BATCH)
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    both = torch.cat([states.hidden_states[layer][:, 1:] for layer in (1, -2)], dim=-1)
+    projected = model.model.multi_modal_projector(both)
+    kept = best_by_cls(model, inputs["pixel_values"], 5)
+    short = shorten(model, inputs, kept, projected=projected)
+    with build_pruner("fastervlm", num_keep=5)(model):
+        assert_close(model(**inputs).logits[short.mask.bool()], short.logits()[short.mask.bool()])

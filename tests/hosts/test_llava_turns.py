@@ -233,6 +233,17 @@ def test_images_with_a_warm_cache_in_a_bare_forward_are_refused(
         llava(**turn, past_key_values=cache)
 
 
+def test_an_emptied_cache_forgets_its_prompt(llava: Any, pruner: Pruner, conversation: Any) -> None:
+    _, cache = conversation
+    inputs = make_batch([(6,)])
+    with pruner(llava):
+        cache.crop(-cache.get_seq_length())
+        said = llava.generate(**inputs, **GREEDY, past_key_values=cache)
+        turn = continue_with(inputs, said)
+        expected = llava.generate(**turn, **GREEDY)
+        assert torch.equal(llava.generate(**turn, **GREEDY, past_key_values=cache), expected)
+
+
 def test_conversations_without_images_pass_untouched(llava: Any, pruner: Pruner) -> None:
     inputs = make_batch([(6,), (9,)])
 

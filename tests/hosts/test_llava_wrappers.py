@@ -11,6 +11,7 @@ from reference import BATCH, assert_close, best_by_cls, fingerprint, make_batch,
 from torch import Tensor, nn
 
 from ocvtp import Pruner, build_pruner
+from ocvtp.hosts import find_host
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -55,6 +56,13 @@ def test_ddp_is_unwrapped(llava: Any, pruner: Pruner, inputs: Any) -> None:
         expected = llava(**inputs).logits
     with pruner(wrapped):
         assert torch.equal(wrapped(**inputs).logits, expected)
+
+
+def test_wrappers_are_taken_off_one_by_one(llava: Any) -> None:
+    model = deepcopy(llava)
+    assert find_host(torch.compile(model)).model is model
+    wrapped = DataParallelLike(torch.compile(lora(llava)))
+    assert find_host(wrapped).model is wrapped.module._orig_mod.get_base_model()
 
 
 @pytest.mark.slow
