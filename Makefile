@@ -14,6 +14,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
+# One thread: models this small gain little from more, and lose much beside other work.
+demo: export OMP_NUM_THREADS := 1
 demo: install
 	$(BIN)/ocvtp train --config configs/train/scenes.yaml
 	$(BIN)/ocvtp export --checkpoint outputs/train/scenes/checkpoints/best.ckpt --output $(DEMO)/oc-pruner

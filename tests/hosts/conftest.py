@@ -4,17 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 from reference import ONE, fingerprint, make_batch
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Ten times faster for models as small as these."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
