@@ -31,7 +31,7 @@ def table() -> str:
     for batch in ("B=1", "B=8"):
         what = f"encode + assign + select, K=64 of 576, {batch} / its bare matrix products"
         lines.append(_row(what, pruner[batch]["select / bare"], "1.3"))
-    what = "prefill, every token kept under a pruner / bare model (CLIP-L, 4 x 2048 LLM)"
+    what = "tower + prefill, every token kept under a pruner / bare model (CLIP-L, 4 x 2048 LLM)"
     lines.append(_row(what, attached["keep all / bare"], "1.03"))
     for name in ("ocvtp K=64", "fastervlm K=64"):
         figure = attached[f"{name} / bare"]
