@@ -60,14 +60,6 @@ class Needs:
             clip=self.clip or other.clip,
         )
 
-    def describe(self) -> str:
-        """One short line for tables, e.g. `hidden[9], attention[-2, received]`."""
-        parts = [f"hidden[{i}]" for i in self.hidden]
-        parts += [f"attention[{block}, {kind}]" for block, kind in self.attention]
-        parts += [f"keys[{i}]" for i in self.keys]
-        parts += [name for name in ("cls", "projected", "text", "clip") if getattr(self, name)]
-        return ", ".join(parts) or "-"
-
 
 def _union(a: tuple[_T, ...], b: tuple[_T, ...]) -> tuple[_T, ...]:
     return tuple(dict.fromkeys((*a, *b)))

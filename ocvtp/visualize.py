@@ -8,7 +8,6 @@ their own Agg canvas: nothing here touches pyplot or matplotlib's global state.
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +22,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
+
+from ocvtp.files import replacing
 
 Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""
@@ -158,13 +159,8 @@ def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
     path, suffix = Path(path), Path(path).suffix.lower()
     if suffix not in _METADATA:
         raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{suffix}")
-    try:
+    with replacing(path) as temporary:
         drawing.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

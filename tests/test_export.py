@@ -252,11 +252,11 @@ def test_a_name_that_is_nothing(tmp_path):
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from ocvtp.slots import artifact
+    from ocvtp import files
 
-    artifact.write_atomic(tmp_path / "file", b"old")
-    monkeypatch.setattr(artifact.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
-        artifact.write_atomic(tmp_path / "file", b"new")
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr(files.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"), files.replacing(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_bytes() == b"old"

@@ -1,6 +1,6 @@
 """Images brought to a size once, so that no epoch decodes full-size photographs again.
 
-Also what the folders that this package writes share: whole files only, and one setting a folder.
+Also what the folders that this package writes share: one setting a folder.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ocvtp.data.coco import IMAGE_ERRORS, find_images
+from ocvtp.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,6 @@ def _resize(
         image = _shrink(source / name, size)
     except IMAGE_ERRORS as error:
         return "failed", f"{name.as_posix()}: {error or type(error).__name__}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         image.save(temporary, format="JPEG", quality=quality)
     return "written", ""
@@ -162,17 +160,6 @@ def _shrink(path: Path, size: int) -> Image.Image:
         target = (max(round(width * scale), size), max(round(height * scale), size))
         image.draft("RGB", (2 * target[0], 2 * target[1]))  # decodes a JPEG at 1/2, 1/4 or 1/8
         return image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def claim_folder(folder: Path, name: str, settings: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle
 
-from ocvtp.data.resize import claim_folder, progress, replacing
+from ocvtp.data.resize import claim_folder, progress
+from ocvtp.files import replacing
 
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
 UNIT = 96  # lengths are given in pixels of an image of this size, and grow with the image
@@ -268,7 +269,6 @@ def _write_split(root: Path, split: str, count: int, info: dict[str, Any], seed:
     if annotations.is_file() and all((folder / name).is_file() for name in names):
         return
     folder.mkdir(parents=True, exist_ok=True)
-    annotations.parent.mkdir(exist_ok=True)
     content: dict[str, Any] = {"info": info, "licenses": [], "images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": shape} for i, shape in enumerate(SHAPES, start=1)]
     size = info["size"]

@@ -7,8 +7,6 @@ executing anything.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,24 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ocvtp.files import replacing
+
 FORMAT = "ocvtp.oc-pruner"
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name beside it, then rename: all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -46,8 +32,10 @@ def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any]) -> N
     text = json.dumps(header | config, indent=2, allow_nan=False) + "\n"
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     data = save(tensors, metadata={"format": "pt"})
-    write_atomic(folder / WEIGHTS_NAME, data)
-    write_atomic(folder / CONFIG_NAME, text.encode())
+    with replacing(folder / WEIGHTS_NAME) as temporary:
+        temporary.write_bytes(data)
+    with replacing(folder / CONFIG_NAME) as temporary:
+        temporary.write_text(text)
 
 
 def read(

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from ocvtp.files import replacing
 from ocvtp.visualize import slot_picture
 
 
@@ -51,5 +52,5 @@ class SlotPictures(pl.Callback):
                 logger.experiment.add_image(
                     "val/slots", picture, trainer.global_step, dataformats="HWC"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(folder / f"step{trainer.global_step:07d}.png")
+        with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")

@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from reference import ONE, fingerprint, make_batch
+from reference import BATCH, ONE, best_by_cls, fingerprint, make_batch, shorten
+from torch import Tensor
+
+from ocvtp import Pruner, build_pruner
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,20 @@ def untouched(used: list[Any]) -> Iterator[None]:
     yield
     for model, expected in zip(used, before, strict=True):
         assert dict(fingerprint(model).items() ^ expected.items()) == {}
+
+
+@pytest.fixture
+def pruner() -> Pruner:
+    return build_pruner("fastervlm", num_keep=5)
+
+
+@pytest.fixture
+def inputs() -> Any:
+    return make_batch(BATCH)
+
+
+@pytest.fixture
+def answer(llava: Any, inputs: Any) -> Tensor:
+    """What the pruned model answers, made by hand."""
+    short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
+    return short.greedy(5)

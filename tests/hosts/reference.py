@@ -23,6 +23,7 @@ NUM_TOKENS = 16
 IMG = "image"
 ONE = [(5, IMG, 4)]
 SEVERAL = [(5, IMG, 3, IMG, IMG, 4)]
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
 BATCH = [(5, IMG, 4), (9,), (3, IMG, 2, IMG, 6)]
 """Rows of a prompt: numbers stand for so many text tokens."""
 
@@ -222,3 +223,9 @@ def fingerprint(model: Any) -> dict[str, Any]:
         for method in ("forward", "generate", "__call__"):
             found[f"{name}.{method}()"] = getattr(getattr(module, method, None), "__func__", None)
     return found
+
+
+def ask(model: Any, inputs: Any, **settings: Any) -> Tensor:
+    """The five tokens that the model answers, greedily."""
+    output = model.generate(**inputs, **GREEDY, **settings)
+    return output[:, inputs["input_ids"].shape[1] :]

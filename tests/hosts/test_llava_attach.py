@@ -13,9 +13,11 @@ import pytest
 import torch
 from reference import (
     BATCH,
+    GREEDY,
     ONE,
     SEVERAL,
     Scripted,
+    ask,
     best_by_cls,
     fingerprint,
     make_batch,
@@ -28,29 +30,7 @@ from ocvtp import Needs, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.loading import tiny_llava as tiny_llava_and_processor
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("untouched")
-
-
-@pytest.fixture
-def pruner() -> Pruner:
-    return build_pruner("fastervlm", num_keep=5)
-
-
-@pytest.fixture
-def inputs() -> Any:
-    return make_batch(BATCH)
-
-
-@pytest.fixture
-def answer(llava: Any, inputs: Any) -> Tensor:
-    """What the pruned model answers, made by hand."""
-    short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
-    return short.greedy(5)
-
-
-def ask(model: Any, inputs: Any, **settings: Any) -> Tensor:
-    return model.generate(**inputs, **GREEDY, **settings)[:, inputs["input_ids"].shape[1] :]
 
 
 @torch.no_grad()

@@ -7,35 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BATCH, assert_close, best_by_cls, fingerprint, make_batch, shorten
+from reference import ask, assert_close, best_by_cls, fingerprint, shorten
 from torch import Tensor, nn
 
-from ocvtp import Pruner, build_pruner
+from ocvtp import Pruner
 from ocvtp.hosts import find_host
 
-GREEDY = {"max_new_tokens": 5, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("untouched")
-
-
-@pytest.fixture
-def pruner() -> Pruner:
-    return build_pruner("fastervlm", num_keep=5)
-
-
-@pytest.fixture
-def inputs() -> Any:
-    return make_batch(BATCH)
-
-
-@pytest.fixture
-def answer(llava: Any, inputs: Any) -> Tensor:
-    """What the pruned model answers, made by hand."""
-    short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
-    return short.greedy(5)
-
-
-def ask(model: Any, inputs: Any, **settings: Any) -> Tensor:
-    return model.generate(**inputs, **GREEDY, **settings)[:, inputs["input_ids"].shape[1] :]
 
 
 class DataParallelLike(nn.Module):
