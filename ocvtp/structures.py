@@ -20,8 +20,9 @@ STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
 AttentionKind = Literal["cls", "received", "given"]
 AttentionKey = tuple[int, AttentionKind]
-"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included), `given`
-the mean over the patch keys of each patch query; all are means over heads, in fp32."""
+"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included, unless
+`Needs.patch_queries`), `given` the mean over the patch keys of each patch query; all are means over
+heads, in fp32."""
 
 _T = TypeVar("_T")
 
@@ -33,7 +34,11 @@ class Needs:
     Args:
         hidden: layers of `hidden_states` of the vision tower.
         attention: `(block, kind)` pairs, see `AttentionKey`.
-        keys: blocks whose attention keys are wanted (with the CLS key and query).
+        keys: blocks whose attention keys are wanted (with the CLS key and query where there is a
+            CLS).
+        cls_queries: blocks of `keys` whose CLS query must be there.
+        patch_queries: whether `received` attention is the mean over the patches' queries alone,
+            that of the CLS left out.
         cls: whether the CLS row of the selected layer is wanted.
         projected: whether the projected tokens (what the language model would read) are wanted.
         text: whether the text embeddings of the language model are wanted.
@@ -43,22 +48,39 @@ class Needs:
     hidden: tuple[int, ...] = ()
     attention: tuple[AttentionKey, ...] = ()
     keys: tuple[int, ...] = ()
+    cls_queries: tuple[int, ...] = ()
+    patch_queries: bool = False
     cls: bool = False
     projected: bool = False
     text: bool = False
     clip: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        """Everything that either asks for."""
+        """Everything that either asks for.
+
+        Raises:
+            ValueError: if they mean different things by `received` attention.
+        """
+        if self._received and other._received and self.patch_queries != other.patch_queries:
+            raise ValueError(
+                "one of these pruners reads the attention received from all queries, the other that"
+                " received from patches alone; attach them one after the other, not together."
+            )
         return Needs(
             hidden=_union(self.hidden, other.hidden),
             attention=_union(self.attention, other.attention),
             keys=_union(self.keys, other.keys),
+            cls_queries=_union(self.cls_queries, other.cls_queries),
+            patch_queries=self.patch_queries or other.patch_queries,
             cls=self.cls or other.cls,
             projected=self.projected or other.projected,
             text=self.text or other.text,
             clip=self.clip or other.clip,
         )
+
+    @property
+    def _received(self) -> bool:
+        return any(kind == "received" for _, kind in self.attention)
 
 
 def _union(a: tuple[_T, ...], b: tuple[_T, ...]) -> tuple[_T, ...]:
@@ -91,7 +113,9 @@ class VisualTokens:
         num_heads: heads of the tower's attention.
         projected: [B, N, D'].
         text: [B, M, D'], the prompt around each image; `text_valid` [B, M] marks real tokens.
-        clip_visual: [B, N, P] and `clip_text` [B, T, P], CLIP's shared space.
+        clip_visual: [B, N, P], the tokens in CLIP's shared space, not normalised.
+        clip_text: [B, T, P], the prompt there, one row for each T-th part that CLIP can read;
+            `clip_text_valid` [B, T] marks real parts, None when all are.
     """
 
     features: Tensor
@@ -109,6 +133,7 @@ class VisualTokens:
     text_valid: Tensor | None = None
     clip_visual: Tensor | None = None
     clip_text: Tensor | None = None
+    clip_text_valid: Tensor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -129,6 +154,9 @@ class VisualTokens:
             if not _holds(self.attention, (block, kind))
         ]
         absent += [f"keys[{i}]" for i in needs.keys if not _holds(self.keys, i)]
+        absent += [
+            f"cls_queries[{i}]" for i in needs.cls_queries if not _holds(self.cls_queries, i)
+        ]
         given = {"cls": self.cls, "projected": self.projected, "text": self.text}
         given["clip"] = self.clip_visual if self.clip_text is not None else None
         absent += [name for name, value in given.items() if getattr(needs, name) and value is None]
@@ -154,14 +182,31 @@ class Selection:
         keep_indices: [B, K] int64, ascending (where `valid` is given: ascending over the valid
             ones, which come first).
         valid: [B, K] bool where images keep different numbers; None when all entries count.
-        merge: [B, K, 1 + N] rows of weights over CLS and tokens for merging methods: kept token k
-            is replaced by `merge[k] @ [cls; features]`. Weights need not sum to 1; column 0 is 0
-            without a CLS.
+        merge: [B, K, 1 + N] rows of weights over CLS and tokens for merging methods: the k-th
+            token that the language model reads is `merge[k] @ [cls; features]`. Weights need not
+            sum to 1; column 0 is 0 without a CLS. Rows are in the order of the paper, e.g.
+            VisionZip's CLS, dominant, contextual tokens; valid ones come first.
+        anchors: [B, K] for merging methods: the token in whose place row k stands, i.e.
+            `keep_indices` in the order of the rows; None where that is ascending too.
     """
 
     keep_indices: Tensor
     valid: Tensor | None = None
     merge: Tensor | None = None
+    anchors: Tensor | None = None
+
+    def in_raster_order(self) -> Selection:
+        """The same with the rows of `merge` in the order of `keep_indices`.
+
+        For hosts and settings that give every token the position of its place in the image.
+        """
+        if self.merge is None or self.anchors is None:
+            return self
+        places = self.anchors
+        if self.valid is not None:  # rows that do not count stay last
+            places = places + (~self.valid) * self.merge.shape[2]
+        order = places.argsort(dim=1)[:, :, None].expand_as(self.merge)
+        return replace(self, merge=self.merge.gather(1, order), anchors=None)
 
     def counts(self) -> Tensor:
         """[B] tokens kept of each image."""

@@ -177,7 +177,7 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         block = tower.block(number)
         queries, keys = _side_by_side(record.queries[block]), _side_by_side(record.keys[block])
         found["attention"][number, kind] = attention_mean(
-            queries, keys, tower.num_heads, kind, num_prefix
+            queries, keys, tower.num_heads, kind, num_prefix, needs.patch_queries
         )
     keys_of = {i: _side_by_side(record.keys[tower.block(i)]) for i in needs.keys}
     found["keys"] = {i: keys[:, num_prefix:] for i, keys in keys_of.items()}
@@ -194,7 +194,12 @@ def _side_by_side(projected: Tensor) -> Tensor:
 
 
 def attention_mean(
-    queries: Tensor, keys: Tensor, num_heads: int, kind: AttentionKind, num_prefix: int
+    queries: Tensor,
+    keys: Tensor,
+    num_heads: int,
+    kind: AttentionKind,
+    num_prefix: int,
+    patch_queries: bool = False,
 ) -> Tensor:
     """One row or mean of softmax(q k^T / sqrt(d)), head mean, fp32, in bounded memory.
 
@@ -205,12 +210,15 @@ def attention_mean(
         kind: `cls`: the first row; `received`: the mean over all T queries; `given`: for each patch
             the mean over the patch keys.
         num_prefix: tokens before the patches.
+        patch_queries: leave the queries of the prefix tokens out of `received`.
 
     Returns:
         [B, N], the prefix tokens' own entries left out.
     """
     split = (num_heads, queries.shape[-1] // num_heads)
     q = queries[:, :1] if kind == "cls" else queries
+    if kind == "received" and patch_queries:
+        q = queries[:, num_prefix:]
     q = q.unflatten(-1, split).transpose(1, 2).float() * split[1] ** -0.5  # [B, H, Q, d]
     k = keys.unflatten(-1, split).permute(0, 2, 3, 1).float()  # [B, H, d, T]
     rows = max(1, _CHUNK_BYTES // (4 * q.shape[0] * num_heads * k.shape[-1]))

@@ -1,18 +1,65 @@
 """Pruners: one file per method; importing this package registers them all."""
 
-from ocvtp.pruners import fastervlm, none, ocvtp, random, uniform
-from ocvtp.pruners.base import Pruner
+from ocvtp.pruners import (
+    cdpruner,
+    divprune,
+    fastervlm,
+    fopru,
+    fps,
+    greedyprune,
+    hiprune,
+    holov,
+    kmeans,
+    none,
+    ocvtp,
+    pool,
+    prumerge,
+    prumerge_plus,
+    random,
+    scope,
+    todre,
+    trim,
+    trimtokenator,
+    uniform,
+    visiondrop,
+    visionzip,
+    vispruner,
+    zspaprune,
+)
+from ocvtp.pruners.base import AdaptivePruner, Pruner
+from ocvtp.pruners.compose import Compose
 from ocvtp.pruners.registry import build_pruner, list_pruners, pruner_class, register
 
 __all__ = [
+    "AdaptivePruner",
+    "Compose",
     "Pruner",
     "build_pruner",
+    "cdpruner",
+    "divprune",
     "fastervlm",
+    "fopru",
+    "fps",
+    "greedyprune",
+    "hiprune",
+    "holov",
+    "kmeans",
     "list_pruners",
     "none",
     "ocvtp",
+    "pool",
+    "prumerge",
+    "prumerge_plus",
     "pruner_class",
     "random",
     "register",
+    "scope",
+    "todre",
+    "trim",
+    "trimtokenator",
     "uniform",
+    "visiondrop",
+    "visionzip",
+    "vispruner",
+    "zspaprune",
 ]

@@ -12,9 +12,11 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ocvtp.pruners.merging import keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control"]
+Budget = Literal["exact", "adaptive"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,8 +40,8 @@ class Pruner(ABC):
     status: ClassVar[Status]
     """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick."""
     paper: ClassVar[str | None] = None
-    adaptive: ClassVar[bool] = False
-    """True if images may keep different numbers of tokens."""
+    budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
+    """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True
@@ -47,6 +49,16 @@ class Pruner(ABC):
 
     def __post_init__(self) -> None:
         self._check_budget()
+
+    @property
+    def parts(self) -> tuple[Pruner, ...]:
+        """Itself; several of different stages in a `Compose`."""
+        return (self,)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every image keeps just `num_keep` tokens (all of them if it has fewer)."""
+        return True
 
     @property
     def needs(self) -> Needs:
@@ -71,7 +83,10 @@ class Pruner(ABC):
                 f"pruner {self.name!r} needs {', '.join(missing)}, which the given visual tokens do"
                 " not hold; put it there, or pass it through a host that supplies it."
             )
-        return self._select(tokens, self.budget(tokens.num_tokens))
+        selection = self._select(tokens, self.budget(tokens.num_tokens))
+        if tokens.valid is not None and self.merging and self.exact:
+            return keep_short_images(selection, tokens)
+        return selection
 
     @abstractmethod
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
@@ -120,3 +135,36 @@ class Pruner(ABC):
             raise ValueError(
                 f"keep_ratio={self.keep_ratio}; pass the share of tokens KEPT, above 0, at most 1."
             )
+
+
+@dataclass(kw_only=True, eq=False)
+class AdaptivePruner(Pruner):
+    """A pruner whose paper lets every image keep as many tokens as it needs.
+
+    With a budget it keeps exactly so many; without one, or with `adaptive=True`, it counts as the
+    paper does, and a budget is then the most that an image may keep.
+
+    Args:
+        adaptive: whether the method counts.
+    """
+
+    adaptive: bool = False
+
+    budgets: ClassVar[tuple[Budget, ...]] = ("exact", "adaptive")
+
+    def __post_init__(self) -> None:
+        if self.num_keep is None and self.keep_ratio is None:
+            self.adaptive = True
+        else:
+            self._check_budget()
+
+    @property
+    def exact(self) -> bool:
+        """Whether it does not count."""
+        return not self.adaptive
+
+    def budget(self, num_tokens: int) -> int:
+        """K, or the most tokens that may be kept."""
+        if self.num_keep is None and self.keep_ratio is None:
+            return num_tokens
+        return super().budget(num_tokens)

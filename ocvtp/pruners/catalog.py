@@ -16,7 +16,7 @@ class Entry:
     Args:
         name: in the registry. title: the paper's branding and one line about the method.
         stage: where it acts. needs: what the host must supply.
-        budget: `exact` or `adaptive`. merges: whether kept tokens are mixtures.
+        budget: `exact` or `exact or adaptive`. merges: whether kept tokens are mixtures.
         status: `official`, `unofficial` or `control`. paper: URL.
     """
 
@@ -54,7 +54,7 @@ def entry(name: str) -> Entry:
         title=text.splitlines()[0],
         stage=cls.stage,
         needs=line[2],
-        budget="adaptive" if cls.adaptive else "exact",
+        budget=" or ".join(cls.budgets),
         merges=cls.merging,
         status=cls.status,
         paper=cls.paper,

@@ -8,11 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.merging import keep_all
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
 from ocvtp.structures import Selection, VisualTokens
 
 
@@ -39,5 +37,4 @@ class NoPruning(Pruner):
         return num_tokens
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        indices = torch.arange(num_keep, device=tokens.features.device)
-        return ascending(indices.repeat(tokens.batch_size, 1), tokens.valid, num_keep)
+        return keep_all(tokens)

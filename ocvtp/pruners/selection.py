@@ -34,10 +34,7 @@ def top_k(scores: Tensor, num_keep: int, valid: Tensor | None = None) -> Selecti
         num_keep: K.
         valid: [B, N] bool; padding tokens come after all others.
     """
-    if valid is not None:
-        scores = scores.masked_fill(~valid, float("-inf"))
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    return ascending(order[:, :num_keep], valid, scores.shape[1])
+    return ascending(descending(scores, valid)[:, :num_keep], valid, scores.shape[1])
 
 
 def fill_up(
@@ -52,10 +49,57 @@ def fill_up(
         valid: [B, N] bool.
     """
     # Two stable sorts: adding a bonus to the chosen ones' scores would round close scores together.
-    order = scores.sort(dim=1, descending=True, stable=True).indices
+    order = descending(scores, None)
     first = chosen if valid is None else chosen & valid
     late = (~first).to(torch.int8)
     if valid is not None:
         late = late + (~valid).to(torch.int8)
     rank = late.gather(1, order).sort(dim=1, stable=True).indices
     return ascending(order.gather(1, rank)[:, :num_keep], valid, scores.shape[1])
+
+
+def spaced(candidates: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Candidates at equal steps in raster order: number floor((i + 1/2) M / num) of M.
+
+    Args:
+        candidates: [B, N] bool.
+        num: of picks, at most N.
+
+    Returns:
+        indices [B, num], unique, and which of them count [B, num]: all where M >= num.
+    """
+    step = torch.arange(num, device=candidates.device)[None]  # [1, num]
+    count = candidates.sum(dim=1, keepdim=True)  # [B, 1]
+    picked = count.clamp(max=num)
+    rank = (2 * step + 1) * count // (2 * picked).clamp(min=1)
+    order = candidates.sort(dim=1, descending=True, stable=True).indices
+    return order.gather(1, torch.where(step < picked, rank, step)), step < picked
+
+
+def mask_of(indices: Tensor, num_tokens: int) -> Tensor:
+    """[B, K] indices as a mask [B, N]."""
+    mask = torch.zeros(len(indices), num_tokens, dtype=torch.bool, device=indices.device)
+    return mask.scatter(1, indices, True)
+
+
+def ranks(order: Tensor) -> Tensor:
+    """The inverse of permutations [B, N]: the place of every token in `order`."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(1, order, places)
+
+
+def descending(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, N] token numbers by falling score, padding last."""
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("-inf"))
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def count_outliers(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, 1] how many scores lie above Q3 + 1.5 (Q3 - Q1): at most N // 4 + 1 do."""
+    if valid is not None:
+        scores = scores.masked_fill(~valid, float("nan"))
+    levels = scores.new_tensor([0.25, 0.75])
+    low, high = scores.nanquantile(levels, dim=1, keepdim=True)  # [B, 1] each
+    outliers: Tensor = scores > high + 1.5 * (high - low)
+    return outliers.sum(dim=1, keepdim=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ocvtp
 from ocvtp.pruners import pruner_class
@@ -17,10 +19,26 @@ from ocvtp.structures import STAGES, Needs, VisualTokens
 GRIDS = [(4, 4), (3, 5), (2, 9)]  # N even and odd, square and not
 WIDTH = 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NAMES = ocvtp.list_pruners()
+ADAPTIVE = [name for name in NAMES if "adaptive" in pruner_class(name).budgets]
+VARIANTS = {
+    "fopru": {"strategy": "row"},
+    "visionzip": {"guidance": "received"},
+    "hiprune": {"alpha": 1.0},
+    "vispruner": {"important_ratio": 0.0, "step": 3},
+    "fps": {"space": "projected"},
+    "kmeans": {"space": "projected"},
+    "greedyprune": {"tau": 0.1},
+    "zspaprune": {"core_ratio": 1.0},
+    "trimtokenator": {"first_ratio": 0.0},
+    "holov": {"num_crops": 3},
+    "prumerge": {"num_neighbours": 2},
+    "scope": {"alpha": 0.5},
+}
+CASES = [(name, {}) for name in NAMES] + sorted(VARIANTS.items())
 
 
-def build(name, num_keep, grid_hw=(4, 4)):
-    settings = {}
+def build(name, num_keep, grid_hw=(4, 4), **settings):
     if name == "ocvtp":
         torch.manual_seed(0)
         config = OCPrunerConfig(
@@ -31,41 +49,49 @@ def build(name, num_keep, grid_hw=(4, 4)):
 
 
 def make_tokens(needs: Needs, batch, grid_hw, seed=0, dtype=torch.float32, ragged=False):
-    """Random visual tokens that hold just what `needs` names."""
+    """Random visual tokens that hold just what `needs` names.
+
+    Ragged ones end in padding: a few rows of the grid, of which every second image lacks one, and
+    every third two.
+    """
     count = grid_hw[0] * grid_hw[1]
 
     def draw(i, *shape):
         # one stream per image, so that an image is the same alone and in a batch
         rows = []
         for b in range(batch):
-            generator = torch.Generator().manual_seed(1000 * seed + 10 * b + i)
+            generator = torch.Generator().manual_seed(1000 * seed + 20 * b + i)
             rows.append(torch.randn(*shape, generator=generator))
         return torch.stack(rows).to(dtype)
 
-    attention = {
-        key: draw(3, count).float().softmax(dim=1) for i, key in enumerate(needs.attention)
-    }
-    valid = None
-    if ragged:
-        valid = (
-            torch.arange(count) < torch.tensor([count - 3 * (b % 3) for b in range(batch)])[:, None]
-        )
+    def shares(i):
+        return (2 * draw(i, count).float()).softmax(dim=1)
+
+    lengths = torch.arange(batch)[:, None]
+    parts = 1 + lengths % 2
     return VisualTokens(
         features=draw(0, count, WIDTH),
         grid_hw=grid_hw,
-        valid=valid,
+        valid=torch.arange(count) < real_counts(batch, grid_hw)[:, None] if ragged else None,
         cls=draw(1, WIDTH) if needs.cls else None,
         hidden={layer: draw(2, count, WIDTH) for layer in needs.hidden},
-        attention=attention,
+        attention={key: shares(11 + i) for i, key in enumerate(needs.attention)},
         keys={block: draw(4, count, WIDTH) for block in needs.keys},
         cls_keys={block: draw(5, WIDTH) for block in needs.keys},
         cls_queries={block: draw(6, WIDTH) for block in needs.keys},
         num_heads=2,
         projected=draw(7, count, WIDTH) if needs.projected else None,
         text=draw(8, 5, WIDTH) if needs.text else None,
+        text_valid=torch.arange(5) < 5 - lengths % 3 if needs.text else None,
         clip_visual=draw(9, count, 4) if needs.clip else None,
-        clip_text=draw(10, 1, 4) if needs.clip else None,
+        clip_text=draw(10, 2, 4) if needs.clip else None,
+        clip_text_valid=torch.arange(2) < parts if needs.clip else None,
     )
+
+
+def real_counts(batch, grid_hw):
+    rows = grid_hw[0] - torch.arange(batch) % min(3, grid_hw[0])
+    return rows * grid_hw[1]
 
 
 def image(tokens, b):
@@ -87,7 +113,7 @@ def check_indices(selection, batch, num_keep, count, valid=None):
             assert valid[b][real].all(), "kept a padding token"
 
 
-@pytest.fixture(params=ocvtp.list_pruners())
+@pytest.fixture(params=NAMES)
 def name(request):
     return request.param
 
@@ -96,90 +122,308 @@ def expected(name, num_keep, count):
     return count if name == "none" else num_keep
 
 
+def check_merge(pruner, selection, count):
+    merge = selection.merge
+    assert (merge is not None) <= pruner.merging
+    if merge is None:
+        return
+    assert merge.shape == (*selection.keep_indices.shape, 1 + count)
+    assert merge.isfinite().all()
+    real = torch.ones_like(selection.keep_indices, dtype=torch.bool)
+    real = real if selection.valid is None else selection.valid
+    assert (merge != 0).any(dim=2).equal(real), "an empty row, or one for nothing"
+    if selection.anchors is not None:
+        for keep, anchors, kept in zip(
+            selection.keep_indices, selection.anchors, real, strict=True
+        ):
+            assert keep[kept].tolist() == sorted(anchors[kept].tolist())
+
+
 @pytest.mark.parametrize("grid_hw", GRIDS)
 @pytest.mark.parametrize("ragged", [False, True])
-def test_exactly_k_ascending_indices(name, grid_hw, ragged):
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_exactly_k_ascending_indices(name, settings, grid_hw, ragged):
     count = grid_hw[0] * grid_hw[1]
-    for num_keep in (1, 2, count // 2, count - 1, count):
-        pruner = build(name, num_keep, grid_hw)
-        for batch in (1, 5):
-            tokens = make_tokens(pruner.needs, batch, grid_hw, ragged=ragged)
-            selection = pruner.select(tokens)
-            check_indices(selection, batch, expected(name, num_keep, count), count, tokens.valid)
+    for num_keep in range(1, count + 1):
+        pruner = build(name, num_keep, grid_hw, **settings)
+        batch = 1 + num_keep % 5
+        tokens = make_tokens(pruner.needs, batch, grid_hw, ragged=ragged)
+        selection = pruner.select(tokens)
+        check_indices(selection, batch, expected(name, num_keep, count), count, tokens.valid)
+        check_merge(pruner, selection, count)
 
 
-def test_keeping_all_is_the_identity(name):
+def test_keeping_all_keeps_every_place(name):
     pruner = build(name, 16)
     selection = pruner.select(make_tokens(pruner.needs, 3, (4, 4)))
     assert selection.keep_indices.tolist() == [list(range(16))] * 3
-    assert selection.merge is None or pruner.merging
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-def test_a_batch_equals_its_images(name, ragged):
-    pruner = build(name, 5)
-    tokens = make_tokens(pruner.needs, 3, (4, 4), ragged=ragged)
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_a_batch_equals_its_images(name, settings, ragged):
+    pruner = build(name, 5, **settings)
+    tokens = make_tokens(pruner.needs, 5, (4, 4), ragged=ragged)
     together = pruner.select(tokens)
-    for b in range(3 if pruner.batch_invariant else 1):  # the first place is the same for all
+    for b in range(5 if pruner.batch_invariant else 1):  # the first place is the same for all
         alone = pruner.select(image(tokens, b))
         assert_close(alone.keep_indices[0], together.keep_indices[b])
+        if together.merge is not None:
+            assert_close(alone.merge[0], together.merge[b])
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_padding_changes_nothing(name, settings):
+    """An image with padding keeps what it keeps without it."""
+    if name == "pool":
+        pytest.skip("its cells are those of the padded grid")
+    grid_hw = (6, 3)
+    for num_keep in (1, 5, 9, 12):
+        pruner = build(name, num_keep, grid_hw, **settings)
+        tokens = make_tokens(pruner.needs, 3, grid_hw, ragged=True)
+        together = pruner.select(tokens)
+        for b in range(3 if pruner.batch_invariant else 1):
+            real = int(tokens.valid[b].sum())
+            cut = image(tokens, b).map(
+                lambda t: t[:, :real] if t.ndim > 1 and t.shape[1] == 18 else t  # noqa: B023
+            )
+            cut = replace(cut, valid=None, grid_hw=(real // 3, 3))
+            alone = pruner.select(cut)
+            kept = alone.keep_indices.shape[1]
+            assert_close(together.keep_indices[b, :kept], alone.keep_indices[0])
+            if together.merge is not None:
+                assert_close(together.merge[b, :kept, : 1 + real], alone.merge[0])
+                assert not together.merge[b, :, 1 + real :].any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_smaller_than_the_budget_is_left_alone(name):
+    pruner = build(name, 14)
+    tokens = make_tokens(pruner.needs, 3, (4, 4), ragged=True)  # 16, 12 and 8 tokens
+    selection = pruner.select(tokens)
+    if name != "none":
+        assert selection.counts().tolist() == [14, 12, 8]
+    for b, count in ((1, 12), (2, 8)):
+        assert selection.keep_indices[b, :count].tolist() == list(range(count))
+        if selection.merge is not None:
+            identity = torch.eye(16)[:count]
+            assert_close(selection.merge[b, :count, 1:], identity)
+            assert selection.merge[b, :, 0].abs().max() == 0
 
 
 def test_repeatable_and_inputs_untouched(name):
     pruner = build(name, 5)
-    tokens = make_tokens(pruner.needs, 2, (4, 4))
-    before = tokens.map(torch.clone)
-    first, second = pruner.select(tokens), pruner.select(tokens)
-    assert torch.equal(first.keep_indices, second.keep_indices)
-    assert torch.equal(build(name, 5).select(tokens).keep_indices, first.keep_indices)
-    for field in ("features", "projected"):
-        assert_close(getattr(tokens, field), getattr(before, field), rtol=0, atol=0)
-    for layer in tokens.hidden:
-        assert_close(tokens.hidden[layer], before.hidden[layer], rtol=0, atol=0)
-    for key in tokens.attention:
-        assert_close(tokens.attention[key], before.attention[key], rtol=0, atol=0)
+    for ragged in (False, True):
+        tokens = make_tokens(pruner.needs, 2, (4, 4), ragged=ragged)
+        before = tokens.map(torch.clone)
+        first, second = pruner.select(tokens), pruner.select(tokens)
+        again = build(name, 5).select(tokens)
+        for other in (second, again):
+            assert torch.equal(first.keep_indices, other.keep_indices)
+            assert first.merge is None or torch.equal(first.merge, other.merge)
+        after = flatten(tokens)
+        for key, tensor in flatten(before).items():
+            assert torch.equal(after[key], tensor), key
+
+
+def flatten(tokens):
+    """Every tensor of visual tokens, by name."""
+    found = {}
+    for field in fields(tokens):
+        value = getattr(tokens, field.name)
+        if isinstance(value, dict):
+            found |= {f"{field.name}/{key}": tensor for key, tensor in value.items()}
+        elif isinstance(value, torch.Tensor):
+            found[field.name] = value
+    return found
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_half_precision_and_devices(name, dtype, device):
-    pruner = build(name, 5)
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_half_precision_and_devices(name, settings, dtype, device):
+    pruner = build(name, 5, **settings)
     tokens = make_tokens(pruner.needs, 2, (4, 4), dtype=dtype).map(lambda t: t.to(device))
     selection = pruner.select(tokens)
     assert selection.keep_indices.device.type == device
     check_indices(selection, 2, expected(name, 5, 16), 16)
+    check_merge(pruner, selection, 16)
 
 
-def test_non_contiguous_inputs(name):
+def test_half_precision_keeps_what_fp32_keeps_of_the_same_values(name):
+    """Scores are computed in fp32 whatever the tokens come in."""
+    if name == "ocvtp":
+        pytest.skip("its network runs in the precision of its weights")
     pruner = build(name, 5)
-    tokens = make_tokens(pruner.needs, 2, (4, 4))
+    tokens = make_tokens(pruner.needs, 2, (4, 4), dtype=torch.bfloat16)
+    exact = tokens.map(lambda t: t.float() if t.is_floating_point() else t)
+    half, full = pruner.select(tokens), pruner.select(exact)
+    assert torch.equal(half.keep_indices, full.keep_indices)
+    assert half.merge is None or torch.equal(half.merge, full.merge)
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_non_contiguous_inputs(name, settings):
+    pruner = build(name, 5, **settings)
+    tokens = make_tokens(pruner.needs, 2, (4, 4), ragged=True)
     strided = tokens.map(lambda t: t.transpose(0, 1).contiguous().transpose(0, 1))
     assert_close(pruner.select(strided).keep_indices, pruner.select(tokens).keep_indices)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
-def test_all_equal_tokens(name, value):
-    pruner = build(name, 5)
-    tokens = make_tokens(pruner.needs, 2, (4, 4)).map(lambda t: torch.full_like(t, value))
-    check_indices(pruner.select(tokens), 2, expected(name, 5, 16), 16)
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e4])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_all_equal_tokens(name, settings, value):
+    """Constant relevance, no distances, a kernel of rank one or zero."""
+
+    def flat(t):
+        return torch.full_like(t, value) if t.is_floating_point() else t
+
+    for num_keep in (1, 5, 15):
+        pruner = build(name, num_keep, **settings)
+        for ragged in (False, True):
+            tokens = make_tokens(pruner.needs, 2, (4, 4), ragged=ragged).map(flat)
+            selection = pruner.select(tokens)
+            check_indices(selection, 2, expected(name, num_keep, 16), 16, tokens.valid)
+            assert selection.merge is None or selection.merge.isfinite().all()
 
 
-def test_no_host_sync(name):
-    """`select` compiles into one graph: nothing in it waits for the device."""
-    pruner = build(name, 5)
-    tokens = make_tokens(pruner.needs, 2, (4, 4))
-    fields = {"hidden": tokens.hidden, "attention": tokens.attention}
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_tokens_of_low_rank(name, settings):
+    """More tokens than directions: duplicates, and K beyond the rank of any kernel."""
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def select(features, hidden, attention):
-        return pruner._select(
-            VisualTokens(features, (4, 4), hidden=hidden, attention=attention),
-            pruner.budget(features.shape[1]),
-        ).keep_indices
+    def repeat(t):
+        if not t.is_floating_point() or t.ndim != 3 or t.shape[1] != 64:
+            return t
+        return t[:, :3].repeat(1, 22, 1)[:, :64]
 
+    for num_keep in (2, 31, 63):
+        pruner = build(name, num_keep, (8, 8), **settings)
+        tokens = make_tokens(pruner.needs, 2, (8, 8)).map(repeat)
+        selection = pruner.select(tokens)
+        check_indices(selection, 2, expected(name, num_keep, 64), 64)
+        check_merge(pruner, selection, 64)
+
+
+def compiled(pruner, tokens):
+    """`select` as one graph of tensors."""
+    given = flatten(tokens)
+    maps = ("hidden", "attention", "keys", "cls_keys", "cls_queries")
+    keys = {name: list(getattr(tokens, name)) for name in maps}
+
+    @torch.compile(fullgraph=True, backend="eager", dynamic=False)
+    def select(given):
+        plain = {name: value for name, value in given.items() if "/" not in name}
+        held = {m: {key: given[f"{m}/{key}"] for key in keys[m]} for m in maps}
+        made = VisualTokens(grid_hw=tokens.grid_hw, num_heads=2, **plain, **held)
+        selection = pruner.select(made)
+        return [
+            t for t in (selection.keep_indices, selection.valid, selection.merge) if t is not None
+        ]
+
+    return select(given)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_one_graph(name, settings, ragged):
+    """`select` compiles whole: nothing in it depends on values."""
+    pruner = build(name, 5, **settings)
+    tokens = make_tokens(pruner.needs, 2, (4, 4), ragged=ragged)
+    selection = pruner.select(tokens)
+    torch._dynamo.reset()
     with torch.no_grad():
-        compiled = select(tokens.features, fields["hidden"], fields["attention"])
-        assert_close(compiled, pruner.select(tokens).keep_indices)
+        found = compiled(pruner, tokens)
+    wanted = [
+        t for t in (selection.keep_indices, selection.valid, selection.merge) if t is not None
+    ]
+    for one, other in zip(found, wanted, strict=True):
+        assert_close(one, other)
+
+
+class NoSync(TorchDispatchMode):
+    """Raises at whatever makes the host wait for a device."""
+
+    WAITS = (
+        "_local_scalar_dense",
+        "nonzero",
+        "item",
+        "masked_select",
+        "unique",
+        "is_nonzero",
+        "equal",
+    )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        op = func.overloadpacket.__name__
+        assert not any(op.startswith(word) for word in self.WAITS), f"{func} waits for the device"
+        if op in ("index", "index_put", "index_put_"):
+            dtypes = [index.dtype for index in args[1] if index is not None]
+            assert torch.bool not in dtypes, f"{func} with a boolean mask waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_no_host_sync(name, settings, ragged):
+    pruner = build(name, 5, **settings)
+    tokens = make_tokens(pruner.needs, 2, (4, 4), ragged=ragged)
+    with NoSync():
+        pruner.select(tokens)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_no_host_sync_where_the_method_counts(name):
+    pruner = ocvtp.build_pruner(name)
+    tokens = make_tokens(pruner.needs, 3, (6, 6), ragged=True)
+    with NoSync():
+        selection = pruner.select(tokens)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(compiled(pruner, tokens)[0], selection.keep_indices)
+
+
+def test_the_guard_sees_syncs():
+    x = torch.rand(4)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 0.5], x.nonzero, lambda: bool(x.sum())):
+        with pytest.raises(AssertionError, match="waits for the device"), NoSync():
+            wait()
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_adaptive_counts(name, ragged):
+    """Without a budget, every image keeps as many as it needs; a budget with it is a cap."""
+    for seed in range(5):
+        pruner = ocvtp.build_pruner(name)
+        assert not pruner.exact
+        tokens = make_tokens(pruner.needs, 5, (6, 6), seed=seed, ragged=ragged)
+        selection = pruner.select(tokens)
+        check_merge(pruner, selection, 36)
+        counts = selection.counts()
+        for b in range(5):
+            alone = pruner.select(image(tokens, b))
+            assert counts[b] == alone.counts()[0] >= 1
+            assert_close(alone.merge[0], selection.merge[b])
+            real = 36 if tokens.valid is None else int(tokens.valid[b].sum())
+            assert counts[b] <= real
+            check_indices(
+                alone, 1, int(counts[b]), 36, None if not ragged else tokens.valid[b : b + 1]
+            )
+        capped = ocvtp.build_pruner(name, num_keep=3, adaptive=True).select(tokens)
+        assert_close(capped.counts(), counts.clamp(max=3))
+        check_merge(pruner, capped, 36)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_adaptive_on_equal_tokens(name, value):
+    pruner = ocvtp.build_pruner(name)
+    tokens = make_tokens(pruner.needs, 2, (4, 4)).map(
+        lambda t: torch.full_like(t, value) if t.is_floating_point() else t
+    )
+    selection = pruner.select(tokens)
+    assert selection.counts().min() >= 1
+    assert selection.merge.isfinite().all()
 
 
 def test_a_budget_beyond_the_image_is_refused(name):
@@ -196,7 +440,9 @@ def test_missing_needs_are_named(name):
     if pruner.needs == Needs():
         return
     bare = VisualTokens(features=torch.randn(1, 16, WIDTH), grid_hw=(4, 4))
-    with pytest.raises(ValueError, match=f"'{name}' needs .*(hidden|attention)"):
+    with pytest.raises(
+        ValueError, match=f"'{name}' needs .*(hidden|attention|keys|projected|text|clip)"
+    ):
         pruner.select(bare)
 
 

@@ -1,0 +1,71 @@
+"""CDPruner.
+
+B images, N visual tokens, K kept, P width of CLIP's shared space, D' width of the projected tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.diversity import dpp_map
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending
+from ocvtp.pruners.similarity import unit
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("cdpruner")
+@dataclass(kw_only=True, eq=False)
+class CDPruner(Pruner):
+    """CDPruner: keep a diverse set of tokens by a determinantal process under the prompt.
+
+    Paper: https://arxiv.org/abs/2506.10967, section 3.
+    Stage: llm_input.  Needs: projected, clip.  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
+    Deviations: relevance is scaled to 0..1 over each image; the official code scales it over the
+        batch, so that an image's tokens depend on its neighbours. Constant relevance counts as 1,
+        and beyond the rank of the kernel tokens are kept by relevance; theirs gives NaN.
+    """
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.10967"
+
+    @property
+    def needs(self) -> Needs:
+        """The tokens that the language model would read, and CLIP's view of them and the prompt."""
+        return Needs(projected=True, clip=True)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        assert tokens.projected is not None
+        relevance = _relevance(tokens)
+        picks = dpp_map(unit(tokens.projected), relevance, num_keep, tokens.valid)
+        return ascending(picks, tokens.valid, tokens.num_tokens)
+
+
+def _relevance(tokens: VisualTokens) -> Tensor:
+    """[B, N] minus the mean cosine to the parts of the prompt, scaled to 0..1 over the image."""
+    assert tokens.clip_visual is not None
+    assert tokens.clip_text is not None
+    text = unit(tokens.clip_text if tokens.clip_text.ndim == 3 else tokens.clip_text[:, None])
+    cosine = unit(tokens.clip_visual) @ text.transpose(1, 2)  # [B, N, T]
+    if tokens.clip_text_valid is None:
+        related = -cosine.mean(dim=2)
+    else:
+        real = tokens.clip_text_valid[:, None]
+        related = -(cosine * real).sum(dim=2) / real.sum(dim=2).clamp(min=1)
+    low, high = related, related
+    if tokens.valid is not None:
+        low = related.masked_fill(~tokens.valid, float("inf"))
+        high = related.masked_fill(~tokens.valid, float("-inf"))
+    smallest = low.amin(dim=1, keepdim=True)
+    extent = high.amax(dim=1, keepdim=True) - smallest
+    flat = extent <= 0
+    scaled = (related - smallest + 1e-6) / extent.masked_fill(flat, 1.0)
+    scaled = scaled.masked_fill(flat, 1.0)
+    return scaled if tokens.valid is None else scaled.masked_fill(~tokens.valid, 0.0)

@@ -1,0 +1,125 @@
+"""Greedy cores: K sequential steps over all images at once, each reading one row of the kernel.
+
+B images, N visual tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.similarity import row
+
+_OUTSIDE = 1e30  # more similar than any candidate, less than a chosen token
+
+
+Kernel = Callable[[Tensor], Tensor]
+"""[B] token numbers to their similarity to all tokens, [B, N]."""
+
+
+def spread(
+    kernel: Kernel,
+    first: Tensor,
+    num: int,
+    candidates: Tensor | None = None,
+    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+) -> Tensor:
+    """From a first pick on, pick the token least similar to those before, again and again.
+
+    Args:
+        kernel: similarity of one token of every image to all of its tokens.
+        first: [B] token numbers.
+        num: of picks, the first included.
+        candidates: [B, N] bool; others come last. None for all tokens.
+        accumulate: `torch.maximum` for max-min diversity, `torch.add` for the least mean
+            similarity.
+
+    Returns:
+        [B, num] token numbers in the order of picking, unique.
+    """
+    if num == 1:
+        return first[:, None]
+    rest = spread_from(kernel, kernel(first), first[:, None], num - 1, candidates, accumulate)
+    return torch.cat([first[:, None], rest], dim=1)
+
+
+def spread_from(
+    kernel: Kernel,
+    similarity: Tensor,
+    chosen: Tensor,
+    num: int,
+    candidates: Tensor | None = None,
+    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+) -> Tensor:
+    """`spread` beside tokens that are chosen already.
+
+    Args:
+        kernel: see `spread`.
+        similarity: [B, N], of every token to the chosen ones.
+        chosen: [B, n] token numbers, not picked again.
+        num: of further picks.
+        candidates: see `spread`.
+        accumulate: see `spread`.
+
+    Returns:
+        [B, num] in the order of picking.
+    """
+    if candidates is not None:
+        similarity = similarity.masked_fill(~candidates, _OUTSIDE)
+    similarity = similarity.scatter(1, chosen, float("inf"))
+    picks = []
+    for _ in range(num):
+        pick = similarity.argmin(dim=1)
+        picks.append(pick)
+        similarity = accumulate(similarity, kernel(pick))
+        similarity = similarity.scatter(1, pick[:, None], float("inf"))
+    return torch.stack(picks, dim=1) if picks else chosen[:, :0]
+
+
+def cosine(directions: Tensor) -> Kernel:
+    """The kernel of cosines between tokens [B, N, D] of length 1, a row at a time."""
+    return partial(row, directions)
+
+
+def dpp_map(directions: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tensor:
+    """Greedy MAP of the determinantal point process L_ij = q_i cos_ij q_j.
+
+    Chen et al. 2018 (https://arxiv.org/abs/1709.05135), Alg. 1: Cholesky rows, one a step. Where
+    the kernel's rank is used up, the rest is chosen by quality.
+
+    Args:
+        directions: [B, N, D] of length 1.
+        quality: [B, N], not negative.
+        num: of picks.
+        valid: [B, N] bool; padding is picked last.
+
+    Returns:
+        [B, num] token numbers in the order of picking, unique.
+    """
+    gain = quality.square() * directions.square().sum(dim=2)  # [B, N], the diagonal
+    floor = 10 * torch.finfo(gain.dtype).eps * gain.amax(dim=1, keepdim=True)  # [B, 1]
+    late = quality / quality.amax(dim=1, keepdim=True).clamp(min=1e-30) - 2  # in [-2, -1]
+    if valid is not None:
+        late = late.masked_fill(~valid, -3.0)
+        gain = gain.masked_fill(~valid, 0.0)
+    taken = torch.zeros_like(gain, dtype=torch.bool)
+    basis = gain.new_zeros(len(gain), num, gain.shape[1])  # [B, num, N]
+    picks = []
+    for step in range(num):
+        score = torch.where(gain > floor, gain, late).masked_fill(taken, float("-inf"))
+        pick = score.argmax(dim=1, keepdim=True)  # [B, 1]
+        picks.append(pick)
+        taken = taken.scatter(1, pick, True)
+        kernel = quality * quality.gather(1, pick) * row(directions, pick[:, 0])
+        done = basis[:, :step]
+        at_pick = done.gather(2, pick[:, None].expand(-1, step, 1))  # [B, step, 1]
+        explained = (at_pick * done).sum(dim=1)
+        left = gain.gather(1, pick)
+        new = (kernel - explained) / left.clamp(min=1e-30).sqrt()
+        new = torch.where(left > floor, new, 0.0)
+        basis[:, step] = new
+        gain = gain - new.square()
+    return torch.cat(picks, dim=1)

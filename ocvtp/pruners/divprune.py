@@ -1,0 +1,50 @@
+"""DivPrune.
+
+B images, N visual tokens, K kept, D' width of the projected tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.diversity import cosine, spread
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending
+from ocvtp.pruners.similarity import nearest_other, unit
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("divprune")
+@dataclass(kw_only=True, eq=False)
+class DivPrune(Pruner):
+    """DivPrune: keep the K most mutually distant tokens (max-min diversity).
+
+    Paper: https://arxiv.org/abs/2503.02175, Alg. 1.
+    Stage: llm_input.  Needs: projected.  Deterministic: yes.
+
+    The first pick is the token farthest from its nearest neighbour under 1 - cosine; each further
+    one is the farthest from all that are picked.
+
+    Args:
+        num_keep: tokens kept per image; paper: 56 of 576.
+    Deviations: none.
+    """
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2503.02175"
+
+    @property
+    def needs(self) -> Needs:
+        """The tokens that the language model would read."""
+        return Needs(projected=True)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        assert tokens.projected is not None
+        directions = unit(tokens.projected)
+        lonely = nearest_other(directions, tokens.valid)
+        if tokens.valid is not None:
+            lonely = lonely.masked_fill(~tokens.valid, float("inf"))
+        picks = spread(cosine(directions), lonely.argmin(dim=1), num_keep, tokens.valid)
+        return ascending(picks, tokens.valid, tokens.num_tokens)

@@ -1,0 +1,62 @@
+"""Farthest-point sampling.
+
+B images, N visual tokens, K kept, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.diversity import spread
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending
+from ocvtp.pruners.similarity import full, row
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("fps")
+@dataclass(kw_only=True, eq=False)
+class FPS(Pruner):
+    """FPS: farthest-point sampling from the first token on, a control without any saliency.
+
+    Paper: none.
+    Stage: llm_input.  Needs: - (or projected).  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image.
+        space: measure Euclidean distances between `features` of the tower or `projected` tokens.
+    Deviations: none.
+    """
+
+    space: Literal["features", "projected"] = "features"
+
+    status: ClassVar[Status] = "control"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.space not in ("features", "projected"):
+            raise ValueError(f"space={self.space!r}; pass 'features' or 'projected'.")
+
+    @property
+    def needs(self) -> Needs:
+        """The space that distances are measured in."""
+        return Needs(projected=self.space == "projected")
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        points = full(getattr(tokens, self.space))  # [B, N, D]
+        lengths = points.square().sum(dim=2)
+
+        def nearness(pick: Tensor) -> Tensor:
+            """Minus the squared distance, [B, N]."""
+            return 2 * row(points, pick) - lengths - lengths.gather(1, pick[:, None])
+
+        first = torch.zeros_like(points[:, 0, 0], dtype=torch.int64)
+        if tokens.valid is not None:
+            first = tokens.valid.int().argmax(dim=1)
+        picks = spread(nearness, first, num_keep, tokens.valid)
+        return ascending(picks, tokens.valid, tokens.num_tokens)

@@ -1,0 +1,83 @@
+"""HoloV.
+
+B images, N visual tokens, K kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import descending, fill_up, ranks
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("holov")
+@dataclass(kw_only=True, eq=False)
+class HoloV(Pruner):
+    """HoloV: share the budget among crops by their attention, keep the best tokens of each.
+
+    Paper: https://arxiv.org/abs/2510.02912, section 3.
+    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
+
+    Crops are runs of tokens in raster order. Each gets its share of the budget, rounded down; what
+    is left goes to the crops of the largest shares, one token each.
+
+    Args:
+        num_keep: tokens kept per image.
+        num_crops: runs that an image is cut into; paper: 16.
+        block: block of the tower whose attention is read; LLaVA's selected one.
+    Deviations: unofficial in form: written to reproduce selections of the official code, which CLS
+        attention alone explains. Where a crop is given more tokens than it has, the official code
+        pads with zero vectors; here the best tokens of all other crops fill up.
+    """
+
+    num_crops: int = 16
+    block: int = -2
+
+    status: ClassVar[Status] = "unofficial"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.02912"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_crops < 1:
+            raise ValueError(f"num_crops={self.num_crops}; pass at least 1.")
+
+    @property
+    def needs(self) -> Needs:
+        """The CLS row of one block."""
+        return Needs(attention=((self.block, "cls"),))
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        attention = tokens.attention[self.block, "cls"]
+        if tokens.valid is not None:
+            attention = attention * tokens.valid
+        crop = self._crops(attention, tokens.valid)  # [B, N]
+        sums = torch.zeros_like(attention[:, :1]).repeat(1, self.num_crops)
+        sums = sums.scatter_add(1, crop, attention)
+        shares = sums / sums.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        quota = (shares * num_keep).floor()
+        left = num_keep - quota.sum(dim=1, keepdim=True)
+        quota = quota + (ranks(descending(shares, None)) < left)  # [B, crops]
+        # Rank within the crop: order by attention, then stably by crop.
+        best = descending(attention, tokens.valid)
+        order = best.gather(1, crop.gather(1, best).sort(dim=1, stable=True).indices)
+        sizes = torch.zeros_like(sums).scatter_add(1, crop, torch.ones_like(attention))
+        first = (sizes.cumsum(dim=1) - sizes).gather(1, crop)
+        chosen = ranks(order) - first < quota.gather(1, crop)
+        return fill_up(chosen, attention, num_keep, tokens.valid)
+
+    def _crops(self, attention: Tensor, valid: Tensor | None) -> Tensor:
+        """[B, N] the crop of every token: equal runs of the image's real tokens."""
+        if valid is None:
+            place = torch.arange(attention.shape[1], device=attention.device)
+            crop = (place * self.num_crops // attention.shape[1]).expand(len(attention), -1)
+            return crop
+        count = valid.sum(dim=1, keepdim=True).clamp(min=1)
+        place = (valid.cumsum(dim=1) - 1).clamp(min=0)
+        return (place * self.num_crops // count).clamp(max=self.num_crops - 1)

@@ -1,0 +1,70 @@
+"""LLaVA-PruMerge+.
+
+B images, N visual tokens, K kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Status
+from ocvtp.pruners.prumerge import PruMerge
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import descending, ranks, spaced
+
+
+@register("prumerge_plus")
+@dataclass(kw_only=True, eq=False)
+class PruMergePlus(PruMerge):
+    """PruMerge+: PruMerge with further tokens at equal steps over the image.
+
+    Paper: https://arxiv.org/abs/2403.15388, section 3.4.
+    Stage: llm_input.  Needs: keys (with CLS).  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image: a quarter of them by attention, the others at equal steps
+            among the rest, and the last one, which sums up what is not kept.
+        adaptive: keep the outliers of the attention and every s-th token, s a third of N over their
+            number, as the paper does. So it does without `num_keep`; with it, at most so many.
+        num_neighbours: paper: 32.
+        block: whose queries and keys are read, at full width (no heads); paper: the last one.
+    Deviations: an exact budget is ours; the quarter is what the adaptive rule comes to. A step
+        below 1 counts as 1, where the official code fails.
+    """
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
+
+    def _counted(
+        self, attention: Tensor, valid: Tensor | None, num_kept: Tensor, most: int
+    ) -> tuple[Tensor, Tensor, int]:
+        real = torch.ones_like(attention, dtype=torch.bool) if valid is None else valid
+        count = real.sum(dim=1, keepdim=True)
+        step = (count // num_kept // 3).clamp(min=1)  # [B, 1]
+        place = real.cumsum(dim=1) - 1  # [B, N], among the real tokens
+        rank = ranks(descending(attention, valid))
+        top = rank < num_kept
+        spatial = real & ~top & (place % step == 0) & (place < count - 1)
+        num_kept = num_kept + spatial.sum(dim=1, keepdim=True)
+        return _order(rank, top, spatial), num_kept.clamp(max=most - 1), most
+
+    def _exact(self, attention: Tensor, valid: Tensor | None, num_keep: int) -> Tensor:
+        rank = ranks(descending(attention, valid))
+        num_top = round((num_keep - 1) / 4)
+        top = rank < num_top
+        rest = ~top if valid is None else ~top & valid
+        indices, counts = spaced(rest, num_keep - 1 - num_top)
+        spatial = torch.zeros_like(rest).scatter(1, indices, counts)
+        return _order(rank, top, spatial)
+
+
+def _order(rank: Tensor, top: Tensor, spatial: Tensor) -> Tensor:
+    """Token numbers: the top ones by rank, the spatial ones in raster order, the others by rank."""
+    num_tokens = rank.shape[1]
+    raster = torch.arange(num_tokens, device=rank.device)
+    late = torch.where(spatial, num_tokens + raster, 2 * num_tokens + rank)
+    return torch.where(top, rank, late).argsort(dim=1)

@@ -1,0 +1,66 @@
+"""SCOPE.
+
+B images, N visual tokens, K kept, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending
+from ocvtp.pruners.similarity import unit
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("scope")
+@dataclass(kw_only=True, eq=False)
+class SCOPE(Pruner):
+    """SCOPE: keep the tokens that add the most coverage of all others, weighted by their saliency.
+
+    Paper: https://arxiv.org/abs/2510.24214, section 3.
+    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
+
+    A token adds sum_j max(0, cos_ij - c_j) times its CLS attention, where c_j is the cosine of
+    token j to the nearest kept one.
+
+    Args:
+        num_keep: tokens kept per image.
+        alpha: exponent of the attention; the official code's 1.
+        block: block of the tower whose attention is read; LLaVA's selected one.
+    Deviations: none.
+    """
+
+    alpha: float = 1.0
+    block: int = -2
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.24214"
+
+    @property
+    def needs(self) -> Needs:
+        """The CLS row of one block."""
+        return Needs(attention=((self.block, "cls"),))
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        directions = unit(tokens.features)
+        cosine = directions @ directions.transpose(1, 2)  # [B, N, N], needed by every step
+        saliency = tokens.attention[self.block, "cls"] ** self.alpha
+        blocked = torch.zeros_like(saliency)
+        if tokens.valid is not None:  # padding covers nothing and is kept last
+            cosine = cosine * tokens.valid[:, None] * tokens.valid[:, :, None]
+            blocked = blocked.masked_fill(~tokens.valid, -1.0)
+        covered = torch.zeros_like(saliency)
+        picks = []
+        for _ in range(num_keep):
+            gain = (cosine - covered[:, None]).clamp_(min=0).sum(dim=2) * saliency
+            pick = (gain + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+            picks.append(pick)
+            blocked = blocked.scatter(1, pick, float("-inf"))
+            near = cosine.gather(1, pick[:, :, None].expand(-1, 1, cosine.shape[2])).squeeze(1)
+            covered = torch.maximum(covered, near)
+        return ascending(torch.cat(picks, dim=1), tokens.valid, tokens.num_tokens)

@@ -1,0 +1,74 @@
+"""TRIM.
+
+B images, N visual tokens, K kept, P width of CLIP's shared space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import AdaptivePruner, Status
+from ocvtp.pruners.merging import kept_and_rest, merged
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import count_outliers, descending, ranks
+from ocvtp.pruners.similarity import full
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("trim")
+@dataclass(kw_only=True, eq=False)
+class TRIM(AdaptivePruner):
+    """TRIM: keep the tokens that CLIP relates to the prompt, and the mean of all others.
+
+    Paper: https://arxiv.org/abs/2409.10994, section 3.
+    Stage: llm_input.  Needs: clip.  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image, the mean of the others included.
+        adaptive: keep the tokens whose score is an outlier, above Q3 + 1.5 (Q3 - Q1), as the paper
+            does. So it does without `num_keep`; with it, at most so many are kept.
+    Deviations: none. As in the official code the dot products are not normalised and their sign is
+        turned round, and of a long prompt the first 77 tokens are read.
+    """
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2409.10994"
+    merging: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> Needs:
+        """Tokens and prompt in CLIP's shared space."""
+        return Needs(clip=True)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        related = _related(tokens)
+        num_tokens, valid = tokens.num_tokens, tokens.valid
+        order = descending(related, valid)
+        num_rows = num_keep
+        if self.adaptive:
+            num_rows = min(num_keep, num_tokens // 4 + 2)
+            scores = related if valid is None else related.masked_fill(~valid, float("-inf"))
+            num_kept = count_outliers(scores.softmax(dim=1), valid).clamp(max=num_rows - 1)
+        else:
+            num_kept = torch.full_like(order[:, :1], num_keep - 1)
+        # Rows: the kept tokens in raster order, then the rest, of which the best lends its place.
+        rank = ranks(order)
+        raster = torch.arange(num_tokens, device=rank.device)
+        order = torch.where(rank < num_kept, raster, num_tokens + rank).argsort(dim=1)
+        rest = (rank >= num_kept) if valid is None else (rank >= num_kept) & valid
+        share = 1 / rest.sum(dim=1, keepdim=True).clamp(min=1)
+        merge = kept_and_rest(order, num_kept, rest * share, num_rows)
+        counts = torch.arange(num_rows, device=rank.device) <= num_kept
+        return merged(merge, order[:, :num_rows], counts if self.adaptive else None)
+
+
+def _related(tokens: VisualTokens) -> Tensor:
+    """[B, N] the negative dot product with the first part of the prompt."""
+    assert tokens.clip_visual is not None
+    assert tokens.clip_text is not None
+    text = tokens.clip_text[:, 0] if tokens.clip_text.ndim == 3 else tokens.clip_text
+    return -(full(tokens.clip_visual) @ full(text)[:, :, None]).squeeze(2)

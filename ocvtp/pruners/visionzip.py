@@ -1,0 +1,81 @@
+"""VisionZip.
+
+B images, N visual tokens, K kept, D width, d width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.merging import dominant_and_contextual
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.similarity import full
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("visionzip")
+@dataclass(kw_only=True, eq=False)
+class VisionZip(Pruner):
+    """VisionZip: keep the CLS and the tokens it attends to, and merge the rest into a few.
+
+    Paper: https://arxiv.org/abs/2412.04467, section 3.
+    Stage: llm_input.  Needs: attention (CLS), keys, CLS.  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image, the CLS included; paper: 192, 128 or 64 of 576.
+        num_contextual: merged tokens among them; None for the paper's share of 10 / 64.
+        guidance: `cls` as in the paper; `received` for towers without a CLS, which then has no
+            row of its own.
+        block: block of the tower that is read; paper: 22 of 24, LLaVA's selected one.
+    Deviations: none.
+    """
+
+    num_contextual: int | None = None
+    guidance: Literal["cls", "received"] = "cls"
+    block: int = -2
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.04467"
+    merging: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance not in ("cls", "received"):
+            raise ValueError(f"guidance={self.guidance!r}; pass 'cls' or 'received'.")
+
+    @property
+    def needs(self) -> Needs:
+        """One block's attention and keys, and the CLS row that is kept."""
+        attention = ((self.block, self.guidance),)
+        return Needs(attention=attention, keys=(self.block,), cls=self.guidance == "cls")
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        with_cls = self.guidance == "cls"
+        contextual = self._contextual(num_keep, num_keep - with_cls)
+        return dominant_and_contextual(
+            tokens.attention[self.block, self.guidance],
+            head_mean(tokens.keys[self.block], tokens.num_heads),
+            num_dominant=num_keep - with_cls - contextual,
+            num_contextual=contextual,
+            with_cls=with_cls,
+            valid=tokens.valid,
+        )
+
+    def _contextual(self, num_keep: int, most: int) -> int:
+        if self.num_contextual is None:
+            return min(round(num_keep * 10 / 64), most)
+        if not 0 <= self.num_contextual <= most:
+            raise ValueError(
+                f"num_contextual={self.num_contextual} of num_keep={num_keep}; pass 0 to {most}."
+            )
+        return self.num_contextual
+
+
+def head_mean(keys: Tensor, num_heads: int | None) -> Tensor:
+    """[B, N, D], heads side by side -> [B, N, d]."""
+    assert num_heads is not None, "keys come with num_heads"
+    return full(keys).view(*keys.shape[:2], num_heads, -1).mean(dim=2)

@@ -1,0 +1,63 @@
+"""ZSPAPrune.
+
+B images, N visual tokens, K kept, M text tokens, D' width of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.diversity import cosine, spread_from
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending, descending
+from ocvtp.pruners.similarity import unit
+from ocvtp.pruners.text import text_mean
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("zspaprune")
+@dataclass(kw_only=True, eq=False)
+class ZSPAPrune(Pruner):
+    """ZSPAPrune: keep a core of tokens close to the prompt, and the most diverse of the others.
+
+    Paper: https://arxiv.org/abs/2510.17197, section 3.
+    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
+
+    Args:
+        num_keep: tokens kept per image.
+        core_ratio: share of them chosen by cosine to the mean of the prompt's embeddings; the rest
+            is filled up by max-min diversity; paper: 0.6.
+    Deviations: unofficial, there is no public code.
+    """
+
+    core_ratio: float = 0.6
+
+    status: ClassVar[Status] = "unofficial"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.17197"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.core_ratio <= 1:
+            raise ValueError(f"core_ratio={self.core_ratio}; pass a share of the budget, 0 to 1.")
+
+    @property
+    def needs(self) -> Needs:
+        """Tokens and prompt as the language model reads them."""
+        return Needs(projected=True, text=True)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        assert tokens.projected is not None
+        directions = unit(tokens.projected)
+        prompt = unit(text_mean(tokens))  # [B, D']
+        close = descending((directions @ prompt[:, :, None]).squeeze(2), tokens.valid)
+        num_core = max(1, int(num_keep * self.core_ratio))
+        core = close[:, :num_core]
+        of_core = directions.gather(1, core[:, :, None].expand(-1, -1, directions.shape[2]))
+        nearest = (of_core @ directions.transpose(1, 2)).amax(dim=1)  # [B, N]
+        rest = spread_from(cosine(directions), nearest, core, num_keep - num_core, tokens.valid)
+        picks = torch.cat([core, rest], dim=1)
+        return ascending(picks, tokens.valid, tokens.num_tokens)
