@@ -33,7 +33,7 @@ ALLOWED = {
     "__init__": {"structures", "slots", "pruners", "hosts"},
 }  # fmt: skip
 # `with pruner(model):` is the one call that goes up, when it is made
-UPWARD = {("pruners/base.py", "hosts")}
+UPWARD = {("pruners/base.py", "hosts"), ("pruners/compose.py", "hosts")}
 LIGHTNING = {"training", "data/module.py"}
 TRANSFORMERS = {"encoders/clip.py", "hosts", "evaluation"}
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import ocvtp
+from ocvtp import Needs, Pruner, Selection, VisualTokens
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
+from ocvtp.pruners import registry
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 MODEL = ["--model", "random:tiny-llava"]
@@ -84,6 +88,108 @@ def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
     picture = np.asarray(Image.open(out).convert("RGB"))
     assert min(picture.shape[:2]) > 200
     assert picture.std() > 10
+
+
+@dataclass(kw_only=True, eq=False)
+class Reading(Pruner):
+    """Keeps what is closest to the prompt, and remembers what it was shown."""
+
+    wants: Needs = field(default_factory=lambda: Needs(text=True, clip=True))
+    seen: ClassVar[list[VisualTokens]] = []
+
+    name = "reading"
+    status = "control"
+
+    @property
+    def needs(self):
+        return self.wants
+
+    def _select(self, tokens, num_keep):
+        self.seen.append(tokens)
+        scores = (tokens.clip_visual @ tokens.clip_text[:, 0, :, None]).squeeze(2)
+        return Selection(scores.topk(num_keep).indices.sort().values)
+
+
+@pytest.fixture
+def reading(monkeypatch):
+    monkeypatch.setitem(registry._REGISTRY, "reading", Reading)
+    Reading.seen.clear()
+    return Reading.seen
+
+
+def spoken(tokens):
+    """The words that a pruner was shown of the random model's prompt."""
+    from ocvtp.hosts.loading import tiny_llava
+
+    model, processor = tiny_llava()
+    every = model.get_input_embeddings().weight.detach()
+    ids = [int((every == row).all(dim=1).nonzero()[0]) for row in tokens.text[0]]
+    return processor.tokenizer.decode(ids)
+
+
+def test_answer_with_a_pruner_that_reads_the_prompt(capsys, photo, reading):
+    words = ["answer", *MODEL, "--pruner", "reading", "--num-keep", "7", "--image", photo, photo]
+    words += ["--prompt", "What is it?", "--max-new-tokens", "2", "--text-tower", "random:tiny"]
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens_kept"] == [7, 7]
+    assert spoken(reading[0]) == "What is it?"
+    assert reading[0].clip_text.shape == (2, 1, 64)
+
+
+def test_show_with_pruners_that_read_the_prompt(capsys, photo, reading, tmp_path):
+    out = tmp_path / "picture.png"
+    words = ["show", *MODEL, "--pruner", "reading", "uniform", "--num-keep", "16", "--image", photo]
+    words += ["--output", str(out), "--text-tower", "random:tiny"]
+    assert main([*words, "--prompt", "Where?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept"] == {"reading": 16, "uniform": 16}
+    assert spoken(reading[0]) == "Where?"
+    out.unlink()
+    assert main(words) == 2
+    assert "reading reads the prompt; pass --prompt" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
+    """They mean different things by received attention, so each is shown its own."""
+    from ocvtp.hosts.llava import LlavaHost
+
+    class Received(Pruner):
+        status = "control"
+        name = "all_queries"
+        patches = False
+
+        @property
+        def needs(self):
+            return Needs(attention=((-2, "received"),), patch_queries=self.patches)
+
+        def _select(self, tokens, num_keep):
+            seen.append(tokens.attention[-2, "received"])
+            return Selection(seen[-1].topk(num_keep).indices.sort().values)
+
+    class Patches(Received):
+        name = "patch_queries"
+        patches = True
+
+    encode, seen, calls = LlavaHost.encode, [], []
+    monkeypatch.setattr(LlavaHost, "encode", lambda *a: calls.append(1) or encode(*a))
+    for cls in (Received, Patches):
+        monkeypatch.setitem(registry._REGISTRY, cls.name, cls)
+    words = [
+        "show",
+        *MODEL,
+        "--num-keep",
+        "9",
+        "--image",
+        photo,
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    words += ["--pruner", "all_queries", "patch_queries", "random", "fastervlm", "--json"]
+    assert main(words) == 0
+    kept = json.loads(capsys.readouterr().out)["kept"]
+    assert list(kept) == ["all_queries", "patch_queries", "random", "fastervlm"]
+    assert len(calls) == 2
+    assert (seen[0] - seen[1]).abs().max() > 0
 
 
 @pytest.mark.parametrize(

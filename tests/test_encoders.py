@@ -101,6 +101,25 @@ def test_cls_attention(folders):
     assert_close(encoder(pixels).attention[1, "cls"], expected)
 
 
+def test_the_cls_of_keys_and_attention_among_patches(folders):
+    path, tower = folders["clip"]
+    depth = len(tower.encoder.layers)
+    wanted = ((2 - depth, "received"),)
+    encoder = CLIPEncoder(path, layer=2)
+    encoder.load(Needs(hidden=(2,), attention=wanted, keys=(2 - depth,), patch_queries=True))
+    pixels = torch.randn(2, 3, 56, 56)
+    tokens = encoder(pixels)
+    tower.set_attn_implementation("eager")
+    whole = tower(pixels, output_attentions=True, output_hidden_states=True)
+    maps = whole.attentions[2].mean(dim=1)
+    assert_close(tokens.attention[wanted[0]], maps[:, 1:].mean(dim=1)[:, 1:])
+    layer = tower.encoder.layers[2]
+    states = layer.layer_norm1(whole.hidden_states[2])
+    for projection, found in (("k_proj", tokens.cls_keys), ("q_proj", tokens.cls_queries)):
+        expected = getattr(layer.self_attn, projection)(states)[:, 0]
+        assert_close(found[2 - depth], expected)
+
+
 def test_cls_attention_is_refused_without_a_cls(folders):
     encoder = CLIPEncoder(folders["siglip"][0], layer=2)
     encoder.load(Needs(hidden=(2,), attention=((1, "cls"),)))

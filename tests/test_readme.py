@@ -25,13 +25,11 @@ def test_the_table_of_pruners_is_the_registry():
     assert generated("pruners") == markdown_table()
 
 
-def test_the_measured_table_is_the_result_file():
-    sys.path.insert(0, "benchmarks")
-    try:
-        from table import table
-    finally:
-        sys.path.pop(0)
+def test_the_measured_tables_are_the_result_files():
+    from benchmarks.table import select_table, table
+
     assert generated("measured") == table()
+    assert generated("select") == select_table()
 
 
 def test_its_make_targets_and_files_exist():

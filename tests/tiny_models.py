@@ -60,3 +60,78 @@ def _llava(vision: Any, **settings: Any) -> Any:
     model.generation_config.bos_token_id = BOS
     model.generation_config.eos_token_id = None  # answers run to their full length
     return model.eval()
+
+
+LLAVA_TEMPLATE = (  # LLaVA-1.5's own in transformers
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+
+
+def tiny_processor(chat_template: str | None = LLAVA_TEMPLATE) -> Any:
+    """The processor of `tiny_llava`: a token for every character."""
+    from transformers import LlavaProcessor
+
+    from ocvtp.encoders.clip import plain_processor
+
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": 2, "<unk>": 99, "<image>": IMAGE_TOKEN}
+    ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return LlavaProcessor(
+        image_processor=plain_processor(56),
+        tokenizer=_character_tokenizer(
+            vocabulary, **ends, extra_special_tokens={"image_token": "<image>"}
+        ),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def tiny_clip(tower: Any) -> tuple[Any, Any]:
+    """A CLIP around a vision tower, with a token for every character, and its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tokenizer = _character_tokenizer(
+        {"<unk>": 99, "<|startoftext|>": 126, "<|endoftext|>": 127},
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+    )
+    text = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 32}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    text |= {"bos_token_id": 126, "eos_token_id": 127, "pad_token_id": 127}
+    vision = tower.config.to_dict()
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CLIPModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(8.0)
+    model.vision_model.load_state_dict(tower.state_dict())
+    return model.eval(), tokenizer
+
+
+def _character_tokenizer(special: dict[str, int], **settings: Any) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = special | {character: 3 + i for i, character in enumerate(CHARACTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    start, end = settings["bos_token"], settings["eos_token"]
+    sequence = f"{start} $A" if "<image>" in special else f"{start} $A {end}"
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=sequence, special_tokens=[(start, special[start]), (end, special[end])]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **settings)

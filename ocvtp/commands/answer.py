@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
@@ -34,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.max_new_tokens,
         arguments.dtype,
         arguments.device,
+        arguments.text_tower,
     )
     kept = ", ".join(map(str, result.visual_tokens_kept))
     text = (
@@ -70,6 +70,7 @@ def answer(
     max_new_tokens: int = 64,
     dtype: str = "auto",
     device: str = "cpu",
+    text_tower: str | None = None,
 ) -> Answer:
     """Answer one prompt about images, greedily, with pruned visual tokens.
 
@@ -81,16 +82,18 @@ def answer(
             used as it stands.
         max_new_tokens: length of the answer at most.
         dtype: see `load_model`. device: where to run.
+        text_tower: see `ocvtp.attach`.
 
     Raises:
         ValueError: if something cannot be read, or the pruner does not fit the model.
     """
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
-    text = _with_template(processor, prompt, len(pictures))
+    text = options.with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
     prompts: list[Prompt] = []
-    with attached(vlm, pruner, on_prune=prompts.append):
+    reading = {"processor": processor, "text_tower": text_tower}
+    with attached(vlm, pruner, on_prune=prompts.append, **reading):
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     counts = prompts[0].summary()
@@ -102,13 +105,3 @@ def answer(
         prompt_tokens=counts["prompt_tokens"],
         prompt_tokens_kept=counts["prompt_tokens_kept"][0],
     )
-
-
-def _with_template(processor: Any, prompt: str, num_images: int) -> str:
-    if "<image>" in prompt:
-        return prompt
-    if getattr(processor, "chat_template", None) is None:
-        return "USER: " + "<image>\n" * num_images + f"{prompt} ASSISTANT:"
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))

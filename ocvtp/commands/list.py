@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,10 +24,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         output.emit({"pruners": [asdict(e) for e in entries]}, "", as_json=True)
         return 0
-    columns = ("name", "stage", "needs", "budget", "merges", "status", "paper")
-    table = Table(*columns, title=f"{len(entries)} pruners", title_justify="left")
+    table = Table(
+        title=f"{len(entries)} pruners", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("name", "stage", "needs", "budget", "merges", "status", "paper"):
+        table.add_column(column, no_wrap=column not in ("needs", "budget"), overflow="fold")
     for e in entries:
         merges, paper = "yes" if e.merges else "no", e.paper_id or "-"
         table.add_row(e.name, e.stage, e.needs, e.budget, merges, e.status, paper)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe, which is as wide as it needs to be
+        console.width = 120
+    console.print(table)
     return 0

@@ -33,6 +33,11 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     budget.add_argument("--num-keep", type=int, help="tokens kept per image")
     budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
     parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+    parser.add_argument(
+        "--text-tower",
+        help="folder or hub id of the CLIP that the vision tower is from, for pruners that compare"
+        " images with the prompt; random:tiny for random:tiny-llava",
+    )
 
 
 def build(spec: str, arguments: argparse.Namespace) -> Pruner:
@@ -51,3 +56,14 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
             raise ValueError(f"--pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
         settings[key] = yaml.safe_load(value)
     return build_pruner(name, **settings)
+
+
+def with_template(processor: Any, prompt: str, num_images: int) -> str:
+    """A prompt about images in the model's chat template; with `<image>` in it, as it stands."""
+    if "<image>" in prompt:
+        return prompt
+    if getattr(processor, "chat_template", None) is None:
+        return "USER: " + "<image>\n" * num_images + f"{prompt} ASSISTANT:"
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))

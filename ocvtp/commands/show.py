@@ -17,8 +17,10 @@ from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.reading import make_reader
+from ocvtp.hosts.rewrite import look
 from ocvtp.pruners import Pruner
-from ocvtp.structures import Needs
+from ocvtp.structures import Needs, VisualTokens
 from ocvtp.visualize import Panel, figure, save_figure
 
 
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_pruner(parser, several=True)
     parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--prompt", help="plain text, for pruners that read it")
     parser.add_argument("--output", required=True, help="PNG or PDF to write")
     printing.add_json(parser)
 
@@ -40,11 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.output,
         arguments.dtype,
         arguments.device,
+        arguments.prompt,
+        arguments.text_tower,
     )
     printing.emit(result, f"wrote {result['output']}", arguments.json)
     return 0
 
 
+@torch.no_grad()
 def show(
     model: str,
     pruners: Sequence[Pruner],
@@ -52,16 +58,21 @@ def show(
     output: str,
     dtype: str = "auto",
     device: str = "cpu",
+    prompt: str | None = None,
+    text_tower: str | None = None,
 ) -> dict[str, Any]:
     """Draw what pruners keep of an image, and slot masks where there are any.
 
-    The image is drawn as the vision tower saw it. It is encoded once for all pruners.
+    The image is drawn as the vision tower saw it. It is encoded once for all pruners that agree on
+    what they read.
 
     Args:
         model: see `load_model`.
         pruners: one or more.
         image: file. output: PNG or PDF to write.
         dtype: see `load_model`. device: where to run.
+        prompt: plain text for pruners that read it; the model's chat template is put around it.
+        text_tower: see `ocvtp.attach`.
 
     Returns:
         `output`, and of each pruner the number of tokens kept.
@@ -72,29 +83,53 @@ def show(
     picture = open_image(image)
     vlm, processor = load_model(model, dtype, device)
     host = find_host(vlm)
-    needs = Needs()
-    for pruner in pruners:
-        host.check(pruner.needs)
-        needs |= pruner.needs
-    pixels = processor.image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-    hooks = host.install(needs)
-    try:
-        with torch.no_grad():
-            encoded = host.encode({"pixel_values": pixels.to(device, vlm.dtype)}, needs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    tokens = encoded.tokens
-    panels, kept = [], {}
-    with torch.no_grad():
-        for pruner in pruners:
-            selection = pruner.select(tokens)
-            masks = pruner.masks(tokens)
-            kept[pruner.name] = int(selection.counts()[0])
-            indices = selection.keep_indices[0, : kept[pruner.name]].cpu()
-            soft = None if masks is None else masks[0].float().cpu()
-            panels.append(Panel(pruner.name, indices, soft, tokens.grid_hw))
+    text = options.with_template(processor, prompt or "", 1)
+    inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    pixels = inputs["pixel_values"]
+    inputs = inputs.to(device, vlm.dtype)
+    groups = _agreeing(pruners)
+    for needs, group in groups:
+        host.check(needs)
+        readers = [p.name for p in group if p.needs.text or p.needs.clip]
+        if readers and prompt is None:
+            raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
+    drawn: dict[int, tuple[Panel, int]] = {}
+    for needs, group in groups:
+        reader = make_reader(host, needs, processor, text_tower)
+        hooks = host.install(needs)
+        try:
+            tokens = look(host, needs, inputs, reader).encoded.tokens
+        finally:
+            for hook in hooks:
+                hook.remove()
+        drawn |= {id(pruner): _panel(pruner, tokens) for pruner in group}
+    panels, counts = zip(*(drawn[id(pruner)] for pruner in pruners), strict=True)
+    kept = {pruner.name: count for pruner, count in zip(pruners, counts, strict=True)}
     colours = ProcessorTransform(processor.image_processor).denormalize(pixels[0].float())
     seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     save_figure(figure(seen, panels), Path(output))
     return {"output": output, "visual_tokens": tokens.num_tokens, "kept": kept}
+
+
+def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
+    """Groups that can be shown the same tokens, and what they need."""
+    groups: list[tuple[Needs, list[Pruner]]] = []
+    for pruner in pruners:
+        for number, (needs, group) in enumerate(groups):
+            try:
+                groups[number] = (needs | pruner.needs, [*group, pruner])
+                break
+            except ValueError:  # they mean different things by the same name
+                continue
+        else:
+            groups.append((pruner.needs, [pruner]))
+    return groups
+
+
+def _panel(pruner: Pruner, tokens: VisualTokens) -> tuple[Panel, int]:
+    """What a pruner does with the one image, and K."""
+    selection, masks = pruner.select(tokens), pruner.masks(tokens)
+    count = int(selection.counts()[0])
+    indices = selection.keep_indices[0, :count].cpu()
+    soft = None if masks is None else masks[0].float().cpu()
+    return Panel(pruner.name, indices, soft, tokens.grid_hw), count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -73,7 +74,8 @@ class FrozenEncoder(nn.Module, ABC):
         self.tower = self._build(self.num_blocks).to(self.dtype).eval().requires_grad_(False)
         self.needs = needs
         # Numbers from the end would point elsewhere in a cut tower: hook the resolved ones.
-        self._asked = Needs(
+        self._asked = replace(
+            needs,
             hidden=hidden,
             attention=tuple((self._block(b), kind) for b, kind in needs.attention),
             keys=tuple(self._block(b) for b in needs.keys),
@@ -100,14 +102,11 @@ class FrozenEncoder(nn.Module, ABC):
         with taps.recording() as record:
             self._run(self.tower, pixel_values.to(self.dtype))
         found = taps.gather(record, self._view(self.tower), self._asked, self.num_prefix)
-        for name, asked in (
-            ("hidden", self.needs.hidden),
-            ("attention", self.needs.attention),
-            ("keys", self.needs.keys),
-        ):
-            resolved: tuple[Any, ...] = getattr(self._asked, name)
-            values = found[name]
-            found[name] = {a: values[r].float() for a, r in zip(asked, resolved, strict=True)}
+        kinds = {"cls_keys": "keys", "cls_queries": "keys"}  # asked for with these
+        for name in found.keys() & {"hidden", "attention", "keys", *kinds}:
+            kind, values = kinds.get(name, name), found[name]
+            pairs = zip(getattr(self.needs, kind), getattr(self._asked, kind), strict=True)
+            found[name] = {asked: values[resolved].float() for asked, resolved in pairs}
         features = next(iter(found["hidden"].values()))
         return VisualTokens(features=features, grid_hw=self.grid_hw, **found)
 

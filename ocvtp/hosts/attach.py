@@ -18,9 +18,11 @@ from torch.utils.hooks import RemovableHandle
 from ocvtp.hosts import calls
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.calls import STATE, State
+from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.llava import LlavaHost
+from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt
-from ocvtp.pruners import Pruner
+from ocvtp.pruners import Compose, Pruner
 
 HOSTS: tuple[type[Host], ...] = (LlavaHost,)
 _WRAPPED = ("forward", "generate")
@@ -101,8 +103,10 @@ def unwrap(model: Any) -> Any:
 
 def attach(
     model: Any,
-    pruner: Pruner,
+    pruner: Pruner | Compose,
     *,
+    processor: Any = None,
+    text_tower: TextTower = None,
     positions: Positions = "contiguous",
     on_prune: Callable[[Prompt], None] | None = None,
 ) -> Handle:
@@ -110,7 +114,13 @@ def attach(
 
     Args:
         model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
-        pruner: see `ocvtp.build_pruner`.
+        pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages.
+        processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
+            the prompt: it tells the user's words from the chat template. None looks for the one
+            saved with the model.
+        text_tower: for pruners that compare images with the prompt by CLIP: hub id or folder of the
+            CLIP that the vision tower is from, a `CLIPModel`, or a pair `(CLIPModel, tokenizer)`.
+            None looks for it on this machine.
         positions: `contiguous` numbers the tokens that are left from 0; `original` leaves each
             token the position that it had.
         on_prune: called with every shortened prompt, e.g. to count tokens.
@@ -131,10 +141,13 @@ def attach(
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     host = find_host(model)
-    _check(host, pruner)
+    for part in pruner.parts:
+        _check(host, part)
+    before_llm = next(part for part in pruner.parts if part.stage == "llm_input")
+    reader = make_reader(host, pruner.needs, processor, text_tower)
     hooks = host.install(pruner.needs)
     attributes = model.__dict__
-    attributes[STATE] = state = State(host, pruner, positions, on_prune)
+    attributes[STATE] = state = State(host, before_llm, positions, on_prune, reader)
     for name in _WRAPPED:
         attributes[name] = _Wrapper(getattr(calls, name), model, attributes.get(name))
     return Handle(model, state, hooks)
@@ -150,7 +163,7 @@ def _check(host: Host, pruner: Pruner) -> None:
 
 
 @contextmanager
-def attached(model: Any, pruner: Pruner, **options: Any) -> Iterator[Handle]:
+def attached(model: Any, pruner: Pruner | Compose, **options: Any) -> Iterator[Handle]:
     """`attach` inside a `with` block; removed at its end, also after an exception."""
     handle = attach(model, pruner, **options)
     try:

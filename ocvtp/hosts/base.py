@@ -26,10 +26,19 @@ class Encoded:
     Args:
         tokens: [I, N, ...], what pruners see.
         embeddings: [R, D'], what the language model would read, image after image.
+        starts: [I] number of each image's first row among the R; None where all have as many.
     """
 
     tokens: VisualTokens
     embeddings: Tensor
+    starts: Tensor | None = None
+
+    def first_rows(self, device: torch.device) -> Tensor:
+        """[I] `starts`, or what it is where all images have as many rows."""
+        if self.starts is not None:
+            return self.starts.to(device)
+        images = self.tokens.batch_size
+        return torch.arange(images, device=device) * (len(self.embeddings) // images)
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class Host(ABC):
     @property
     @abstractmethod
     def tower(self) -> nn.Module:
-        """The vision tower."""
+        """The vision tower; where `check` lets `clip` pass, a CLIP's of transformers."""
 
     @property
     def image_token_id(self) -> int:
@@ -107,6 +116,30 @@ class Host(ABC):
         if looks_inside and any(_is_compiled(module) for module in self.tower.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
+
+
+def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
+    """Mix tokens of the tower, in fp32 or better, and round once.
+
+    Args:
+        tokens: [I, N, D]; their CLS is read where there is one.
+        weights: [I, K, 1 + N], see `Selection.merge`.
+
+    Returns:
+        [I, K, D]. A row whose only weight is a 1 is that token, bit for bit.
+    """
+    states = tokens.features
+    wide = torch.promote_types(states.dtype, torch.float32)
+    weights = weights[:, :, 1 if tokens.cls is None else 0 :].to(states.device)
+    with torch.autocast(states.device.type, enabled=False):
+        if tokens.cls is not None:
+            states = torch.cat([tokens.cls[:, None], states], dim=1)
+        mixed = (weights.to(wide) @ states.to(wide)).to(states.dtype)
+    chosen = weights.argmax(dim=2, keepdim=True)  # [I, K, 1]
+    alone = (weights != 0).sum(dim=2, keepdim=True) == 1
+    alone &= weights.gather(2, chosen) == 1
+    exact = states.gather(1, chosen.expand(-1, -1, states.shape[2]))
+    return torch.where(alone, exact, mixed)
 
 
 def _is_compiled(module: nn.Module) -> bool:

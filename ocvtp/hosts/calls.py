@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ocvtp.hosts import generation, turns
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Positions, Prompt, shorten
 from ocvtp.pruners import Pruner
 
@@ -31,10 +32,11 @@ class State:
     pruner: Pruner
     positions: Positions
     on_prune: Callable[[Prompt], None] | None
+    reader: Reader | None = None
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
-        short, prompt = shorten(self.host, self.pruner, inputs, self.positions)
+        short, prompt = shorten(self.host, self.pruner, inputs, self.positions, self.reader)
         if self.on_prune is not None:
             self.on_prune(prompt)
         return short, prompt

@@ -5,6 +5,7 @@ I images, N tokens of an image, D width of the tower, D' width of the language m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
-from ocvtp.hosts.base import Encoded, Host, Kept, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 _TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens before the patches
@@ -62,17 +63,11 @@ class LlavaHost(Host):
         hidden = needs.hidden
         if needs.cls:
             hidden = (*hidden, self.model.config.vision_feature_layer)
-        return Needs(hidden=hidden, attention=needs.attention, keys=needs.keys)
+        return replace(needs, hidden=hidden)
 
     def check(self, needs: Needs) -> None:
         """See `Host.check`."""
-        absent = [name for name in ("text", "clip") if getattr(needs, name)]
-        if absent:
-            raise ValueError(
-                f"the pruner needs {' and '.join(absent)}, which the LLaVA host does not supply;"
-                " use a pruner that reads the vision tower alone (see `ocvtp list`)."
-            )
-        asks_cls = needs.cls or any(kind == "cls" for _, kind in needs.attention)
+        asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
         if asks_cls and self._num_prefix == 0:
             raise ValueError(
                 f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
@@ -84,11 +79,26 @@ class LlavaHost(Host):
                 f" vision_feature_layer={self.model.config.vision_feature_layer}; use a pruner"
                 " that does not (see `ocvtp list`)."
             )
+        self._check_clip(needs)
         view = self._view()
         for layer in self._inside(needs).hidden:
             view.layer(layer)
         for block in [*needs.keys, *(block for block, _ in needs.attention)]:
             view.block(block)
+
+    def _check_clip(self, needs: Needs) -> None:
+        layer = self.model.config.vision_feature_layer
+        if needs.clip and self._num_prefix == 0:
+            raise ValueError(
+                "the pruner compares images with the prompt in CLIP's space, where the tokens of a"
+                f" {self.tower.config.model_type} are not; use a pruner that reads the language"
+                " model's `text`, or none of the prompt (see `ocvtp list`)."
+            )
+        if needs.clip and not isinstance(layer, int):
+            raise ValueError(
+                "the pruner takes the tokens of one layer to CLIP's space, but this model selects"
+                f" several: vision_feature_layer={layer}; use a pruner that does not."
+            )
 
     def install(self, needs: Needs) -> list[RemovableHandle]:
         """See `Host.install`."""
@@ -128,19 +138,12 @@ class LlavaHost(Host):
         if selection.merge is None:
             rows = encoded.embeddings[positions]
         else:
-            rows = self._merge(encoded.tokens, selection.merge).flatten(0, 1)
+            mixed = merge(encoded.tokens, selection.merge)
+            rows = torch.as_tensor(self._projector(mixed)).flatten(0, 1)
         if selection.valid is not None:
             real = selection.valid.flatten()
             positions, rows = positions[real], rows[real]
         return Kept(positions, rows)
-
-    def _merge(self, tokens: VisualTokens, merge: Tensor) -> Tensor:
-        """Mix encoder tokens, then project: [I, K, 1 + N] -> [I, K, D']."""
-        weights = merge.to(tokens.features.dtype)
-        mixed = weights[:, :, 1:] @ tokens.features
-        if tokens.cls is not None:
-            mixed = mixed + weights[:, :, :1] * tokens.cls[:, None]
-        return torch.as_tensor(self._projector(mixed))
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = images.get("vision_feature_select_strategy")
@@ -162,6 +165,11 @@ class LlavaHost(Host):
                 f"the pruner reads the CLS of layer {selected}, but vision_feature_layer={chosen}"
                 " takes the tokens of another; set model.config.vision_feature_layer before you"
                 " attach the pruner."
+            )
+        if needs.clip and not isinstance(selected if chosen is None else chosen, int):
+            raise ValueError(
+                f"the pruner takes the tokens of one layer to CLIP's space; vision_feature_layer="
+                f"{chosen} are several; pass one."
             )
 
     def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from ocvtp.encoders.clip import plain_processor, random_tower, vision_config
 
 RANDOM_MODELS = ("random:tiny-llava",)
+RANDOM_CLIPS = ("random:tiny",)
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
     "{% for part in message['content'] %}"
@@ -101,6 +102,42 @@ def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), _processor(tokenizer, vision)
+
+
+def random_clip(name: str, seed: int = 0) -> tuple[Any, Any]:
+    """A whole CLIP of random weights around the tower `random:tiny`, and its tokenizer.
+
+    Its texts mean nothing: it lets pruners that read them run on `random:tiny-llava`.
+
+    Raises:
+        ValueError: for other names.
+    """
+    from transformers import CLIPConfig, CLIPModel
+
+    if name not in RANDOM_CLIPS:
+        raise ValueError(f"text_tower={name!r} is unknown; random ones are {list(RANDOM_CLIPS)}.")
+    tokenizer = _byte_tokenizer()
+    vision = vision_config(name)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 77,
+        "initializer_factor": 2.0,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = CLIPConfig(
+        text_config=text, vision_config=vision.to_dict(), projection_dim=vision.projection_dim
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIPModel(config)
+    model.vision_model.load_state_dict(random_tower(vision, seed).state_dict())
+    return model.eval(), tokenizer
 
 
 def _processor(tokenizer: Any, vision: Any) -> Any:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
+from ocvtp.hosts.reading import Reader
 from ocvtp.pruners import Pruner
-from ocvtp.structures import Selection
+from ocvtp.structures import Needs, Selection
 
 Positions = Literal["contiguous", "original"]
 _PER_TOKEN = (
@@ -71,8 +72,32 @@ class Prompt:
         }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """A call before it is shortened.
+
+    Args:
+        input_ids: [B, L]. mask: [B, L] the caller's, None where all columns count.
+        real: [B, L] bool, False on padding.
+        images: the image arguments. encoded: what the tower made of them, and the prompt beside it.
+        placeholder: [B, L] bool. slots: [R, 2] row and column of every one, image after image.
+    """
+
+    input_ids: Tensor
+    mask: Tensor | None
+    real: Tensor
+    images: dict[str, Any]
+    encoded: Encoded
+    placeholder: Tensor
+    slots: Tensor
+
+
 def shorten(
-    host: Host, pruner: Pruner, inputs: dict[str, Any], positions: Positions = "contiguous"
+    host: Host,
+    pruner: Pruner,
+    inputs: dict[str, Any],
+    positions: Positions = "contiguous",
+    reader: Reader | None = None,
 ) -> tuple[dict[str, Any], Prompt]:
     """Encode the images, let the pruner choose, and drop the other placeholders from the prompt.
 
@@ -81,6 +106,7 @@ def shorten(
         pruner: with its hooks installed.
         inputs: what the processor returned (and `labels`, `position_ids` if wanted).
         positions: `contiguous` numbers what is left from 0; `original` leaves the gaps.
+        reader: of the prompt, for pruners that need it.
 
     Returns:
         the inputs without image arguments, shortened, and the prompt with its embeddings.
@@ -88,18 +114,16 @@ def shorten(
     Raises:
         ValueError: if the prompt and the images do not fit, or for inputs that cannot be shortened.
     """
-    inputs = dict(inputs)
-    ids, mask = _check(host, inputs)
-    images = {k: inputs.pop(k) for k in host.image_keys if inputs.get(k) is not None}
-    encoded = host.encode(images, pruner.needs)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    placeholder = (ids == host.image_token_id) & real
-    slots = _slots(placeholder, encoded)
+    seen = look(host, pruner.needs, inputs, reader)
+    inputs = {k: v for k, v in inputs.items() if k not in seen.images}
+    ids, mask, real, encoded = seen.input_ids, seen.mask, seen.real, seen.encoded
     selection = pruner.select(encoded.tokens)
     _check_selection(pruner, encoded, selection)
+    if positions == "original" or inputs.get("position_ids") is not None:
+        selection = selection.in_raster_order()  # every row has the position of its place
     kept = host.apply(encoded, selection)
-    keep = real & ~placeholder
-    keep[slots[kept.positions.to(slots.device)].unbind(dim=1)] = True
+    keep = real & ~seen.placeholder
+    keep[seen.slots[kept.positions.to(seen.slots.device)].unbind(dim=1)] = True
 
     index, padding = _layout(keep, real)
     if positions == "original" and inputs.get("position_ids") is None and not keep.equal(real):
@@ -107,10 +131,34 @@ def shorten(
     inputs |= {"input_ids": ids, "attention_mask": mask}
     short = _gather(inputs, index, padding, _pad_id(host, ids, real))
     short_ids, gapped = short["input_ids"], short.get("position_ids")
-    embeddings = _embed(host, short_ids, placeholder.gather(1, index) & ~padding, kept)
+    embeddings = _embed(host, short_ids, seen.placeholder.gather(1, index) & ~padding, kept)
     return short, Prompt(
-        ids, keep, short_ids, ~padding, embeddings, gapped, images, encoded, selection
+        ids, keep, short_ids, ~padding, embeddings, gapped, seen.images, encoded, selection
     )
+
+
+def look(host: Host, needs: Needs, inputs: dict[str, Any], reader: Reader | None = None) -> Seen:
+    """Encode the images of a call, find their places, and read the prompt.
+
+    Args:
+        host: with its hooks installed.
+        needs: of the pruner.
+        inputs: what the processor returned.
+        reader: for pruners that need the prompt.
+
+    Raises:
+        ValueError: if the prompt and the images do not fit, or the prompt says nothing.
+    """
+    ids, mask = _check(host, inputs)
+    images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}
+    encoded = host.encode(images, needs)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    placeholder = (ids == host.image_token_id) & real
+    slots = _slots(placeholder, encoded)
+    if reader is not None:
+        rows = slots[encoded.first_rows(slots.device), 0]
+        encoded = reader.read(host, encoded, ids, real, rows)
+    return Seen(ids, mask, real, images, encoded, placeholder, slots)
 
 
 def _slots(placeholder: Tensor, encoded: Encoded) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from reference import BATCH, ONE, best_by_cls, fingerprint, make_batch, shorten
+from tiny_models import tiny_clip, tiny_processor
 from torch import Tensor
 
 from ocvtp import Pruner, build_pruner
@@ -42,3 +43,15 @@ def answer(llava: Any, inputs: Any) -> Tensor:
     """What the pruned model answers, made by hand."""
     short = shorten(llava, inputs, best_by_cls(llava, inputs["pixel_values"], 5))
     return short.greedy(5)
+
+
+@pytest.fixture(scope="session")
+def processor() -> Any:
+    """What makes the inputs of `llava`: a token for every character."""
+    return tiny_processor()
+
+
+@pytest.fixture(scope="session")
+def clip(llava: Any) -> tuple[Any, Any]:
+    """The CLIP that the tower of `llava` is from, and its tokenizer."""
+    return tiny_clip(llava.model.vision_tower)

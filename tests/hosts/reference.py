@@ -75,6 +75,17 @@ def make_batch(rows: Sequence[tuple[int | str, ...]], side: Side = "left", seed:
     return inputs
 
 
+def make_prompts(processor: Any, rows: Sequence[str], side: Side = "left") -> Inputs:
+    """What a processor returns for these prompts and random images."""
+    processor.tokenizer.padding_side = side
+    text = [row.replace("<image>", "<image>" * NUM_TOKENS) for row in rows]
+    inputs = dict(processor.tokenizer(text, padding=True, return_tensors="pt"))
+    inputs.pop("token_type_ids", None)
+    num_images = sum(row.count("<image>") for row in rows)
+    random = torch.Generator().manual_seed(num_images)
+    return inputs | {"pixel_values": torch.randn(num_images, 3, 56, 56, generator=random)}
+
+
 def single(inputs: Inputs, row: int) -> Inputs:
     """One row of a batch, without its padding."""
     real = inputs["attention_mask"][row].bool()

@@ -60,17 +60,25 @@ def test_stages_that_the_host_does_not_serve(llava: Any) -> None:
         attach(llava, pruner)
 
 
-@pytest.mark.parametrize("needs", [Needs(text=True), Needs(clip=True)], ids=str)
-def test_needs_that_the_host_does_not_supply(llava: Any, needs: Needs) -> None:
-    with pytest.raises(ValueError, match="LLaVA host does not supply; use a pruner"):
-        attach(llava, Scripted(wants=needs))
-
-
 def test_cls_methods_on_a_tower_without_one(llava_siglip: Any) -> None:
     message = "CLS token, which a siglip_vision_model has not; use `received` attention"
-    for pruner in (build_pruner("fastervlm", num_keep=5), Scripted(wants=Needs(cls=True))):
+    for needs in (
+        Needs(cls=True),
+        Needs(attention=((0, "received"), (1, "cls"))),
+        Needs(keys=(1, 2), cls_queries=(2,)),
+    ):
         with pytest.raises(ValueError, match=message):
-            attach(llava_siglip, pruner)
+            attach(llava_siglip, Scripted(wants=needs))
+    with pytest.raises(ValueError, match=message):
+        attach(llava_siglip, build_pruner("fastervlm", num_keep=5))
+    with Scripted(wants=Needs(keys=(1, 2)))(llava_siglip):  # keys alone are to be had
+        llava_siglip(**make_batch(ONE))
+
+
+def test_clips_space_behind_another_tower(llava_siglip: Any) -> None:
+    message = "where the tokens of a siglip_vision_model are not; use a pruner that reads .* `text`"
+    with pytest.raises(ValueError, match=message):
+        attach(llava_siglip, Scripted(wants=Needs(clip=True)))
 
 
 def test_the_cls_of_several_layers(llava: Any) -> None:

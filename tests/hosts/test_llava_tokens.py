@@ -73,6 +73,29 @@ def test_attention_equals_the_eager_towers(
         assert_close(fast.attention[block, kind], expected, 5e-5)  # of another tower's rounding
 
 
+def test_received_attention_may_leave_the_cls_query_out(model: Any) -> None:
+    first = int(has_cls(model))
+    kinds = ("received", "given", "cls")[: 2 + first]
+    asked = tuple((block, kind) for block in BLOCKS for kind in kinds)
+    tokens, images = shown(model, Needs(attention=asked, patch_queries=True))
+    _, attentions = tower_states(model, images)
+    for block, kind in asked:
+        weights = attentions[block].mean(dim=1)  # [I, T, T]
+        expected = {
+            "cls": weights[:, 0, first:],
+            "received": weights[:, first:].mean(dim=1)[:, first:],
+            "given": weights[:, first:, first:].mean(dim=2),
+        }[kind]
+        assert_close(tokens.attention[block, kind], expected, 5e-5)
+    everything, _ = shown(model, Needs(attention=asked))
+    same = assert_close if not first else differ
+    same(tokens.attention[-2, "received"], everything.attention[-2, "received"])
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert (a - b).abs().max() > 1e-3 * b.abs().max()
+
+
 def test_hidden_layers_equal_the_towers(model: Any) -> None:
     layers = (0, 1, 4, 6, -1, -2, -7)
     tokens, images = shown(model, Needs(hidden=layers))

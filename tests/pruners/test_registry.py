@@ -7,6 +7,7 @@ import pytest
 import ocvtp
 from ocvtp.pruners import register
 from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.structures import Needs
 
 
 def test_names_are_sorted_and_complete():
@@ -59,3 +60,55 @@ def test_the_learned_pruner_needs_a_network(small_network):
         ocvtp.build_pruner("ocvtp", num_keep=4, checkpoint="x", network=small_network)
     with pytest.raises(ValueError, match="fill='mean'"):
         ocvtp.build_pruner("ocvtp", num_keep=4, network=small_network, fill="mean")
+
+
+def staged(stage, **needs):
+    class Staged(FasterVLM):
+        name = f"at_{stage}"
+
+        @property
+        def needs(self):
+            return Needs(**needs)
+
+    Staged.stage = stage
+    return Staged(num_keep=4)
+
+
+def test_compose_orders_by_stage_and_unites_needs():
+    parts = [staged("llm_layers"), staged("pixels", cls=True), staged("llm_input", keys=(3,))]
+    both = ocvtp.Compose(parts)
+    assert [part.stage for part in both.parts] == ["pixels", "llm_input", "llm_layers"]
+    assert both.name == "at_pixels+at_llm_input+at_llm_layers"
+    assert both.needs == Needs(keys=(3,), cls=True)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "no pruners"),
+        ([staged("llm_input"), staged("llm_input")], "both act at stage 'llm_input'"),
+    ],
+)
+def test_compose_refuses(parts, message):
+    with pytest.raises(ValueError, match=message):
+        ocvtp.Compose(parts)
+
+
+def test_compose_refuses_needs_that_mean_different_things():
+    received = ((2, "received"),)
+    parts = [
+        staged("llm_input", attention=received, patch_queries=True),
+        staged("llm_layers", attention=received),
+    ]
+    with pytest.raises(ValueError, match="received from patches alone"):
+        ocvtp.Compose(parts)
+
+
+@pytest.mark.parametrize("name", ["trim", "prumerge", "prumerge_plus"])
+def test_no_budget_means_the_methods_own_count(name):
+    assert ocvtp.build_pruner(name).adaptive
+    assert not ocvtp.build_pruner(name, num_keep=4).adaptive
+    assert ocvtp.build_pruner(name, num_keep=4, adaptive=True).budget(16) == 4
+    assert ocvtp.build_pruner(name).budget(16) == 16
+    with pytest.raises(ValueError, match="pass exactly one of them"):
+        ocvtp.build_pruner(name, num_keep=4, keep_ratio=0.5)

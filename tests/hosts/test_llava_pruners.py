@@ -1,0 +1,195 @@
+"""Every registered pruner on LLaVA, against tokens and prompts that were put together by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    IMAGE_TOKEN,
+    ask,
+    assert_close,
+    make_prompts,
+    project,
+    shorten,
+    single,
+    tower_states,
+)
+from torch import Tensor
+
+import ocvtp
+from ocvtp import Compose, OCPruner, Pruner, Selection, VisualTokens, build_pruner
+from ocvtp.slots import OCPrunerConfig
+
+WORDS = ["what is it?", "how many are there, and where?"]
+ROWS = [
+    f"USER: <image>\n{WORDS[0]} ASSISTANT:",
+    "USER: nothing to see ASSISTANT:",
+    f"USER: <image>\n<image>\n{WORDS[1]} ASSISTANT:",
+]
+OWN = [0, 1, 1]  # whose words each image goes with
+SETTINGS: dict[str, dict[str, Any]] = {"hiprune": {"object_block": 2}}
+pytestmark = pytest.mark.usefixtures("untouched")
+
+
+def build(name: str, num_keep: int | None = 6, **settings: Any) -> Pruner:
+    if name == "ocvtp":
+        torch.manual_seed(0)
+        sizes = {"feature_dim": 32, "hidden_dim": 32, "slot_dim": 8, "ffn_dim": 16}
+        settings["network"] = OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 4), layer=3)).eval()
+    return build_pruner(name, num_keep=num_keep, **SETTINGS.get(name, {}), **settings)
+
+
+@pytest.fixture
+def reading(processor: Any, clip: tuple[Any, Any]) -> dict[str, Any]:
+    return {"processor": processor, "text_tower": clip}
+
+
+@torch.no_grad()
+def tokens_by_hand(model: Any, clip: Any, processor: Any, pixels: Tensor, patch: bool) -> Any:
+    """Everything that any pruner reads, from the eager tower, the CLIP and the embeddings."""
+    hidden, attentions = tower_states(model, pixels)
+    tower, (clip_model, clip_tokenizer) = model.model.vision_tower, clip
+    attention, keys, queries = {}, {}, {}
+    for block in (2, -2, -1):
+        weights = attentions[block].mean(dim=1)  # [I, T, T]
+        rows = weights[:, 1:] if patch else weights
+        attention[block, "cls"] = weights[:, 0, 1:]
+        attention[block, "received"] = rows.mean(dim=1)[:, 1:]
+        attention[block, "given"] = weights[:, 1:, 1:].mean(dim=2)
+        layer = tower.encoder.layers[block]
+        states = layer.layer_norm1(hidden[block - (block < 0)])  # the block's input
+        keys[block] = layer.self_attn.k_proj(states)
+        queries[block] = layer.self_attn.q_proj(states)
+    embed = model.get_input_embeddings()
+    words = [processor.tokenizer(w, add_special_tokens=False)["input_ids"] for w in WORDS]
+    length = max(map(len, words))
+    text = torch.zeros(len(OWN), length, 48)
+    valid = torch.zeros(len(OWN), length, dtype=torch.bool)
+    for i, row in enumerate(OWN):
+        text[i, : len(words[row])] = embed(torch.tensor(words[row]))
+        valid[i, : len(words[row])] = True
+    said = [clip_tokenizer(w, return_tensors="pt")["input_ids"] for w in WORDS]
+    clip_text = torch.cat([clip_model.get_text_features(ids).pooler_output for ids in said])
+    features = hidden[-2][:, 1:]
+    return VisualTokens(
+        features=features,
+        grid_hw=(4, 4),
+        cls=hidden[-2][:, 0],
+        hidden={3: hidden[3][:, 1:]},
+        attention=attention,
+        keys={block: k[:, 1:] for block, k in keys.items()},
+        cls_keys={block: k[:, 0] for block, k in keys.items()},
+        cls_queries={block: q[:, 0] for block, q in queries.items()},
+        num_heads=4,
+        projected=project(model, pixels),
+        text=text,
+        text_valid=valid,
+        clip_visual=clip_model.visual_projection(tower.post_layernorm(features)),
+        clip_text=clip_text[OWN][:, None],
+    )
+
+
+@torch.no_grad()
+def read_by_hand(model: Any, tokens: VisualTokens, selection: Selection) -> tuple[Any, Tensor]:
+    """The kept places of each image, and what the language model reads there [I, N, D']."""
+    rows = tokens.projected.clone()  # type: ignore[union-attr]
+    places = []
+    for i, keep in enumerate(selection.keep_indices):
+        real = slice(None) if selection.valid is None else selection.valid[i]
+        places.append(keep[real].tolist())
+        if selection.merge is not None:
+            states = torch.cat([tokens.cls[i : i + 1], tokens.features[i]])  # type: ignore[index]
+            mixed = selection.merge[i][real] @ states
+            rows[i, keep[real]] = model.model.multi_modal_projector(mixed)
+    return places, rows
+
+
+CASES = [(name, {}) for name in ocvtp.list_pruners()]
+CASES += [(name, {"num_keep": None}) for name in ("trim", "prumerge", "prumerge_plus")]
+CASES += [("fopru", {"strategy": "row"}), ("visionzip", {"guidance": "received"})]
+CASES += [("fps", {"space": "projected"}), ("kmeans", {"space": "projected"})]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_answers_are_those_of_prompts_made_by_hand(
+    llava: Any, clip: Any, reading: Any, side: Any, name: str, settings: dict[str, Any]
+) -> None:
+    pruner, processor = build(name, **settings), reading["processor"]
+    inputs = make_prompts(processor, ROWS, side)
+    patch = pruner.needs.patch_queries
+    tokens = tokens_by_hand(llava, clip, processor, inputs["pixel_values"], patch)
+    expected = pruner.select(tokens)
+    places, rows = read_by_hand(llava, tokens, expected)
+    short = shorten(llava, inputs, places, side, rows)
+    prompts: list[Any] = []
+    with pruner(llava, on_prune=prompts.append, **reading), torch.no_grad():
+        logits = llava(**inputs).logits
+        answer = ask(llava, inputs) if side == "left" else None
+    found = prompts[0].selection
+    assert found.keep_indices.equal(expected.keep_indices)
+    assert (found.valid is None) == (expected.valid is None)
+    if expected.merge is not None:
+        assert_close(found.merge, expected.merge, 1e-5)
+    real = short.mask.bool()
+    assert_close(logits[real], short.logits(short.positions("contiguous"))[real], 1e-4)
+    if answer is not None:
+        assert answer.equal(short.greedy(5))
+
+
+@pytest.mark.parametrize("name", [n for n in ocvtp.list_pruners() if n != "random"])
+def test_a_batch_answers_as_its_rows_do(llava: Any, reading: Any, name: str) -> None:
+    pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
+    with pruner(llava, **reading):
+        together = ask(llava, inputs)
+        alone = [ask(llava, single(inputs, row)) for row in range(3)]
+    assert together.equal(torch.cat(alone))
+
+
+@pytest.mark.parametrize("name", ocvtp.list_pruners())
+def test_a_tower_without_cls(llava_siglip: Any, reading: Any, name: str) -> None:
+    """A method runs, or it is refused with a hint at others."""
+    pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
+    asks_cls = pruner.needs.cls or pruner.needs.cls_queries
+    asks_cls = asks_cls or any(kind == "cls" for _, kind in pruner.needs.attention)
+    if not asks_cls and not pruner.needs.clip:
+        with pruner(llava_siglip, **reading):
+            assert ask(llava_siglip, inputs).shape == (3, 5)
+        return
+    with pytest.raises(ValueError, match="a pruner"):
+        ocvtp.attach(llava_siglip, pruner, **reading)
+
+
+def test_merged_tokens_under_their_original_positions(llava: Any, clip: Any, reading: Any) -> None:
+    """Every row gets the position of the token in whose place it stands."""
+    pruner, processor = build("prumerge"), reading["processor"]
+    inputs = make_prompts(processor, ROWS)
+    tokens = tokens_by_hand(llava, clip, processor, inputs["pixel_values"], patch=False)
+    places, rows = read_by_hand(llava, tokens, pruner.select(tokens).in_raster_order())
+    short = shorten(llava, inputs, places, projected=rows)
+    with pruner(llava, positions="original"):
+        assert ask(llava, inputs).equal(short.greedy(5, "original"))
+
+
+def test_compose_of_one_stage_is_that_pruner(llava: Any) -> None:
+    inputs = {
+        "input_ids": torch.tensor([[1, 5] + [IMAGE_TOKEN] * 16 + [7, 8]]),
+        "pixel_values": torch.randn(1, 3, 56, 56),
+    }
+    pruner = build("fopru")
+    with pruner(llava):
+        alone = ask(llava, inputs)
+    with Compose([pruner])(llava):
+        assert ask(llava, inputs).equal(alone)
+
+
+def test_compose_names_the_stage_that_the_host_lacks(llava: Any) -> None:
+    class Late(type(build("uniform"))):  # type: ignore[misc]
+        name, stage = "late", "llm_layers"
+
+    both = Compose([Late(num_keep=2), build("fopru")])
+    assert [part.name for part in both.parts] == ["fopru", "late"]
+    with pytest.raises(ValueError, match="'late' acts at stage 'llm_layers'"):
+        ocvtp.attach(llava, both)
