@@ -21,8 +21,9 @@ demo: install
 	$(BIN)/ocvtp export --checkpoint outputs/train/scenes/checkpoints/best.ckpt --output $(DEMO)/oc-pruner
 	$(BIN)/ocvtp answer --model random:tiny-llava --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
 		--num-keep 16 --image outputs/data/scenes/val2017/000000000001.jpg --prompt "What is in the picture?"
-	$(BIN)/ocvtp show --model random:tiny-llava --pruner ocvtp fastervlm uniform random \
-		--checkpoint $(DEMO)/oc-pruner --num-keep 16 \
+	$(BIN)/ocvtp show --model random:tiny-llava --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
+		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope trim zspaprune random \
+		--prompt "What is in the picture?" --text-tower random:tiny \
 		--image outputs/data/scenes/val2017/000000000001.jpg --output $(DEMO)/kept.png
 
 test: install
@@ -45,10 +46,11 @@ type-check: install
 all-checks: lint type-check test
 
 bench: install
-	$(BIN)/python benchmarks/road.py
+	$(BIN)/python -m benchmarks.road
+	$(BIN)/python -m benchmarks.select
 
 readme: install
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf outputs $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from table import table
-
+from benchmarks.table import select_table, table
 from ocvtp.pruners.catalog import markdown_table
 
 
@@ -14,7 +13,8 @@ def main() -> None:
     """Replace what stands between the marks of each section."""
     path = Path(__file__).parents[1] / "README.md"
     text = path.read_text()
-    for name, content in (("pruners", markdown_table()), ("measured", table())):
+    sections = {"pruners": markdown_table(), "measured": table(), "select": select_table()}
+    for name, content in sections.items():
         pattern = rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL)
     path.write_text(text)

@@ -1,7 +1,7 @@
 """What the learned pruner costs at LLaVA-1.5 size, on one CPU thread, with random weights.
 
-    python benchmarks/road.py                      # about 15 minutes
-    python benchmarks/road.py --only pruner        # one part
+    python -m benchmarks.road                      # about 15 minutes
+    python -m benchmarks.road --only pruner        # one part
 
 Goals: the cut tower <= 0.45 x the full tower; encode + assign + select <= 1.3 x the bare matrix
 products it cannot avoid; a model that keeps everything under a pruner <= 1.03 x the bare model.
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment, interleaved, medians_ms, ratio, write
 from torch import Tensor
 
 import ocvtp
+from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
 from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
 from ocvtp.slots import OCPruner
 from ocvtp.slots.objectives import SlotsObjective

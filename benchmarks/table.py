@@ -1,13 +1,14 @@
-"""The README's table of measured figures, from benchmarks/results/road-cpu.json."""
+"""The README's tables of measured figures, from benchmarks/results."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "road-cpu.json"
+from ocvtp.pruners import list_pruners
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def _row(what: str, figure: dict[str, Any], goal: str) -> str:
@@ -17,7 +18,7 @@ def _row(what: str, figure: dict[str, Any], goal: str) -> str:
 
 def table() -> str:
     """Ratios with their quartiles, and the training step."""
-    results = json.loads(RESULTS.read_text())
+    results = json.loads((RESULTS / "road-cpu.json").read_text())
     tower, pruner, attached = results["tower"], results["pruner"], results["attached"]
     step = results["training"]
     lines = [
@@ -45,5 +46,23 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    sys.stdout.write(table())
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def select_table() -> str:
+    """Milliseconds of every pruner's `select`, beside the tower's."""
+    results = json.loads((RESULTS / "select-cpu.json").read_text())
+    cases: dict[str, dict[str, float]] = results["ms"]
+    lines = [
+        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; milliseconds,"
+        " medians of one interleaved run.",
+        "",
+        f"| | {' | '.join(cases)} |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for name in dict.fromkeys(name for case in cases.values() for name in case):
+        label = f"`{name}`" if name in list_pruners() else name
+        figures = [_ms(case[name]) if name in case else "-" for case in cases.values()]
+        lines.append(f"| {label} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"

@@ -71,11 +71,12 @@ def spread_from(
         similarity = similarity.masked_fill(~candidates, _OUTSIDE)
     similarity = similarity.scatter(1, chosen, float("inf"))
     picks = []
-    for _ in range(num):
+    for step in range(num):
         pick = similarity.argmin(dim=1)
         picks.append(pick)
-        similarity = accumulate(similarity, kernel(pick))
-        similarity = similarity.scatter(1, pick[:, None], float("inf"))
+        if step + 1 < num:
+            similarity = accumulate(similarity, kernel(pick))
+            similarity = similarity.scatter(1, pick[:, None], float("inf"))
     return torch.stack(picks, dim=1) if picks else chosen[:, :0]
 
 

@@ -66,10 +66,10 @@ class HiPrune(Pruner):
 def _with_neighbours(anchors: Tensor, tokens: VisualTokens) -> Tensor:
     """[B, n] -> [B, N] bool."""
     width, num_tokens = tokens.grid_hw[1], tokens.num_tokens
-    steps = torch.tensor([0, -1, 1, -width, width], device=anchors.device)
     last = torch.full_like(anchors[:, :1], num_tokens - 1)  # [B, 1]
     if tokens.valid is not None:
         place = torch.arange(num_tokens, device=anchors.device)
         last = (place * tokens.valid).amax(dim=1, keepdim=True)
-    around = (anchors[:, :, None] + steps).flatten(1).clamp(min=0).minimum(last)
+    around = torch.cat([anchors + step for step in (0, -1, 1, -width, width)], dim=1)
+    around = around.clamp(min=0).minimum(last)
     return mask_of(around, num_tokens)

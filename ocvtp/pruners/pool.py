@@ -87,6 +87,6 @@ def _without_padding(inside: Tensor, centres: Tensor, valid: Tensor) -> tuple[Te
     places = fill_up(chosen & valid, raster, num_keep, valid).keep_indices  # [B, K]
     own = places[:, :, None] == torch.arange(num_tokens, device=valid.device)
     same = places[:, :, None] == centres[:, None]  # [B, K, cells]
-    cells = (same.to(inside.dtype).float() @ inside.float()) > 0
+    cells = (same.float() @ inside.float()) > 0
     is_cell = same.any(dim=2, keepdim=True)
     return torch.where(is_cell, cells & valid[:, None], own), places

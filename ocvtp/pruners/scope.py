@@ -55,9 +55,11 @@ class SCOPE(Pruner):
             cosine = cosine * tokens.valid[:, None] * tokens.valid[:, :, None]
             blocked = blocked.masked_fill(~tokens.valid, -1.0)
         covered = torch.zeros_like(saliency)
+        added = torch.empty_like(cosine)  # used again in every step: fresh memory costs more
         picks = []
         for _ in range(num_keep):
-            gain = (cosine - covered[:, None]).clamp_(min=0).sum(dim=2) * saliency
+            torch.sub(cosine, covered[:, None], out=added)
+            gain = added.clamp_(min=0).sum(dim=2) * saliency
             pick = (gain + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
             blocked = blocked.scatter(1, pick, float("-inf"))

@@ -99,7 +99,7 @@ def count_outliers(scores: Tensor, valid: Tensor | None) -> Tensor:
     """[B, 1] how many scores lie above Q3 + 1.5 (Q3 - Q1): at most N // 4 + 1 do."""
     if valid is not None:
         scores = scores.masked_fill(~valid, float("nan"))
-    levels = scores.new_tensor([0.25, 0.75])
-    low, high = scores.nanquantile(levels, dim=1, keepdim=True)  # [B, 1] each
+    low = scores.nanquantile(0.25, dim=1, keepdim=True)  # [B, 1]
+    high = scores.nanquantile(0.75, dim=1, keepdim=True)
     outliers: Tensor = scores > high + 1.5 * (high - low)
     return outliers.sum(dim=1, keepdim=True)

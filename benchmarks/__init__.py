@@ -1,0 +1,1 @@
+"""Scripts that measure; run them from the root, e.g. `python -m benchmarks.road`."""

@@ -1,0 +1,136 @@
+"""What every pruner's `select` costs beside the vision tower, on one CPU thread.
+
+    python benchmarks/select.py                        # about 15 minutes
+    python benchmarks/select.py --rounds 2 --no-tower  # a glance
+
+Inputs are random and of LLaVA-1.5-7B's sizes: features of width 1024, projected tokens of width
+4096. Methods that read projected tokens are measured at width 1024 too, where the goals of the
+greedy ones stand. Every round runs every pruner and the tower once.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":  # the standard library has a `select` too: look in the root, not here
+    sys.path[0] = __file__.removesuffix("benchmarks/select.py") or "."
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ocvtp
+from benchmarks.timing import environment, interleaved, medians_ms, write
+from ocvtp.encoders.clip import random_tower, vision_config
+from ocvtp.pruners import Pruner
+from ocvtp.slots import OCPruner
+from ocvtp.structures import VisualTokens
+
+TOWER = "random:clip-vit-large-patch14-336"
+DEFAULT_OUTPUT = Path(__file__).parent / "results" / "select-cpu.json"
+WIDTH, HEADS, SHARED = 1024, 16, 768
+
+CASES: dict[str, dict[str, Any]] = {
+    "N=576, K=64, B=1": {"grid_hw": (24, 24), "num_keep": 64, "batch": 1, "crops": 1},
+    "N=576, K=64, B=8": {"grid_hw": (24, 24), "num_keep": 64, "batch": 8, "crops": 1},
+    "N=2880, K=160, B=1": {"grid_hw": (120, 24), "num_keep": 160, "batch": 1, "crops": 5},
+}
+GOALS_MS = {
+    "N=576, K=64, B=1": {
+        "fastervlm": 3, "fopru": 3, "hiprune": 3, "uniform": 3, "visionzip": 4, "trim": 12,
+        "todre": 10, "divprune": 20, "cdpruner": 20, "zspaprune": 20, "vispruner": 20, "scope": 24,
+    },
+    "N=2880, K=160, B=1": {"divprune": 250, "cdpruner": 250},
+}  # fmt: skip
+
+
+def make_tokens(batch: int, grid_hw: tuple[int, int], projected_width: int) -> VisualTokens:
+    """Everything that any pruner asks for."""
+    random = torch.Generator().manual_seed(0)
+    count = grid_hw[0] * grid_hw[1]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    kinds = ("cls", "received", "given")
+    attention = {
+        (block, kind): (2 * draw(batch, count)).softmax(dim=1)
+        for block in (8, -2, -1)
+        for kind in kinds
+    }
+    keys = {block: draw(batch, count, WIDTH) for block in (-2, -1)}
+    return VisualTokens(
+        features=draw(batch, count, WIDTH),
+        grid_hw=grid_hw,
+        cls=draw(batch, WIDTH),
+        hidden={9: draw(batch, count, WIDTH)},
+        attention=attention,  # type: ignore[arg-type]
+        keys=keys,
+        cls_keys={block: draw(batch, WIDTH) for block in keys},
+        cls_queries={block: draw(batch, WIDTH) for block in keys},
+        num_heads=HEADS,
+        projected=draw(batch, count, projected_width),
+        text=draw(batch, 32, projected_width),
+        clip_visual=draw(batch, count, SHARED),
+        clip_text=draw(batch, 1, SHARED),
+    )
+
+
+def build(name: str, num_keep: int) -> Pruner:
+    """A pruner; the learned one with random weights of LLaVA-1.5 size."""
+    settings: dict[str, Any] = {"network": OCPruner().eval()} if name == "ocvtp" else {}
+    return ocvtp.build_pruner(name, num_keep=num_keep, **settings)
+
+
+def measure(case: dict[str, Any], rounds: int, tower: Any) -> dict[str, Any]:
+    """Median milliseconds of every pruner, and of the tower on the same images."""
+    runs: dict[str, Callable[[], Any]] = {}
+    for width in (4096, 1024):
+        tokens = make_tokens(case["batch"], case["grid_hw"], width)
+        for name in ocvtp.list_pruners():
+            pruner = build(name, case["num_keep"])
+            if width == 4096:
+                runs[name] = lambda p=pruner, t=tokens: p.select(t)
+            elif pruner.needs.projected:
+                runs[f"{name}, projected width 1024"] = lambda p=pruner, t=tokens: p.select(t)
+    if tower is not None:
+        pixels = torch.randn(case["batch"] * case["crops"], 3, 336, 336)
+        runs["tower"] = lambda: tower(pixels)
+    with torch.inference_mode():
+        return medians_ms(interleaved(runs, rounds=rounds))
+
+
+def against_goals(results: dict[str, Any]) -> dict[str, Any]:
+    """Each goal beside what was measured, at both widths where there are two."""
+    found: dict[str, Any] = {}
+    for case, goals in GOALS_MS.items():
+        for name, goal in goals.items():
+            names = [name, f"{name}, projected width 1024"]
+            measured = {n: results[case][n] for n in names if n in results[case]}
+            met = {n: ms <= goal for n, ms in measured.items()}
+            found[f"{name}, {case}"] = {"goal ms": goal, "measured ms": measured, "met": met}
+    return found
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--no-tower", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tower = None if arguments.no_tower else random_tower(vision_config(TOWER), 0).eval()
+    results: dict[str, Any] = {}
+    for name, case in CASES.items():
+        results[name] = measure(case, arguments.rounds, tower)
+        print(name, results[name], flush=True)
+    goals = against_goals(results)
+    write(arguments.output, environment() | {"ms": results, "goals": goals})
+
+
+if __name__ == "__main__":
+    main()
