@@ -5,13 +5,14 @@ Use: `with ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="checkpoints/NAME
 """
 
 from ocvtp.hosts import attach
-from ocvtp.pruners import Compose, Pruner, build_pruner, list_pruners
+from ocvtp.pruners import Chain, Compose, Pruner, build_pruner, list_pruners
 from ocvtp.slots import OCPruner
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chain",
     "Compose",
     "Needs",
     "OCPruner",

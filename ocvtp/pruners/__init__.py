@@ -27,11 +27,13 @@ from ocvtp.pruners import (
     zspaprune,
 )
 from ocvtp.pruners.base import AdaptivePruner, Pruner
+from ocvtp.pruners.chain import Chain
 from ocvtp.pruners.compose import Compose
 from ocvtp.pruners.registry import build_pruner, list_pruners, pruner_class, register
 
 __all__ = [
     "AdaptivePruner",
+    "Chain",
     "Compose",
     "Pruner",
     "build_pruner",

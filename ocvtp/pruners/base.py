@@ -119,6 +119,20 @@ class Pruner(ABC):
 
         return attached(model, self, **options)
 
+    def _grid(self, tokens: VisualTokens) -> tuple[int, int]:
+        """Rows and columns, for methods that cannot do without.
+
+        Raises:
+            ValueError: if the tokens are no whole grid, e.g. those of several tiles.
+        """
+        height, width = tokens.grid_hw
+        if height * width != tokens.num_tokens:
+            raise ValueError(
+                f"pruner {self.name!r} reads the grid of the tokens, but {tokens.num_tokens} tokens"
+                f" are no {height} x {width}; use a pruner (or an option) that does not."
+            )
+        return height, width
+
     def _check_budget(self) -> None:
         if (self.num_keep is None) == (self.keep_ratio is None):
             raise ValueError(

@@ -35,7 +35,7 @@ class Compose:
             if first.stage == second.stage:
                 raise ValueError(
                     f"Compose got {first.name!r} and {second.name!r}, which both act at stage"
-                    f" {first.stage!r}; pass pruners of different stages (see `ocvtp list`)."
+                    f" {first.stage!r}; pass pruners of different stages, or Chain these two."
                 )
         self.name = "+".join(part.name for part in self.parts)
         self.needs  # noqa: B018 - refuses what cannot be had together, now rather than later

@@ -58,13 +58,24 @@ class FoPru(Pruner):
         significance = self._significance(tokens)
         if self.strategy == "rank":
             return top_k(significance, num_keep, tokens.valid)
-        return _whole_rows(significance, tokens, num_keep)
+        return self._whole_rows(significance, tokens, num_keep)
 
     def _significance(self, tokens: VisualTokens) -> Tensor:
         given = tokens.attention[self.block, "given"]
         received = tokens.attention[self.block, "received"]
         varies = _variance(given, tokens.valid) > _variance(received, tokens.valid)
         return torch.where(varies, given, received)
+
+    def _whole_rows(self, significance: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
+        height, width = self._grid(tokens)
+        real = significance if tokens.valid is None else significance * tokens.valid
+        sums = real.unflatten(1, (height, width)).sum(dim=2)  # [B, H]
+        row_rank = ranks(descending(sums, None)).repeat_interleave(width, dim=1)  # [B, N]
+        best = descending(significance, tokens.valid)
+        if tokens.valid is not None:
+            row_rank = row_rank.masked_fill(~tokens.valid, height)
+        order = best.gather(1, row_rank.gather(1, best).sort(dim=1, stable=True).indices)
+        return ascending(order[:, :num_keep], tokens.valid, tokens.num_tokens)
 
 
 def _variance(scores: Tensor, valid: Tensor | None) -> Tensor:
@@ -74,20 +85,3 @@ def _variance(scores: Tensor, valid: Tensor | None) -> Tensor:
     count = valid.sum(dim=1, keepdim=True).clamp(min=1)
     mean = (scores * valid).sum(dim=1, keepdim=True) / count
     return ((scores - mean) * valid).square().sum(dim=1, keepdim=True) / count
-
-
-def _whole_rows(significance: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
-    height, width = tokens.grid_hw
-    if height * width != tokens.num_tokens:
-        raise ValueError(
-            f"strategy='row' needs a grid, but {tokens.num_tokens} tokens are no {height} x"
-            f" {width}; use strategy='rank'."
-        )
-    real = significance if tokens.valid is None else significance * tokens.valid
-    sums = real.unflatten(1, (height, width)).sum(dim=2)  # [B, H]
-    row_rank = ranks(descending(sums, None)).repeat_interleave(width, dim=1)  # [B, N]
-    best = descending(significance, tokens.valid)
-    if tokens.valid is not None:
-        row_rank = row_rank.masked_fill(~tokens.valid, height)
-    order = best.gather(1, row_rank.gather(1, best).sort(dim=1, stable=True).indices)
-    return ascending(order[:, :num_keep], tokens.valid, tokens.num_tokens)

@@ -59,13 +59,13 @@ class HiPrune(Pruner):
         chosen = torch.zeros_like(deep, dtype=torch.bool)
         if num_anchors := round(num_keep * self.alpha / 5):
             middle = descending(tokens.attention[self.object_block, "received"], tokens.valid)
-            chosen = _with_neighbours(middle[:, :num_anchors], tokens)
+            chosen = _with_neighbours(middle[:, :num_anchors], tokens, self._grid(tokens)[1])
         return fill_up(chosen, deep, num_keep, tokens.valid)
 
 
-def _with_neighbours(anchors: Tensor, tokens: VisualTokens) -> Tensor:
+def _with_neighbours(anchors: Tensor, tokens: VisualTokens, width: int) -> Tensor:
     """[B, n] -> [B, N] bool."""
-    width, num_tokens = tokens.grid_hw[1], tokens.num_tokens
+    num_tokens = tokens.num_tokens
     last = torch.full_like(anchors[:, :1], num_tokens - 1)  # [B, 1]
     if tokens.valid is not None:
         place = torch.arange(num_tokens, device=anchors.device)

@@ -38,13 +38,7 @@ class Pool(Pruner):
     merging: ClassVar[bool] = True
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        height, width = tokens.grid_hw
-        if height * width != tokens.num_tokens:
-            raise ValueError(
-                f"pool averages cells of a grid, but {tokens.num_tokens} tokens are no {height} x"
-                f" {width}; use a pruner that does not need one."
-            )
-        inside, centres = _cells(tokens.grid_hw, num_keep, tokens.features.device)
+        inside, centres = _cells(self._grid(tokens), num_keep, tokens.features.device)
         batch = tokens.batch_size
         inside, centres = inside.repeat(batch, 1, 1), centres.repeat(batch, 1)
         if tokens.valid is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -261,11 +262,13 @@ def test_fopru(num_keep, strategy):
     assert picked == {True, False}
 
 
-def test_fopru_row_refuses_what_is_no_grid():
-    pruner, tokens = made("fopru", 0, num_keep=4, strategy="row")
-    packed = VisualTokens(tokens.features, (5, 5), attention=tokens.attention)
-    with pytest.raises(ValueError, match="35 tokens are no 5 x 5; use strategy='rank'"):
-        pruner.select(packed)
+@pytest.mark.parametrize(
+    ("name", "settings"), [("fopru", {"strategy": "row"}), ("pool", {}), ("hiprune", {"alpha": 1})]
+)
+def test_what_reads_the_grid_refuses_tokens_without_one(name, settings):
+    pruner, tokens = made(name, 0, num_keep=5, **settings)
+    with pytest.raises(ValueError, match=f"'{name}' reads the grid .* 35 tokens are no 5 x 5"):
+        pruner.select(replace(tokens, grid_hw=(5, 5)))
 
 
 @pytest.mark.parametrize(("num_keep", "alpha"), [(4, 0.1), (20, 0.5), (10, 1.0), (34, 1.0)])
@@ -389,11 +392,6 @@ def test_pool_covers_the_image_for_every_budget(num_keep):
     assert merge.shape == (num_keep, COUNT)
     assert (merge > 0).any(dim=0).all(), "a token is in no cell"
     assert_close(merge.sum(dim=1), torch.ones(num_keep))
-
-
-def test_pool_refuses_what_is_no_grid():
-    with pytest.raises(ValueError, match="35 tokens are no 5 x 5; use a pruner"):
-        ocvtp.build_pruner("pool", num_keep=4).select(VisualTokens(torch.zeros(1, 35, 1), (5, 5)))
 
 
 @pytest.mark.parametrize("space", ["features", "projected"])

@@ -1,0 +1,108 @@
+"""Pruners of one stage, one after the other.
+
+B images, N visual tokens, M of them kept by the first pruner, K by the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import reduce
+from operator import or_
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+class Chain(Pruner):
+    """Pruners that choose from what the one before has left.
+
+    `Chain([build_pruner("fastervlm", num_keep=128), build_pruner("divprune", num_keep=64)])` keeps
+    the 64 most diverse of the 128 most attended tokens.
+
+    Args:
+        pruners: two or more of one stage; only the last may merge, and a share that one keeps
+            (`keep_ratio`) is of what it is given.
+
+    Raises:
+        ValueError: if that is not so.
+    """
+
+    def __init__(self, pruners: Sequence[Pruner]) -> None:
+        self.steps = tuple(pruners)
+        if len(self.steps) < 2:
+            raise ValueError(f"Chain got {len(self.steps)} pruners; pass two or more.")
+        stages = {step.stage for step in self.steps}
+        if len(stages) > 1:
+            raise ValueError(
+                f"Chain got pruners of stages {', '.join(sorted(stages))}; pass pruners of one"
+                " stage, and Compose those of different ones."
+            )
+        for step in self.steps[:-1]:
+            if step.merging:
+                raise ValueError(
+                    f"{step.name!r} merges tokens, so what it leaves has no attention or keys to"
+                    " choose by; put it last."
+                )
+        last = self.steps[-1]
+        super().__init__(num_keep=last.num_keep, keep_ratio=last.keep_ratio)
+        self.name = ">".join(step.name for step in self.steps)  # type: ignore[misc]
+        self.stage = last.stage  # type: ignore[misc]
+        self.status = "unofficial"  # type: ignore[misc]
+        self.merging = last.merging  # type: ignore[misc]
+        self.needs  # noqa: B018 - refuses what cannot be had together
+
+    def __post_init__(self) -> None:
+        """The steps checked their budgets."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether all steps are."""
+        return all(step.exact for step in self.steps)
+
+    @property
+    def needs(self) -> Needs:
+        """What any of them reads."""
+        return reduce(or_, (step.needs for step in self.steps))
+
+    def select(self, tokens: VisualTokens) -> Selection:
+        """Choose; see `Pruner.select`."""
+        selection = self.steps[0].select(tokens)
+        for step in self.steps[1:]:
+            left = _take(tokens, selection)
+            selection = _of_all(step.select(left), selection.keep_indices, tokens)
+        return selection
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        return self.select(tokens)
+
+
+def _take(tokens: VisualTokens, selection: Selection) -> VisualTokens:
+    """The tokens that are left; they are no grid any more."""
+    keep = selection.keep_indices  # [B, M]
+    per_token = ("features", "hidden", "attention", "keys", "projected", "clip_visual")
+
+    def gather(tensor: Tensor) -> Tensor:
+        index = keep if tensor.ndim == 2 else keep[:, :, None].expand(-1, -1, tensor.shape[2])
+        return tensor.gather(1, index)
+
+    alone = VisualTokens(grid_hw=tokens.grid_hw, **{n: getattr(tokens, n) for n in per_token})
+    left = alone.map(gather)
+    return replace(tokens, valid=selection.valid, **{n: getattr(left, n) for n in per_token})
+
+
+def _of_all(selection: Selection, among: Tensor, tokens: VisualTokens) -> Selection:
+    """A selection among tokens `among` [B, M], as one among all N."""
+    keep = among.gather(1, selection.keep_indices)
+    if selection.merge is None:
+        return replace(selection, keep_indices=keep)
+    columns = torch.cat([torch.zeros_like(among[:, :1]), 1 + among], dim=1)  # the CLS first
+    columns = columns[:, None].expand_as(selection.merge)
+    width = 1 + tokens.num_tokens
+    merge = selection.merge.new_zeros(*selection.merge.shape[:2], width)
+    merge = merge.scatter_add(2, columns, selection.merge)
+    anchors = None if selection.anchors is None else among.gather(1, selection.anchors)
+    return replace(selection, keep_indices=keep, merge=merge, anchors=anchors)
