@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: install demo test test-fast lint format type-check all-checks bench readme clean
+.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench readme clean
 
 install: $(STAMP)
 
@@ -31,6 +31,19 @@ test: install
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow"
+
+# The oldest transformers that is supported, in an environment of its own on top of the other one.
+OLDEST := $(VENV)/oldest
+
+$(OLDEST)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(OLDEST)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "transformers==5.17.*"
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/hosts tests/test_encoders.py tests/test_cli.py
 
 lint: install
 	$(BIN)/ruff format --check .
