@@ -56,7 +56,7 @@ format: install
 type-check: install
 	$(BIN)/mypy
 
-all-checks: lint type-check test
+all-checks: lint type-check test test-oldest
 
 bench: install
 	$(BIN)/python -m benchmarks.road
