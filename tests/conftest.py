@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import tiny_llava
+from tiny_next import tiny_next
 from torch import Tensor
 
 from ocvtp.data.scenes import write_scenes
@@ -39,6 +40,18 @@ def llava() -> Any:
 def llava_siglip() -> Any:
     """The same behind a SigLIP tower."""
     return tiny_llava("siglip")
+
+
+@pytest.fixture(scope="session")
+def llava_next() -> Any:
+    """A tiny LLaVA-NeXT; a test leaves it as it found it, or works on a copy."""
+    return tiny_next("clip")
+
+
+@pytest.fixture(scope="session")
+def llava_next_siglip() -> Any:
+    """The same behind a SigLIP tower."""
+    return tiny_next("siglip")
 
 
 @lru_cache

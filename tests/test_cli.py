@@ -90,6 +90,21 @@ def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
     assert picture.std() > 10
 
 
+def test_a_model_that_cuts_images_into_tiles(capsys, photo, artifact, tmp_path):
+    words = ["--model", "random:tiny-llava-next", "--image", photo, "--num-keep", "40", "--json"]
+    asked = ["--pruner", "visionzip", "--prompt", "What is it?", "--max-new-tokens", "2"]
+    assert main(["answer", *words, *asked]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["visual_tokens_kept"] == [40]
+    assert facts["prompt_tokens_kept"] < facts["prompt_tokens"] - 250
+    out = tmp_path / "picture.png"
+    words += ["--pruner", "ocvtp", "uniform", "--checkpoint", artifact, "--output", str(out)]
+    assert main(["show", *words]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kept"] == {"ocvtp": 40, "uniform": 40}
+    assert Image.open(out).width > 1000  # two grids of each, and slots
+
+
 @dataclass(kw_only=True, eq=False)
 class Reading(Pruner):
     """Keeps what is closest to the prompt, and remembers what it was shown."""

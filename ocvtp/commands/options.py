@@ -14,7 +14,10 @@ from ocvtp.pruners import Pruner, build_pruner, pruner_class
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Which model, where and in which precision."""
     parser.add_argument(
-        "--model", required=True, help="folder or hub id of a VLM, or random:tiny-llava"
+        "--model",
+        required=True,
+        help="folder or hub id of a VLM, or random:tiny-llava, random:tiny-llava-next,"
+        " random:tiny-qwen2.5-vl",
     )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda (default: %(default)s)")
@@ -59,11 +62,12 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
 
 
 def with_template(processor: Any, prompt: str, num_images: int) -> str:
-    """A prompt about images in the model's chat template; with `<image>` in it, as it stands."""
-    if "<image>" in prompt:
+    """A prompt about images in the model's chat template; with their placeholder, as it stands."""
+    placeholder = getattr(processor, "image_token", "<image>")
+    if placeholder in prompt:
         return prompt
     if getattr(processor, "chat_template", None) is None:
-        return "USER: " + "<image>\n" * num_images + f"{prompt} ASSISTANT:"
+        return "USER: " + f"{placeholder}\n" * num_images + f"{prompt} ASSISTANT:"
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
     messages = [{"role": "user", "content": content}]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True))

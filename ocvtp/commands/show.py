@@ -63,8 +63,9 @@ def show(
 ) -> dict[str, Any]:
     """Draw what pruners keep of an image, and slot masks where there are any.
 
-    The image is drawn as the vision tower saw it. It is encoded once for all pruners that agree on
-    what they read.
+    The image is drawn as the vision tower saw it; where a model cuts it into tiles, once under the
+    grid of its view of the whole and once under that of the tiles put together. It is encoded once
+    for all pruners that agree on what they read.
 
     Args:
         model: see `load_model`.
@@ -85,7 +86,7 @@ def show(
     host = find_host(vlm)
     text = options.with_template(processor, prompt or "", 1)
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
-    pixels = inputs["pixel_values"]
+    pixels = dict(inputs)
     inputs = inputs.to(device, vlm.dtype)
     groups = _agreeing(pruners)
     for needs, group in groups:
@@ -93,19 +94,21 @@ def show(
         readers = [p.name for p in group if p.needs.text or p.needs.clip]
         if readers and prompt is None:
             raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
-    drawn: dict[int, tuple[Panel, int]] = {}
+    drawn: dict[int, tuple[list[Panel], int]] = {}
     for needs, group in groups:
         reader = make_reader(host, needs, processor, text_tower)
         hooks = host.install(needs)
         try:
-            tokens = look(host, needs, inputs, reader).encoded.tokens
+            encoded = look(host, needs, inputs, reader).encoded
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn |= {id(pruner): _panel(pruner, tokens) for pruner in group}
-    panels, counts = zip(*(drawn[id(pruner)] for pruner in pruners), strict=True)
-    kept = {pruner.name: count for pruner, count in zip(pruners, counts, strict=True)}
-    colours = ProcessorTransform(processor.image_processor).denormalize(pixels[0].float())
+        tokens, grids = encoded.tokens, host.grids(encoded)
+        drawn |= {id(pruner): _panels(pruner, tokens, grids) for pruner in group}
+    panels = [panel for pruner in pruners for panel in drawn[id(pruner)][0]]
+    kept = {pruner.name: drawn[id(pruner)][1] for pruner in pruners}
+    view = host.picture(pixels).float()
+    colours = ProcessorTransform(processor.image_processor).denormalize(view)
     seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     save_figure(figure(seen, panels), Path(output))
     return {"output": output, "visual_tokens": tokens.num_tokens, "kept": kept}
@@ -126,10 +129,19 @@ def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
     return groups
 
 
-def _panel(pruner: Pruner, tokens: VisualTokens) -> tuple[Panel, int]:
-    """What a pruner does with the one image, and K."""
+def _panels(
+    pruner: Pruner, tokens: VisualTokens, grids: Sequence[tuple[int, int]]
+) -> tuple[list[Panel], int]:
+    """What a pruner does with the one image, on each grid that its tokens are, and K."""
     selection, masks = pruner.select(tokens), pruner.masks(tokens)
     count = int(selection.counts()[0])
     indices = selection.keep_indices[0, :count].cpu()
-    soft = None if masks is None else masks[0].float().cpu()
-    return Panel(pruner.name, indices, soft, tokens.grid_hw), count
+    panels, first = [], 0
+    for rows, columns in grids:
+        last = first + rows * columns
+        here = indices[(indices >= first) & (indices < last)] - first
+        soft = None if masks is None else masks[0, :, first:last].float().cpu()
+        title = pruner.name if len(grids) == 1 else f"{pruner.name} {rows} x {columns}"
+        panels.append(Panel(title, here, soft, (rows, columns)))
+        first = last
+    return panels, count

@@ -33,7 +33,7 @@ class Recording:
     hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
     keys: dict[int, Tensor] = field(default_factory=dict)
-    other: dict[str, Tensor] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
 
 
 _RECORDING: ContextVar[Recording | None] = ContextVar("ocvtp_recording", default=None)
@@ -125,9 +125,32 @@ def keep_input_of(module: nn.Module, name: str) -> RemovableHandle:
     return module.register_forward_pre_hook(partial(_keep_other, name))
 
 
+def keep_output_of(module: nn.Module, name: str) -> RemovableHandle:
+    """Record the output of any module under `recording.other[name]`."""
+    return module.register_forward_hook(partial(_keep_other_output, name))
+
+
+def keep_keywords_of(module: nn.Module, names: dict[str, str]) -> RemovableHandle:
+    """Record arguments of any module: those called `names[name]` under `recording.other[name]`."""
+    pre = partial(_keep_keywords, names)
+    return module.register_forward_pre_hook(pre, with_kwargs=True)
+
+
 def _keep_other(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if (record := _RECORDING.get()) is not None:
         record.other[name] = args[0]
+
+
+def _keep_other_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+    if (record := _RECORDING.get()) is not None:
+        record.other[name] = output
+
+
+def _keep_keywords(
+    names: dict[str, str], module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    if (record := _RECORDING.get()) is not None:
+        record.other |= {name: kwargs[keyword] for name, keyword in names.items()}
 
 
 def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:

@@ -16,15 +16,17 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 from ocvtp.hosts import calls
-from ocvtp.hosts.base import Host
+from ocvtp.hosts.base import Host, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.llava import LlavaHost
+from ocvtp.hosts.llava_next import LlavaNextHost
+from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.pruners import Compose, Pruner
 
-HOSTS: tuple[type[Host], ...] = (LlavaHost,)
+HOSTS: tuple[type[Host], ...] = (LlavaHost, LlavaNextHost, Qwen25VLHost)
 _WRAPPED = ("forward", "generate")
 
 
@@ -70,8 +72,12 @@ class _Wrapper(partial):  # type: ignore[type-arg]
         return inspect.signature(getattr(type(model), self.func.__name__).__get__(model))
 
 
-def find_host(model: Any) -> Host:
+def find_host(model: Any, tiling: Tiling | None = None) -> Host:
     """The adapter of a (possibly wrapped) model.
+
+    Args:
+        model: a supported transformers VLM.
+        tiling: how to prune images that the model cuts into tiles.
 
     Raises:
         ValueError: if its `model_type` is not supported.
@@ -80,7 +86,7 @@ def find_host(model: Any) -> Host:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for host in HOSTS:
         if kind in host.model_types and hasattr(model, "generate"):
-            return host(model)
+            return host(model, tiling)
     supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
     raise ValueError(
         f"{type(model).__name__} (model_type={kind!r}) is not supported; pass a transformers"
@@ -108,6 +114,8 @@ def attach(
     processor: Any = None,
     text_tower: TextTower = None,
     positions: Positions = "contiguous",
+    budget: TileBudget = "per_image",
+    separators: Separators = "rows",
     on_prune: Callable[[Prompt], None] | None = None,
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
@@ -122,7 +130,12 @@ def attach(
             CLIP that the vision tower is from, a `CLIPModel`, or a pair `(CLIPModel, tokenizer)`.
             None looks for it on this machine.
         positions: `contiguous` numbers the tokens that are left from 0; `original` leaves each
-            token the position that it had.
+            token the position that it had. Models that turn tokens by their place in the image
+            (Qwen2.5-VL) always keep those.
+        budget: where a model cuts images into tiles, `num_keep` is that of the image (`per_image`)
+            or of every tile (`per_tile`: pruners see each as an image of its own).
+        separators: where a model ends the rows of images with newline tokens: `rows` keeps those
+            of rows that kept a token, or `all`, or `none`; they do not count as visual tokens.
         on_prune: called with every shortened prompt, e.g. to count tokens.
 
     Returns:
@@ -140,7 +153,7 @@ def attach(
         )
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
-    host = find_host(model)
+    host = find_host(model, Tiling(budget, separators))
     for part in pruner.parts:
         _check(host, part)
     before_llm = next(part for part in pruner.parts if part.stage == "llm_input")

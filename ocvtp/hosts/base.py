@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,43 @@ from torch.utils.hooks import RemovableHandle
 
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
+TileBudget = Literal["per_image", "per_tile"]
+Separators = Literal["rows", "all", "none"]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How to prune images that a model cuts into tiles; to other models it means nothing.
+
+    Args:
+        budget: `per_image` shows pruners the tokens of all tiles as one image; `per_tile` shows
+            them every tile as an image of its own, so that each keeps `num_keep` tokens.
+        separators: which tokens that end the rows of an image stay: of `rows` that kept a token,
+            `all`, or `none`. They do not count as visual tokens.
+
+    Raises:
+        ValueError: for other values.
+    """
+
+    budget: TileBudget = "per_image"
+    separators: Separators = "rows"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("budget", TileBudget), ("separators", Separators)):
+            if (value := getattr(self, name)) not in get_args(allowed):
+                choices = ", ".join(map(repr, get_args(allowed)))
+                raise ValueError(f"{name}={value!r}; pass one of {choices}.")
+
 
 @dataclass(frozen=True)
 class Encoded:
     """The images of one call.
 
     Args:
-        tokens: [I, N, ...], what pruners see.
+        tokens: [I, N, ...], what pruners see; I counts tiles where each is shown on its own.
         embeddings: [R, D'], what the language model would read, image after image.
-        starts: [I] number of each image's first row among the R; None where all have as many.
+        starts: [I] number of each image's first row among the R, that of the whole image for
+            tiles; None where all have as many.
     """
 
     tokens: VisualTokens
@@ -59,6 +87,7 @@ class Host(ABC):
 
     Args:
         model: the transformers `...ForConditionalGeneration`.
+        tiling: how to prune images in tiles.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -68,8 +97,9 @@ class Host(ABC):
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input",)
     """Pruner stages that it can serve."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
         self.model = model
+        self.tiling = Tiling() if tiling is None else tiling
 
     @property
     @abstractmethod
@@ -105,6 +135,32 @@ class Host(ABC):
     @abstractmethod
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """Keep what was selected."""
+
+    def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
+        """The grids that the tokens of the first image are, one behind the other, to draw them."""
+        return (encoded.tokens.grid_hw,)
+
+    def picture(self, images: dict[str, Any]) -> Tensor:
+        """[3, H, W] the first image of a call as the tower saw it, where it is tiles as a whole."""
+        pixels: Tensor = images["pixel_values"].flatten(0, -4)[0]
+        return pixels
+
+    def rope_positions(self, inputs: dict[str, Any], images: dict[str, Any]) -> Tensor | None:
+        """The coordinates of a whole prompt, for hosts that turn tokens in several dimensions.
+
+        Args:
+            inputs: what the processor returned, images apart; `input_ids` are there.
+            images: the arguments that `image_keys` names.
+
+        Returns:
+            [C, B, L] of C dimensions; None where positions are plain numbers of columns.
+        """
+        del inputs, images
+        return None
+
+    def set_rope_deltas(self, deltas: Tensor | None) -> None:
+        """Let a model that keeps them know how far coordinates run ahead of columns, [B, 1]."""
+        del deltas
 
     def describe(self) -> dict[str, Any]:
         """Facts for tables and reports."""

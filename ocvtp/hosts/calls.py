@@ -73,15 +73,14 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
         return original(*args, **kwargs)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
-        turns.check_step(kwargs, ids)
+        kwargs = turns.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     kwargs = _by_name(model, "forward", args, kwargs)
     running = _RUNNING.get()
     if running is not None and running.model is model:  # the ids are short already
         return original(**_splice(running, kwargs))
     if not _brings_images(kwargs):
-        turns.check_step(kwargs, ids)
-        return original(**kwargs)
+        return original(**turns.next_step(kwargs, ids))
     if generation.cache_length(kwargs):
         raise ValueError(
             "forward() got images and a filled cache while a pruner is attached: the attention"
@@ -96,6 +95,7 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
     short |= {"input_ids": None, "inputs_embeds": prompt.embeddings}
     output = original(**short)
     turns.remember(output, kwargs, prompt)
+    state.host.set_rope_deltas(prompt.rope_deltas)
     return output
 
 
@@ -114,19 +114,22 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
     if remembered is not None:  # a later turn: the images are in the cache
         turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
         shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
+        deltas = remembered.rope_deltas
     elif not _brings_images(kwargs):
         return original(**kwargs)
     else:
         kwargs["attention_mask"] = generation.given_or_inferred_mask(model, kwargs)
         turn, prompt = state.shorten(kwargs)
         shown = generation.Shown(prompt.input_ids, prompt.short_length)
-        running = _Running(model, prompt)
+        running, deltas = _Running(model, prompt), prompt.rope_deltas
     generation.adjust(model, turn, shown)
     token = _RUNNING.set(running)
+    state.host.set_rope_deltas(deltas)
     try:
         output = original(**turn)
     finally:
         _RUNNING.reset(token)
+        state.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them
     if running is not None:
         running.check()
         turns.remember(output, turn, running.prompt)
@@ -170,7 +173,8 @@ def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:
         embed = running.model.get_input_embeddings()
         embeddings = torch.cat([embeddings, embed(tail).to(embeddings)], dim=1)
     kwargs["inputs_embeds"] = embeddings
-    if prompt.positions is not None and kwargs.get("attention_mask") is None:
+    gapped = prompt.positions is not None and prompt.rope_deltas is None
+    if gapped and kwargs.get("attention_mask") is None:
         # An all-ones mask may have been dropped; without one, gaps look like packed sequences.
         kwargs["attention_mask"] = torch.ones(
             ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device

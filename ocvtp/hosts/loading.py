@@ -8,8 +8,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from ocvtp.encoders.clip import plain_processor, random_tower, vision_config
+from ocvtp.hosts.random_qwen import SPECIAL_TOKENS, tiny_qwen
 
-RANDOM_MODELS = ("random:tiny-llava",)
+RANDOM_MODELS = ("random:tiny-llava", "random:tiny-llava-next", "random:tiny-qwen2.5-vl")
 RANDOM_CLIPS = ("random:tiny",)
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() }}: "
@@ -64,14 +65,48 @@ def open_image(path: str) -> Image.Image:
 def _random_model(name: str) -> tuple[Any, Any]:
     if name not in RANDOM_MODELS:
         raise ValueError(f"{name!r} is unknown; random models are {list(RANDOM_MODELS)}.")
-    return tiny_llava()
+    if name == "random:tiny-qwen2.5-vl":
+        return tiny_qwen(_byte_tokenizer(SPECIAL_TOKENS))
+    return tiny_llava_next() if name.endswith("next") else tiny_llava()
 
 
 def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
     """A LLaVA-1.5 of 0.5 M random weights behind the tower `random:tiny`, and its processor."""
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-    tokenizer = _byte_tokenizer()
+    tokenizer, vision = _byte_tokenizer(), vision_config("random:tiny")
+    side = vision.image_size // vision.patch_size
+    settings = {"image_seq_length": side * side}
+    model = _around_tower(LlavaForConditionalGeneration, LlavaConfig, tokenizer, seed, settings)
+    return model, _processor(LlavaProcessor, plain_processor(vision.image_size), tokenizer, vision)
+
+
+def tiny_llava_next(seed: int = 0) -> tuple[Any, Any]:
+    """The same as a LLaVA-NeXT: a base view and up to four tiles."""
+    from transformers import (
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    tokenizer, vision = _byte_tokenizer(), vision_config("random:tiny")
+    side = vision.image_size
+    tiles = [[1, 2], [2, 1], [2, 2], [1, 3], [3, 1]]
+    grid = {"image_grid_pinpoints": [[rows * side, columns * side] for rows, columns in tiles]}
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **grid
+    )
+    model = _around_tower(LlavaNextForConditionalGeneration, LlavaNextConfig, tokenizer, seed, grid)
+    return model, _processor(LlavaNextProcessor, images, tokenizer, vision)
+
+
+def _around_tower(
+    model_class: Any, config_class: Any, tokenizer: Any, seed: int, settings: dict[str, Any]
+) -> Any:
+    """A model of random weights behind the tower `random:tiny`."""
+    from transformers import LlamaConfig
+
     vision = vision_config("random:tiny")
     text = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -86,22 +121,21 @@ def tiny_llava(seed: int = 0) -> tuple[Any, Any]:
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,
     )
-    side = vision.image_size // vision.patch_size
-    config = LlavaConfig(
+    config = config_class(
         vision_config=vision,
         text_config=text,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        image_seq_length=side * side,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
+        **settings,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(config)
+        model = model_class(config)
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval(), _processor(tokenizer, vision)
+    return model.eval()
 
 
 def random_clip(name: str, seed: int = 0) -> tuple[Any, Any]:
@@ -140,12 +174,10 @@ def random_clip(name: str, seed: int = 0) -> tuple[Any, Any]:
     return model.eval(), tokenizer
 
 
-def _processor(tokenizer: Any, vision: Any) -> Any:
-    """LLaVA's own processor around a tokenizer, for a tower of these settings."""
-    from transformers import LlavaProcessor
-
-    return LlavaProcessor(
-        image_processor=plain_processor(vision.image_size),
+def _processor(processor_class: Any, images: Any, tokenizer: Any, vision: Any) -> Any:
+    """A family's own processor around a tokenizer, for a tower of these settings."""
+    return processor_class(
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
@@ -154,13 +186,14 @@ def _processor(tokenizer: Any, vision: Any) -> Any:
     )
 
 
-def _byte_tokenizer() -> Any:
-    """A tokenizer that reads any text, byte by byte."""
+def _byte_tokenizer(more: dict[str, str] | None = None) -> Any:
+    """A tokenizer that reads any text, byte by byte, with more special tokens by their names."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    extra = {"image_token": "<image>"} if more is None else more
+    special = ["<pad>", "<s>", "</s>", "<unk>", *extra.values()]
     vocabulary = {token: i for i, token in enumerate(special + alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -171,6 +204,6 @@ def _byte_tokenizer() -> Any:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens=extra,
         padding_side="left",
     )

@@ -46,12 +46,16 @@ class Reader:
             encoded: the images.
             ids: [B, L].
             real: [B, L] bool, False on padding.
-            rows: [I], in whose prompt each image is.
+            rows: [I], in whose prompt each image (or tile of one) is.
 
         Raises:
             ValueError: if a prompt has nothing but images.
         """
-        rows, inverse, counts = rows.unique(return_inverse=True, return_counts=True)
+        starts = encoded.first_rows(rows.device)
+        new_image = starts != starts.roll(1)  # and not the next tile of the last
+        new_image[:1] = True
+        rows, inverse = rows.unique(return_inverse=True)
+        counts = torch.zeros_like(rows).index_add(0, inverse, new_image.long())
         ids, words = ids[rows], self.prompts.words(ids[rows], real[rows], counts.tolist())
         self._check(words.any(dim=1).tolist(), rows)
         device, found = encoded.tokens.features.device, dict[str, Any]()

@@ -13,19 +13,12 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
+from ocvtp.hosts.columns import gather, gather_coordinates, layout
 from ocvtp.hosts.reading import Reader
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 
 Positions = Literal["contiguous", "original"]
-_PER_TOKEN = (
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "labels",
-    "token_type_ids",
-    "mm_token_type_ids",
-)
 
 
 @dataclass(frozen=True)
@@ -38,7 +31,10 @@ class Prompt:
         short_ids: [B, L'].
         short_mask: [B, L'] bool, False on padding.
         embeddings: [B, L', D'] of the short prompt, images included.
-        positions: [B, L'] its position ids where they have gaps, else None.
+        positions: [B, L'] its position ids where they have gaps, [1 + C, B, L'] where tokens have
+            coordinates (see `Host.rope_positions`), else None.
+        rope_deltas: [B, 1] how far coordinates run ahead of the columns behind the prompt; None
+            without coordinates.
         images: the image arguments. encoded: what the tower made of them. selection: what was kept.
     """
 
@@ -48,6 +44,7 @@ class Prompt:
     short_mask: Tensor
     embeddings: Tensor
     positions: Tensor | None
+    rope_deltas: Tensor | None
     images: dict[str, Any]
     encoded: Encoded
     selection: Selection
@@ -105,7 +102,8 @@ def shorten(
         host: of the model.
         pruner: with its hooks installed.
         inputs: what the processor returned (and `labels`, `position_ids` if wanted).
-        positions: `contiguous` numbers what is left from 0; `original` leaves the gaps.
+        positions: `contiguous` numbers what is left from 0; `original` leaves the gaps. Where
+            tokens have coordinates, they always keep them.
         reader: of the prompt, for pruners that need it.
 
     Returns:
@@ -115,8 +113,12 @@ def shorten(
         ValueError: if the prompt and the images do not fit, or for inputs that cannot be shortened.
     """
     seen = look(host, pruner.needs, inputs, reader)
+    ids, real, encoded = seen.input_ids, seen.real, seen.encoded
     inputs = {k: v for k, v in inputs.items() if k not in seen.images}
-    ids, mask, real, encoded = seen.input_ids, seen.mask, seen.real, seen.encoded
+    inputs |= {"input_ids": ids, "attention_mask": seen.mask}
+    coordinates = host.rope_positions(inputs, seen.images)
+    if coordinates is not None:
+        inputs["position_ids"] = coordinates
     selection = pruner.select(encoded.tokens)
     _check_selection(pruner, encoded, selection)
     if positions == "original" or inputs.get("position_ids") is not None:
@@ -125,15 +127,27 @@ def shorten(
     keep = real & ~seen.placeholder
     keep[seen.slots[kept.positions.to(seen.slots.device)].unbind(dim=1)] = True
 
-    index, padding = _layout(keep, real)
+    index, padding = layout(keep, real)
     if positions == "original" and inputs.get("position_ids") is None and not keep.equal(real):
         inputs["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-    inputs |= {"input_ids": ids, "attention_mask": mask}
-    short = _gather(inputs, index, padding, _pad_id(host, ids, real))
-    short_ids, gapped = short["input_ids"], short.get("position_ids")
+    short = gather(inputs, index, padding, _pad_id(host, ids, real))
+    deltas = None
+    if coordinates is not None:
+        places = gather_coordinates(coordinates, real, index, padding)
+        short["position_ids"], deltas = places
+    short_ids, numbers = short["input_ids"], short.get("position_ids")
     embeddings = _embed(host, short_ids, seen.placeholder.gather(1, index) & ~padding, kept)
     return short, Prompt(
-        ids, keep, short_ids, ~padding, embeddings, gapped, seen.images, encoded, selection
+        input_ids=ids,
+        keep=keep,
+        short_ids=short_ids,
+        short_mask=~padding,
+        embeddings=embeddings,
+        positions=numbers,
+        rope_deltas=deltas,
+        images=seen.images,
+        encoded=encoded,
+        selection=selection,
     )
 
 
@@ -177,26 +191,6 @@ def _embed(host: Host, short_ids: Tensor, image_tokens: Tensor, kept: Kept) -> T
     text: Tensor = host.model.get_input_embeddings()(short_ids)
     rows = kept.embeddings.to(text.device, text.dtype)
     return text.masked_scatter(image_tokens[:, :, None].to(text.device), rows)
-
-
-def _gather(inputs: dict[str, Any], index: Tensor, padding: Tensor, pad_id: int) -> dict[str, Any]:
-    """Everything that has a column for each token, shortened; the rest as it is."""
-    short = {k: v for k, v in inputs.items() if k not in _PER_TOKEN}
-    fill = {"input_ids": pad_id, "labels": -100}
-    for name in _PER_TOKEN:
-        if (value := inputs.get(name)) is not None:
-            value = value.to(index.device).expand(*value.shape[:-2], *inputs["input_ids"].shape)
-            short[name] = _gather_columns(value, index, padding, fill.get(name, 0))
-    # Without a 2-D mask, transformers takes gaps in position_ids for packed sequences.
-    if "position_ids" in short or bool(padding.any()):
-        short.setdefault("attention_mask", (~padding).long())
-    return short
-
-
-def _gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
-    """[..., B, L] -> [..., B, L'], `fill` where `padding` [B, L'] is True."""
-    index = index.expand(*values.shape[:-2], *index.shape)
-    return values.gather(-1, index).masked_fill(padding, fill)
 
 
 def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -255,27 +249,16 @@ def _check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> 
     if valid is None:
         valid = torch.ones_like(keep, dtype=torch.bool)
     fits = (keep >= 0) & (keep < num_tokens) | ~valid
+    if encoded.tokens.valid is not None:
+        real = encoded.tokens.valid.to(keep.device)
+        fits &= real.gather(1, keep.clamp(0, num_tokens - 1)) | ~valid
     fits[:, 1:] &= (keep.diff(dim=1) > 0) & valid[:, :-1] | ~valid[:, 1:]
     if len(keep) != images or not bool(fits.all()):
         raise ValueError(
             f"pruner {pruner.name!r} returned keep_indices {keep.tolist()}; for each of {images}"
-            f" images, return unique ascending numbers below {num_tokens}, the valid ones first."
+            f" images, return unique ascending numbers below {num_tokens} (of real tokens, where"
+            " images differ in size), the valid ones first."
         )
-
-
-def _layout(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-    """Which old column stands at each new one, and which new ones are padding: [B, L'] each."""
-    batch, length = keep.shape
-    if keep.equal(real):  # nothing dropped: leave the caller's padding as it is
-        index = torch.arange(length, device=keep.device).expand(batch, -1)
-        return index, ~real
-    counts = keep.sum(dim=1)
-    short = int(counts.max())
-    pads_right = bool((real[:, 0] & ~real[:, -1]).any())
-    # A stable sort moves kept columns to one side and keeps their order.
-    order = keep.int().argsort(dim=1, descending=pads_right, stable=True)
-    index = order[:, :short] if pads_right else order[:, length - short :]
-    return index, ~keep.gather(1, index)
 
 
 def _pad_id(host: Host, ids: Tensor, real: Tensor) -> int:

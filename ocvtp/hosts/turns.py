@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.columns import continue_positions
 from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
 from ocvtp.hosts.rewrite import Prompt, check_mask
 
@@ -27,7 +28,8 @@ class Remembered:
         pixel_values: its images.
         short_ids: [B, L'].
         short_mask: [B, L'] bool.
-        positions: [B, L'] where they are not contiguous.
+        positions: see `Prompt`.
+        rope_deltas: see `Prompt`.
     """
 
     input_ids: Tensor
@@ -35,6 +37,7 @@ class Remembered:
     short_ids: Tensor
     short_mask: Tensor
     positions: Tensor | None
+    rope_deltas: Tensor | None
 
 
 def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
@@ -45,6 +48,7 @@ def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
         prompt.short_ids,
         prompt.short_mask,
         prompt.positions,
+        prompt.rope_deltas,
     )
     for cache in (getattr(output, "past_key_values", None), kwargs.get("past_key_values")):
         if cache is not None and not isinstance(cache, tuple):
@@ -79,7 +83,8 @@ def later_turn(
         ValueError: if the prompt does not continue the one in the cache, or brings new images.
     """
     tail = _new_part(host, first, kwargs)
-    turn = {k: v for k, v in kwargs.items() if k not in host.image_keys}
+    dropped = (*host.image_keys, "mm_token_type_ids")  # there is nothing but text to come
+    turn = {k: v for k, v in kwargs.items() if k not in dropped}
     turn["input_ids"] = torch.cat([first.short_ids.to(tail.device), tail], dim=1)
     if turn["input_ids"].shape[1] <= cache_length(kwargs):
         raise ValueError(
@@ -94,9 +99,12 @@ def later_turn(
     head = first.short_mask.to(rest.device, rest.dtype)
     turn["attention_mask"] = torch.cat([head, rest], dim=1)
     if first.positions is not None and kwargs.get("position_ids") is None:
-        start = first.positions.to(tail.device)
-        numbers = start.amax(dim=1, keepdim=True) + rest.cumsum(dim=1)
-        turn["position_ids"] = torch.cat([start, numbers], dim=1)
+        turn["position_ids"] = continue_positions(
+            first.positions.to(tail.device),
+            None if first.rope_deltas is None else first.rope_deltas.to(tail.device),
+            first.short_mask.to(tail.device),
+            rest,
+        )
     return turn, kwargs["input_ids"]
 
 
@@ -133,26 +141,36 @@ def _new_part(host: Host, first: Remembered, kwargs: dict[str, Any]) -> Tensor:
     return ids[:, length:]
 
 
-def check_step(kwargs: dict[str, Any], ids: Tensor | None) -> None:
-    """Refuse arguments of a bare forward() that do not fit a cache filled with a short prompt.
+def next_step(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
+    """Arguments of a bare forward() on a cache, with the coordinates that follow a short prompt.
 
     Raises:
         ValueError: for a mask of the caller's length, or gapped positions without position_ids.
     """
     first: Remembered | None = getattr(kwargs.get("past_key_values"), _ON_CACHE, None)
     if first is None or ids is None:
-        return
+        return kwargs
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        length = cache_length(kwargs) + ids.shape[1]
-        if mask.shape[1] > length:
-            raise ValueError(
-                f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was"
-                f" pruned, and input_ids have {length}; extend the short prompt's mask (`on_prune`"
-                " hands it over), or use generate()."
-            )
-    if first.positions is not None and kwargs.get("position_ids") is None:
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        mask = None
+    elif mask.shape[1] > (length := cache_length(kwargs) + ids.shape[1]):
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was pruned,"
+            f" and input_ids have {length}; extend the short prompt's mask (`on_prune` hands it"
+            " over), or use generate()."
+        )
+    if first.positions is None or kwargs.get("position_ids") is not None:
+        return kwargs
+    if first.rope_deltas is None:
         raise ValueError(
             "the prompt in this cache has gaps in its positions; pass position_ids (the next is"
             f" {(first.positions.amax(dim=1) + 1).tolist()} behind the prompt), or use generate()."
         )
+    steps = torch.arange(ids.shape[1], device=ids.device)
+    padding = (~first.short_mask).sum(dim=1, keepdim=True).to(ids.device)
+    columns = cache_length(kwargs) - padding + steps  # [B, n]
+    if mask is not None:
+        columns = mask.long().cumsum(dim=1)[:, -len(steps) :].to(ids.device) - 1
+    coordinates = columns + first.rope_deltas.to(ids.device)
+    rows = [columns, *[coordinates] * (len(first.positions) - 1)]
+    return kwargs | {"position_ids": torch.stack(rows)}

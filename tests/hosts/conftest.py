@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 from reference import BATCH, ONE, best_by_cls, fingerprint, make_batch, shorten
 from tiny_models import tiny_clip, tiny_processor
+from tiny_qwen import ONE as ONE_OF_ANY_SIZE
+from tiny_qwen import make_batch as make_qwen_batch
+from tiny_qwen import tiny_qwen
 from torch import Tensor
 
 from ocvtp import Pruner, build_pruner
@@ -25,6 +29,24 @@ def untouched(used: list[Any]) -> Iterator[None]:
     before = [fingerprint(model) for model in used]
     yield
     for model, expected in zip(used, before, strict=True):
+        assert dict(fingerprint(model).items() ^ expected.items()) == {}
+
+
+@pytest.fixture(scope="session")
+def used_next(llava_next: Any, llava_next_siglip: Any) -> list[Any]:
+    """Both models in tiles after a first call."""
+    for model in (llava_next, llava_next_siglip):
+        model.generate(**make_batch([(4,)]), max_new_tokens=1)
+        model.model.vision_tower(torch.zeros(1, 3, 56, 56), output_hidden_states=True)
+    return [llava_next, llava_next_siglip]
+
+
+@pytest.fixture
+def untouched_next(used_next: list[Any]) -> Iterator[None]:
+    """Both models in tiles are the same after the test as before it."""
+    before = [fingerprint(model) for model in used_next]
+    yield
+    for model, expected in zip(used_next, before, strict=True):
         assert dict(fingerprint(model).items() ^ expected.items()) == {}
 
 
@@ -55,3 +77,20 @@ def processor() -> Any:
 def clip(llava: Any) -> tuple[Any, Any]:
     """The CLIP that the tower of `llava` is from, and its tokenizer."""
     return tiny_clip(llava.model.vision_tower)
+
+
+@pytest.fixture(scope="session")
+def qwen() -> Any:
+    """A Qwen2.5-VL after a first call, in which transformers installs hooks of its own."""
+    model = tiny_qwen()
+    model.generate(**make_qwen_batch(ONE_OF_ANY_SIZE), max_new_tokens=1)
+    return model
+
+
+@pytest.fixture
+def untouched_qwen(qwen: Any) -> Iterator[None]:
+    """The model is the same after the test as before it, but for what every call changes."""
+    before = fingerprint(qwen)
+    yield
+    changed = {key for key, _ in fingerprint(qwen).items() ^ before.items()}
+    assert changed <= {"model.rope_deltas."}

@@ -47,7 +47,9 @@ def reading(processor: Any, clip: tuple[Any, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def tokens_by_hand(model: Any, clip: Any, processor: Any, pixels: Tensor, patch: bool) -> Any:
+def tokens_by_hand(
+    model: Any, clip: Any, processor: Any, pixels: Tensor, patch: bool, own: Any = OWN
+) -> Any:
     """Everything that any pruner reads, from the eager tower, the CLIP and the embeddings."""
     hidden, attentions = tower_states(model, pixels)
     tower, (clip_model, clip_tokenizer) = model.model.vision_tower, clip
@@ -65,9 +67,9 @@ def tokens_by_hand(model: Any, clip: Any, processor: Any, pixels: Tensor, patch:
     embed = model.get_input_embeddings()
     words = [processor.tokenizer(w, add_special_tokens=False)["input_ids"] for w in WORDS]
     length = max(map(len, words))
-    text = torch.zeros(len(OWN), length, 48)
-    valid = torch.zeros(len(OWN), length, dtype=torch.bool)
-    for i, row in enumerate(OWN):
+    text = torch.zeros(len(own), length, 48)
+    valid = torch.zeros(len(own), length, dtype=torch.bool)
+    for i, row in enumerate(own):
         text[i, : len(words[row])] = embed(torch.tensor(words[row]))
         valid[i, : len(words[row])] = True
     said = [clip_tokenizer(w, return_tensors="pt")["input_ids"] for w in WORDS]
@@ -87,7 +89,7 @@ def tokens_by_hand(model: Any, clip: Any, processor: Any, pixels: Tensor, patch:
         text=text,
         text_valid=valid,
         clip_visual=clip_model.visual_projection(tower.post_layernorm(features)),
-        clip_text=clip_text[OWN][:, None],
+        clip_text=clip_text[own][:, None],
     )
 
 

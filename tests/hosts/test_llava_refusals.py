@@ -35,7 +35,7 @@ def both_refuse(model: Any, pruner: Pruner, message: str, inputs: Any) -> None:
 def test_unknown_models(llava: Any, pruner: Pruner) -> None:
     settings = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     text_only = LlamaForCausalLM(LlamaConfig(**settings, num_attention_heads=1))
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*'llama'.* model_type llava\."):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*'llama'.* llava, llava_next\b"):
         attach(text_only, pruner)
     with pytest.raises(ValueError, match=r"Linear \(model_type=None\) is not supported"):
         attach(torch.nn.Linear(1, 1), pruner)

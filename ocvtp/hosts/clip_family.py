@@ -1,0 +1,184 @@
+"""What hosts with a CLIP or SigLIP tower of transformers and a projector behind it share.
+
+U views of a call (images, or tiles of images), N tokens of a view, I images or tiles that pruners
+see, K kept of each, D' width of the language model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.encoders import taps
+from ocvtp.hosts.base import Encoded, Host, Kept, Tiling, merge, on_device
+from ocvtp.structures import Needs, Selection
+
+_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens before the patches
+
+
+class ClipFamilyHost(Host):
+    """A model with `vision_tower` and `multi_modal_projector`, all tokens of a layer between them.
+
+    Raises:
+        ValueError: for other towers than CLIP and SigLIP.
+    """
+
+    family: ClassVar[str]
+    """What messages call it."""
+    image_keys: ClassVar[tuple[str, ...]] = (
+        "pixel_values",
+        "image_sizes",
+        "vision_feature_layer",
+        "vision_feature_select_strategy",
+    )
+
+    def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
+        super().__init__(model, tiling)
+        kind = self.tower.config.model_type
+        if kind not in _TOWERS:
+            raise ValueError(
+                f"this {self.family} has a {kind} tower; visual tokens can be pruned behind"
+                f" {' and '.join(_TOWERS)}."
+            )
+        self._num_prefix = _TOWERS[kind]
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self.model.model.vision_tower
+
+    @property
+    def _projector(self) -> nn.Module:
+        projector: nn.Module = self.model.model.multi_modal_projector
+        return projector
+
+    def _view(self) -> taps.Tower:
+        return taps.clip_tower(self.tower)
+
+    def _inside(self, needs: Needs) -> Needs:
+        """What to tap in the tower, the selected layer included where its CLS is wanted."""
+        hidden = needs.hidden
+        if needs.cls:
+            hidden = (*hidden, self.model.config.vision_feature_layer)
+        return replace(needs, hidden=hidden)
+
+    def check(self, needs: Needs) -> None:
+        """See `Host.check`."""
+        asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
+        if asks_cls and self._num_prefix == 0:
+            raise ValueError(
+                f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
+                " use `received` attention where the method offers it, or a pruner without CLS."
+            )
+        if needs.cls and not isinstance(self.model.config.vision_feature_layer, int):
+            raise ValueError(
+                "the pruner reads the CLS of the selected layer, but this model selects several:"
+                f" vision_feature_layer={self.model.config.vision_feature_layer}; use a pruner"
+                " that does not (see `ocvtp list`)."
+            )
+        self._check_clip(needs)
+        view = self._view()
+        for layer in self._inside(needs).hidden:
+            view.layer(layer)
+        for block in [*needs.keys, *(block for block, _ in needs.attention)]:
+            view.block(block)
+
+    def _check_clip(self, needs: Needs) -> None:
+        layer = self.model.config.vision_feature_layer
+        if needs.clip and self._num_prefix == 0:
+            raise ValueError(
+                "the pruner compares images with the prompt in CLIP's space, where the tokens of a"
+                f" {self.tower.config.model_type} are not; use a pruner that reads the language"
+                " model's `text`, or none of the prompt (see `ocvtp list`)."
+            )
+        if needs.clip and not isinstance(layer, int):
+            raise ValueError(
+                "the pruner takes the tokens of one layer to CLIP's space, but this model selects"
+                f" several: vision_feature_layer={layer}; use a pruner that does not."
+            )
+
+    def install(self, needs: Needs) -> list[RemovableHandle]:
+        """See `Host.install`."""
+        handles = taps.install(self._view(), self._inside(needs))
+        return [*handles, taps.keep_input_of(self._projector, "features")]
+
+    def _look_inside(
+        self, images: dict[str, Any], needs: Needs
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """Run the model's own image encoding.
+
+        Returns:
+            of each image what the language model would read, and arguments of `VisualTokens` for
+            the U views: `features` [U, N, D] and what `needs` names of the tower.
+
+        Raises:
+            ValueError: for settings of the call that the pruner cannot work with.
+            RuntimeError: if a hook did not fire.
+        """
+        self._check_settings(images, needs)
+        with taps.recording() as record, on_device(self.model.model), self.eager_tower(needs):
+            output = self.model.model.get_image_features(**images, return_dict=True)
+        features = record.other.get("features")
+        if features is None:
+            raise RuntimeError(
+                "the projector ran but its hook did not fire: attach the pruner before the model"
+                " is compiled."
+            )
+        found = taps.gather(record, self._view(), self._inside(needs), self._num_prefix)
+        if needs.cls:
+            layer = self._view().layer(self.model.config.vision_feature_layer)
+            found["cls"] = record.hidden[layer][:, 0]
+        return list(output.pooler_output), {"features": features, **found}
+
+    def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
+        strategy = self._strategy(images)
+        wanted = "default" if self._num_prefix else "full"
+        if strategy != wanted:
+            raise ValueError(
+                f"vision_feature_select_strategy={strategy!r} does not hand the language model the"
+                f" token grid of a {self.tower.config.model_type}; pass {wanted!r}."
+            )
+        selected, chosen = (
+            self.model.config.vision_feature_layer,
+            images.get("vision_feature_layer"),
+        )
+        if needs.cls and chosen not in (None, selected):
+            raise ValueError(
+                f"the pruner reads the CLS of layer {selected}, but vision_feature_layer={chosen}"
+                " takes the tokens of another; set model.config.vision_feature_layer before you"
+                " attach the pruner."
+            )
+        if needs.clip and not isinstance(selected if chosen is None else chosen, int):
+            raise ValueError(
+                f"the pruner takes the tokens of one layer to CLIP's space; vision_feature_layer="
+                f"{chosen} are several; pass one."
+            )
+
+    def _strategy(self, images: dict[str, Any]) -> str:
+        chosen = images.get("vision_feature_select_strategy")
+        return str(chosen or self.model.config.vision_feature_select_strategy)
+
+    def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:
+        patch = self.tower.config.patch_size
+        height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        assert height * width == num_tokens, (height, width, num_tokens)
+        return height, width
+
+    def _kept(self, encoded: Encoded, selection: Selection, places: Tensor) -> Kept:
+        """What was selected, in the order of `selection`.
+
+        Args:
+            encoded: the images.
+            selection: of their tokens.
+            places: [I, K] where the kept tokens are among all rows that the language model reads.
+        """
+        if selection.merge is None:
+            rows = encoded.embeddings[places.to(encoded.embeddings.device)]  # [I, K, D']
+        else:
+            rows = self._projector(merge(encoded.tokens, selection.merge))
+        if selection.valid is None:
+            return Kept(places.flatten(), rows.flatten(0, 1))
+        return Kept(places[selection.valid], rows[selection.valid])

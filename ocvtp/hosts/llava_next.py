@@ -1,0 +1,217 @@
+"""LLaVA-NeXT (LLaVA-1.6) in transformers: an image is a base view and tiles of higher resolution.
+
+T tiles of a call (base views included), N tokens of a tile, I images, R rows that the language
+model reads of all images: tokens, and a newline behind every row of an image's tiles. U views that
+pruners see (images, or tiles), M tokens of a view, K kept of each, D width of the tower.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.clip_family import ClipFamilyHost
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Where the tokens of the tiles stand among the rows that the language model reads.
+
+    Args:
+        source: [R] number of the token, counted over all tiles (tile * N + token); -1 for newlines.
+        line: [R] number of the row of the image, counted over all images, that a token of the
+            tiles stands in or that a newline ends; -1 for tokens of base views, which have no ends.
+        lengths: rows of each image, I in all.
+        num_tiles: of each image, the base view included.
+        num_tokens: N.
+    """
+
+    source: Tensor
+    line: Tensor
+    lengths: list[int]
+    num_tiles: list[int]
+    num_tokens: int
+
+    def places(self) -> Tensor:
+        """[T, N] the row of every token; -1 for those that unpadding removes."""
+        places = torch.full((sum(self.num_tiles) * self.num_tokens,), -1)
+        rows = (self.source >= 0).nonzero()[:, 0]
+        places[self.source[rows]] = rows
+        return places.view(-1, self.num_tokens)
+
+    def base_tiles(self) -> Tensor:
+        """[I] the number of each image's base view."""
+        counts = torch.tensor(self.num_tiles)
+        return counts.cumsum(dim=0) - counts
+
+    def starts(self) -> Tensor:
+        """[I] the first row of each image."""
+        lengths = torch.tensor(self.lengths)
+        return lengths.cumsum(dim=0) - lengths
+
+    def views(self, per_tile: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What pruners see.
+
+        Returns:
+            [U, M] numbers of the tokens, in the order in which the language model reads them, -1
+            where there is none; [U] the tile whose CLS speaks for each view; [U] first row of the
+            image that each is of.
+        """
+        if per_tile:
+            places = self.places()
+            tiles = (places >= 0).any(dim=1).nonzero()[:, 0]  # unpadding may remove a whole one
+            numbers = torch.arange(places.numel()).view_as(places).masked_fill(places < 0, -1)
+            starts = self.starts().repeat_interleave(torch.tensor(self.num_tiles))
+            return numbers[tiles], tiles, starts[tiles]
+        images = [image[image >= 0] for image in self.source.split(self.lengths)]
+        index = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1)
+        return index, self.base_tiles(), self.starts()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(Encoded):
+    """Images in tiles.
+
+    Args:
+        places: [U, M] the row of every token that pruners see, -1 on padding.
+        token_map: of the call.
+    """
+
+    places: Tensor
+    token_map: TokenMap
+
+
+class LlavaNextHost(ClipFamilyHost):
+    """LLaVA-NeXT: pruners see the tokens of an image in the order in which they are read.
+
+    Tokens that unpadding removes and newlines are not among them; `cls` (and the CLS of `keys`) is
+    that of the base view, `grid_hw` the grid of one tile. Attention is what each tile's own gives.
+    Merged rows stand in the places of their anchors, so that each is in its line.
+
+    Raises:
+        ValueError: for other towers than CLIP and SigLIP.
+    """
+
+    family: ClassVar[str] = "LLaVA-NeXT"
+    model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+
+    def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
+        """See `Host.encode`."""
+        rows, found = self._look_inside(images, needs)
+        num_tokens = found["features"].shape[1]
+        token_map = self._token_map(images, num_tokens)
+        assert [len(image) for image in rows] == token_map.lengths
+        embeddings = torch.cat(rows)
+        device = found["features"].device
+        index, tiles, starts = token_map.views(self.tiling.budget == "per_tile")
+        valid = index >= 0
+        places = token_map.places().flatten()[index].masked_fill(~valid, -1).to(device)
+        index = torch.where(valid, index, tiles[:, None] * num_tokens).to(device)
+        read = places.clamp(min=0).to(embeddings.device)
+        tokens = VisualTokens(
+            grid_hw=self._grid(images["pixel_values"], num_tokens),
+            valid=None if bool(valid.all()) else valid.to(device),
+            projected=embeddings[read].to(device) if needs.projected else None,
+            **_seen(found, index, tiles.to(device)),
+        )
+        return Packed(tokens, embeddings, starts, places=places, token_map=token_map)
+
+    def apply(self, encoded: Encoded, selection: Selection) -> Kept:
+        """See `Host.apply`."""
+        assert isinstance(encoded, Packed)
+        keep = selection.keep_indices.clamp(0, encoded.places.shape[1] - 1)
+        kept = self._kept(encoded, selection.in_raster_order(), encoded.places.gather(1, keep))
+        newlines = self._newlines(encoded.token_map, kept.positions).to(keep.device)
+        ends = encoded.embeddings[newlines.to(encoded.embeddings.device)]
+        positions, order = torch.cat([kept.positions, newlines]).sort()
+        rows = torch.cat([kept.embeddings, ends.to(kept.embeddings)])
+        return Kept(positions, rows[order.to(rows.device)])
+
+    def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
+        """See `Host.grids`: the base view, and the tiles put together and unpadded."""
+        assert isinstance(encoded, Packed)
+        base = encoded.tokens.grid_hw
+        if self.tiling.budget == "per_tile":
+            return (base,)
+        first = slice(encoded.token_map.lengths[0])
+        num_lines = int(encoded.token_map.line[first].max()) + 1
+        num_fine = int((encoded.token_map.source[first] >= 0).sum()) - base[0] * base[1]
+        return base, (num_lines, num_fine // num_lines)
+
+    def describe(self) -> dict[str, Any]:
+        """See `Host.describe`."""
+        tiling = {"budget": self.tiling.budget, "separators": self.tiling.separators}
+        return super().describe() | tiling
+
+    def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
+        super()._check_settings(images, needs)
+        if images.get("image_sizes") is None:
+            raise ValueError(
+                "image_sizes are missing, which say how images were cut into tiles; pass all that"
+                " the processor returned."
+            )
+
+    def _newlines(self, token_map: TokenMap, kept: Tensor) -> Tensor:
+        """Rows of the newlines that stay, where the rows `kept` do."""
+        newlines = (token_map.source < 0).nonzero()[:, 0]
+        if self.tiling.separators == "none":
+            return newlines[:0]
+        if self.tiling.separators == "all":
+            return newlines
+        lines = token_map.line[kept.to(token_map.line.device)]
+        return newlines[torch.isin(token_map.line[newlines], lines)]
+
+    def _token_map(self, images: dict[str, Any], num_tokens: int) -> TokenMap:
+        """Send numbers in place of tokens through the model's own packing."""
+        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+        inner, config = self.model.model, self.model.config
+        sizes = torch.as_tensor(images["image_sizes"]).tolist()
+        side = config.vision_config.image_size
+        num_tiles = [image_size_to_num_patches(s, config.image_grid_pinpoints, side) for s in sizes]
+        numbers = torch.arange(sum(num_tiles) * num_tokens, dtype=torch.float64)  # exact to 2^53
+        packed, _ = inner.pack_image_features(
+            numbers.view(-1, num_tokens, 1).split(num_tiles),
+            sizes,
+            vision_feature_select_strategy=self._strategy(images),
+            image_newline=numbers.new_full((1,), -1.0),
+        )
+        source = torch.cat(packed)[:, 0].long()
+        lengths = [len(image) for image in packed]
+        is_end = source < 0
+        line = is_end.cumsum(dim=0) - is_end.long()
+        bases = torch.tensor(num_tiles).cumsum(dim=0) - torch.tensor(num_tiles)
+        is_base = torch.isin(source.div(num_tokens, rounding_mode="floor"), bases)
+        return TokenMap(source, line.masked_fill(is_base, -1), lengths, num_tiles, num_tokens)
+
+
+def _seen(found: dict[str, Any], index: Tensor, tiles: Tensor) -> dict[str, Any]:
+    """Arguments of `VisualTokens` for views, from those for tiles.
+
+    Args:
+        found: for T tiles.
+        index: [U, M] numbers of tokens.
+        tiles: [U] whose CLS is taken.
+    """
+
+    def of_tokens(values: Tensor) -> Tensor:  # [T, N, ...] -> [U, M, ...]
+        return values.flatten(0, 1)[index]
+
+    def of_tile(values: Tensor) -> Tensor:  # [T, ...] -> [U, ...]
+        return values[tiles]
+
+    per_tile = {"cls": of_tile, "cls_keys": of_tile, "cls_queries": of_tile}
+    seen: dict[str, Any] = {}
+    for name, value in found.items():
+        pick = per_tile.get(name, of_tokens)
+        if isinstance(value, Tensor):
+            value = pick(value)
+        elif isinstance(value, dict):
+            value = {key: pick(tensor) for key, tensor in value.items()}
+        seen[name] = value
+    return seen

@@ -1,0 +1,333 @@
+"""Qwen2.5-VL: generate() under a pruner, in every mode, against prompts pruned by hand."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+import torch
+from qwen_reference import Short, look_at_all, shorten
+from reference import Scripted, assert_close, fingerprint
+from tiny_models import IMAGE_TOKEN, PAD
+from tiny_qwen import BATCH, ONE, SEVERAL, make_batch, single
+from torch import Tensor
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+from ocvtp import Selection, VisualTokens, build_pruner
+
+NUM_NEW = 6
+PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH}
+prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
+GREEDY = {"do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}
+WAYS = {  # to the same answer
+    "plain": {},
+    "no_cache": {"use_cache": False},
+    "static_cache": {"cache_implementation": "static"},
+    "chunks_of_7": {"prefill_chunk_size": 7},
+}
+if version("transformers") < "5.18":  # there, bare Qwen cannot read a prompt in chunks either
+    del WAYS["chunks_of_7"]
+SPECULATIVE = {  # the same, but for one row at a time
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "assistant": {"assistant_model": "a copy"},
+    "itself": {"assistant_model": "itself"},
+}
+OTHER = {
+    "several_beams": {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "several_samples": {"do_sample": True, "num_return_sequences": 3, "temperature": 1.5},
+}
+pytestmark = pytest.mark.usefixtures("untouched_qwen")
+
+
+def some(tokens: VisualTokens) -> Selection:
+    """A different number of tokens of every image."""
+    keep = 2 * torch.arange(1, 6).repeat(tokens.batch_size, 1)
+    counts = torch.arange(tokens.batch_size) % 3 + 3
+    return Selection(keep, torch.arange(5) < counts[:, None])
+
+
+def by_hand(model: Any, inputs: Any) -> Short:
+    images = look_at_all(model, inputs)
+    places = [[2 * place for place in range(1, 1 + i % 3 + 3)] for i in range(len(images))]
+    return shorten(model, inputs, places, projected=[image.projected for image in images])
+
+
+def answer_of(model: Any, inputs: Any, **settings: Any) -> Tensor:
+    """The answer; checks that the caller's prompt stands in front of it."""
+    sequences = model.generate(**inputs, max_new_tokens=NUM_NEW, **settings)
+    ids = inputs["input_ids"]
+    repeats = len(sequences) // len(ids)
+    assert sequences[:, : ids.shape[1]].equal(ids.repeat_interleave(repeats, dim=0))
+    return sequences[:, ids.shape[1] :]
+
+
+@prompts
+@pytest.mark.parametrize("mode", WAYS)
+def test_greedy_equals_a_hand_written_loop(qwen: Any, rows: Any, mode: str) -> None:
+    inputs = make_batch(rows)
+    model = deepcopy(qwen) if mode == "static_cache" else qwen  # transformers keeps that cache
+    expected = by_hand(qwen, inputs).greedy(NUM_NEW)
+    with Scripted(choose=some)(model):
+        assert answer_of(model, inputs, **GREEDY, **WAYS[mode]).equal(expected)
+
+
+@pytest.mark.parametrize("rows", [ONE, SEVERAL], ids=["one", "several"])
+@pytest.mark.parametrize("mode", SPECULATIVE)
+def test_speculative_decoding_changes_nothing(qwen: Any, rows: Any, mode: str) -> None:
+    inputs, settings = make_batch(rows), dict(SPECULATIVE[mode])
+    model = deepcopy(qwen)  # assisted decoding leaves settings on the model
+    if mode == "assistant":
+        settings["assistant_model"] = assistant = deepcopy(qwen)
+        assistant.lm_head.weight.data.mul_(torch.rand(assistant.lm_head.weight.shape) + 0.5)
+    elif mode == "itself":
+        settings["assistant_model"] = model
+    expected = by_hand(qwen, inputs).greedy(NUM_NEW)
+    with Scripted(choose=some)(model):
+        assert answer_of(model, inputs, **GREEDY, **settings).equal(expected)
+
+
+@prompts
+@pytest.mark.parametrize("mode", OTHER)
+def test_beams_and_samples_equal_the_reference(qwen: Any, rows: Any, mode: str) -> None:
+    inputs = make_batch(rows)
+    short = by_hand(qwen, inputs)
+    torch.manual_seed(3)
+    expected = short.generate(max_new_tokens=NUM_NEW, **OTHER[mode])
+    torch.manual_seed(3)
+    with Scripted(choose=some)(qwen):
+        assert answer_of(qwen, inputs, **OTHER[mode]).equal(expected)
+
+
+@prompts
+@pytest.mark.parametrize("mode", WAYS)
+def test_keeping_all_is_bit_exact(qwen: Any, rows: Any, mode: str) -> None:
+    inputs, model = make_batch(rows), deepcopy(qwen)
+    settings = GREEDY | WAYS[mode] | {"return_dict_in_generate": True, "output_scores": True}
+    expected = model.generate(**inputs, max_new_tokens=NUM_NEW, **settings)
+    deltas, model.model.rope_deltas = model.model.rope_deltas, None
+    with build_pruner("none")(model):
+        actual = model.generate(**inputs, max_new_tokens=NUM_NEW, **settings)
+    assert actual.sequences.equal(expected.sequences)
+    for ours, theirs in zip(actual.scores, expected.scores, strict=True):
+        assert ours.equal(theirs)
+    assert model.model.rope_deltas.equal(deltas)
+
+
+def test_a_batch_equals_single_calls(qwen: Any) -> None:
+    inputs = make_batch(BATCH)
+    with build_pruner("divprune", num_keep=5)(qwen):
+        together = answer_of(qwen, inputs, **GREEDY)
+        for row in range(3):
+            assert answer_of(qwen, single(inputs, row), **GREEDY).equal(together[row : row + 1])
+
+
+def test_padding_may_be_left_to_be_found(qwen: Any) -> None:
+    inputs = make_batch(BATCH)
+    bare = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    with Scripted(choose=some)(qwen):
+        assert answer_of(qwen, bare, **GREEDY).equal(answer_of(qwen, inputs, **GREEDY))
+
+
+def test_lengths_and_criteria_count_the_callers_prompt(qwen: Any) -> None:
+    inputs, seen = make_batch(ONE), []
+    stop = [lambda ids, scores, **_: seen.append(ids) or torch.zeros(len(ids)).bool()]
+    length = inputs["input_ids"].shape[1]
+    with Scripted(choose=some)(qwen):
+        said = qwen.generate(**inputs, max_length=length + 4, stopping_criteria=stop)
+    assert said.shape[1] == length + 4
+    assert all(ids[:, :length].equal(inputs["input_ids"]) for ids in seen)
+
+
+def test_bfloat16(qwen: Any) -> None:
+    model = deepcopy(qwen).bfloat16()
+    inputs = make_batch(BATCH)
+    with build_pruner("none")(model):
+        whole = answer_of(model, inputs, **GREEDY)
+    assert whole.equal(answer_of(model, inputs, **GREEDY))
+    with build_pruner("visionzip", num_keep=6, guidance="received")(model):
+        assert answer_of(model, inputs, **GREEDY).shape == (3, NUM_NEW)
+
+
+def test_the_model_is_as_before(qwen: Any) -> None:
+    inputs = make_batch(BATCH)
+    with torch.no_grad():
+        before, logits = fingerprint(qwen), qwen(**inputs).logits
+        answer = answer_of(qwen, inputs, **GREEDY)
+        with Scripted(choose=some)(qwen):
+            answer_of(qwen, make_batch(ONE), **GREEDY)
+            qwen(**make_batch(SEVERAL))
+        after = fingerprint(qwen)
+        assert qwen(**inputs).logits.equal(logits)
+        text = make_batch([(7,), (4,)])
+        assert answer_of(qwen, text, **GREEDY).equal(answer_of(deepcopy(qwen), text, **GREEDY))
+        assert answer_of(qwen, inputs, **GREEDY).equal(answer)
+    assert {key for key, _ in before.items() ^ after.items()} <= {"model.rope_deltas."}
+
+
+def continue_with(inputs: Any, answered: Tensor, seed: int = 5) -> Any:
+    """The next turn: all that was said, and a new question."""
+    random = torch.Generator().manual_seed(seed)
+    question = torch.randint(3, 99, (len(answered), 4), generator=random)
+    ids = torch.cat([answered, question], dim=1)
+    more = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)
+    return inputs | {
+        "input_ids": ids,
+        "attention_mask": torch.cat([inputs["attention_mask"], more], dim=1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], 0 * more.int()], dim=1),
+    }
+
+
+def without_images(inputs: Any) -> Any:
+    return {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
+
+
+@prompts
+@pytest.mark.parametrize("images_again", [False, True])
+@pytest.mark.parametrize("own_cache", [None, DynamicCache, StaticCache])
+def test_later_turns_equal_recomputing_everything(
+    qwen: Any, rows: Any, images_again: bool, own_cache: Any
+) -> None:
+    inputs = make_batch(rows)
+    short, length = by_hand(qwen, inputs), inputs["input_ids"].shape[1]
+    size = {"max_cache_len": 120} if own_cache is StaticCache else {}
+    cache = own_cache(config=qwen.config.get_text_config(), **size) if own_cache else None
+    settings = GREEDY | {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    with Scripted(choose=some)(qwen):
+        output = qwen.generate(**inputs, **settings, past_key_values=cache)
+        said, cache = output.sequences, output.past_key_values
+        for turn in range(2):
+            qwen.generate(**make_batch([(3,)]), max_new_tokens=1)  # another's deltas come between
+            inputs = continue_with(inputs, said, seed=turn)
+            again = inputs if images_again else without_images(inputs)
+            asked = inputs["input_ids"].shape[1]
+            said = qwen.generate(**again, **settings, past_key_values=cache).sequences
+            assert said[:, :asked].equal(inputs["input_ids"])
+            expected = short.greedy(NUM_NEW, after=inputs["input_ids"][:, length:])
+            assert said[:, asked:].equal(expected)
+
+
+def test_later_turns_of_all_tokens_are_those_of_the_bare_model(qwen: Any) -> None:
+    inputs = make_batch(BATCH)
+
+    def talk() -> Tensor:
+        settings = GREEDY | {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+        output = qwen.generate(**inputs, **settings)
+        turn = continue_with(inputs, output.sequences)
+        cache = output.past_key_values
+        return qwen.generate(**without_images(turn), **settings, past_key_values=cache).sequences
+
+    expected = talk()
+    with build_pruner("none")(qwen):
+        assert talk().equal(expected)
+
+
+def test_conversations_go_on_in_a_loop(qwen: Any) -> None:
+    """A generate(), and bare steps on its cache."""
+    inputs = make_batch(ONE)
+    short = by_hand(qwen, inputs)
+    settings = GREEDY | {"max_new_tokens": 2, "return_dict_in_generate": True}
+    for steps_inside in (0, 3):
+        with Scripted(choose=some)(qwen), torch.no_grad():
+            output = qwen.generate(**inputs, **settings)
+            answer = [output.sequences[:, -1:]]
+            for _ in range(steps_inside):
+                logits = qwen(answer[-1], past_key_values=output.past_key_values).logits
+                answer.append(logits[:, -1:].argmax(dim=-1))
+        with torch.no_grad():
+            for _ in range(3 - steps_inside):
+                logits = qwen(answer[-1], past_key_values=output.past_key_values).logits
+                answer.append(logits[:, -1:].argmax(dim=-1))
+        assert torch.cat(answer, dim=1).equal(short.greedy(5)[:, 1:])
+
+
+def test_new_images_in_a_later_turn_are_refused(qwen: Any) -> None:
+    inputs = make_batch(ONE)
+    settings = GREEDY | {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    with Scripted(choose=some)(qwen):
+        output = qwen.generate(**inputs, **settings)
+        turn = continue_with(inputs, output.sequences)
+        other = turn | {"pixel_values": turn["pixel_values"] + 1}
+        with pytest.raises(ValueError, match="brings new images"):
+            qwen.generate(**other, **settings, past_key_values=output.past_key_values)
+
+
+def test_peft_models_prune_and_train(qwen: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|v_proj)"
+    config = LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(deepcopy(qwen), config)
+    inputs = make_batch(BATCH)
+    short = by_hand(model.get_base_model(), inputs)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] % 100 == 0, -100)
+    with Scripted(choose=some)(model):
+        output = model(**inputs, labels=labels)
+        output.loss.backward()
+        assert answer_of(model, inputs, **GREEDY).equal(short.greedy(NUM_NEW))
+    real = short.mask.bool()
+    assert_close(output.logits[real], short.logits()[real], 1e-5)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == ("lora_" in name)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_language_models_prune(qwen: Any) -> None:
+    inputs, model = make_batch(BATCH), deepcopy(qwen)
+    short = by_hand(qwen, inputs)
+    real = short.mask.bool()
+    torch.compiler.reset()
+    model.model.language_model.compile(backend="eager")
+    with Scripted(choose=some)(model):
+        assert_close(model(**inputs).logits[real], short.logits()[real], 1e-5)
+        assert answer_of(model, inputs, **GREEDY).equal(short.greedy(NUM_NEW))
+
+
+def test_compiled_decoding_prunes(qwen: Any) -> None:
+    inputs, model = make_batch(BATCH), deepcopy(qwen)
+    torch.compiler.reset()
+    compiling = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    compiling._compile_all_devices = True
+    settings = GREEDY | {"cache_implementation": "static", "compile_config": compiling}
+    with Scripted(choose=some)(model):
+        said = answer_of(model, inputs, **settings)
+        assert hasattr(model, "_compiled_call")
+    assert said.equal(by_hand(qwen, inputs).greedy(NUM_NEW))
+
+
+def test_a_compiled_tower_is_looked_into(qwen: Any) -> None:
+    inputs, model = make_batch(BATCH), deepcopy(qwen)
+    with build_pruner("fopru", num_keep=5)(qwen):
+        expected = answer_of(qwen, inputs, **GREEDY)
+    torch.compiler.reset()
+    model.model.visual.compile(backend="eager")
+    with build_pruner("fopru", num_keep=5)(model):
+        assert answer_of(model, inputs, **GREEDY).equal(expected)
+
+
+def test_offloaded_models_prune(qwen: Any) -> None:
+    from accelerate import cpu_offload
+
+    inputs = make_batch(BATCH)
+    model = cpu_offload(deepcopy(qwen), execution_device="cpu")
+    with Scripted(choose=some)(model):
+        assert answer_of(model, inputs, **GREEDY).equal(by_hand(qwen, inputs).greedy(NUM_NEW))
+
+
+def test_answers_that_ended_early_are_padded(qwen: Any) -> None:
+    inputs = make_batch(BATCH)
+    length = inputs["input_ids"].shape[1]
+    settings = GREEDY | {"max_new_tokens": NUM_NEW, "return_dict_in_generate": True}
+    with Scripted(choose=some)(qwen):
+        output = qwen.generate(**inputs, **settings)
+        output.sequences[0, -3:] = PAD
+        turn = without_images(continue_with(inputs, output.sequences))
+        turn["attention_mask"] = (turn["input_ids"] != PAD).long()
+        said = qwen.generate(**turn, **settings, past_key_values=output.past_key_values).sequences
+    alone = single(inputs, 0)
+    after = turn["input_ids"][:1, length:]
+    expected = by_hand(qwen, alone).greedy(NUM_NEW, after=after[:, after[0] != PAD])
+    assert said[:1, -NUM_NEW:].equal(expected)
