@@ -27,10 +27,10 @@ demo: install
 		--image outputs/data/scenes/val2017/000000000001.jpg --output $(DEMO)/kept.png
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 # The oldest transformers that is supported, in an environment of its own on top of the other one.
 OLDEST := $(VENV)/oldest
@@ -43,7 +43,7 @@ $(OLDEST)/.installed: $(STAMP)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest -m "not slow" tests/hosts tests/test_encoders.py tests/test_cli.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m "not slow" tests/hosts tests/test_encoders.py tests/test_cli.py
 
 lint: install
 	$(BIN)/ruff format --check .

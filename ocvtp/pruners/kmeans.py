@@ -69,7 +69,7 @@ class KMeans(Pruner):
         members = _members(distances, real)
         own = distances.masked_fill(members == 0, float("inf"))
         # The two tokens of a pair are equally far from their mean: the first, not rounding, wins.
-        rounding = 1e-5 * points.square().sum(dim=2).mean(dim=1)[:, None, None]
+        rounding = 1e-6 * points.square().sum(dim=2).mean(dim=1)[:, None, None]
         nearest = own <= own.amin(dim=1, keepdim=True) + rounding
         medoid = nearest.to(torch.uint8).argmax(dim=1)  # [B, K]
         filled = members.sum(dim=1) > 0
