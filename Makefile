@@ -43,7 +43,7 @@ $(OLDEST)/.installed: $(STAMP)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m "not slow" tests/hosts tests/test_encoders.py tests/test_cli.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m "not slow" tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_cli.py
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -1,0 +1,191 @@
+"""The vision tower of Qwen2.5-VL, frozen and cut.
+
+B images of S x S pixels, P patches of all of them, 4 of them a visual token; N tokens of an image.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, CLIPImageProcessor, PreTrainedConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+)
+
+from ocvtp.encoders import taps
+from ocvtp.encoders.base import DType, FrozenEncoder
+from ocvtp.encoders.clip import ProcessorTransform
+from ocvtp.encoders.windows import Units, window_order
+from ocvtp.structures import Needs, VisualTokens
+
+RANDOM_TOWERS: dict[str, dict[str, Any]] = {
+    "tiny-qwen2.5-vl": {
+        "depth": 6,
+        "fullatt_block_indexes": [2, 5],
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_heads": 4,
+        "out_hidden_size": 96,
+        "window_size": 112,
+        "initializer_range": 0.2,
+    },
+    "Qwen2.5-VL-7B-Instruct": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+}
+"""Towers with random weights, named `random:NAME`."""
+
+
+class QwenEncoder(FrozenEncoder):
+    """The frozen tower of a Qwen2.5-VL, cut behind the layer that is read.
+
+    A token is a unit of 2 x 2 patches, and what is read of it is the mean of theirs, as the host
+    shows it to pruners. Images are trained on at one square size; the trained pruner serves any.
+
+    Args:
+        tower: hub id or folder of a Qwen2.5-VL, or `random:NAME`.
+        layer: number of hidden states that the OC-pruner reads; i is the output of block i - 1.
+        image_size: S, a multiple of the unit's side (28 pixels).
+        dtype: of weights and computation.
+        seed: of random weights.
+    """
+
+    def __init__(
+        self,
+        tower: str = "Qwen/Qwen2.5-VL-7B-Instruct",
+        layer: int = 12,
+        image_size: int = 448,
+        dtype: DType = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dtype)
+        self._source, self._seed = tower, seed
+        self._is_random = tower.startswith("random:")
+        self._config = config = _config(tower)
+        self._unit = unit = config.patch_size * config.spatial_merge_size
+        if image_size < unit or image_size % unit:
+            raise ValueError(f"image_size={image_size}; pass a multiple of {unit} pixels.")
+        self.tower_id = tower
+        self.layer = taps.resolve(layer, config.depth + 1, "hidden_states")
+        self.feature_dim = config.hidden_size
+        self.grid_hw = (image_size // unit, image_size // unit)
+        self.num_prefix = 0
+        self.transform = ProcessorTransform(_processor(image_size))
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the whole tower."""
+        return int(self._config.depth)
+
+    def _build(self, num_blocks: int) -> nn.Module:
+        config = copy.deepcopy(self._config)
+        if self._is_random:
+            # Draw all blocks, so that the first ones are those of the whole tower.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed)
+                tower: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
+            tower.blocks = tower.blocks[:num_blocks]
+        else:
+            config.depth = num_blocks
+            tower, info = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
+                self._source,
+                config=config,
+                dtype=self.dtype,
+                output_loading_info=True,
+                key_mapping={r"^(model\.)?visual\.": ""},
+            )
+            if missing := sorted(info["missing_keys"]):
+                raise ValueError(
+                    f"{self._source!r} lacks {len(missing)} weights of the vision tower, e.g."
+                    f" {missing[:3]}; pass the id or folder of a Qwen2.5-VL."
+                )
+        tower.merger = nn.Identity()  # what the language model would read is not read here
+        built: nn.Module = tower
+        return built
+
+    def _view(self, tower: nn.Module) -> taps.Tower:
+        def fused(block: Any) -> tuple[nn.Module, nn.Module]:
+            raise AssertionError("queries and keys come from one module")
+
+        blocks: Any = tower.blocks
+        return taps.Tower(blocks, self._config.num_heads, fused)
+
+    def load(self, needs: Needs) -> FrozenEncoder:
+        """See `FrozenEncoder.load`.
+
+        Raises:
+            ValueError: if more than hidden states is asked for.
+        """
+        if needs != Needs(hidden=needs.hidden):
+            raise ValueError(
+                f"the encoder of Qwen2.5-VL supplies hidden states alone, not {needs}; use an"
+                " objective that reads these, or the host, which supplies more."
+            )
+        return super().load(needs)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: Tensor) -> VisualTokens:
+        """Encode.
+
+        Args:
+            pixel_values: [B, 3, S, S] as `transform` makes them.
+
+        Returns:
+            The visual tokens with the hidden states that `load` was asked for, in fp32.
+        """
+        if self.needs is None:
+            raise RuntimeError("call load(needs) before the encoder runs.")
+        (rows, columns), config = self.grid_hw, self._config
+        count, side = len(pixel_values), config.spatial_merge_size
+        grid = torch.tensor([[1, rows * side, columns * side]] * count, device=pixel_values.device)
+        with taps.recording() as record:
+            self.tower(patches(pixel_values.to(self.dtype), config), grid_thw=grid)
+        order = window_order([self.grid_hw] * count, config.window_size // self._unit)
+        units = Units(side**2, [rows * columns] * count, order.argsort())
+        pairs = zip(self.needs.hidden, self._asked.hidden, strict=True)
+        hidden = {i: units.raster(record.hidden[layer]).float() for i, layer in pairs}
+        features = next(iter(hidden.values()))
+        return VisualTokens(features, self.grid_hw, hidden=hidden, num_heads=config.num_heads)
+
+
+def patches(pixel_values: Tensor, config: Any) -> Tensor:
+    """[B, 3, H, W] -> [P, 3 * frames * patch * patch], unit after unit, an image's frames alike."""
+    side, patch, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
+    split = pixel_values.unflatten(3, (-1, side, patch)).unflatten(2, (-1, side, patch))
+    # Of B, 3, rows, side, patch, columns, side, patch: the image's, the unit's and the patch's own.
+    units = split.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)  # [P, 3, patch, patch]
+    packed: Tensor = units[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
+    return packed
+
+
+def _processor(size: int) -> Any:
+    """Square images in the colours of Qwen's own processor, which are CLIP's."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+
+
+def _config(tower: str) -> PreTrainedConfig:
+    if tower.startswith("random:"):
+        name = tower.removeprefix("random:")
+        if name not in RANDOM_TOWERS:
+            raise ValueError(f"{tower!r} is unknown; random towers are {sorted(RANDOM_TOWERS)}.")
+        return AutoConfig.for_model("qwen2_5_vl", vision_config=RANDOM_TOWERS[name]).vision_config
+    try:
+        config = AutoConfig.from_pretrained(tower)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
+            f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
+        ) from error
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"tower={tower!r} is a {config.model_type}; pass a Qwen2.5-VL.")
+    return config.vision_config
