@@ -97,6 +97,12 @@ def test_a_model_that_cuts_images_into_tiles(capsys, photo, artifact, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["visual_tokens_kept"] == [40]
     assert facts["prompt_tokens_kept"] < facts["prompt_tokens"] - 250
+    asked = [*asked, "--budget", "per_tile", "--separators", "none"]
+    assert main(["answer", *words, *asked, "--num-keep", "5"]) == 0
+    per_tile = json.loads(capsys.readouterr().out)
+    assert set(per_tile["visual_tokens_kept"]) == {5}
+    text = facts["prompt_tokens_kept"] - 40  # and a newline for each row that kept a token
+    assert per_tile["prompt_tokens_kept"] <= text + 5 * len(per_tile["visual_tokens_kept"])
     out = tmp_path / "picture.png"
     words += ["--pruner", "ocvtp", "uniform", "--checkpoint", artifact, "--output", str(out)]
     assert main(["show", *words]) == 0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import get_args
 
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
+from ocvtp.hosts.base import Separators, TileBudget, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.pruners import Pruner
@@ -20,6 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, nargs="+", help="image files")
     parser.add_argument("--prompt", required=True, help="plain text")
     parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--budget",
+        choices=get_args(TileBudget),
+        default="per_image",
+        help="what --num-keep counts for models that cut images into tiles (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--separators",
+        choices=get_args(Separators),
+        default="rows",
+        help="which tokens that end rows of tiles stay (default: %(default)s)",
+    )
     output.add_json(parser)
 
 
@@ -34,11 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.dtype,
         arguments.device,
         arguments.text_tower,
+        Tiling(arguments.budget, arguments.separators),
     )
     kept = ", ".join(map(str, result.visual_tokens_kept))
+    each = "image" if arguments.budget == "per_image" else "tile"
     text = (
         f"{result.answer}\n[{result.pruner}: {kept} of {result.visual_tokens} visual tokens per"
-        f" image; prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
+        f" {each}; prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
     )
     output.emit(asdict(result), text, arguments.json)
     return 0
@@ -50,7 +66,8 @@ class Answer:
 
     Args:
         answer: the text. pruner: its name.
-        visual_tokens: N of each image. visual_tokens_kept: K of each image.
+        visual_tokens: N of the largest image (or tile, where each has a budget of its own).
+        visual_tokens_kept: K of each.
         prompt_tokens: of the prompt before pruning. prompt_tokens_kept: after.
     """
 
@@ -71,6 +88,7 @@ def answer(
     dtype: str = "auto",
     device: str = "cpu",
     text_tower: str | None = None,
+    tiling: Tiling | None = None,
 ) -> Answer:
     """Answer one prompt about images, greedily, with pruned visual tokens.
 
@@ -83,6 +101,7 @@ def answer(
         max_new_tokens: length of the answer at most.
         dtype: see `load_model`. device: where to run.
         text_tower: see `ocvtp.attach`.
+        tiling: its `budget` and `separators`, see there too.
 
     Raises:
         ValueError: if something cannot be read, or the pruner does not fit the model.
@@ -92,8 +111,8 @@ def answer(
     text = options.with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
     prompts: list[Prompt] = []
-    reading = {"processor": processor, "text_tower": text_tower}
-    with attached(vlm, pruner, on_prune=prompts.append, **reading):
+    settings = {"processor": processor, "text_tower": text_tower, **asdict(tiling or Tiling())}
+    with attached(vlm, pruner, on_prune=prompts.append, **settings):
         output = vlm.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     new = output[0, inputs["input_ids"].shape[1] :]
     counts = prompts[0].summary()
