@@ -21,12 +21,13 @@ from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.llava_next import LlavaNextHost
+from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
 from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.pruners import Compose, Pruner
 
-HOSTS: tuple[type[Host], ...] = (LlavaHost, LlavaNextHost, Qwen25VLHost)
+HOSTS: tuple[type[Host], ...] = (LlavaHost, LlavaNextHost, LlavaOnevisionHost, Qwen25VLHost)
 _WRAPPED = ("forward", "generate")
 
 

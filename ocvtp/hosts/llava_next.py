@@ -7,7 +7,8 @@ pruners see (images, or tiles), M tokens of a view, K kept of each, D width of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +26,13 @@ class TokenMap:
     Args:
         source: [R] number of the token, counted over all tiles (tile * N + token); -1 for newlines.
         line: [R] number of the row of the image, counted over all images, that a token of the
-            tiles stands in or that a newline ends; -1 for tokens of base views, which have no ends.
+            tiles stands in or that a newline ends; -1 for tokens of base views, which have no ends
+            (an image that is not cut into tiles is one row).
         lengths: rows of each image, I in all.
         num_tiles: of each image, the base view included.
         num_tokens: N.
+        mixed: whether some of the rows are means of tokens; then `source` only tells which are
+            newlines, until `by_rows`.
     """
 
     source: Tensor
@@ -36,6 +40,17 @@ class TokenMap:
     lengths: list[int]
     num_tiles: list[int]
     num_tokens: int
+    mixed: bool = False
+
+    def by_rows(self) -> TokenMap:
+        """Images as single tiles, whose tokens are the rows that are read, newlines apart."""
+        images = [image >= 0 for image in self.source.split(self.lengths)]
+        most = max(int(image.sum()) for image in images)
+        source = [
+            torch.where(image, i * most + image.cumsum(dim=0) - 1, -1)
+            for i, image in enumerate(images)
+        ]
+        return replace(self, source=torch.cat(source), num_tiles=[1] * len(images), num_tokens=most)
 
     def places(self) -> Tensor:
         """[T, N] the row of every token; -1 for those that unpadding removes."""
@@ -105,8 +120,28 @@ class LlavaNextHost(ClipFamilyHost):
         rows, found = self._look_inside(images, needs)
         num_tokens = found["features"].shape[1]
         token_map = self._token_map(images, num_tokens)
+        grid = self._grid(images["pixel_values"], num_tokens)
+        return self._packed(rows, found, token_map, grid, needs)
+
+    def _packed(
+        self,
+        rows: list[Tensor],
+        found: dict[str, Any],
+        token_map: TokenMap,
+        grid: tuple[int, int],
+        needs: Needs,
+    ) -> Packed:
+        """What pruners see.
+
+        Args:
+            rows: of each image what the language model would read.
+            found: arguments of `VisualTokens` for the T tiles.
+            token_map: from tiles to rows.
+            grid: of one tile.
+            needs: of the pruner.
+        """
         assert [len(image) for image in rows] == token_map.lengths
-        embeddings = torch.cat(rows)
+        embeddings, num_tokens = torch.cat(rows), token_map.num_tokens
         device = found["features"].device
         index, tiles, starts = token_map.views(self.tiling.budget == "per_tile")
         valid = index >= 0
@@ -114,7 +149,7 @@ class LlavaNextHost(ClipFamilyHost):
         index = torch.where(valid, index, tiles[:, None] * num_tokens).to(device)
         read = places.clamp(min=0).to(embeddings.device)
         tokens = VisualTokens(
-            grid_hw=self._grid(images["pixel_values"], num_tokens),
+            grid_hw=grid,
             valid=None if bool(valid.all()) else valid.to(device),
             projected=embeddings[read].to(device) if needs.projected else None,
             **_seen(found, index, tiles.to(device)),
@@ -139,8 +174,10 @@ class LlavaNextHost(ClipFamilyHost):
         if self.tiling.budget == "per_tile":
             return (base,)
         first = slice(encoded.token_map.lengths[0])
-        num_lines = int(encoded.token_map.line[first].max()) + 1
-        num_fine = int((encoded.token_map.source[first] >= 0).sum()) - base[0] * base[1]
+        line, is_token = encoded.token_map.line[first], encoded.token_map.source[first] >= 0
+        if int(line.min()) >= 0 or int(line.max()) < 0:  # no tiles, or all of them padding
+            return (base,)
+        num_lines, num_fine = int(line.max()) + 1, int((is_token & (line >= 0)).sum())
         return base, (num_lines, num_fine // num_lines)
 
     def describe(self) -> dict[str, Any]:
@@ -167,27 +204,48 @@ class LlavaNextHost(ClipFamilyHost):
         return newlines[torch.isin(token_map.line[newlines], lines)]
 
     def _token_map(self, images: dict[str, Any], num_tokens: int) -> TokenMap:
-        """Send numbers in place of tokens through the model's own packing."""
+        """Send numbers and their squares in place of tokens through the model's own packing."""
+        num_tiles = self._num_tiles(images)
+        numbers = torch.arange(sum(num_tiles) * num_tokens, dtype=torch.float64)  # exact to 2^26
+        tiles = torch.stack([numbers, numbers**2], dim=1).view(-1, num_tokens, 2)
+        newline = numbers.new_tensor([-1.0, 1.0])
+        packed = self._pack(images, tiles.split(num_tiles), newline)
+        number, square = torch.cat(packed).unbind(dim=1)
+        # A mean of different numbers has not their mean square for a square, even if it is whole.
+        mixed = not (number.equal(number.round()) and square.equal(number**2))
+        lengths = [len(image) for image in packed]
+        is_end = number < 0
+        is_base = torch.zeros_like(is_end)
+        for image, tiled in zip(is_base.split(lengths), num_tiles, strict=True):
+            image[: num_tokens if tiled > 1 else 0] = True
+        line = (is_end.cumsum(dim=0) - is_end.long()).masked_fill(is_base, -1)
+        return TokenMap(number.long(), line, lengths, num_tiles, num_tokens, mixed)
+
+    def _num_tiles(self, images: dict[str, Any]) -> list[int]:
+        """Tiles of each image, the base view included."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-        inner, config = self.model.model, self.model.config
-        sizes = torch.as_tensor(images["image_sizes"]).tolist()
-        side = config.vision_config.image_size
-        num_tiles = [image_size_to_num_patches(s, config.image_grid_pinpoints, side) for s in sizes]
-        numbers = torch.arange(sum(num_tiles) * num_tokens, dtype=torch.float64)  # exact to 2^53
-        packed, _ = inner.pack_image_features(
-            numbers.view(-1, num_tokens, 1).split(num_tiles),
-            sizes,
+        pinpoints = self.model.config.image_grid_pinpoints
+        side = self.model.config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) for size in sizes_of(images)]
+
+    def _pack(
+        self, images: dict[str, Any], tiles: Sequence[Tensor], newline: Tensor
+    ) -> list[Tensor]:
+        """The model's own packing of each image's tiles [tiles, N, C] with newlines [C]."""
+        packed, _ = self.model.model.pack_image_features(
+            tiles,
+            sizes_of(images),
             vision_feature_select_strategy=self._strategy(images),
-            image_newline=numbers.new_full((1,), -1.0),
+            image_newline=newline,
         )
-        source = torch.cat(packed)[:, 0].long()
-        lengths = [len(image) for image in packed]
-        is_end = source < 0
-        line = is_end.cumsum(dim=0) - is_end.long()
-        bases = torch.tensor(num_tiles).cumsum(dim=0) - torch.tensor(num_tiles)
-        is_base = torch.isin(source.div(num_tokens, rounding_mode="floor"), bases)
-        return TokenMap(source, line.masked_fill(is_base, -1), lengths, num_tiles, num_tokens)
+        return list(packed)
+
+
+def sizes_of(images: dict[str, Any]) -> list[list[int]]:
+    """Heights and widths of the images."""
+    sizes: list[list[int]] = torch.as_tensor(images["image_sizes"]).tolist()
+    return sizes
 
 
 def _seen(found: dict[str, Any], index: Tensor, tiles: Tensor) -> dict[str, Any]:

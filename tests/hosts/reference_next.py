@@ -24,7 +24,9 @@ SEVERAL = [(5, IMG, 3, IMG, IMG, 4)]
 BATCH = [(5, IMG, 4), (9,), (3, IMG, 2, IMG, 6)]
 
 
-def tile_grid(size: tuple[int, int]) -> tuple[int, int]:
+def tile_grid(
+    size: tuple[int, int], pinpoints: Sequence[Sequence[int]] = PINPOINTS
+) -> tuple[int, int]:
     """Rows and columns of tiles: where least is lost of an image, and then least is wasted."""
 
     def score(pinpoint: Sequence[int]) -> tuple[int, int]:
@@ -33,13 +35,15 @@ def tile_grid(size: tuple[int, int]) -> tuple[int, int]:
         used = min(area, size[0] * size[1])
         return used, used - pinpoint[0] * pinpoint[1]
 
-    best = max(PINPOINTS, key=score)
+    best = max(pinpoints, key=score)
     return best[0] // 56, best[1] // 56
 
 
-def lines(size: tuple[int, int]) -> list[list[Cell]]:
+def lines(
+    size: tuple[int, int], pinpoints: Sequence[Sequence[int]] = PINPOINTS
+) -> list[list[Cell]]:
     """The tokens of each line of an image's tiles, those of the padding left out."""
-    tile_rows, tile_columns = tile_grid(size)
+    tile_rows, tile_columns = tile_grid(size, pinpoints)
     height, width = SIDE * tile_rows, SIDE * tile_columns
     top = left = 0
     if size[1] / size[0] > width / height:
