@@ -83,6 +83,13 @@ class Needs:
         return any(kind == "received" for _, kind in self.attention)
 
 
+def take(values: Tensor, indices: Tensor) -> Tensor:
+    """[B, N] or [B, N, D] at the tokens [B, K] of every image: [B, K] or [B, K, D]."""
+    if values.ndim == 3:
+        indices = indices[:, :, None].expand(-1, -1, values.shape[2])
+    return values.gather(1, indices)
+
+
 def _union(a: tuple[_T, ...], b: tuple[_T, ...]) -> tuple[_T, ...]:
     return tuple(dict.fromkeys((*a, *b)))
 
@@ -104,6 +111,9 @@ class VisualTokens:
         features: [B, N, D], what would go to the projector, CLS apart.
         grid_hw: rows and columns of the token grid; N = H W unless images are packed.
         valid: [B, N] bool, False on padding; None when all tokens are real.
+        grids: [B, V, 2], rows and columns of each image's views where images have several or other
+            ones: tokens are in raster order, view after view, 0 x 0 where an image has fewer; None
+            when every image is one `grid_hw`. Training encoders tell.
         cls: [B, D], CLS row of the selected layer.
         hidden: layer -> [B, N, D].
         attention: (block, kind) -> [B, N], fp32.
@@ -121,6 +131,7 @@ class VisualTokens:
     features: Tensor
     grid_hw: tuple[int, int]
     valid: Tensor | None = None
+    grids: Tensor | None = None
     cls: Tensor | None = None
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[AttentionKey, Tensor] = field(default_factory=dict)
@@ -144,6 +155,14 @@ class VisualTokens:
     def num_tokens(self) -> int:
         """N."""
         return self.features.shape[1]
+
+    @property
+    def real(self) -> Tensor:
+        """[B, N] `valid`, all True where all tokens are real."""
+        if self.valid is not None:
+            return self.valid
+        size = self.features.shape[:2]
+        return torch.ones(size, dtype=torch.bool, device=self.features.device)
 
     def missing(self, needs: Needs) -> list[str]:
         """Names of what `needs` asks for and is not here."""

@@ -53,7 +53,7 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     words += ["--prompt", "What is it?", "--max-new-tokens", "5"]
     assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["visual_tokens"] == 144
+    assert facts["visual_tokens"] == [144]
     assert facts["visual_tokens_kept"] == [7]
     assert facts["prompt_tokens"] - facts["prompt_tokens_kept"] == 144 - 7
     assert main(words) == 0
@@ -109,6 +109,11 @@ def test_a_model_that_cuts_images_into_tiles(capsys, photo, artifact, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["kept"] == {"ocvtp": 40, "uniform": 40}
     assert Image.open(out).width > 1000  # two grids of each, and slots
+    assert main(["show", *words, "--budget", "per_tile", "--num-keep", "5"]) == 0
+    each = json.loads(capsys.readouterr().out)
+    assert each["visual_tokens"] == facts["visual_tokens"]
+    tiles = len(per_tile["visual_tokens_kept"])
+    assert each["kept"] == {"ocvtp": 5 * tiles, "uniform": 5 * tiles}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -140,9 +145,9 @@ def reading(monkeypatch):
 
 def spoken(tokens):
     """The words that a pruner was shown of the random model's prompt."""
-    from ocvtp.hosts.loading import tiny_llava
+    from ocvtp.hosts.loading import load_model
 
-    model, processor = tiny_llava()
+    model, processor = load_model("random:tiny-llava")
     every = model.get_input_embeddings().weight.detach()
     ids = [int((every == row).all(dim=1).nonzero()[0]) for row in tokens.text[0]]
     return processor.tokenizer.decode(ids)

@@ -18,7 +18,7 @@ from transformers import (
 
 from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
 from ocvtp.encoders.timm import TimmEncoder
-from ocvtp.hosts.loading import tiny_llava
+from ocvtp.hosts.loading import load_model
 from ocvtp.structures import Needs
 
 VISION = {
@@ -49,7 +49,7 @@ def folders(tmp_path_factory):
     torch.manual_seed(0)
     clip = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION)).eval()
     siglip = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION)).eval()
-    llava, processor = tiny_llava()
+    llava, processor = load_model("random:tiny-llava")
     made = {
         "clip": (clip, clip.vision_model),
         "tower": (clip.vision_model, clip.vision_model),
@@ -148,7 +148,7 @@ def test_a_cut_random_tower_is_the_head_of_the_whole_one():
 
 def test_the_tiny_host_has_the_tiny_tower():
     encoder = CLIPEncoder("random:tiny", layer=3).load(Needs(hidden=(3,)))
-    tower = tiny_llava()[0].model.vision_tower.state_dict()
+    tower = load_model("random:tiny-llava")[0].model.vision_tower.state_dict()
     for name, value in encoder.tower.state_dict().items():
         assert_close(value, tower[name], rtol=0, atol=0)
 

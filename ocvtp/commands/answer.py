@@ -9,7 +9,7 @@ from typing import get_args
 
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
-from ocvtp.hosts.base import Separators, TileBudget, Tiling
+from ocvtp.hosts.base import Separators, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.pruners import Pruner
@@ -22,12 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, nargs="+", help="image files")
     parser.add_argument("--prompt", required=True, help="plain text")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument(
-        "--budget",
-        choices=get_args(TileBudget),
-        default="per_image",
-        help="what --num-keep counts for models that cut images into tiles (default: %(default)s)",
-    )
+    options.add_budget(parser)
     parser.add_argument(
         "--separators",
         choices=get_args(Separators),
@@ -50,11 +45,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.text_tower,
         Tiling(arguments.budget, arguments.separators),
     )
-    kept = ", ".join(map(str, result.visual_tokens_kept))
     each = "image" if arguments.budget == "per_image" else "tile"
+    pairs = zip(result.visual_tokens_kept, result.visual_tokens, strict=True)
+    kept = ", ".join(f"{few} of {all_}" for few, all_ in pairs)
     text = (
-        f"{result.answer}\n[{result.pruner}: {kept} of {result.visual_tokens} visual tokens per"
-        f" {each}; prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
+        f"{result.answer}\n[{result.pruner}: {kept} visual tokens per {each};"
+        f" prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
     )
     output.emit(asdict(result), text, arguments.json)
     return 0
@@ -66,14 +62,14 @@ class Answer:
 
     Args:
         answer: the text. pruner: its name.
-        visual_tokens: N of the largest image (or tile, where each has a budget of its own).
-        visual_tokens_kept: K of each.
+        visual_tokens: of each image (or tile, where each has a budget of its own) before pruning.
+        visual_tokens_kept: after.
         prompt_tokens: of the prompt before pruning. prompt_tokens_kept: after.
     """
 
     answer: str
     pruner: str
-    visual_tokens: int
+    visual_tokens: list[int]
     visual_tokens_kept: list[int]
     prompt_tokens: int
     prompt_tokens_kept: int

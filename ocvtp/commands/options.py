@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from ocvtp.hosts.base import TileBudget
+from ocvtp.hosts.loading import RANDOM_MODELS
 from ocvtp.pruners import Pruner, build_pruner, pruner_class
 
 
@@ -16,8 +18,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="folder or hub id of a VLM, or random:tiny-llava, random:tiny-llava-next,"
-        " random:tiny-qwen2.5-vl",
+        help="folder or hub id of a VLM; random weights: " + ", ".join(RANDOM_MODELS),
     )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda (default: %(default)s)")
@@ -40,6 +41,16 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
         "--text-tower",
         help="folder or hub id of the CLIP that the vision tower is from, for pruners that compare"
         " images with the prompt; random:tiny for random:tiny-llava",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    """What a budget counts where a model cuts images into tiles."""
+    parser.add_argument(
+        "--budget",
+        choices=get_args(TileBudget),
+        default="per_image",
+        help="what --num-keep counts for models that cut images into tiles (default: %(default)s)",
     )
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ocvtp.commands import options
 from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import find_host
+from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import look
@@ -30,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_pruner(parser, several=True)
     parser.add_argument("--image", required=True, help="image file")
     parser.add_argument("--prompt", help="plain text, for pruners that read it")
+    options.add_budget(parser)
     parser.add_argument("--output", required=True, help="PNG or PDF to write")
     printing.add_json(parser)
 
@@ -45,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.device,
         arguments.prompt,
         arguments.text_tower,
+        Tiling(arguments.budget),
     )
     printing.emit(result, f"wrote {result['output']}", arguments.json)
     return 0
@@ -60,6 +64,7 @@ def show(
     device: str = "cpu",
     prompt: str | None = None,
     text_tower: str | None = None,
+    tiling: Tiling | None = None,
 ) -> dict[str, Any]:
     """Draw what pruners keep of an image, and slot masks where there are any.
 
@@ -74,6 +79,7 @@ def show(
         dtype: see `load_model`. device: where to run.
         prompt: plain text for pruners that read it; the model's chat template is put around it.
         text_tower: see `ocvtp.attach`.
+        tiling: its `budget`, see there too.
 
     Returns:
         `output`, and of each pruner the number of tokens kept.
@@ -83,7 +89,7 @@ def show(
     """
     picture = open_image(image)
     vlm, processor = load_model(model, dtype, device)
-    host = find_host(vlm)
+    host = find_host(vlm, tiling)
     text = options.with_template(processor, prompt or "", 1)
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     pixels = dict(inputs)
@@ -103,15 +109,16 @@ def show(
         finally:
             for hook in hooks:
                 hook.remove()
-        tokens, grids = encoded.tokens, host.grids(encoded)
-        drawn |= {id(pruner): _panels(pruner, tokens, grids) for pruner in group}
+        grids, cells = host.grids(encoded), host.cells(encoded)
+        drawn |= {id(pruner): _panels(pruner, encoded.tokens, grids, cells) for pruner in group}
     panels = [panel for pruner in pruners for panel in drawn[id(pruner)][0]]
     kept = {pruner.name: drawn[id(pruner)][1] for pruner in pruners}
     view = host.picture(pixels).float()
     colours = ProcessorTransform(processor.image_processor).denormalize(view)
     seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     save_figure(figure(seen, panels), Path(output))
-    return {"output": output, "visual_tokens": tokens.num_tokens, "kept": kept}
+    count = sum(rows * columns for rows, columns in grids)
+    return {"output": output, "visual_tokens": count, "kept": kept}
 
 
 def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
@@ -130,18 +137,36 @@ def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
 
 
 def _panels(
-    pruner: Pruner, tokens: VisualTokens, grids: Sequence[tuple[int, int]]
+    pruner: Pruner, tokens: VisualTokens, grids: Sequence[tuple[int, int]], cells: Tensor
 ) -> tuple[list[Panel], int]:
-    """What a pruner does with the one image, on each grid that its tokens are, and K."""
+    """What a pruner does with the one image, on each grid that its tokens are, and how many stay.
+
+    Args:
+        pruner: what prunes.
+        tokens: of the image, or of its tiles.
+        grids: one behind the other.
+        cells: see `Host.cells`.
+    """
     selection, masks = pruner.select(tokens), pruner.masks(tokens)
-    count = int(selection.counts()[0])
-    indices = selection.keep_indices[0, :count].cpu()
+    chosen = cells.gather(1, selection.keep_indices.cpu())
+    if selection.valid is not None:
+        chosen = chosen[selection.valid.cpu()]
+    indices = chosen[chosen >= 0].sort().values
+    if masks is not None:
+        masks = _on_cells(masks.float().cpu(), cells)
     panels, first = [], 0
     for rows, columns in grids:
         last = first + rows * columns
         here = indices[(indices >= first) & (indices < last)] - first
-        soft = None if masks is None else masks[0, :, first:last].float().cpu()
+        soft = None if masks is None else masks[:, first:last]
         title = pruner.name if len(grids) == 1 else f"{pruner.name} {rows} x {columns}"
         panels.append(Panel(title, here, soft, (rows, columns)))
         first = last
-    return panels, count
+    return panels, len(indices)
+
+
+def _on_cells(masks: Tensor, cells: Tensor) -> Tensor:
+    """[I, S, N] of the image, or of its tiles, as [I S, cells], 0 where a tile has no token."""
+    places = cells[:, None].expand_as(masks)
+    drawn = masks.new_zeros(*masks.shape[:2], int(cells.max()) + 2)
+    return drawn.scatter(2, places + 1, masks)[:, :, 1:].flatten(0, 1)

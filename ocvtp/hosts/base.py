@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
 
 TileBudget = Literal["per_image", "per_tile"]
 Separators = Literal["rows", "all", "none"]
@@ -140,6 +140,14 @@ class Host(ABC):
         """The grids that the tokens of the first image are, one behind the other, to draw them."""
         return (encoded.tokens.grid_hw,)
 
+    def cells(self, encoded: Encoded) -> Tensor:
+        """[I, N] the cell of every token among those of `grids`, -1 for tokens of other images."""
+        tokens = encoded.tokens
+        cells = torch.full((tokens.batch_size, tokens.num_tokens), -1)
+        count = sum(rows * columns for rows, columns in self.grids(encoded))
+        cells[0, :count] = torch.arange(count)
+        return cells
+
     def picture(self, images: dict[str, Any]) -> Tensor:
         """[3, H, W] the first image of a call as the tower saw it, where it is tiles as a whole."""
         pixels: Tensor = images["pixel_values"].flatten(0, -4)[0]
@@ -194,8 +202,7 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
     chosen = weights.argmax(dim=2, keepdim=True)  # [I, K, 1]
     alone = (weights != 0).sum(dim=2, keepdim=True) == 1
     alone &= weights.gather(2, chosen) == 1
-    exact = states.gather(1, chosen.expand(-1, -1, states.shape[2]))
-    return torch.where(alone, exact, mixed)
+    return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
 
 
 def _is_compiled(module: nn.Module) -> bool:

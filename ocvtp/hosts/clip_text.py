@@ -158,7 +158,7 @@ def _known(tower: Any) -> tuple[Any, Any]:
 
 def _named(name: str, tower: Any) -> tuple[Any, Any]:
     if name.startswith("random:"):
-        from ocvtp.hosts.loading import random_clip
+        from ocvtp.hosts.random_clip import random_clip
 
         return random_clip(name)
     try:

@@ -152,7 +152,7 @@ class LlavaNextHost(ClipFamilyHost):
             grid_hw=grid,
             valid=None if bool(valid.all()) else valid.to(device),
             projected=embeddings[read].to(device) if needs.projected else None,
-            **_seen(found, index, tiles.to(device)),
+            **seen_of_tiles(found, index, tiles.to(device)),
         )
         return Packed(tokens, embeddings, starts, places=places, token_map=token_map)
 
@@ -171,14 +171,22 @@ class LlavaNextHost(ClipFamilyHost):
         """See `Host.grids`: the base view, and the tiles put together and unpadded."""
         assert isinstance(encoded, Packed)
         base = encoded.tokens.grid_hw
-        if self.tiling.budget == "per_tile":
-            return (base,)
         first = slice(encoded.token_map.lengths[0])
         line, is_token = encoded.token_map.line[first], encoded.token_map.source[first] >= 0
         if int(line.min()) >= 0 or int(line.max()) < 0:  # no tiles, or all of them padding
             return (base,)
         num_lines, num_fine = int(line.max()) + 1, int((is_token & (line >= 0)).sum())
         return base, (num_lines, num_fine // num_lines)
+
+    def cells(self, encoded: Encoded) -> Tensor:
+        """See `Host.cells`: tokens are drawn in the order in which they are read."""
+        assert isinstance(encoded, Packed)
+        token_map = encoded.token_map
+        is_token = token_map.source[: token_map.lengths[0]] >= 0
+        order = torch.full((len(token_map.source),), -1)
+        order[: len(is_token)] = (is_token.cumsum(dim=0) - 1).masked_fill(~is_token, -1)
+        places = encoded.places.cpu()
+        return order[places].masked_fill(places < 0, -1)
 
     def describe(self) -> dict[str, Any]:
         """See `Host.describe`."""
@@ -248,7 +256,7 @@ def sizes_of(images: dict[str, Any]) -> list[list[int]]:
     return sizes
 
 
-def _seen(found: dict[str, Any], index: Tensor, tiles: Tensor) -> dict[str, Any]:
+def seen_of_tiles(found: dict[str, Any], index: Tensor, tiles: Tensor) -> dict[str, Any]:
     """Arguments of `VisualTokens` for views, from those for tiles.
 
     Args:

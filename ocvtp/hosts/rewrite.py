@@ -62,7 +62,7 @@ class Prompt:
     def summary(self) -> dict[str, Any]:
         """Counts worth showing (this waits for the device)."""
         return {
-            "visual_tokens": self.encoded.tokens.num_tokens,
+            "visual_tokens": self.encoded.tokens.real.sum(dim=1).tolist(),
             "visual_tokens_kept": self.selection.counts().tolist(),
             "prompt_tokens": self.length,
             "prompt_tokens_kept": self.keep.sum(dim=1).tolist(),

@@ -15,6 +15,7 @@ from ocvtp.pruners.diversity import dpp_map
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending
 from ocvtp.pruners.similarity import unit
+from ocvtp.pruners.text import clip_parts
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -51,9 +52,7 @@ class CDPruner(Pruner):
 def _relevance(tokens: VisualTokens) -> Tensor:
     """[B, N] minus the mean cosine to the parts of the prompt, scaled to 0..1 over the image."""
     assert tokens.clip_visual is not None
-    assert tokens.clip_text is not None
-    text = unit(tokens.clip_text if tokens.clip_text.ndim == 3 else tokens.clip_text[:, None])
-    cosine = unit(tokens.clip_visual) @ text.transpose(1, 2)  # [B, N, T]
+    cosine = unit(tokens.clip_visual) @ unit(clip_parts(tokens)).transpose(1, 2)  # [B, N, T]
     if tokens.clip_text_valid is None:
         related = -cosine.mean(dim=2)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 class Chain(Pruner):
@@ -84,13 +84,8 @@ def _take(tokens: VisualTokens, selection: Selection) -> VisualTokens:
     """The tokens that are left; they are no grid any more."""
     keep = selection.keep_indices  # [B, M]
     per_token = ("features", "hidden", "attention", "keys", "projected", "clip_visual")
-
-    def gather(tensor: Tensor) -> Tensor:
-        index = keep if tensor.ndim == 2 else keep[:, :, None].expand(-1, -1, tensor.shape[2])
-        return tensor.gather(1, index)
-
     alone = VisualTokens(grid_hw=tokens.grid_hw, **{n: getattr(tokens, n) for n in per_token})
-    left = alone.map(gather)
+    left = alone.map(lambda values: take(values, keep))
     return replace(tokens, valid=selection.valid, **{n: getattr(left, n) for n in per_token})
 
 

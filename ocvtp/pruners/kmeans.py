@@ -15,7 +15,7 @@ from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import fill_up, spaced
 from ocvtp.pruners.similarity import full
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("kmeans")
@@ -56,10 +56,9 @@ class KMeans(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         points = full(getattr(tokens, self.space))  # [B, N, D]
-        real = torch.ones_like(points[:, :, 0], dtype=torch.bool)
-        real = real if tokens.valid is None else tokens.valid
+        real = tokens.real
         start, _ = spaced(real, num_keep)
-        centres = points.gather(1, start[:, :, None].expand(-1, -1, points.shape[2]))
+        centres = take(points, start)
         for _ in range(self.iterations):
             members = _members(_distances(points, centres), real)
             size = members.sum(dim=1)[:, :, None]  # [B, K, 1]

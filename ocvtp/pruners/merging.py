@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.selection import ascending, mask_of, ranks
-from ocvtp.pruners.similarity import unit
-from ocvtp.structures import Selection, VisualTokens
+from ocvtp.pruners.selection import ascending, descending, mask_of, ranks
+from ocvtp.pruners.similarity import full, unit
+from ocvtp.structures import Selection, VisualTokens, take
 
 
 def merged(merge: Tensor, anchors: Tensor, valid: Tensor | None = None) -> Selection:
@@ -21,9 +21,9 @@ def merged(merge: Tensor, anchors: Tensor, valid: Tensor | None = None) -> Selec
         anchors: [B, K], unique: the token whose place each row takes.
         valid: [B, K] bool, True first; None when all rows count.
     """
-    num_tokens = merge.shape[2] - 1
     if valid is None:
-        return Selection(ascending(anchors, None, num_tokens).keep_indices, None, merge, anchors)
+        return Selection(anchors.sort(dim=1).values, None, merge, anchors)
+    num_tokens = merge.shape[2] - 1
     late = anchors + num_tokens * ~valid
     keep_indices = late.sort(dim=1).values % num_tokens
     return Selection(keep_indices, valid, merge * valid[:, :, None], anchors)
@@ -80,7 +80,7 @@ def dominant_and_contextual(
     num_tokens = scores.shape[1]
     if valid is not None:
         scores = scores.masked_fill(~valid, float("-inf"))
-    best = scores.sort(dim=1, descending=True, stable=True).indices
+    best = descending(scores, None)
     dominant = best[:, :num_dominant].sort(dim=1).values
     rest = ~mask_of(dominant, num_tokens)
     rest = rest if valid is None else rest & valid
@@ -94,8 +94,7 @@ def dominant_and_contextual(
     weights = scores.new_ones(scores.shape)
     if num_contextual:
         directions = unit(metric)
-        at_targets = directions.gather(1, targets[:, :, None].expand(-1, -1, metric.shape[2]))
-        joined = (directions @ at_targets.transpose(1, 2)).argmax(dim=2)  # [B, N]
+        joined = (directions @ take(directions, targets).transpose(1, 2)).argmax(dim=2)  # [B, N]
         row_of = torch.where(joins, first_contextual + joined, row_of)
         members = joins[:, None] & (joined[:, None] == rows[:, :num_contextual, None])
         share = 1 / members.sum(dim=2).clamp(min=1)  # [B, contextual]
@@ -109,6 +108,25 @@ def dominant_and_contextual(
         free = scores.masked_fill(mask_of(anchors, num_tokens), float("-inf"))
         anchors = torch.cat([free.argmax(dim=1, keepdim=True), anchors], dim=1)
     return merged(merge, anchors)
+
+
+def contextual_share(num: int | None, share: float, num_keep: int, most: int) -> int:
+    """How many of K tokens are merged ones: `num`, or a share of K where it is None.
+
+    Raises:
+        ValueError: if `num` is below 0 or above `most`.
+    """
+    if num is None:
+        return min(round(num_keep * share), most)
+    if not 0 <= num <= most:
+        raise ValueError(f"num_contextual={num} of num_keep={num_keep}; pass 0 to {most}.")
+    return num
+
+
+def head_mean(keys: Tensor, num_heads: int | None) -> Tensor:
+    """[B, N, D], heads side by side -> [B, N, d]."""
+    assert num_heads is not None, "keys come with num_heads"
+    return full(keys).view(*keys.shape[:2], num_heads, -1).mean(dim=2)
 
 
 def _targets(rest: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ocvtp.pruners.merging import kept_and_rest, merged
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import count_outliers, descending
 from ocvtp.pruners.similarity import full, unit
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("prumerge")
@@ -95,8 +95,7 @@ class PruMerge(AdaptivePruner):
     def _neighbours(self, tokens: VisualTokens, kept: Tensor) -> Tensor:
         """[B, k] -> [B, k, N], 1 where a token is among the nearest of a kept one."""
         keys = unit(tokens.keys[self.block])
-        of_kept = keys.gather(1, kept[:, :, None].expand(-1, -1, keys.shape[2]))
-        cosine = of_kept @ keys.transpose(1, 2)
+        cosine = take(keys, kept) @ keys.transpose(1, 2)
         if tokens.valid is not None:
             cosine = cosine.masked_fill(~tokens.valid[:, None], -2.0)
         cosine = cosine.scatter(2, kept[:, :, None], float("-inf"))  # not itself

@@ -14,7 +14,7 @@ from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending
 from ocvtp.pruners.similarity import unit
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("scope")
@@ -63,6 +63,5 @@ class SCOPE(Pruner):
             pick = (gain + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
             blocked = blocked.scatter(1, pick, float("-inf"))
-            near = cosine.gather(1, pick[:, :, None].expand(-1, 1, cosine.shape[2])).squeeze(1)
-            covered = torch.maximum(covered, near)
+            covered = torch.maximum(covered, take(cosine, pick).squeeze(1))
         return ascending(torch.cat(picks, dim=1), tokens.valid, tokens.num_tokens)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.similarity import full
-from ocvtp.structures import VisualTokens
+from ocvtp.structures import VisualTokens, take
 
 
 def _weights(tokens: VisualTokens) -> Tensor:
@@ -40,11 +40,17 @@ def mean_squared_distance(tokens: VisualTokens) -> Tensor:
     return visual.square().sum(dim=2) - 2 * dots + lengths
 
 
+def clip_parts(tokens: VisualTokens) -> Tensor:
+    """[B, T, P] the parts of the prompt in CLIP's space; one where [B, P] was given."""
+    assert tokens.clip_text is not None
+    return tokens.clip_text if tokens.clip_text.ndim == 3 else tokens.clip_text[:, None]
+
+
 def last_text(tokens: VisualTokens) -> Tensor:
     """[B, D'] the embedding of the prompt's last token."""
     assert tokens.text is not None
     if tokens.text_valid is None:
         return full(tokens.text[:, -1])
     places = torch.arange(tokens.text.shape[1], device=tokens.text.device)
-    last = (places * tokens.text_valid).argmax(dim=1)[:, None, None]
-    return full(tokens.text.gather(1, last.expand(-1, 1, tokens.text.shape[2])).squeeze(1))
+    last = (places * tokens.text_valid).argmax(dim=1, keepdim=True)
+    return full(take(tokens.text, last).squeeze(1))

@@ -16,6 +16,7 @@ from ocvtp.pruners.merging import kept_and_rest, merged
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import count_outliers, descending, ranks
 from ocvtp.pruners.similarity import full
+from ocvtp.pruners.text import clip_parts
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -69,6 +70,5 @@ class TRIM(AdaptivePruner):
 def _related(tokens: VisualTokens) -> Tensor:
     """[B, N] the negative dot product with the first part of the prompt."""
     assert tokens.clip_visual is not None
-    assert tokens.clip_text is not None
-    text = tokens.clip_text[:, 0] if tokens.clip_text.ndim == 3 else tokens.clip_text
+    text = clip_parts(tokens)[:, 0]
     return -(full(tokens.clip_visual) @ full(text)[:, :, None]).squeeze(2)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import spaced
@@ -32,8 +30,5 @@ class Uniform(Pruner):
     status: ClassVar[Status] = "control"
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        everything = torch.ones(
-            tokens.features.shape[:2], dtype=torch.bool, device=tokens.features.device
-        )
-        indices, valid = spaced(everything if tokens.valid is None else tokens.valid, num_keep)
+        indices, valid = spaced(tokens.real, num_keep)
         return Selection(indices, None if tokens.valid is None else valid)

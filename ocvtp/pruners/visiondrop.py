@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.merging import dominant_and_contextual
+from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.visionzip import head_mean
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -44,13 +43,7 @@ class VisionDrop(Pruner):
         return Needs(attention=((self.block, "received"),), keys=(self.block,))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        contextual = self.num_contextual
-        if contextual is None:
-            contextual = round(num_keep * 6 / 48)
-        if not 0 <= contextual <= num_keep:
-            raise ValueError(
-                f"num_contextual={contextual} of num_keep={num_keep}; pass 0 to {num_keep}."
-            )
+        contextual = contextual_share(self.num_contextual, 6 / 48, num_keep, num_keep)
         return dominant_and_contextual(
             tokens.attention[self.block, "received"],
             head_mean(tokens.keys[self.block], tokens.num_heads),

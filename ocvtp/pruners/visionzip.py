@@ -8,12 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.merging import dominant_and_contextual
+from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.similarity import full
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -55,7 +52,7 @@ class VisionZip(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         with_cls = self.guidance == "cls"
-        contextual = self._contextual(num_keep, num_keep - with_cls)
+        contextual = contextual_share(self.num_contextual, 10 / 64, num_keep, num_keep - with_cls)
         return dominant_and_contextual(
             tokens.attention[self.block, self.guidance],
             head_mean(tokens.keys[self.block], tokens.num_heads),
@@ -64,18 +61,3 @@ class VisionZip(Pruner):
             with_cls=with_cls,
             valid=tokens.valid,
         )
-
-    def _contextual(self, num_keep: int, most: int) -> int:
-        if self.num_contextual is None:
-            return min(round(num_keep * 10 / 64), most)
-        if not 0 <= self.num_contextual <= most:
-            raise ValueError(
-                f"num_contextual={self.num_contextual} of num_keep={num_keep}; pass 0 to {most}."
-            )
-        return self.num_contextual
-
-
-def head_mean(keys: Tensor, num_heads: int | None) -> Tensor:
-    """[B, N, D], heads side by side -> [B, N, d]."""
-    assert num_heads is not None, "keys come with num_heads"
-    return full(keys).view(*keys.shape[:2], num_heads, -1).mean(dim=2)

@@ -15,7 +15,7 @@ from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, descending
 from ocvtp.pruners.similarity import unit
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("vispruner")
@@ -70,8 +70,7 @@ class VisPruner(Pruner):
 
     def _thin_out(self, tokens: VisualTokens, rest: Tensor, target: int) -> Tensor:
         """[B, target] places in `rest` [B, R]."""
-        directions = unit(tokens.features)
-        directions = directions.gather(1, rest[:, :, None].expand(-1, -1, directions.shape[2]))
+        directions = take(unit(tokens.features), rest)
         cosine = directions @ directions.transpose(1, 2)  # [B, R, R], once
         size = rest.shape[1]
         count = None  # [B, 1] real tokens, where images differ

@@ -16,7 +16,7 @@ from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, descending
 from ocvtp.pruners.similarity import unit
 from ocvtp.pruners.text import text_mean
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("zspaprune")
@@ -56,8 +56,7 @@ class ZSPAPrune(Pruner):
         close = descending((directions @ prompt[:, :, None]).squeeze(2), tokens.valid)
         num_core = max(1, int(num_keep * self.core_ratio))
         core = close[:, :num_core]
-        of_core = directions.gather(1, core[:, :, None].expand(-1, -1, directions.shape[2]))
-        nearest = (of_core @ directions.transpose(1, 2)).amax(dim=1)  # [B, N]
+        nearest = (take(directions, core) @ directions.transpose(1, 2)).amax(dim=1)  # [B, N]
         rest = spread_from(cosine(directions), nearest, core, num_keep - num_core, tokens.valid)
         picks = torch.cat([core, rest], dim=1)
         return ascending(picks, tokens.valid, tokens.num_tokens)

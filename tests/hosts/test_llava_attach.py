@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ocvtp import Needs, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
-from ocvtp.hosts.loading import tiny_llava as tiny_llava_and_processor
+from ocvtp.hosts.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("untouched")
 
@@ -244,7 +244,7 @@ def test_a_pipeline_prunes(pruner: Pruner) -> None:
     from PIL import Image
     from transformers import pipeline
 
-    model, processor = tiny_llava_and_processor()
+    model, processor = load_model("random:tiny-llava")
     image = Image.linear_gradient("L").convert("RGB")
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
     talk = [{"role": "user", "content": content}]

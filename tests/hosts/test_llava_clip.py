@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ocvtp import Needs, Selection, attach
 from ocvtp.hosts import clip_text, find_host
-from ocvtp.hosts.loading import random_clip
-from ocvtp.hosts.loading import tiny_llava as demo_llava
+from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.random_clip import random_clip
 
 CLIP = Needs(clip=True)
 LONG = "where are they? " * 12 + "who are they?"  # 205 characters
@@ -245,7 +245,7 @@ def test_known_clips_are_not_downloaded(
 
 
 def test_the_tiny_random_clip() -> None:
-    model, processor = demo_llava()
+    model, processor = load_model("random:tiny-llava")
     tower = model.model.vision_tower
     clip, tokenizer = random_clip("random:tiny")
     assert sum(p.numel() for p in clip.parameters()) < 500_000
@@ -323,7 +323,7 @@ def test_models_that_are_no_clip(llava: Any, processor: Any, clip: Any) -> None:
 
 def test_tokenizers_that_do_not_fit(llava: Any, processor: Any, clip: Any) -> None:
     foreign = random_clip("random:tiny")[1]
-    message = r"has 261 tokens with BOS and EOS \(1, 2\), the CLIP reads 128; pass the tokenizer"
+    message = r"has 260 tokens with BOS and EOS \(1, 2\), the CLIP reads 128; pass the tokenizer"
     refused(llava, message, processor=processor, text_tower=(clip[0], foreign))
     endless = deepcopy(clip[1])
     endless.eos_token = None

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ocvtp import Pruner, build_pruner
-from ocvtp.hosts.loading import tiny_llava as tiny_llava_and_processor
+from ocvtp.hosts.loading import load_model
 
 LENGTH = make_batch(ONE)["input_ids"].shape[1]
 ANY_TOKEN_ENDS = list(range(3, 128))
@@ -175,7 +175,7 @@ def test_streamers_get_the_callers_prompt_then_the_answer(llava: Any, pruner: Pr
 @pytest.fixture
 def tiny() -> Any:
     """A model with a tokenizer, its processor, and a prompt."""
-    model, processor = tiny_llava_and_processor()
+    model, processor = load_model("random:tiny-llava")
     image = Image.linear_gradient("L").convert("RGB")
     return model, processor, processor(images=image, text="<image>\nwhat?", return_tensors="pt")
 

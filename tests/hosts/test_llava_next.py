@@ -33,6 +33,7 @@ from tiny_next import tiny_next, tiny_next_processor
 import ocvtp
 from ocvtp import Needs, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.hosts import find_host
+from ocvtp.hosts.base import Tiling
 
 BUDGETS = ["per_image", "per_tile"]
 SEPARATORS = ["rows", "all", "none"]
@@ -110,6 +111,28 @@ def test_a_tile_of_padding_only_is_not_shown() -> None:
         [True] * 16,
         [False] * 4 + [True] * 8 + [False] * 4,
     ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(56, 112), (97, 89), (31, 64), (300, 7)], ids=str)
+def test_tiles_are_drawn_where_the_whole_image_is(llava_next: Any, size: tuple[int, int]) -> None:
+    """A token's cell is the same whether its tile is shown alone or with the others."""
+    inputs = make_next([(3, IMG, 2), (IMG, 5)], sizes=[size, (64, 64)])
+    images = {name: inputs[name] for name in ("pixel_values", "image_sizes")}
+    found = {}
+    for budget in BUDGETS:
+        host = find_host(llava_next, Tiling(budget))
+        hooks = host.install(Needs(projected=True))
+        encoded = host.encode(images, Needs(projected=True))
+        for hook in hooks:
+            hook.remove()
+        cells = host.cells(encoded)
+        mine = cells >= 0
+        found[budget] = dict(zip(cells[mine].tolist(), encoded.tokens.projected[mine], strict=True))
+        assert len(found[budget]) == sum(h * w for h, w in host.grids(encoded))
+    whole, tiles = found["per_image"], found["per_tile"]
+    assert sorted(whole) == sorted(tiles) == list(range(len(whole)))
+    assert all(whole[cell].equal(tiles[cell]) for cell in whole)
 
 
 # ------------------------------------------------------------------------------- what pruners see

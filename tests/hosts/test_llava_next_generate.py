@@ -13,7 +13,7 @@ from tiny_models import IMAGE_TOKEN
 from transformers import CompileConfig
 
 from ocvtp import Pruner, build_pruner
-from ocvtp.hosts.loading import tiny_llava_next
+from ocvtp.hosts.loading import load_model
 
 NUM_NEW = 5
 pytestmark = pytest.mark.usefixtures("untouched_next")
@@ -221,7 +221,7 @@ def test_a_pipeline(pruner: Pruner) -> None:
     from PIL import Image
     from transformers import pipeline
 
-    model, processor = tiny_llava_next()
+    model, processor = load_model("random:tiny-llava-next")
     image = Image.linear_gradient("L").convert("RGB").resize((120, 70))
     content = [{"type": "image", "image": image}, {"type": "text", "text": "what?"}]
     talk = [{"role": "user", "content": content}]

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.pruners.diversity import dpp_map
-from ocvtp.pruners.merging import kept_and_rest
+from ocvtp.pruners.merging import contextual_share, kept_and_rest
 from ocvtp.pruners.selection import count_outliers, spaced
 from ocvtp.pruners.similarity import nearest_other, unit
 from ocvtp.structures import VisualTokens
@@ -326,8 +326,7 @@ def test_dominant_and_contextual(name, num_keep):
 
 @pytest.mark.parametrize("total", [192, 128, 64])
 def test_visionzip_splits_as_published(total):
-    pruner = ocvtp.build_pruner("visionzip", num_keep=total)
-    assert pruner._contextual(total, total - 1) == {192: 30, 128: 20, 64: 10}[total]
+    assert contextual_share(None, 10 / 64, total, total - 1) == {192: 30, 128: 20, 64: 10}[total]
 
 
 def merged_by_hand(attention, keys, features, kept, neighbours):
