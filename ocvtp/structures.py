@@ -18,11 +18,17 @@ from torch import Tensor
 Stage = Literal["pixels", "encoder", "llm_input", "llm_layers"]
 STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
-AttentionKind = Literal["cls", "received", "given"]
+AttentionKind = Literal["cls", "received", "given", "last", "text", "visual"]
 AttentionKey = tuple[int, AttentionKind]
 """(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included, unless
-`Needs.patch_queries`), `given` the mean over the patch keys of each patch query; all are means over
-heads, in fp32."""
+`Needs.patch_queries`), `given` the mean over the patch keys of each patch query. In the language
+model, whose blocks are its layers: `last` is the row of the prompt's last token, `text` the mean
+over the rows that the pruner's `raters` name, `visual` the mean over the image's own tokens of
+their attention among each other. All are means over heads, in fp32."""
+
+Layout = Literal["grid", "variable", "joint", "per_tile"]
+"""How an image becomes tokens: of one `grid` for all images, or of a `variable` one; as a base view
+and tiles `joint`ly, or of each of these as an image of its own, `per_tile`."""
 
 _T = TypeVar("_T")
 
@@ -191,6 +197,31 @@ class VisualTokens:
             elif isinstance(value, Mapping):
                 changed[f.name] = {key: function(tensor) for key, tensor in value.items()}
         return replace(self, **changed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTokens(VisualTokens):
+    """The visual tokens of B images in front of a layer of the language model.
+
+    `features` are its hidden states, `attention` and `keys` (turned by their positions) of its
+    layers, `num_heads` those of the keys, `text` the hidden states of the text behind each image
+    (of all text, where none follows). Images of one call come together where they are equally long.
+
+    Args:
+        places: [B, N] the number of every token among those of its image in the tower, to look up
+            what the tower said of it; -1 for separators between rows or tiles.
+        text_keys: layer -> [B, M, D].
+        normed: `final` -> [B, N, D'], `features` behind the language model's last norm; `layer` ->
+            behind the norm in front of the attention of the coming layer.
+        text_normed: the same of `text`, where it is read.
+        tower: what the vision tower gave, [B, ...] images of N' tokens, as `tower_needs` names it.
+    """
+
+    places: Tensor
+    text_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    normed: Mapping[str, Tensor] = field(default_factory=dict)
+    text_normed: Mapping[str, Tensor] = field(default_factory=dict)
+    tower: VisualTokens | None = None
 
 
 @dataclass(frozen=True)

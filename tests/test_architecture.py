@@ -35,7 +35,7 @@ ALLOWED = {
 # `with pruner(model):` is the one call that goes up, when it is made
 UPWARD = {("pruners/base.py", "hosts"), ("pruners/compose.py", "hosts")}
 LIGHTNING = {"training", "data/module.py"}
-TRANSFORMERS = {"encoders/clip.py", "encoders/qwen.py", "hosts", "evaluation"}
+TRANSFORMERS = {"encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation"}
 
 
 def part(path: Path) -> str:

@@ -8,7 +8,10 @@ import pytest
 import torch
 import yaml
 
+from ocvtp.encoders.tiles import TiledEncoder
+
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
+TOWERS = {"llava-v1.6-vicuna-7b-hf": "clip-vit-large-patch14-336"}  # of models named as towers
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -29,7 +32,8 @@ def test_configs_build(path, tmp_path, monkeypatch):
     words += ["--trainer.logger", "false"]
     tower = yaml.safe_load(path.read_text())["model"]["encoder"]["init_args"]["tower"]
     if not tower.startswith("random:"):
-        words += ["--model.encoder.tower", f"random:{tower.split('/')[-1]}"]
+        name = tower.split("/")[-1]
+        words += ["--model.encoder.tower", f"random:{TOWERS.get(name, name)}"]
     with torch.device("meta"):  # sizes only
         monkeypatch.setattr("ocvtp.encoders.base.FrozenEncoder.load", lambda self, needs: self)
         cli = build(words)
@@ -46,3 +50,17 @@ def test_the_papers_recipe_has_the_papers_sizes():
     assert settings["data"]["init_args"]["batch_size"] == 12
     assert settings["trainer"]["max_epochs"] == 30
     assert settings["trainer"]["gradient_clip_val"] == 1.0
+
+
+def test_the_recipe_for_tiles_has_all_their_tokens():
+    settings = yaml.safe_load(Path("configs/train/llava_next_7b.yaml").read_text())["model"]
+    assert settings["num_slots"] == [640, 320, 160, 80]
+    encoder = TiledEncoder("random:clip-vit-large-patch14-336", layer=9)
+    assert encoder.max_tokens == 2880
+    assert encoder.transform.describe()["image_grid_pinpoints"] == [
+        [336, 672],
+        [672, 336],
+        [672, 672],
+        [1008, 336],
+        [336, 1008],
+    ]

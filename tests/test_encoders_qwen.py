@@ -71,6 +71,65 @@ def test_tokens_are_those_that_the_host_shows(model_and_processor, folder, layer
     assert tokens.grid_hw == shown.grid_hw
 
 
+SHAPES = [(90, 140), (300, 101), (64, 640), (20, 20), (111, 112)]  # heights and widths
+
+
+def pictures():
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 255, (*s, 3), dtype=np.uint8)) for s in SHAPES]
+
+
+def test_images_keep_their_shape_as_the_processor_makes_them():
+    encoder = QwenEncoder(TINY, layer=1, min_pixels=56 * 56, max_pixels=40 * 28 * 28)
+    processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=40 * 28 * 28)
+    assert encoder.max_tokens == 40
+    for picture in pictures():
+        theirs = processor(images=[picture], return_tensors="pt")
+        ours = encoder.transform(picture)
+        assert [1, ours.shape[1] // 14, ours.shape[2] // 14] == theirs["image_grid_thw"][0].tolist()
+        packed = patches(ours[None], encoder._config)
+        assert_close(packed, theirs["pixel_values"], rtol=1e-4, atol=1e-4)
+        ids = np.asarray(picture)[:, :, 0]
+        assert encoder.transform.instance_map(ids).shape == ours.shape[1:]
+    said = encoder.transform.describe()
+    assert said["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert (said["min_pixels"], said["max_pixels"]) == (56 * 56, 40 * 28 * 28)
+    assert "size" not in said
+
+
+def test_a_batch_of_any_grids_is_what_the_host_shows(model_and_processor, folder):
+    from ocvtp.hosts.attach import find_host
+
+    model, _ = model_and_processor
+    needs = Needs(hidden=(3, 5))
+    encoder = QwenEncoder(folder, layer=3, max_pixels=40 * 28 * 28).load(needs)
+    pixels = [encoder.transform(picture) for picture in pictures()]
+    tokens = encoder(pixels)
+    units = [[image.shape[1] // 28, image.shape[2] // 28] for image in pixels]
+    assert tokens.grids[:, 0].tolist() == units
+    assert tokens.valid.sum(dim=1).tolist() == [rows * columns for rows, columns in units]
+    host, config = find_host(model), model.config.vision_config
+    images = {
+        "pixel_values": torch.cat([patches(image[None], config) for image in pixels]),
+        "image_grid_thw": torch.tensor([[1, 2 * rows, 2 * columns] for rows, columns in units]),
+    }
+    hooks = host.install(needs)
+    with torch.no_grad():
+        shown = host.encode(images, needs).tokens
+    for hook in hooks:
+        hook.remove()
+    assert tokens.valid.equal(shown.valid)
+    for layer in needs.hidden:
+        assert_close(tokens.hidden[layer], shown.hidden[layer])
+    for i, image in enumerate(pixels):
+        single = encoder(image[None])
+        assert single.grid_hw == tuple(units[i])
+        assert single.valid is None
+        assert single.grids is None
+        own = tokens.features[i, tokens.valid[i]]
+        assert_close(single.features[0], own, rtol=1e-4, atol=1e-4)
+
+
 def test_the_network_trains_on_it_and_prunes(tmp_path, coco_folder, monkeypatch):
     from ocvtp.training.run import train
 
@@ -111,6 +170,7 @@ def test_the_network_trains_on_it_and_prunes(tmp_path, coco_folder, monkeypatch)
         ({"tower": "/nowhere"}, "neither a folder"),
         ({"tower": TINY, "layer": 3, "image_size": 100}, "image_size=100; pass a multiple of 28"),
         ({"tower": TINY, "layer": 9}, r"hidden_states\[9\] does not exist"),
+        ({"tower": TINY, "layer": 3, "max_pixels": 3000}, "min_pixels=3136, max_pixels=3000; pass"),
     ],
 )
 def test_refusals(settings, message):

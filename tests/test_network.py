@@ -112,9 +112,9 @@ def test_visible_modes_differ_only_in_what_is_shown():
     decoder = MaskedTransformerDecoder(8, 4, (3, 4), DecoderConfig(num_layers=2, num_heads=2))
     features, slots = torch.randn(2, 12, 8), torch.randn(2, 5, 4)
     none = decoder(features, slots, (3, 4), "none")
-    decoder._draw_visible = lambda batch, tokens, device: torch.zeros(batch, tokens).bool()
+    decoder._draw_visible = lambda batch, tokens, device, valid: torch.zeros(batch, tokens).bool()
     assert_close(decoder(features, slots, (3, 4), "random"), none)
-    decoder._draw_visible = lambda batch, tokens, device: torch.ones(batch, tokens).bool()
+    decoder._draw_visible = lambda batch, tokens, device, valid: torch.ones(batch, tokens).bool()
     every = decoder(features, slots, (3, 4), "all")
     assert_close(decoder(features, slots, (3, 4), "random"), every)
     assert not torch.allclose(none, every)
@@ -127,7 +127,7 @@ def test_masking_in_place_is_permuting_masking_and_unpermuting():
     order, prefix = torch.randperm(12), 4
     shown = torch.zeros(1, 12, dtype=torch.bool)
     shown[0, order[:prefix]] = True
-    decoder._draw_visible = lambda batch, tokens, device: shown
+    decoder._draw_visible = lambda batch, tokens, device, valid: shown
     ours = decoder(features, slots, (3, 4), "random")
     tokens = decoder.project_tokens(features)[:, order].clone()
     tokens[:, prefix:] = decoder.mask_token

@@ -33,7 +33,7 @@ class ImageTransform(Protocol):
     """What turns an image into a host's pixel values; `encoders` has the implementations."""
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """[3, H, W] float pixel values of an RGB image."""
+        """[3, H, W] float pixel values of an RGB image; [T, 3, H, W] where it is cut into T."""
         ...
 
     def instance_map(self, ids: NDArray[np.uint8]) -> Tensor:
@@ -48,11 +48,12 @@ class ImageTransform(Protocol):
 class CocoImages(Dataset[dict[str, Any]]):
     """The images of a COCO annotation file, in the order of their ids, or of a folder, sorted.
 
-    An item is a dict of `pixel_values` [3, H, W] float, `image_id` int, `file_name` str (relative
-    to `images`) and, with instances, `instances` [H, W] int64: 0 background, then 1 for the largest
-    instance, 2 for the next and so on. Smaller instances lie over larger ones; crowds are left
-    out, as is all after the 255 largest. An unreadable image gives `{"error": "FILE: reason"}`
-    where `on_error` is `skip`: another image never takes its place.
+    An item is a dict of `pixel_values` as `transform` makes them, `image_size` (h, w), `image_id`
+    int, `file_name` str (relative to `images`) and, with instances, `instances` [H, W] int64: 0
+    background, then 1 for the largest instance, 2 for the next and so on. Smaller instances lie
+    over larger ones; crowds are left out, as is all after the 255 largest. An unreadable image
+    gives `{"error": "FILE: reason"}` where `on_error` is `skip`: another image never takes its
+    place.
 
     Args:
         images: folder of the images.
@@ -113,7 +114,12 @@ class CocoImages(Dataset[dict[str, Any]]):
                 f"image {self.images / file_name} cannot be used: {reason}; "
                 f"replace the file, or pass on_error='skip' to go on without it."
             ) from error
-        item = {"pixel_values": self.transform(image), "image_id": image_id, "file_name": file_name}
+        item = {
+            "pixel_values": self.transform(image),
+            "image_size": image.size[::-1],
+            "image_id": image_id,
+            "file_name": file_name,
+        }
         if ids is not None:
             item["instances"] = self.transform.instance_map(ids)
         return item
@@ -145,24 +151,31 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Put items of `CocoImages` into a batch, unreadable images apart.
 
     Args:
-        items: of one transform, so all of one size.
+        items: of one transform.
 
     Returns:
         `pixel_values` [B, 3, H, W] of the B readable images ([0, 3, 0, 0] if there is none),
-        `image_ids` and `file_names`, lists of length B, `instances` [B, H, W] where the items have
-        them, and `errors`, a list of `FILE: reason` for the others.
+        `image_sizes`, `image_ids` and `file_names`, lists of length B, `instances` [B, H, W] where
+        the items have them, and `errors`, a list of `FILE: reason` for the others. Pixel values and
+        instances of different sizes are lists of length B.
     """
     good = [item for item in items if "error" not in item]
     pixels = [item["pixel_values"] for item in good]
     batch = {
-        "pixel_values": torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0),
+        "pixel_values": _together(pixels) if pixels else torch.empty(0, 3, 0, 0),
+        "image_sizes": [item["image_size"] for item in good],
         "image_ids": [item["image_id"] for item in good],
         "file_names": [item["file_name"] for item in good],
         "errors": [item["error"] for item in items if "error" in item],
     }
     if good and "instances" in good[0]:
-        batch["instances"] = torch.stack([item["instances"] for item in good])
+        batch["instances"] = _together([item["instances"] for item in good])
     return batch
+
+
+def _together(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor of images of one size, else the list."""
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def find_images(folder: Path) -> list[Path]:

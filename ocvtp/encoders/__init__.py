@@ -1,1 +1,4 @@
-"""Frozen vision towers: `clip.CLIPEncoder` (transformers) and `timm.TimmEncoder`."""
+"""Frozen vision towers.
+
+`clip.CLIPEncoder`, `tiles.TiledEncoder` and `qwen.QwenEncoder` of transformers, `timm.TimmEncoder`.
+"""

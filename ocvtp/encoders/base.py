@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ocvtp.data.coco import ImageTransform
 from ocvtp.encoders import taps
-from ocvtp.structures import Needs, VisualTokens
+from ocvtp.structures import Layout, Needs, VisualTokens
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -26,7 +27,8 @@ class FrozenEncoder(nn.Module, ABC):
         tower_id: what to write into an artifact.
         layer: number of `hidden_states` that the OC-pruner reads, non-negative.
         feature_dim: width of the tokens.
-        grid_hw: rows and columns of the token grid.
+        grid_hw: rows and columns of the token grid, of a view where an image is cut into several.
+        layout: how images become tokens.
         num_prefix: tokens before the patches (CLS, registers).
         transform: the image processor that belongs to the tower.
     """
@@ -35,6 +37,7 @@ class FrozenEncoder(nn.Module, ABC):
     layer: int
     feature_dim: int
     grid_hw: tuple[int, int]
+    layout: Layout = "grid"
     num_prefix: int
     transform: ImageTransform
 
@@ -49,6 +52,11 @@ class FrozenEncoder(nn.Module, ABC):
     @abstractmethod
     def depth(self) -> int:
         """Blocks of the whole tower."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that share slots."""
+        return self.grid_hw[0] * self.grid_hw[1]
 
     @abstractmethod
     def _build(self, num_blocks: int) -> nn.Module:
@@ -88,17 +96,34 @@ class FrozenEncoder(nn.Module, ABC):
         return taps.resolve(number, self.depth, "blocks")
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor) -> VisualTokens:
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> VisualTokens:
         """Encode.
 
         Args:
-            pixel_values: [B, 3, height, width] as `transform` makes them.
+            pixel_values: [B, 3, height, width] as `transform` makes them; a sequence of B where
+                `layout` lets images have different sizes.
+            image_sizes: height and width of the B images before `transform`, for encoders of tiles.
 
         Returns:
             The visual tokens with what `load` was asked for, in fp32.
+
+        Raises:
+            ValueError: for images of different sizes where the tower takes one.
         """
+        del image_sizes
         if self.needs is None:
             raise RuntimeError("call load(needs) before the encoder runs.")
+        if not isinstance(pixel_values, Tensor) or pixel_values.ndim != 4:
+            shapes = sorted({tuple(image.shape) for image in pixel_values})
+            raise ValueError(
+                f"the image processor made images of shape {shapes[:3]}; this encoder reads one"
+                " [3, height, width] for all. Pass a `processor` that makes one size, or an encoder"
+                " of tiles or of variable grids."
+            )
         with taps.recording() as record:
             self._run(self.tower, pixel_values.to(self.dtype))
         found = taps.gather(record, self._view(self.tower), self._asked, self.num_prefix)

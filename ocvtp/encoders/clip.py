@@ -192,7 +192,7 @@ class ProcessorTransform:
     """The image transform of a transformers image processor.
 
     Args:
-        processor: an image processor; every image must come out with one size.
+        processor: an image processor.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -200,7 +200,13 @@ class ProcessorTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixel values [3, H, W] of an RGB image."""
-        return torch.as_tensor(self.processor(images=image, return_tensors="pt")["pixel_values"][0])
+        settings = self._settings(image)
+        pixels = self.processor(images=image, return_tensors="pt", **settings)["pixel_values"]
+        return torch.as_tensor(pixels[0])
+
+    def _settings(self, image: Image.Image) -> dict[str, Any]:
+        """What the processor is told about one image."""
+        return {}
 
     def instance_map(self, ids: np.ndarray) -> Tensor:
         """Instance ids [h, w] uint8 through the same geometry: [H, W] int64, 0 outside."""
@@ -211,6 +217,7 @@ class ProcessorTransform:
             do_rescale=False,
             do_normalize=False,
             resample=Image.Resampling.NEAREST,
+            **self._settings(image),
         )["pixel_values"][0]
         return torch.as_tensor(pixels)[0].round().long()
 
@@ -223,7 +230,7 @@ class ProcessorTransform:
     def describe(self) -> dict[str, Any]:
         """Settings, for the artifact."""
         names = ["size", "crop_size", "do_resize", "do_center_crop", "do_pad", "do_convert_rgb"]
-        names += ["image_mean", "image_std", "rescale_factor", "resample"]
+        names += ["image_mean", "image_std", "rescale_factor", "resample", "image_grid_pinpoints"]
         settings = self.processor.to_dict()
         kept = {n: _plain(settings[n]) for n in names if settings.get(n) is not None}
         return {"image_processor_type": type(self.processor).__name__, **kept}

@@ -1,19 +1,23 @@
 """The vision tower of Qwen2.5-VL, frozen and cut.
 
-B images of S x S pixels, P patches of all of them, 4 of them a visual token; N tokens of an image.
+B images of H x W pixels, P patches of all of them, 4 of them a visual token; N tokens of an image.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
 )
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
@@ -48,12 +52,17 @@ class QwenEncoder(FrozenEncoder):
     """The frozen tower of a Qwen2.5-VL, cut behind the layer that is read.
 
     A token is a unit of 2 x 2 patches, and what is read of it is the mean of theirs, as the host
-    shows it to pruners. Images are trained on at one square size; the trained pruner serves any.
+    shows it to pruners. Images are cut to one square size, or keep their shape, as the host shows
+    them; the trained pruner serves any.
 
     Args:
         tower: hub id or folder of a Qwen2.5-VL, or `random:NAME`.
         layer: number of hidden states that the OC-pruner reads; i is the output of block i - 1.
-        image_size: S, a multiple of the unit's side (28 pixels).
+        image_size: of square images, a multiple of the unit's side (28 pixels); where images keep
+            their shape, of the image that the decoder's stored positions are for.
+        max_pixels: None for square images; else images keep their shape and have so many pixels at
+            most, by the rule of Qwen's own processor.
+        min_pixels: the fewest pixels of an image then.
         dtype: of weights and computation.
         seed: of random weights.
     """
@@ -63,6 +72,8 @@ class QwenEncoder(FrozenEncoder):
         tower: str = "Qwen/Qwen2.5-VL-7B-Instruct",
         layer: int = 12,
         image_size: int = 448,
+        max_pixels: int | None = None,
+        min_pixels: int = 56 * 56,
         dtype: DType = "float32",
         seed: int = 0,
     ) -> None:
@@ -78,12 +89,28 @@ class QwenEncoder(FrozenEncoder):
         self.feature_dim = config.hidden_size
         self.grid_hw = (image_size // unit, image_size // unit)
         self.num_prefix = 0
+        self._max_pixels = max_pixels
         self.transform = ProcessorTransform(_processor(image_size))
+        if max_pixels is not None:
+            if not unit**2 <= min_pixels <= max_pixels:
+                raise ValueError(
+                    f"min_pixels={min_pixels}, max_pixels={max_pixels}; pass at least {unit**2} and"
+                    " no fewer at most."
+                )
+            self.layout = "variable"
+            self.transform = QwenTransform(unit, min_pixels, max_pixels)
 
     @property
     def depth(self) -> int:
         """Blocks of the whole tower."""
         return int(self._config.depth)
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of an image."""
+        if self._max_pixels is None:
+            return super().max_tokens
+        return int(self._max_pixels // self._unit**2)
 
     def _build(self, num_blocks: int) -> nn.Module:
         config = copy.deepcopy(self._config)
@@ -132,28 +159,46 @@ class QwenEncoder(FrozenEncoder):
         return super().load(needs)
 
     @torch.no_grad()
-    def forward(self, pixel_values: Tensor) -> VisualTokens:
+    def forward(
+        self,
+        pixel_values: Tensor | Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> VisualTokens:
         """Encode.
 
         Args:
-            pixel_values: [B, 3, S, S] as `transform` makes them.
+            pixel_values: B times [3, H, W] as `transform` makes them, H and W multiples of a unit.
+            image_sizes: not used.
 
         Returns:
-            The visual tokens with the hidden states that `load` was asked for, in fp32.
+            The visual tokens with the hidden states that `load` was asked for, in fp32; `grids` and
+            `valid` where images have different grids.
         """
+        del image_sizes
         if self.needs is None:
             raise RuntimeError("call load(needs) before the encoder runs.")
-        (rows, columns), config = self.grid_hw, self._config
-        count, side = len(pixel_values), config.spatial_merge_size
-        grid = torch.tensor([[1, rows * side, columns * side]] * count, device=pixel_values.device)
+        config, side = self._config, self._config.spatial_merge_size
+        grids = [(i.shape[1] // self._unit, i.shape[2] // self._unit) for i in pixel_values]
+        packed = torch.cat([patches(i[None].to(self.dtype), config) for i in pixel_values])
+        shapes = [[1, rows * side, columns * side] for rows, columns in grids]
         with taps.recording() as record:
-            self.tower(patches(pixel_values.to(self.dtype), config), grid_thw=grid)
-        order = window_order([self.grid_hw] * count, config.window_size // self._unit)
-        units = Units(side**2, [rows * columns] * count, order.argsort())
+            self.tower(packed, grid_thw=torch.tensor(shapes, device=packed.device))
+        order = window_order(grids, config.window_size // self._unit)
+        units = Units(side**2, [rows * columns for rows, columns in grids], order.argsort())
         pairs = zip(self.needs.hidden, self._asked.hidden, strict=True)
         hidden = {i: units.raster(record.hidden[layer]).float() for i, layer in pairs}
         features = next(iter(hidden.values()))
-        return VisualTokens(features, self.grid_hw, hidden=hidden, num_heads=config.num_heads)
+        tokens = VisualTokens(features, grids[0], hidden=hidden, num_heads=config.num_heads)
+        if len(set(grids)) == 1:
+            return tokens
+        sizes = torch.tensor(grids, device=features.device)  # [B, 2]
+        places = torch.arange(features.shape[1], device=features.device)
+        return replace(
+            tokens,
+            grid_hw=self.grid_hw,
+            grids=sizes[:, None],
+            valid=places < sizes.prod(dim=1, keepdim=True),
+        )
 
 
 def patches(pixel_values: Tensor, config: Any) -> Tensor:
@@ -164,6 +209,29 @@ def patches(pixel_values: Tensor, config: Any) -> Tensor:
     units = split.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)  # [P, 3, patch, patch]
     packed: Tensor = units[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
     return packed
+
+
+class QwenTransform(ProcessorTransform):
+    """Images in their own shape, as Qwen's processor makes them before it cuts them into patches.
+
+    Args:
+        unit: sides are multiples of so many pixels.
+        min_pixels: the fewest of an image.
+        max_pixels: the most of an image.
+    """
+
+    def __init__(self, unit: int, min_pixels: int, max_pixels: int) -> None:
+        super().__init__(CLIPImageProcessor(do_center_crop=False))
+        self._rule = {"factor": unit, "min_pixels": min_pixels, "max_pixels": max_pixels}
+
+    def _settings(self, image: Image.Image) -> dict[str, Any]:
+        height, width = smart_resize(image.height, image.width, **self._rule)
+        return {"size": {"height": height, "width": width}}
+
+    def describe(self) -> dict[str, Any]:
+        """Settings, for the artifact."""
+        plain = super().describe() | {"image_processor_type": "Qwen2VLImageProcessor"}
+        return {name: plain[name] for name in plain.keys() - {"size", "crop_size"}} | self._rule
 
 
 def _processor(size: int) -> Any:

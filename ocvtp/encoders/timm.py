@@ -51,7 +51,8 @@ class TimmEncoder(FrozenEncoder):
         height, width = model.patch_embed.grid_size
         self.grid_hw = (int(height), int(width))
         self.num_prefix = int(model.num_prefix_tokens)
-        self.transform = TimmTransform(resolve_model_data_config(model))
+        size = {"input_size": (3, *model.patch_embed.img_size)}  # `model_args` may have changed it
+        self.transform = TimmTransform(resolve_model_data_config(model) | size)
 
     @property
     def depth(self) -> int:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ocvtp.slots.positions import Grids, PositionEmbedding
 
 DecoderKind = Literal["masked_transformer", "mlp"]
 Visible = Literal["random", "all", "none"]
@@ -47,44 +48,23 @@ class Decoder(nn.Module, ABC):
         self,
         features: Tensor,
         slots: Tensor,
-        grid_hw: tuple[int, int],
+        grids: Grids,
         visible: Visible = "none",
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct.
 
         Args:
             features: [B, N, D] the tokens, for decoders that see some of them.
             slots: [B, S, C].
-            grid_hw: rows and columns of the token grid.
+            grids: rows and columns of the token grid, or [B, V, 2] of each image's views.
             visible: which tokens the decoder sees: a `random` part (training), `all` (the official
                 evaluation) or `none` (an honest one).
+            valid: [B, N] bool, False on padding tokens, which nothing is decoded from.
 
         Returns:
-            [B, N, D]
+            [B, N, D], anything on padding tokens.
         """
-
-
-class PositionEmbedding(nn.Module):
-    """Learnt positions of a token grid, bicubically resized for other grids.
-
-    Args:
-        dim: D.
-        grid_hw: rows and columns of the grid that it is trained on.
-    """
-
-    def __init__(self, dim: int, grid_hw: tuple[int, int]) -> None:
-        super().__init__()
-        self.grid_hw = (int(grid_hw[0]), int(grid_hw[1]))
-        self.weight = nn.Parameter(torch.empty(1, self.grid_hw[0] * self.grid_hw[1], dim))
-        nn.init.trunc_normal_(self.weight, std=1.0)
-
-    def forward(self, grid_hw: tuple[int, int]) -> Tensor:
-        """Positions [1, H W, D] of a grid of H rows and W columns."""
-        if tuple(grid_hw) == self.grid_hw:
-            return self.weight
-        grid = self.weight.unflatten(1, self.grid_hw).permute(0, 3, 1, 2)  # [1, D, H0, W0]
-        grid = F.interpolate(grid.float(), size=tuple(grid_hw), mode="bicubic", align_corners=False)
-        return grid.to(self.weight.dtype).flatten(2).transpose(1, 2)
 
 
 class _Projection(nn.Module):
@@ -109,16 +89,22 @@ class MaskedTransformerDecoder(Decoder):
 
     Args:
         dim: D. slot_dim: C. grid_hw: of the position embedding. config: see `DecoderConfig`.
+        num_views: V, most views of an image.
     """
 
     def __init__(
-        self, dim: int, slot_dim: int, grid_hw: tuple[int, int], config: DecoderConfig
+        self,
+        dim: int,
+        slot_dim: int,
+        grid_hw: tuple[int, int],
+        config: DecoderConfig,
+        num_views: int = 1,
     ) -> None:
         super().__init__()
         self.config = config
         self.project_tokens = _Projection(dim, dim)
         self.project_slots = _Projection(slot_dim, dim)
-        self.positions = PositionEmbedding(dim, grid_hw)
+        self.positions = PositionEmbedding(dim, grid_hw, num_views)
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
         layer = nn.TransformerDecoderLayer(
             dim,
@@ -140,8 +126,9 @@ class MaskedTransformerDecoder(Decoder):
         self,
         features: Tensor,
         slots: Tensor,
-        grid_hw: tuple[int, int],
+        grids: Grids,
         visible: Visible = "none",
+        valid: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder.forward`."""
         batch, num_tokens, _ = features.shape
@@ -150,17 +137,25 @@ class MaskedTransformerDecoder(Decoder):
         else:
             tokens = self.project_tokens(features)
         if visible == "random":
-            shown = self._draw_visible(batch, num_tokens, features.device)  # [B, N]
+            shown = self._draw_visible(batch, num_tokens, features.device, valid)  # [B, N]
             tokens = torch.where(shown[:, :, None], tokens, self.mask_token)
-        queries = self.norm(tokens + self.positions(grid_hw))
-        return torch.as_tensor(self.backbone(queries, self.project_slots(slots)))
+        queries = self.norm(tokens + self.positions(grids, num_tokens))
+        padding = None if valid is None else ~valid
+        memory = self.project_slots(slots)
+        return torch.as_tensor(self.backbone(queries, memory, tgt_key_padding_mask=padding))
 
-    def _draw_visible(self, batch: int, num_tokens: int, device: torch.device) -> Tensor:
+    def _draw_visible(
+        self, batch: int, num_tokens: int, device: torch.device, valid: Tensor | None = None
+    ) -> Tensor:
         """A random subset of each image's tokens [B, N]; its size is drawn as in training."""
         draw = torch.rand(batch, num_tokens + 2, device=device)
-        rank = draw[:, :num_tokens].argsort(dim=1).argsort(dim=1)
-        uniform = (draw[:, num_tokens] * (num_tokens - 1)).long()
-        fixed = int(self.config.prefix_fraction * num_tokens)
+        order = draw[:, :num_tokens]
+        count = torch.full((batch,), num_tokens, device=device)
+        if valid is not None:
+            order, count = order.masked_fill(~valid, 2.0), valid.sum(dim=1)  # padding comes last
+        rank = order.argsort(dim=1).argsort(dim=1)
+        uniform = (draw[:, num_tokens] * (count - 1)).long()
+        fixed = (self.config.prefix_fraction * count.double()).long()
         is_uniform = draw[:, num_tokens + 1] < self.config.prefix_probability
         return rank < torch.where(is_uniform, uniform, fixed)[:, None]
 
@@ -172,13 +167,19 @@ class BroadcastMLPDecoder(Decoder):
 
     Args:
         dim: D. slot_dim: C. grid_hw: of the position embedding. config: see `DecoderConfig`.
+        num_views: V, most views of an image.
     """
 
     def __init__(
-        self, dim: int, slot_dim: int, grid_hw: tuple[int, int], config: DecoderConfig
+        self,
+        dim: int,
+        slot_dim: int,
+        grid_hw: tuple[int, int],
+        config: DecoderConfig,
+        num_views: int = 1,
     ) -> None:
         super().__init__()
-        self.positions = PositionEmbedding(slot_dim, grid_hw)
+        self.positions = PositionEmbedding(slot_dim, grid_hw, num_views)
         widths = [slot_dim] + [config.ffn_dim] * config.num_layers
         layers: list[nn.Module] = []
         for width_in, width_out in zip(widths[:-1], widths[1:], strict=True):
@@ -189,12 +190,14 @@ class BroadcastMLPDecoder(Decoder):
         self,
         features: Tensor,
         slots: Tensor,
-        grid_hw: tuple[int, int],
+        grids: Grids,
         visible: Visible = "none",
+        valid: Tensor | None = None,
     ) -> Tensor:
         """See `Decoder.forward`; it never sees a token, whatever `visible` says."""
-        del features, visible
-        painted = self.mlp(slots[:, :, None] + self.positions(grid_hw)[:, None])  # [B, S, N, D+1]
+        del visible, valid
+        positions = self.positions(grids, features.shape[1])[:, None]
+        painted = self.mlp(slots[:, :, None] + positions)  # [B, S, N, D+1]
         values, alpha = painted[..., :-1], painted[..., -1:].softmax(dim=1)
         mixed: Tensor = (values * alpha).sum(dim=1)
         return mixed
@@ -207,9 +210,9 @@ _DECODERS: dict[str, Callable[..., Decoder]] = {
 
 
 def build_decoder(
-    config: DecoderConfig, dim: int, slot_dim: int, grid_hw: tuple[int, int]
+    config: DecoderConfig, dim: int, slot_dim: int, grid_hw: tuple[int, int], num_views: int = 1
 ) -> Decoder:
     """The decoder that `config.kind` names."""
     if config.kind not in _DECODERS:
         raise ValueError(f"decoder kind={config.kind!r} is unknown; pass one of {list(_DECODERS)}.")
-    return _DECODERS[config.kind](dim, slot_dim, grid_hw, config)
+    return _DECODERS[config.kind](dim, slot_dim, grid_hw, config, num_views)

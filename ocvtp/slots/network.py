@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ocvtp.slots import artifact
 from ocvtp.slots.attention import SlotAttention, Truncation
 from ocvtp.slots.decoder import Decoder, DecoderConfig, Visible, build_decoder
+from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
+from ocvtp.structures import Layout
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class OCPrunerConfig(NetworkSizes):
 
     Args:
         feature_dim: D.
-        grid_hw: token grid that it was trained on; it runs on any other.
+        grid_hw: token grid that it was trained on; of a view where images have several, of the
+            decoder's stored positions where grids vary. It runs on any other.
+        layout: how images became tokens in training; see `ocvtp.structures.Layout`.
         decoder: None without one.
         tower: vision tower whose tokens it reads: a hub id, or a description.
         layer: it reads `hidden_states[layer]` of the tower.
@@ -58,6 +62,7 @@ class OCPrunerConfig(NetworkSizes):
 
     feature_dim: int = 1024
     grid_hw: tuple[int, int] = (24, 24)
+    layout: Layout = "grid"
     decoder: DecoderConfig | None = None
     tower: str | None = "openai/clip-vit-large-patch14-336"
     layer: int = 9
@@ -65,6 +70,11 @@ class OCPrunerConfig(NetworkSizes):
     num_slots: tuple[int, ...] = (16, 32, 64, 128)
     objective: str = "slots"
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_views(self) -> int:
+        """Most views of an image whose tokens share the slots."""
+        return 2 if self.layout == "joint" else 1
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OCPrunerConfig:
@@ -93,8 +103,8 @@ _MODEL_CARD = """---
 
 A visual-token pruner for vision-language models, trained with ocvtp after "Object-Centric Vision
 Token Pruning" ({{ paper_url }}). `config.json` names the vision tower, the layer it reads, the
-preprocessing, the slot counts and the training run; `model.safetensors` holds the weights and the
-table of query noise.
+preprocessing, how images became tokens, the slot counts and the training run; `model.safetensors`
+holds the weights and the table of query noise.
 
 ```python
 import ocvtp
@@ -146,7 +156,11 @@ class OCPruner(
         self.decoder: Decoder | None = None
         if config.decoder is not None:
             self.decoder = build_decoder(
-                config.decoder, config.feature_dim, config.slot_dim, config.grid_hw
+                config.decoder,
+                config.feature_dim,
+                config.slot_dim,
+                config.grid_hw,
+                config.num_views,
             )
 
     def assign(
@@ -185,8 +199,9 @@ class OCPruner(
         self,
         features: Tensor,
         slots: Tensor,
-        grid_hw: tuple[int, int],
+        grids: Grids,
         visible: Visible = "none",
+        valid: Tensor | None = None,
     ) -> Tensor:
         """Reconstruct the tokens [B, N, D] from slots [B, S, C], see `Decoder.forward`.
 
@@ -198,7 +213,7 @@ class OCPruner(
                 "this OC-pruner has no decoder: it was exported without. Export it again with"
                 " `--with-decoder`."
             )
-        return torch.as_tensor(self.decoder(features, slots, grid_hw, visible))
+        return torch.as_tensor(self.decoder(features, slots, grids, visible, valid))
 
     def without_decoder(self) -> OCPruner:
         """A copy that only assigns: what an artifact holds by default."""

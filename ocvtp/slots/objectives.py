@@ -109,6 +109,26 @@ def area_weighted_mse(
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
+def relative_mse(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Squared error over the spread of the tokens around their mean.
+
+    Args:
+        prediction: [B, N, D].
+        target: [B, N, D].
+        valid: [B, N] bool, False on padding tokens, which do not count.
+
+    Returns:
+        [B]
+    """
+    if valid is None:
+        spread = (target - target.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
+        return (prediction - target).square().mean(dim=(1, 2)) / spread
+    counted = valid[:, :, None]
+    centre = (target * counted).sum(dim=1, keepdim=True) / counted.sum(dim=1, keepdim=True)
+    spread = ((target - centre) * counted).square().sum(dim=(1, 2))
+    return ((prediction - target) * counted).square().sum(dim=(1, 2)) / spread
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What an objective returns.
@@ -188,7 +208,8 @@ class SlotsObjective(Objective):
         features = tokens.hidden[network.config.layer]
         slots, attention = network.assign(features, num_slots, valid=tokens.valid)
         visible: Visible = "random" if network.training else "none"
-        prediction = network.decode(features, slots, tokens.grid_hw, visible)
+        grids = tokens.grid_hw if tokens.grids is None else tokens.grids
+        prediction = network.decode(features, slots, grids, visible, tokens.valid)
         loss = area_weighted_mse(
             prediction,
             features,
@@ -199,8 +220,9 @@ class SlotsObjective(Objective):
             valid=tokens.valid,
         )
         with torch.no_grad():
-            spread = (features - features.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
-            error = (prediction - features).square().mean(dim=(1, 2))
             won = slot_areas(attention, tokens.valid) > 0
-        logs = {"relative_mse": (error / spread).mean(), "slots_in_use": won.float().mean()}
+            logs = {
+                "relative_mse": relative_mse(prediction, features, tokens.valid).mean(),
+                "slots_in_use": won.float().mean(),
+            }
         return Outcome(loss, slots, attention, logs)

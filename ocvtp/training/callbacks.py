@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
+from numpy.typing import NDArray
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
 
 from ocvtp.files import replacing
 from ocvtp.visualize import slot_picture
 
 
+def _side_by_side(images: Sequence[Tensor], masks: Sequence[Tensor]) -> NDArray[np.uint8]:
+    """`slot_picture` of images of any sizes, on white.
+
+    Args:
+        images: of each [3, H, W] in 0..1. masks: [S, h, w].
+
+    Returns:
+        [H', W', 3]
+    """
+    pairs = zip(images, masks, strict=True)
+    drawn = [
+        slot_picture(image[None], mask.flatten(1)[None].cpu(), (mask.shape[1], mask.shape[2]))
+        for image, mask in pairs
+    ]
+    highest = max(len(picture) for picture in drawn)
+    below = [((0, highest - len(picture)), (0, 0), (0, 0)) for picture in drawn]
+    padded = [np.pad(p, b, constant_values=255) for p, b in zip(drawn, below, strict=True)]
+    return np.concatenate(padded, axis=1)
+
+
 class SlotPictures(pl.Callback):
     """After each validation: the first images with their slot masks.
 
-    They go to `pictures/` of the run's folder, and to TensorBoard where it is a logger.
+    Of images in tiles, the base views. They go to `pictures/` of the run's folder, and to
+    TensorBoard where it is a logger.
 
     Args:
         num_images: how many; at most one validation batch.
@@ -43,10 +68,9 @@ class SlotPictures(pl.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
         if not trainer.is_global_zero or not outputs:
             return
-        shown = slice(0, self.num_images)
-        pixels = pl_module.encoder.transform.denormalize(batch["pixel_values"][shown].float())
-        attention = outputs["attention"][shown].float()
-        picture = slot_picture(pixels.cpu(), attention.cpu(), outputs["grid_hw"], self.num_images)
+        views = [image if image.ndim == 3 else image[0] for image in batch["pixel_values"]]
+        colours = [pl_module.encoder.transform.denormalize(view.float()).cpu() for view in views]
+        picture = _side_by_side(colours[: self.num_images], outputs["masks"][: self.num_images])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(

@@ -21,7 +21,10 @@ _RANK_TOLERANCE = 1e-5
 
 
 def nearest_kept_distance(
-    features: Tensor, keep_indices: Tensor, valid: Tensor | None = None
+    features: Tensor,
+    keep_indices: Tensor,
+    valid: Tensor | None = None,
+    token_valid: Tensor | None = None,
 ) -> Tensor:
     """Cosine distance from each token to the nearest kept one, averaged over the tokens.
 
@@ -29,6 +32,7 @@ def nearest_kept_distance(
         features: [B, N, D].
         keep_indices: [B, K] int64.
         valid: [B, K] bool, False on padding; None when every index counts.
+        token_valid: [B, N] bool, False on padding tokens, which do not count; None without.
 
     Returns:
         [B] fp32, from 0 (every direction is kept) to 2. A zero vector is at distance 1 from
@@ -43,11 +47,16 @@ def nearest_kept_distance(
     if valid is not None:
         cosine = cosine.masked_fill(~valid[:, None, :], -1.0)
     nearest = cosine.amax(dim=-1).clamp(-1, 1)  # [B, N]
-    return (1 - nearest.mean(dim=-1)).float()
+    if token_valid is None:
+        return (1 - nearest.mean(dim=-1)).float()
+    return (1 - (nearest * token_valid).sum(dim=-1) / token_valid.sum(dim=-1)).float()
 
 
 def reconstruction_residual(
-    features: Tensor, keep_indices: Tensor, valid: Tensor | None = None
+    features: Tensor,
+    keep_indices: Tensor,
+    valid: Tensor | None = None,
+    token_valid: Tensor | None = None,
 ) -> Tensor:
     """Relative squared error of the least-squares reconstruction of all tokens from the kept ones.
 
@@ -59,6 +68,7 @@ def reconstruction_residual(
         features: [B, N, D], finite.
         keep_indices: [B, K] int64.
         valid: [B, K] bool, False on padding; None when every index counts.
+        token_valid: [B, N] bool, False on padding tokens, which do not count; None without.
 
     Returns:
         [B] fp32 in [0, 1]: 0 when the kept tokens span the rest, 1 when nothing is kept. An image
@@ -68,6 +78,8 @@ def reconstruction_residual(
         ValueError: if the shapes do not fit together.
     """
     tokens = features.double()
+    if token_valid is not None:
+        tokens = tokens * token_valid[..., None]
     kept = F.normalize(_gather_kept(tokens, keep_indices, valid), dim=-1)
     scale, rotation = torch.linalg.eigh(kept @ kept.mT)  # [B, K], [B, K, K]
     basis = F.normalize(rotation.mT @ kept, dim=-1)  # [B, K, D], orthonormal but for rank

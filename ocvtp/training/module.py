@@ -71,7 +71,7 @@ class OCPrunerModule(pl.LightningModule):
         super().__init__()
         self.objective = objective or SlotsObjective()
         self.num_slots = list(num_slots or (16, 32, 64, 128))
-        tokens = encoder.grid_hw[0] * encoder.grid_hw[1]
+        tokens = encoder.max_tokens
         for slots in [*self.num_slots, *([val_num_slots] if val_num_slots else [])]:
             if not 1 <= slots <= tokens:
                 raise ValueError(f"{slots} slots for {tokens} tokens; pass 1 to {tokens} slots.")
@@ -93,6 +93,7 @@ class OCPrunerModule(pl.LightningModule):
             **asdict(sizes),
             feature_dim=encoder.feature_dim,
             grid_hw=encoder.grid_hw,
+            layout=encoder.layout,
             decoder=self.objective.decoder,
             tower=encoder.tower_id,
             layer=encoder.layer,
@@ -136,20 +137,28 @@ class OCPrunerModule(pl.LightningModule):
                 on_epoch=True,
                 sync_dist=True,
             )
+        masks = first_views(tokens, outcome.attention.float(), len(batch["pixel_values"]))
         if "instances" in batch:
-            size = batch["instances"].shape[1:]
-            labels = slot_labels(outcome.attention.float(), tokens.grid_hw, tuple(size))
-            for name, metric in (
-                ("fg_ari", self.foreground_ari),
-                ("mbo_i", self.mean_best_overlap),
-            ):
-                metric.update(labels, batch["instances"])
-                self.log(f"val/{name}", metric, on_epoch=True)
-        return {"attention": outcome.attention, "grid_hw": tokens.grid_hw}
+            self._score_masks(masks, batch["instances"])
+        return {"masks": masks}
 
     def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
-        tokens = self.encoder(batch["pixel_values"])
+        tokens = self.encoder(batch["pixel_values"], batch["image_sizes"])
         return tokens, self.objective(self.network, tokens, num_slots)
+
+    def _score_masks(self, masks: list[Tensor], instances: Tensor | list[Tensor]) -> None:
+        """Add [S, h, w] slot masks and [H, W] instance ids to the metrics, equal sizes together."""
+        metrics = {"fg_ari": self.foreground_ari, "mbo_i": self.mean_best_overlap}
+        pairs: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+        for mask, ids in zip(masks, instances, strict=True):
+            pairs.setdefault((mask.shape, ids.shape), []).append((mask, ids))
+        for (shape, size), alike in pairs.items():
+            attention = torch.stack([mask.flatten(1) for mask, _ in alike])
+            labels = slot_labels(attention, (shape[1], shape[2]), (size[0], size[1]))
+            for metric in metrics.values():
+                metric.update(labels, torch.stack([ids for _, ids in alike]))
+        for name, metric in metrics.items():
+            self.log(f"val/{name}", metric, on_epoch=True)
 
     def _coverage(self, tokens: VisualTokens, outcome: Outcome) -> dict[str, Tensor]:
         """How well the slots' own tokens (no fill) stand for all tokens."""
@@ -158,10 +167,11 @@ class OCPrunerModule(pl.LightningModule):
         order = won.int().sort(dim=1, descending=True, stable=True).indices
         keep = order[:, : self.val_num_slots]
         valid = won.gather(1, keep)
+        kept = (features, keep, valid, tokens.valid)
         return {
             "unique_tokens": won.sum(dim=1).float().mean(),
-            "coverage_distance": nearest_kept_distance(features, keep, valid).mean(),
-            "coverage_residual": reconstruction_residual(features, keep, valid).mean(),
+            "coverage_distance": nearest_kept_distance(*kept).mean(),
+            "coverage_residual": reconstruction_residual(*kept).mean(),
         }
 
     def _nothing(self) -> Tensor | None:
@@ -238,6 +248,24 @@ class OCPrunerModule(pl.LightningModule):
                 for name in ("ocvtp", "torch", "transformers", "pytorch-lightning")
             },
         }
+
+
+def first_views(tokens: VisualTokens, attention: Tensor, num_images: int) -> list[Tensor]:
+    """Slot masks of the whole image: the base views', where images are cut into tiles.
+
+    Args:
+        tokens: of B >= I rows, those of the I images or their base views first.
+        attention: [B, S, N].
+        num_images: I.
+
+    Returns:
+        of each image [S, h, w].
+    """
+    grids = [tokens.grid_hw] * num_images if tokens.grids is None else tokens.grids[:, 0].tolist()
+    pairs = zip(attention[:num_images], grids, strict=True)
+    return [
+        own[:, : rows * columns].unflatten(1, (rows, columns)) for own, (rows, columns) in pairs
+    ]
 
 
 def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
