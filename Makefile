@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench readme clean
+.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench hosts readme clean
 
 install: $(STAMP)
 
@@ -43,7 +43,7 @@ $(OLDEST)/.installed: $(STAMP)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 -m "not slow" tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_cli.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -61,6 +61,11 @@ all-checks: lint type-check test test-oldest
 bench: install
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.select
+	$(BIN)/python -m benchmarks.stages
+
+# What every host can do, on the newest transformers and the oldest.
+hosts: install $(OLDEST)/.installed
+	$(BIN)/python -m benchmarks.hosts $(BIN)/python $(OLDEST)/bin/python
 
 readme: install
 	$(BIN)/python -m benchmarks.readme

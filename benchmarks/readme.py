@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.table import select_table, table
+from benchmarks.table import hosts_tables, select_table, table
 from ocvtp.pruners.catalog import markdown_table
 
 
@@ -13,7 +13,12 @@ def main() -> None:
     """Replace what stands between the marks of each section."""
     path = Path(__file__).parents[1] / "README.md"
     text = path.read_text()
-    sections = {"pruners": markdown_table(), "measured": table(), "select": select_table()}
+    sections = {
+        "pruners": markdown_table(),
+        "select": select_table(),
+        "hosts": hosts_tables(),
+        "measured": table(),
+    }
     for name, content in sections.items():
         pattern = rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)"
         text = re.sub(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL)

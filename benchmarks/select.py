@@ -90,7 +90,7 @@ def measure(case: dict[str, Any], rounds: int, tower: Any) -> dict[str, Any]:
     runs: dict[str, Callable[[], Any]] = {}
     for width in (4096, 1024):
         tokens = make_tokens(case["batch"], case["grid_hw"], width)
-        for name in ocvtp.list_pruners():
+        for name in ocvtp.list_pruners("llm_input"):
             pruner = build(name, case["num_keep"])
             if width == 4096:
                 runs[name] = lambda p=pruner, t=tokens: p.select(t)

@@ -1,4 +1,4 @@
-"""The README's tables of measured figures, from benchmarks/results."""
+"""The README's tables of what was measured and tested, from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -66,3 +66,47 @@ def select_table() -> str:
         figures = [_ms(case[name]) if name in case else "-" for case in cases.values()]
         lines.append(f"| {label} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
+
+
+def _notes(outcomes: list[tuple[str, str]], numbers: dict[str, int]) -> str:
+    """One cell of the versions' outcomes, whose reasons get numbers."""
+    said = [f"transformers {name}: {outcome}" for name, outcome in outcomes if outcome != "yes"]
+    marks = [f"({numbers.setdefault(note, len(numbers) + 1)})" for note in said]
+    works = len(said) < len(outcomes)
+    return " ".join(["yes" if works else "no", *marks])
+
+
+def hosts_tables() -> str:
+    """What every host does, and what it supplies, on all versions that were tested."""
+    results = json.loads((RESULTS / "hosts.json").read_text())
+    versions = [result["transformers"] for result in results]
+    newest, numbers = results[0], dict[str, int]()
+    hosts = list(newest["features"])
+    lines = [
+        f"Random tiny models, on transformers {' and '.join(versions)}.",
+        "",
+        f"| generate() and forward(), pruned | {' | '.join(f'`{host}`' for host in hosts)} |",
+        "|---|" + "---|" * len(hosts),
+    ]
+    for title in newest["features"][hosts[0]]:
+        cells = []
+        for host in hosts:
+            outcomes = [(r["transformers"], r["features"][host][title]) for r in results]
+            cells.append(_notes(outcomes, numbers))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    notes = [f"({number}) {note}." for note, number in numbers.items()]
+    return "\n".join([*lines, *["", " ".join(notes)] * bool(notes), "", *_supplies(results)]) + "\n"
+
+
+def _supplies(results: list[dict[str, Any]]) -> list[str]:
+    titles = list(next(iter(results[0]["supplies"].values())))
+    lines = [
+        f"| host, vision tower: what pruners may read | {' | '.join(titles)} |",
+        "|---|" + "---|" * len(titles),
+    ]
+    for name in results[0]["supplies"]:
+        host, tower = name.split(", ")
+        known = [result["supplies"][name] for result in results]
+        cells = ["yes" if all(row[title] for row in known) else "-" for title in titles]
+        lines.append(f"| `{host}`, {tower} | {' | '.join(cells)} |")
+    return lines

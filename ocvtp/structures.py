@@ -18,10 +18,11 @@ from torch import Tensor
 Stage = Literal["pixels", "encoder", "llm_input", "llm_layers"]
 STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
-AttentionKind = Literal["cls", "received", "given", "last", "text", "visual"]
+AttentionKind = Literal["cls", "received", "given", "global", "last", "text", "visual"]
 AttentionKey = tuple[int, AttentionKind]
 """(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included, unless
-`Needs.patch_queries`), `given` the mean over the patch keys of each patch query. In the language
+`Needs.patch_queries`), `given` the mean over the patch keys of each patch query, `global` the mean
+over the queries of those patches that receive at least twice the mean of all. In the language
 model, whose blocks are its layers: `last` is the row of the prompt's last token, `text` the mean
 over the rows that the pruner's `raters` name, `visual` the mean over the image's own tokens of
 their attention among each other. All are means over heads, in fp32."""

@@ -26,9 +26,10 @@ def test_the_table_of_pruners_is_the_registry():
 
 
 def test_the_measured_tables_are_the_result_files():
-    from benchmarks.table import select_table, table
+    from benchmarks.table import hosts_tables, select_table, table
 
     assert generated("measured") == table()
+    assert generated("hosts") == hosts_tables()
     assert generated("select") == select_table()
 
 

@@ -7,16 +7,29 @@ from typing import Any
 import torch
 
 IMAGE_TOKEN, PAD, BOS, VOCABULARY = 100, 0, 1, 128
+TEXT = {  # of the language models
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": 2,
+}
 
 
 def tiny_llava(tower: str, **settings: Any) -> Any:
     """LLaVA-1.5 on 56 pixels: 16 tokens an image, a `clip` or `siglip` tower, 3 decoder layers."""
     strategy = "default" if tower == "clip" else "full"
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": strategy} | settings
-    return _llava(_vision(tower), **settings)
+    return _llava(tiny_vision(tower), **settings)
 
 
-def _vision(family: str) -> Any:
+def tiny_vision(family: str) -> Any:
+    """Settings of a `clip` or `siglip` tower of 6 layers on 56 pixels."""
     from transformers import CLIPVisionConfig, SiglipVisionConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
@@ -29,37 +42,35 @@ def _vision(family: str) -> Any:
 def _llava(vision: Any, **settings: Any) -> Any:
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=2,
-    )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE_TOKEN,
         image_seq_length=16,
         attn_implementation="sdpa",
         **settings,
     )
+    return random_model(LlavaForConditionalGeneration, config)
+
+
+def random_model(model_class: Any, config: Any) -> Any:
+    """A model of random weights in evaluation mode, whose answers run to their full length."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # weights of the usual size make so small a model nearly blind
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0)
+        model = model_class(config)
+    widen(model)
     model.generation_config.pad_token_id = PAD
     model.generation_config.bos_token_id = BOS
-    model.generation_config.eos_token_id = None  # answers run to their full length
+    model.generation_config.eos_token_id = None
     return model.eval()
+
+
+@torch.no_grad()
+def widen(model: Any) -> None:
+    """Make weights larger: of the usual size, they make so small a model nearly blind."""
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.mul_(8.0)
 
 
 LLAVA_TEMPLATE = (  # LLaVA-1.5's own in transformers
@@ -84,7 +95,7 @@ def tiny_processor(chat_template: str | None = LLAVA_TEMPLATE) -> Any:
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     return LlavaProcessor(
         image_processor=plain_processor(56),
-        tokenizer=_character_tokenizer(
+        tokenizer=character_tokenizer(
             vocabulary, **ends, extra_special_tokens={"image_token": "<image>"}
         ),
         patch_size=14,
@@ -98,7 +109,7 @@ def tiny_clip(tower: Any) -> tuple[Any, Any]:
     """A CLIP around a vision tower, with a token for every character, and its tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
-    tokenizer = _character_tokenizer(
+    tokenizer = character_tokenizer(
         {"<unk>": 99, "<|startoftext|>": 126, "<|endoftext|>": 127},
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
@@ -113,15 +124,13 @@ def tiny_clip(tower: Any) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CLIPModel(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0)
+    widen(model)
     model.vision_model.load_state_dict(tower.state_dict())
     return model.eval(), tokenizer
 
 
-def _character_tokenizer(special: dict[str, int], **settings: Any) -> Any:
+def character_tokenizer(special: dict[str, int], **settings: Any) -> Any:
+    """A tokenizer with a token for every character, and special ones with these numbers."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -130,7 +139,7 @@ def _character_tokenizer(special: dict[str, int], **settings: Any) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     start, end = settings["bos_token"], settings["eos_token"]
-    sequence = f"{start} $A" if "<image>" in special else f"{start} $A {end}"
+    sequence = f"{start} $A" if IMAGE_TOKEN in special.values() else f"{start} $A {end}"
     tokenizer.post_processor = processors.TemplateProcessing(
         single=sequence, special_tokens=[(start, special[start]), (end, special[end])]
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from tiny_models import (
-    BOS,
     IMAGE_TOKEN,
     LLAVA_TEMPLATE,
-    PAD,
-    VOCABULARY,
+    TEXT,
+    random_model,
     tiny_processor,
+    tiny_vision,
 )
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
@@ -19,53 +18,18 @@ PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
 
 def tiny_next(tower: str = "clip", **settings: Any) -> Any:
     """LLaVA-NeXT on tiles of 56 pixels: 16 tokens a tile, a `clip` or `siglip` tower."""
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
-        SiglipVisionConfig,
-    )
+    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
-    sizes |= {"num_hidden_layers": 6, "num_attention_heads": 4}
-    if tower == "clip":
-        vision: Any = CLIPVisionConfig(**sizes, projection_dim=32)
-    else:
-        vision = SiglipVisionConfig(**sizes, vision_use_head=False)
-    text = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=2,
-    )
-    settings = {"image_grid_pinpoints": PINPOINTS} | settings
     config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=tiny_vision(tower),
+        text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default" if tower == "clip" else "full",
         attn_implementation="sdpa",
-        **settings,
+        **{"image_grid_pinpoints": PINPOINTS} | settings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaNextForConditionalGeneration(config)
-    with torch.no_grad():  # weights of the usual size make so small a model nearly blind
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.bos_token_id = BOS
-    model.generation_config.eos_token_id = None  # answers run to their full length
-    return model.eval()
+    return random_model(LlavaNextForConditionalGeneration, config)
 
 
 def tiny_next_processor(**settings: Any) -> Any:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from tiny_models import BOS, IMAGE_TOKEN, LLAVA_TEMPLATE, PAD, VOCABULARY, tiny_processor
+from tiny_models import IMAGE_TOKEN, LLAVA_TEMPLATE, TEXT, random_model, tiny_processor
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [168, 224], [224, 224]]
 """Of tiles of the last two the model may resize the tokens: more than 9 tiles."""
@@ -30,43 +29,18 @@ def tiny_onevision(image_size: int = 56, **settings: Any) -> Any:
         patch_size=14,
         vision_use_head=False,
     )
-    text = Qwen2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=2,
-    )
-    settings = {
-        "image_grid_pinpoints": PINPOINTS,
-        "vision_aspect_ratio": "anyres_max_9",
-    } | settings
+    ratios = {"image_grid_pinpoints": PINPOINTS, "vision_aspect_ratio": "anyres_max_9"}
     config = LlavaOnevisionConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=Qwen2Config(**TEXT),
         image_token_id=IMAGE_TOKEN,
         video_token_id=VIDEO_TOKEN,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
         attn_implementation="sdpa",
-        **settings,
+        **ratios | settings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlavaOnevisionForConditionalGeneration(config)
-    with torch.no_grad():  # weights of the usual size make so small a model nearly blind
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.bos_token_id = BOS
-    model.generation_config.eos_token_id = None  # answers run to their full length
-    return model.eval()
+    return random_model(LlavaOnevisionForConditionalGeneration, config)
 
 
 def tiny_onevision_processor() -> Any:

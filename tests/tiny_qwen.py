@@ -1,4 +1,4 @@
-"""A tiny random Qwen2.5-VL and its prompts: windows of 2 x 2 units, images of any size.
+"""Tiny random models of the Qwen-VL family and their prompts: images of any size.
 
 B rows, I images, L columns.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from tiny_models import BOS, IMAGE_TOKEN, PAD, VOCABULARY
+from tiny_models import BOS, IMAGE_TOKEN, PAD, TEXT, random_model
 
 VISION_START, VISION_END, VIDEO_TOKEN = 101, 102, 103
 Part = int | tuple[int, int]
@@ -19,62 +19,61 @@ SEVERAL: list[tuple[Part, ...]] = [(5, (4, 4), 3, (3, 5), (4, 6), 4)]
 BATCH: list[tuple[Part, ...]] = [(5, (4, 4), 4), (9,), (3, (5, 3), 2, (3, 6), 6)]
 
 
+VISION = {
+    "depth": 4,
+    "num_heads": 4,
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "in_channels": 3,
+}
+
+
 def tiny_qwen(**settings: Any) -> Any:
     """Qwen2.5-VL with 4 blocks, of which 1 and 3 attend to whole images, and 3 decoder layers."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    text = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "pad_token_id": PAD,
-        "bos_token_id": BOS,
-        "eos_token_id": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "type": "mrope",
-            "mrope_section": [2, 2, 2],
-            "rope_theta": 10000.0,
-        },
+    vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 64}
+    windows = {"window_size": 56, "fullatt_block_indexes": [1, 3]}
+    config = Qwen2_5_VLConfig(**_parts(vision | windows, type="mrope"), **settings)
+    return random_model(Qwen2_5_VLForConditionalGeneration, config)
+
+
+def tiny_qwen2(**settings: Any) -> Any:
+    """Qwen2-VL of the same sizes, without windows."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+    config = Qwen2VLConfig(**_parts(vision, type="mrope"), **settings)
+    return random_model(Qwen2VLForConditionalGeneration, config)
+
+
+def tiny_qwen3(**settings: Any) -> Any:
+    """Qwen3-VL of the same sizes; blocks 0 and 2 of the tower reach two decoder layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 64}
+    deepstack = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
+    parts = _parts(vision | deepstack, mrope_interleaved=True)
+    parts["text_config"]["head_dim"] = 12
+    return random_model(Qwen3VLForConditionalGeneration, Qwen3VLConfig(**parts, **settings))
+
+
+FAMILIES = {"qwen2": tiny_qwen2, "qwen2.5": tiny_qwen, "qwen3": tiny_qwen3}
+
+
+def _parts(vision: dict[str, Any], **rope: Any) -> dict[str, Any]:
+    """Settings of a model around a vision tower."""
+    sections = {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 10000.0}
+    return {
+        "text_config": {**TEXT, "rope_parameters": sections | rope},
+        "vision_config": VISION | vision,
+        "image_token_id": IMAGE_TOKEN,
+        "video_token_id": VIDEO_TOKEN,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "attn_implementation": "sdpa",
     }
-    vision = {
-        "depth": 4,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 4,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 56,
-        "out_hidden_size": 48,
-        "fullatt_block_indexes": [1, 3],
-        "in_channels": 3,
-    }
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        attn_implementation="sdpa",
-        **settings,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    with torch.no_grad():  # weights of the usual size make so small a model nearly blind
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.mul_(8.0)
-    model.generation_config.pad_token_id = PAD
-    model.generation_config.bos_token_id = BOS
-    model.generation_config.eos_token_id = None  # answers run to their full length
-    return model.eval()
 
 
 def make_batch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
@@ -48,8 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     each = "image" if arguments.budget == "per_image" else "tile"
     pairs = zip(result.visual_tokens_kept, result.visual_tokens, strict=True)
     kept = ", ".join(f"{few} of {all_}" for few, all_ in pairs)
+    inside = "".join(
+        f"; {', '.join(map(str, stage['visual_tokens_kept']))} from layer {stage['layer']} on"
+        for stage in result.layers
+    )
     text = (
-        f"{result.answer}\n[{result.pruner}: {kept} visual tokens per {each};"
+        f"{result.answer}\n[{result.pruner}: {kept} visual tokens per {each}{inside};"
         f" prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
     )
     output.emit(asdict(result), text, arguments.json)
@@ -65,6 +69,8 @@ class Answer:
         visual_tokens: of each image (or tile, where each has a budget of its own) before pruning.
         visual_tokens_kept: after.
         prompt_tokens: of the prompt before pruning. prompt_tokens_kept: after.
+        layers: inside the language model, `layer` and `visual_tokens_kept` of each image from
+            there on.
     """
 
     answer: str
@@ -73,6 +79,7 @@ class Answer:
     visual_tokens_kept: list[int]
     prompt_tokens: int
     prompt_tokens_kept: int
+    layers: list[dict[str, Any]]
 
 
 def answer(
@@ -119,4 +126,5 @@ def answer(
         visual_tokens_kept=counts["visual_tokens_kept"],
         prompt_tokens=counts["prompt_tokens"],
         prompt_tokens_kept=counts["prompt_tokens_kept"][0],
+        layers=counts["layers"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from typing import Any, get_args
 
 import yaml
@@ -64,11 +65,17 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
     known = {f.name for f in dataclasses.fields(pruner_class(name))}
     shared = {k: getattr(arguments, k) for k in ("num_keep", "keep_ratio", "checkpoint")}
     settings: dict[str, Any] = {k: v for k, v in shared.items() if v is not None and k in known}
-    for pair in filter(None, text.split(",")):
+    for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"--pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"--pruner {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
+                " stages=[[2,64]]."
+            ) from error
     return build_pruner(name, **settings)
 
 

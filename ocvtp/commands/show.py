@@ -94,6 +94,7 @@ def show(
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     pixels = dict(inputs)
     inputs = inputs.to(device, vlm.dtype)
+    _check_stages(pruners)
     groups = _agreeing(pruners)
     for needs, group in groups:
         host.check(needs)
@@ -119,6 +120,16 @@ def show(
     save_figure(figure(seen, panels), Path(output))
     count = sum(rows * columns for rows, columns in grids)
     return {"output": output, "visual_tokens": count, "kept": kept}
+
+
+def _check_stages(pruners: Sequence[Pruner]) -> None:
+    for pruner in pruners:
+        if len(pruner.parts) > 1 or pruner.stage != "llm_input":
+            stages = " and ".join(part.stage for part in pruner.parts)
+            raise ValueError(
+                f"{pruner.name} acts at {stages}; `show` draws what pruners of stage llm_input"
+                " keep (see `ocvtp list`)."
+            )
 
 
 def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:

@@ -19,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
+from ocvtp.encoders.rows import Rows
 from ocvtp.structures import AttentionKind, Needs
 
 _CHUNK_BYTES = 64 * 2**20  # of fp32 attention held at once
@@ -33,6 +35,7 @@ class Recording:
     hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
     keys: dict[int, Tensor] = field(default_factory=dict)
+    rows: dict[int, Rows] = field(default_factory=dict)  # block -> what it ran, where not all
     other: dict[str, Any] = field(default_factory=dict)
 
 
@@ -48,6 +51,11 @@ def recording() -> Iterator[Recording]:
         yield record
     finally:
         _RECORDING.reset(token)
+
+
+def current() -> Recording | None:
+    """The recording that this thread is in."""
+    return _RECORDING.get()
 
 
 @dataclass(frozen=True)
@@ -83,8 +91,12 @@ def clip_tower(tower: Any) -> Tower:
     return Tower(
         blocks=tower.encoder.layers,
         num_heads=tower.config.num_attention_heads,
-        query_key=lambda block: (block.self_attn.q_proj, block.self_attn.k_proj),
+        query_key=_query_key_of_clip,
     )
+
+
+def _query_key_of_clip(block: Any) -> tuple[nn.Module, nn.Module]:
+    return block.self_attn.q_proj, block.self_attn.k_proj
 
 
 def resolve(number: int, count: int, what: str) -> int:
@@ -173,7 +185,7 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         num_prefix: tokens before the patches: 1 with a CLS, else 0.
 
     Returns:
-        Keyword arguments of `VisualTokens`.
+        Keyword arguments of `VisualTokens`; 0 for tokens that were not there any more.
 
     Raises:
         ValueError: if CLS attention is asked of a tower without a CLS.
@@ -199,13 +211,22 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
     for number, kind in needs.attention:
         block = tower.block(number)
         queries, keys = _side_by_side(record.queries[block]), _side_by_side(record.keys[block])
-        found["attention"][number, kind] = attention_mean(
-            queries, keys, tower.num_heads, kind, num_prefix, needs.patch_queries
+        rows = record.rows.get(block)
+        mean = attention_mean(
+            queries, keys, tower.num_heads, kind, num_prefix, needs.patch_queries, rows
         )
-    keys_of = {i: _side_by_side(record.keys[tower.block(i)]) for i in needs.keys}
+        if rows is not None:
+            mean = rows.scatter(pad(mean, (num_prefix, 0))[:, :, None])[:, num_prefix:, 0]
+        found["attention"][number, kind] = mean
+
+    def whole(store: dict[int, Tensor], block: int) -> Tensor:
+        values, rows = _side_by_side(store[block]), record.rows.get(block)
+        return values if rows is None else rows.scatter(values)
+
+    keys_of = {i: whole(record.keys, tower.block(i)) for i in needs.keys}
     found["keys"] = {i: keys[:, num_prefix:] for i, keys in keys_of.items()}
     if num_prefix:
-        queries_of = {i: _side_by_side(record.queries[tower.block(i)]) for i in needs.keys}
+        queries_of = {i: whole(record.queries, tower.block(i)) for i in needs.keys}
         found["cls_keys"] = {i: keys[:, 0] for i, keys in keys_of.items()}
         found["cls_queries"] = {i: queries[:, 0] for i, queries in queries_of.items()}
     return found
@@ -223,6 +244,7 @@ def attention_mean(
     kind: AttentionKind,
     num_prefix: int,
     patch_queries: bool = False,
+    rows: Rows | None = None,
 ) -> Tensor:
     """One row or mean of softmax(q k^T / sqrt(d)), head mean, fp32, in bounded memory.
 
@@ -230,31 +252,49 @@ def attention_mean(
         queries: [B, T, D], all heads side by side.
         keys: [B, T, D].
         num_heads: H.
-        kind: `cls`: the first row; `received`: the mean over all T queries; `given`: for each patch
-            the mean over the patch keys.
+        kind: of the vision tower, see `AttentionKey`.
         num_prefix: tokens before the patches.
         patch_queries: leave the queries of the prefix tokens out of `received`.
+        rows: what the T tokens are, where they are not all; padding among them counts for nothing.
 
     Returns:
         [B, N], the prefix tokens' own entries left out.
     """
     split = (num_heads, queries.shape[-1] // num_heads)
-    q = queries[:, :1] if kind == "cls" else queries
-    if kind == "received" and patch_queries:
-        q = queries[:, num_prefix:]
-    q = q.unflatten(-1, split).transpose(1, 2).float() * split[1] ** -0.5  # [B, H, Q, d]
+    real = torch.ones_like(keys[:, :, 0], dtype=torch.float32)  # [B, T]
+    if rows is not None and rows.real is not None:
+        real = rows.real.float()
+    bias = None if rows is None else rows.bias()
+    first = 1 if kind == "cls" else queries.shape[1]
+    start = num_prefix if kind == "received" and patch_queries else 0
+    asking = real[:, start:first]  # [B, Q]
+    if kind == "global":
+        received = attention_mean(queries, keys, num_heads, "received", num_prefix, rows=rows)
+        asking = asking * pad(_outstanding(received, real[:, num_prefix:]), (num_prefix, 0))
+    q = queries[:, start:first].unflatten(-1, split).transpose(1, 2).float() * split[1] ** -0.5
     k = keys.unflatten(-1, split).permute(0, 2, 3, 1).float()  # [B, H, d, T]
-    rows = max(1, _CHUNK_BYTES // (4 * q.shape[0] * num_heads * k.shape[-1]))
+    size = max(1, _CHUNK_BYTES // (4 * q.shape[0] * num_heads * k.shape[-1]))
     total: Tensor | None = None
     given = []
-    for chunk in q.split(rows, dim=2):
-        weights = (chunk @ k).softmax(dim=-1)  # [B, H, rows, T]
+    for chunk, counts in zip(q.split(size, dim=2), asking.split(size, dim=1), strict=True):
+        logits = chunk @ k if bias is None else chunk @ k + bias[:, None, None]
+        weights = logits.softmax(dim=-1)  # [B, H, rows, T]
         if kind == "given":
-            given.append(weights[..., num_prefix:].mean(dim=(1, 3)))
+            given.append(weights[..., num_prefix:].sum(dim=(1, 3)))
         else:
+            if rows is not None or kind == "global":  # some do not ask, e.g. padding
+                weights = weights * counts[:, None, :, None]
             part = weights.sum(dim=(1, 2))
             total = part if total is None else total + part
     if total is None:
-        return torch.cat(given, dim=1)[:, num_prefix:]
-    mean: Tensor = total / (num_heads * q.shape[2])
+        patches = real[:, num_prefix:].sum(dim=1, keepdim=True)
+        return torch.cat(given, dim=1)[:, num_prefix:] / (num_heads * patches)
+    mean: Tensor = total / (num_heads * asking.sum(dim=1, keepdim=True))
     return mean[:, num_prefix:]
+
+
+def _outstanding(received: Tensor, real: Tensor) -> Tensor:
+    """[B, N] 1 for patches that receive at least twice the mean of the real ones, or the most."""
+    received = received * real
+    mean = received.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+    return real * (received >= (2 * mean).minimum(received.amax(dim=1, keepdim=True)))

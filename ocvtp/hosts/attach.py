@@ -15,19 +15,31 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from ocvtp.hosts import calls
+from ocvtp.hosts import calls, layers
 from ocvtp.hosts.base import Host, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
+from ocvtp.hosts.internvl import InternVLHost
 from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.llava_next import LlavaNextHost
 from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
 from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
+from ocvtp.hosts.qwen2_vl import Qwen2VLHost
+from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt
-from ocvtp.pruners import Compose, Pruner
+from ocvtp.pruners import Compose, Pruner, build_pruner
+from ocvtp.pruners.layered import LayerPruner
 
-HOSTS: tuple[type[Host], ...] = (LlavaHost, LlavaNextHost, LlavaOnevisionHost, Qwen25VLHost)
+HOSTS: tuple[type[Host], ...] = (
+    LlavaHost,
+    LlavaNextHost,
+    LlavaOnevisionHost,
+    Qwen2VLHost,
+    Qwen25VLHost,
+    Qwen3VLHost,
+    InternVLHost,
+)
 _WRAPPED = ("forward", "generate")
 
 
@@ -125,14 +137,14 @@ def attach(
         model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
         pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages.
         processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
-            the prompt: it tells the user's words from the chat template. None looks for the one
-            saved with the model.
+            the prompt: it tells the user's words from the chat template; and for those that read
+            pixels: it says how they were normalised. None looks for the one saved with the model.
         text_tower: for pruners that compare images with the prompt by CLIP: hub id or folder of the
             CLIP that the vision tower is from, a `CLIPModel`, or a pair `(CLIPModel, tokenizer)`.
             None looks for it on this machine.
         positions: `contiguous` numbers the tokens that are left from 0; `original` leaves each
             token the position that it had. Models that turn tokens by their place in the image
-            (Qwen2.5-VL) always keep those.
+            (Qwen-VL) always keep those.
         budget: where a model cuts images into tiles, `num_keep` is that of the image (`per_image`)
             or of every tile (`per_tile`: pruners see each as an image of its own).
         separators: where a model ends the rows of images with newline tokens: `rows` keeps those
@@ -157,11 +169,29 @@ def attach(
     host = find_host(model, Tiling(budget, separators))
     for part in pruner.parts:
         _check(host, part)
-    before_llm = next(part for part in pruner.parts if part.stage == "llm_input")
-    reader = make_reader(host, pruner.needs, processor, text_tower)
-    hooks = host.install(pruner.needs)
+    in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
+    host.set_stages(in_tower, pruner.tower_needs, processor)
+    by_stage = {part.stage: part for part in pruner.parts}
+    inside = by_stage.get("llm_layers")
+    if not (inside is None or isinstance(inside, LayerPruner)):
+        raise ValueError(
+            f"pruner {inside.name!r} acts at stage 'llm_layers', but is no LayerPruner; derive it"
+            " from ocvtp.pruners.LayerPruner."
+        )
+    state = State(
+        host=host,
+        pruner=by_stage.get("llm_input", build_pruner("none")),
+        needs=pruner.tower_needs,
+        positions=positions,
+        on_prune=on_prune,
+        reader=make_reader(host, pruner.tower_needs, processor, text_tower),
+        layers=inside,
+    )
+    hooks = host.install(pruner.tower_needs)
+    if inside is not None:
+        hooks += layers.install(host.language_model, inside)
     attributes = model.__dict__
-    attributes[STATE] = state = State(host, before_llm, positions, on_prune, reader)
+    attributes[STATE] = state
     for name in _WRAPPED:
         attributes[name] = _Wrapper(getattr(calls, name), model, attributes.get(name))
     return Handle(model, state, hooks)
@@ -171,9 +201,12 @@ def _check(host: Host, pruner: Pruner) -> None:
     if pruner.stage not in host.stages:
         raise ValueError(
             f"pruner {pruner.name!r} acts at stage {pruner.stage!r}; the host of"
-            f" {host.model.config.model_type!r} serves {', '.join(host.stages)}."
+            f" {host.model.config.model_type!r} serves {', '.join(host.stages)}:"
+            " pass a pruner of one of these (see `ocvtp list`)."
         )
-    host.check(pruner.needs)
+    if isinstance(pruner, LayerPruner):
+        layers.check(host, pruner)
+    host.check(pruner.tower_needs)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ images, D' its width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
 
 TileBudget = Literal["per_image", "per_tile"]
@@ -55,11 +56,21 @@ class Encoded:
         embeddings: [R, D'], what the language model would read, image after image.
         starts: [I] number of each image's first row among the R, that of the whole image for
             tiles; None where all have as many.
+        deepstack: [E, I, N, D'], what the language model would add to its hidden states behind
+            each of its first E layers; None where it adds nothing.
+        num_given: [I] tokens that each image had before any was dropped in the tower; None where
+            they are all in `tokens`.
     """
 
     tokens: VisualTokens
     embeddings: Tensor
     starts: Tensor | None = None
+    deepstack: Tensor | None = None
+    num_given: Tensor | None = None
+
+    def counts(self) -> Tensor:
+        """[I] visual tokens of each image, before any was dropped."""
+        return self.tokens.real.sum(dim=1) if self.num_given is None else self.num_given
 
     def first_rows(self, device: torch.device) -> Tensor:
         """[I] `starts`, or what it is where all images have as many rows."""
@@ -76,10 +87,12 @@ class Kept:
     Args:
         positions: [R'] ascending row numbers among the R that it would have read.
         embeddings: [R', D'].
+        deepstack: [E, R', D'], see `Encoded`.
     """
 
     positions: Tensor
     embeddings: Tensor
+    deepstack: Tensor | None = None
 
 
 class Host(ABC):
@@ -94,7 +107,7 @@ class Host(ABC):
     """Values of `config.model_type` that it serves."""
     image_keys: ClassVar[tuple[str, ...]]
     """Arguments of forward() that belong to the images."""
-    stages: ClassVar[tuple[Stage, ...]] = ("llm_input",)
+    stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
 
     def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
@@ -105,6 +118,16 @@ class Host(ABC):
     @abstractmethod
     def tower(self) -> nn.Module:
         """The vision tower; where `check` lets `clip` pass, a CLIP's of transformers."""
+
+    @property
+    def language_model(self) -> Any:
+        """The language model, its `layers` in order."""
+        return self.model.model.language_model
+
+    @property
+    def num_deepstack_layers(self) -> int:
+        """Layers of the language model, the first ones, that add rows of the tower."""
+        return 0
 
     @property
     def image_token_id(self) -> int:
@@ -123,6 +146,20 @@ class Host(ABC):
     def install(self, needs: Needs) -> list[RemovableHandle]:
         """Put inert hooks where `needs` looks."""
 
+    def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
+        """Let pruners act before and inside the tower from `install` on.
+
+        Args:
+            parts: those of stages `pixels` and `encoder`, none for hosts that serve neither.
+            needs: of what reads the tower behind them.
+            processor: that makes the model's inputs; None if it is not given.
+
+        Raises:
+            ValueError: if they do not fit the model or each other.
+        """
+        del needs, processor
+        assert not parts, self.stages
+
     @abstractmethod
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """Run the host's own image encoding, with the hooks of `install` in place.
@@ -132,9 +169,28 @@ class Host(ABC):
             needs: as given to `install`.
         """
 
+    def by_image(self, encoded: Encoded, slots: Tensor) -> Encoded:
+        """Put together what is of one image, for hosts whose images only the prompt tells apart.
+
+        Args:
+            encoded: as `encode` returns it.
+            slots: [R, 2] row and column of the placeholder of every row of `encoded.embeddings`.
+
+        Returns:
+            the same tokens as images; what `encode` returns, for all other hosts.
+        """
+        del slots
+        return encoded
+
     @abstractmethod
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """Keep what was selected."""
+
+    def tokens_of_rows(self, encoded: Encoded) -> Tensor:
+        """[R] which token of its image every row is, -1 for rows that are none (separators)."""
+        starts = encoded.first_rows(encoded.embeddings.device).unique()
+        rows = torch.arange(len(encoded.embeddings), device=starts.device)
+        return rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
 
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
         """The grids that the tokens of the first image are, one behind the other, to draw them."""
@@ -174,10 +230,10 @@ class Host(ABC):
         """Facts for tables and reports."""
         return {"model_type": self.model.config.model_type, "stages": list(self.stages)}
 
-    def eager_tower(self, needs: Needs) -> AbstractContextManager[Any]:
-        """Run a compiled tower eagerly if hooks look into it: dynamo ignores them."""
-        looks_inside = needs.hidden or needs.attention or needs.keys or needs.cls
-        if looks_inside and any(_is_compiled(module) for module in self.tower.modules()):
+    def eager_tower(self, needs: Needs, acts: bool = False) -> AbstractContextManager[Any]:
+        """Run a compiled tower eagerly if hooks look into it, or act: dynamo ignores them."""
+        looks_inside = acts or needs.hidden or needs.attention or needs.keys or needs.cls
+        if looks_inside and any(is_compiled(module) for module in self.tower.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
 
@@ -205,7 +261,8 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
     return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile wraps a module."""
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 

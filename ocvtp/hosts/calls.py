@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import generation, turns
+from ocvtp.hosts import generation, layers, turns
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
-from ocvtp.hosts.rewrite import Positions, Prompt, shorten
+from ocvtp.hosts.rewrite import Positions, Prompt, look, shorten
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.layered import LayerPruner
+from ocvtp.structures import Needs
 
 STATE = "_ocvtp_state"
 
@@ -30,13 +33,16 @@ class State:
 
     host: Host
     pruner: Pruner
+    needs: Needs
     positions: Positions
     on_prune: Callable[[Prompt], None] | None
     reader: Reader | None = None
+    layers: LayerPruner | None = None
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
-        short, prompt = shorten(self.host, self.pruner, inputs, self.positions, self.reader)
+        seen = look(self.host, self.needs, inputs, self.reader)
+        short, prompt = shorten(self.host, self.pruner, inputs, seen, self.positions, self.layers)
         if self.on_prune is not None:
             self.on_prune(prompt)
         return short, prompt
@@ -78,7 +84,10 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
     kwargs = _by_name(model, "forward", args, kwargs)
     running = _RUNNING.get()
     if running is not None and running.model is model:  # the ids are short already
-        return original(**_splice(running, kwargs))
+        kwargs, deepstack = _splice(running, kwargs)
+        is_prompt = kwargs.get("inputs_embeds") is not None
+        with handing(deepstack), layers.reading(running.prompt.layers if is_prompt else None):
+            return original(**kwargs)
     if not _brings_images(kwargs):
         return original(**turns.next_step(kwargs, ids))
     if generation.cache_length(kwargs):
@@ -93,7 +102,8 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
         )
     short, prompt = state.shorten(kwargs)
     short |= {"input_ids": None, "inputs_embeds": prompt.embeddings}
-    output = original(**short)
+    with handing(prompt.deepstack), layers.reading(prompt.layers):
+        output = original(**short)
     turns.remember(output, kwargs, prompt)
     state.host.set_rope_deltas(prompt.rope_deltas)
     return output
@@ -119,6 +129,8 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
         return original(**kwargs)
     else:
         kwargs["attention_mask"] = generation.given_or_inferred_mask(model, kwargs)
+        if state.layers is not None:
+            generation.check_layers(model, kwargs)
         turn, prompt = state.shorten(kwargs)
         shown = generation.Shown(prompt.input_ids, prompt.short_length)
         running, deltas = _Running(model, prompt), prompt.rope_deltas
@@ -148,12 +160,12 @@ def _brings_images(kwargs: dict[str, Any]) -> bool:
     return any(given) or bool(kwargs.get("mm_encoder_outputs"))
 
 
-def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _splice(running: _Running, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Deepstack | None]:
     """Put the prepared embeddings where this forward sees tokens of the short prompt."""
     prompt, ids = running.prompt, kwargs.get("input_ids")
     past = generation.cache_length(kwargs)
     if ids is None or past >= prompt.short_length:
-        return kwargs
+        return kwargs, None
     here = slice(past, past + ids.shape[1])
     repeats, rest = divmod(ids.shape[0], prompt.short_ids.shape[0])
     expected = prompt.short_ids[:, here].repeat_interleave(max(repeats, 1), dim=0)
@@ -164,7 +176,7 @@ def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:
                 "generate() ran the model on image placeholders that are not the prompt's (e.g. a"
                 " negative prompt with an image); leave them out while a pruner is attached."
             )
-        return kwargs  # e.g. the text-only branch of classifier-free guidance
+        return kwargs, None  # e.g. the text-only branch of classifier-free guidance
     running.num_read = max(running.num_read, past + head.shape[1])
     kwargs = dict(kwargs)
     tail = kwargs.pop("input_ids")[:, expected.shape[1] :]
@@ -179,4 +191,6 @@ def _splice(running: _Running, kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs["attention_mask"] = torch.ones(
             ids.shape[0], past + ids.shape[1], dtype=torch.long, device=ids.device
         )
-    return kwargs
+    if prompt.deepstack is None:
+        return kwargs, None
+    return kwargs, prompt.deepstack.part(here, repeats, tail.shape[1])

@@ -6,7 +6,8 @@ see, K kept of each, D' width of the language model.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,20 +15,35 @@ from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
 from ocvtp.hosts.base import Encoded, Host, Kept, Tiling, merge, on_device
+from ocvtp.hosts.patches import TowerStages
+from ocvtp.hosts.pixels import scale_of
+from ocvtp.hosts.templates import find_processor
+from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 
-_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # tokens before the patches
+
+@dataclass(frozen=True, kw_only=True)
+class Placed(Encoded):
+    """Images some of whose tokens are not read, or not in this order.
+
+    Args:
+        places: [U, M] the row of every token that pruners see, -1 on padding.
+    """
+
+    places: Tensor
 
 
 class ClipFamilyHost(Host):
     """A model with `vision_tower` and `multi_modal_projector`, all tokens of a layer between them.
 
     Raises:
-        ValueError: for other towers than CLIP and SigLIP.
+        ValueError: for other towers than `towers` names.
     """
 
     family: ClassVar[str]
     """What messages call it."""
+    towers: ClassVar[dict[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
+    """The `model_type` of towers that it has, and their tokens before the patches."""
     image_keys: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_sizes",
@@ -35,15 +51,17 @@ class ClipFamilyHost(Host):
         "vision_feature_select_strategy",
     )
 
+    _tower_stages: TowerStages | None = None
+
     def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
         super().__init__(model, tiling)
         kind = self.tower.config.model_type
-        if kind not in _TOWERS:
+        if kind not in self.towers:
             raise ValueError(
                 f"this {self.family} has a {kind} tower; visual tokens can be pruned behind"
-                f" {' and '.join(_TOWERS)}."
+                f" {' and '.join(self.towers)}."
             )
-        self._num_prefix = _TOWERS[kind]
+        self._num_prefix = self.towers[kind]
 
     @property
     def tower(self) -> Any:
@@ -103,7 +121,25 @@ class ClipFamilyHost(Host):
     def install(self, needs: Needs) -> list[RemovableHandle]:
         """See `Host.install`."""
         handles = taps.install(self._view(), self._inside(needs))
-        return [*handles, taps.keep_input_of(self._projector, "features")]
+        handles.append(taps.keep_input_of(self._projector, "features"))
+        if self._tower_stages is not None:
+            handles += self._tower_stages.install(self.tower)
+        return handles
+
+    def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
+        """See `Host.set_stages`."""
+        if not parts:
+            return
+        scale = None
+        if any(part.stage == "pixels" for part in parts):
+            processor = find_processor(self.model) if processor is None else processor
+            scale = scale_of(processor, self.tower.config.model_type)
+        patch = self.tower.config.patch_size
+        for part in parts:
+            self.check(part.needs)
+        stages = TowerStages(parts, self._view(), self._num_prefix, patch, scale)
+        stages.check(needs, self.tower.config._attn_implementation)
+        self._tower_stages = stages
 
     def _look_inside(
         self, images: dict[str, Any], needs: Needs
@@ -112,14 +148,19 @@ class ClipFamilyHost(Host):
 
         Returns:
             of each image what the language model would read, and arguments of `VisualTokens` for
-            the U views: `features` [U, N, D] and what `needs` names of the tower.
+            the U views: `features` [U, N, D] and what `needs` names of the tower; `valid` where
+            only some of the tokens ran: the others are not there.
 
         Raises:
             ValueError: for settings of the call that the pruner cannot work with.
             RuntimeError: if a hook did not fire.
         """
         self._check_settings(images, needs)
-        with taps.recording() as record, on_device(self.model.model), self.eager_tower(needs):
+        stages = self._tower_stages
+        eager = self.eager_tower(needs, acts=stages is not None)
+        with taps.recording() as record, on_device(self.model.model), eager:
+            if stages is not None:
+                stages.begin(record, self._layers_read(images))
             output = self.model.model.get_image_features(**images, return_dict=True)
         features = record.other.get("features")
         if features is None:
@@ -129,9 +170,20 @@ class ClipFamilyHost(Host):
             )
         found = taps.gather(record, self._view(), self._inside(needs), self._num_prefix)
         if needs.cls:
-            layer = self._view().layer(self.model.config.vision_feature_layer)
-            found["cls"] = record.hidden[layer][:, 0]
+            found["cls"] = self._selected(record)[:, 0]
+        if stages is not None and (ran := stages.ran(record)) is not None:
+            found["valid"] = ran
         return list(output.pooler_output), {"features": features, **found}
+
+    def _layers_read(self, images: dict[str, Any]) -> list[int]:
+        """Layers that go to the projector."""
+        chosen = images.get("vision_feature_layer")
+        layers = self.model.config.vision_feature_layer if chosen is None else chosen
+        return [layers] if isinstance(layers, int) else list(layers)
+
+    def _selected(self, record: taps.Recording) -> Tensor:
+        """[U, T, D] the selected layer, CLS included."""
+        return record.hidden[self._view().layer(self.model.config.vision_feature_layer)]
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = self._strategy(images)

@@ -50,6 +50,19 @@ def given_or_inferred_mask(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
     return None if pad in ends or bool(real.all()) else real.long()
 
 
+def check_layers(model: Any, kwargs: dict[str, Any]) -> None:
+    """Refuse what cannot be had while tokens are dropped inside the language model.
+
+    Raises:
+        ValueError: if the prompt is to be read in chunks.
+    """
+    if chunk := _setting("prefill_chunk_size", kwargs, model):
+        raise ValueError(
+            f"prefill_chunk_size={chunk}: pruners that drop tokens inside the language model look"
+            " back from the prompt's last token, so they read it at once; leave it out."
+        )
+
+
 def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
     """Keep the meaning of arguments that count or read the prompt."""
     from transformers import (

@@ -8,10 +8,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
-from ocvtp.hosts.clip_family import ClipFamilyHost
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
+from ocvtp.hosts.views import counted, left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 
 
 class LlavaHost(ClipFamilyHost):
@@ -24,24 +26,44 @@ class LlavaHost(ClipFamilyHost):
 
     family: ClassVar[str] = "LLaVA"
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
+    stages: ClassVar[tuple[Stage, ...]] = STAGES
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
         rows, found = self._look_inside(images, needs)
         embeddings = torch.stack(rows)  # [I, N, D']
-        tokens = VisualTokens(
-            grid_hw=self._grid(images["pixel_values"], embeddings.shape[1]),
-            projected=embeddings if needs.projected else None,
-            **found,
-        )
-        return Encoded(tokens, embeddings.flatten(0, 1))
+        num_images, num_tokens = embeddings.shape[:2]
+        grid = self._grid(images["pixel_values"], num_tokens)
+        if needs.projected:
+            found["projected"] = embeddings
+        places = torch.arange(num_images * num_tokens, device=embeddings.device)
+        places, given = places.view(num_images, num_tokens), None
+        if (ran := found.pop("valid", None)) is not None:
+            index, valid = left_over(ran)
+            everyone = torch.arange(num_images, device=index.device)
+            found = seen_of_tiles(found, counted(index, num_tokens), everyone)
+            places = places.to(index.device).gather(1, index)
+            places = places if valid is None else places.masked_fill(~valid, -1)
+            found["valid"], given = valid, torch.full((num_images,), num_tokens)
+        tokens = VisualTokens(grid_hw=grid, **found)
+        return Placed(tokens, embeddings.flatten(0, 1), num_given=given, places=places)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """See `Host.apply`."""
-        images, num_tokens = encoded.tokens.features.shape[:2]
+        assert isinstance(encoded, Placed)
         keep = selection.keep_indices
-        first = num_tokens * torch.arange(images, device=keep.device)[:, None]
-        return self._kept(encoded, selection, keep + first)
+        return self._kept(encoded, selection, encoded.places.to(keep.device).gather(1, keep))
+
+    def tokens_of_rows(self, encoded: Encoded) -> Tensor:
+        """See `Host.tokens_of_rows`."""
+        assert isinstance(encoded, Placed)
+        return numbers_of_rows(encoded.places, len(encoded.embeddings))
+
+    def cells(self, encoded: Encoded) -> Tensor:
+        """See `Host.cells`."""
+        assert isinstance(encoded, Placed)
+        places, (height, width) = encoded.places.cpu(), encoded.tokens.grid_hw
+        return places.masked_fill(places >= height * width, -1)
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         super()._check_settings(images, needs)

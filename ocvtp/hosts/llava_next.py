@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.base import Encoded, Kept
-from ocvtp.hosts.clip_family import ClipFamilyHost
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
+from ocvtp.hosts.views import left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.pruners import Pruner
+from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -69,35 +71,44 @@ class TokenMap:
         lengths = torch.tensor(self.lengths)
         return lengths.cumsum(dim=0) - lengths
 
-    def views(self, per_tile: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def views(self, per_tile: bool, there: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What pruners see.
+
+        Args:
+            per_tile: whether they see every tile as an image of its own.
+            there: [T, N] bool, which tokens the tower left; None for all.
 
         Returns:
             [U, M] numbers of the tokens, in the order in which the language model reads them, -1
             where there is none; [U] the tile whose CLS speaks for each view; [U] first row of the
             image that each is of.
         """
+        source = self.source
+        if there is not None:
+            source = torch.where((source >= 0) & there.flatten()[source], source, -1)
         if per_tile:
-            places = self.places()
+            places = replace(self, source=source).places()
             tiles = (places >= 0).any(dim=1).nonzero()[:, 0]  # unpadding may remove a whole one
             numbers = torch.arange(places.numel()).view_as(places).masked_fill(places < 0, -1)
             starts = self.starts().repeat_interleave(torch.tensor(self.num_tiles))
-            return numbers[tiles], tiles, starts[tiles]
-        images = [image[image >= 0] for image in self.source.split(self.lengths)]
+            numbers = numbers[tiles]
+            if there is not None:
+                left, _ = left_over(numbers >= 0)
+                numbers = numbers.gather(1, left)
+            return numbers, tiles, starts[tiles]
+        images = [image[image >= 0] for image in source.split(self.lengths)]
         index = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1)
         return index, self.base_tiles(), self.starts()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed(Encoded):
+class Packed(Placed):
     """Images in tiles.
 
     Args:
-        places: [U, M] the row of every token that pruners see, -1 on padding.
         token_map: of the call.
     """
 
-    places: Tensor
     token_map: TokenMap
 
 
@@ -114,6 +125,18 @@ class LlavaNextHost(ClipFamilyHost):
 
     family: ClassVar[str] = "LLaVA-NeXT"
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
+    stages: ClassVar[tuple[Stage, ...]] = STAGES
+
+    def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
+        """See `Host.set_stages`: each tile is one image to them."""
+        for part in parts:
+            if part.num_keep is not None and self.tiling.budget == "per_image":
+                raise ValueError(
+                    f"pruner {part.name!r} acts in the vision tower, on one tile at a time, so that"
+                    f" num_keep={part.num_keep} cannot be that of an image; pass"
+                    " budget='per_tile', or keep_ratio in place of num_keep."
+                )
+        super().set_stages(parts, needs, processor)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
@@ -143,7 +166,11 @@ class LlavaNextHost(ClipFamilyHost):
         assert [len(image) for image in rows] == token_map.lengths
         embeddings, num_tokens = torch.cat(rows), token_map.num_tokens
         device = found["features"].device
-        index, tiles, starts = token_map.views(self.tiling.budget == "per_tile")
+        per_tile = self.tiling.budget == "per_tile"
+        ran, given = found.pop("valid", None), None
+        if ran is not None:
+            given = (token_map.views(per_tile)[0] >= 0).sum(dim=1)
+        index, tiles, starts = token_map.views(per_tile, None if ran is None else ran.cpu())
         valid = index >= 0
         places = token_map.places().flatten()[index].masked_fill(~valid, -1).to(device)
         index = torch.where(valid, index, tiles[:, None] * num_tokens).to(device)
@@ -154,7 +181,9 @@ class LlavaNextHost(ClipFamilyHost):
             projected=embeddings[read].to(device) if needs.projected else None,
             **seen_of_tiles(found, index, tiles.to(device)),
         )
-        return Packed(tokens, embeddings, starts, places=places, token_map=token_map)
+        return Packed(
+            tokens, embeddings, starts, num_given=given, places=places, token_map=token_map
+        )
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """See `Host.apply`."""
@@ -166,6 +195,11 @@ class LlavaNextHost(ClipFamilyHost):
         positions, order = torch.cat([kept.positions, newlines]).sort()
         rows = torch.cat([kept.embeddings, ends.to(kept.embeddings)])
         return Kept(positions, rows[order.to(rows.device)])
+
+    def tokens_of_rows(self, encoded: Encoded) -> Tensor:
+        """See `Host.tokens_of_rows`; of tokens that every tile shows alone, those of the tile."""
+        assert isinstance(encoded, Packed)
+        return numbers_of_rows(encoded.places, len(encoded.embeddings))
 
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
         """See `Host.grids`: the base view, and the tiles put together and unpadded."""
@@ -254,30 +288,3 @@ def sizes_of(images: dict[str, Any]) -> list[list[int]]:
     """Heights and widths of the images."""
     sizes: list[list[int]] = torch.as_tensor(images["image_sizes"]).tolist()
     return sizes
-
-
-def seen_of_tiles(found: dict[str, Any], index: Tensor, tiles: Tensor) -> dict[str, Any]:
-    """Arguments of `VisualTokens` for views, from those for tiles.
-
-    Args:
-        found: for T tiles.
-        index: [U, M] numbers of tokens.
-        tiles: [U] whose CLS is taken.
-    """
-
-    def of_tokens(values: Tensor) -> Tensor:  # [T, N, ...] -> [U, M, ...]
-        return values.flatten(0, 1)[index]
-
-    def of_tile(values: Tensor) -> Tensor:  # [T, ...] -> [U, ...]
-        return values[tiles]
-
-    per_tile = {"cls": of_tile, "cls_keys": of_tile, "cls_queries": of_tile}
-    seen: dict[str, Any] = {}
-    for name, value in found.items():
-        pick = per_tile.get(name, of_tokens)
-        if isinstance(value, Tensor):
-            value = pick(value)
-        elif isinstance(value, dict):
-            value = {key: pick(tensor) for key, tensor in value.items()}
-        seen[name] = value
-    return seen

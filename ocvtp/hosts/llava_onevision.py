@@ -53,6 +53,8 @@ class LlavaOnevisionHost(LlavaNextHost):
         grid = self._grid(images["pixel_values"], num_tokens)
         if token_map.mixed:
             self._check_resized(needs)
+            if "valid" in found:
+                raise _no_tower("drops tokens before or inside the tower")
             is_token = (token_map.source >= 0).split(token_map.lengths)
             tokens = [row[real.to(row.device)] for row, real in zip(rows, is_token, strict=True)]
             found = {"features": nn.utils.rnn.pad_sequence(tokens, batch_first=True)}

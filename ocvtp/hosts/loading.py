@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ocvtp.hosts import random_llava, random_qwen
+from ocvtp.hosts import random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-llava": (random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
     "random:tiny-llava-next": (random_llava.tiny_llava_next, random_llava.SPECIAL_TOKENS),
     "random:tiny-llava-onevision": (random_llava.tiny_onevision, random_llava.SPECIAL_TOKENS),
+    "random:tiny-internvl": (random_internvl.tiny_internvl, random_internvl.SPECIAL_TOKENS),
+    "random:tiny-qwen2-vl": (random_qwen.tiny_qwen2, random_qwen.SPECIAL_TOKENS),
     "random:tiny-qwen2.5-vl": (random_qwen.tiny_qwen, random_qwen.SPECIAL_TOKENS),
+    "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
 }
 RANDOM_MODELS = tuple(_RANDOM)
 

@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL of random weights and its processor: needs no download, answers mean nothing."""
+"""Models of the Qwen-VL family with random weights: need no download, answers mean nothing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,11 @@ _CHAT_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_SIZES = {"patch_size": 14, "temporal_patch_size": 2}
 _VISION = {
-    **_SIZES,
+    "temporal_patch_size": 2,
     "spatial_merge_size": 2,
-    "window_size": 112,
     "depth": 6,
-    "fullatt_block_indexes": [2, 5],
-    "hidden_size": 64,
-    "intermediate_size": 192,
     "num_heads": 4,
-    "out_hidden_size": 96,
     "initializer_range": 0.2,
 }
 _TEXT = {
@@ -45,6 +39,7 @@ _TEXT = {
     "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4},
     "initializer_range": 0.2,
 }
+_MOST_TOKENS = 144  # of an image
 
 
 def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
@@ -54,14 +49,56 @@ def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
         tokenizer: that has `SPECIAL_TOKENS`.
         seed: of the weights.
     """
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+    )
 
+    vision = {"patch_size": 14, "hidden_size": 64, "out_hidden_size": 96, "intermediate_size": 192}
+    windows = {"window_size": 112, "fullatt_block_indexes": [2, 5]}
+    classes = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
+    model = _model(classes, vision | windows, {}, tokenizer, seed)
+    return model, _processor(Qwen2_5_VLProcessor, tokenizer, patch=14)
+
+
+def tiny_qwen2(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
+    """The same as a Qwen2-VL: a tower without windows."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+
+    vision = {"patch_size": 14, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 3}
+    classes = (Qwen2VLForConditionalGeneration, Qwen2VLConfig)
+    model = _model(classes, vision, {}, tokenizer, seed)
+    return model, _processor(Qwen2VLProcessor, tokenizer, patch=14)
+
+
+def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
+    """The same as a Qwen3-VL: two layers of the tower are added to the language model's states."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+    vision = {"patch_size": 16, "hidden_size": 64, "out_hidden_size": 96, "intermediate_size": 192}
+    deepstack = {"num_position_embeddings": 12**2, "deepstack_visual_indexes": [1, 3]}
+    classes = (Qwen3VLForConditionalGeneration, Qwen3VLConfig)
+    model = _model(classes, vision | deepstack, {"head_dim": 24}, tokenizer, seed)
+    colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return model, _processor(Qwen3VLProcessor, tokenizer, patch=16, **colours)
+
+
+def _model(
+    classes: tuple[Any, Any],
+    vision: dict[str, Any],
+    text: dict[str, Any],
+    tokenizer: Any,
+    seed: int,
+) -> Any:
+    """A model of these classes (its own and of its settings)."""
+    model_class, config_class = classes
     ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in SPECIAL_TOKENS.items()}
     ends = {"eos_token_id": ids["turn_eos_token"], "pad_token_id": tokenizer.pad_token_id}
     begin = {"bos_token_id": tokenizer.bos_token_id}
-    config = Qwen2_5_VLConfig(
-        vision_config=_VISION,
-        text_config={**_TEXT, **ends, **begin, "vocab_size": len(tokenizer)},
+    config = config_class(
+        vision_config=_VISION | vision,
+        text_config={**_TEXT, **text, **ends, **begin, "vocab_size": len(tokenizer)},
         image_token_id=ids["image_token"],
         video_token_id=ids["video_token"],
         vision_start_token_id=ids["vision_bos_token"],
@@ -69,21 +106,22 @@ def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model = model_class(config)
     model.generation_config.eos_token_id = ends["eos_token_id"]
     model.generation_config.pad_token_id = ends["pad_token_id"]
-    return model.eval(), qwen_processor(tokenizer, most_tokens=144)
+    return model.eval()
 
 
-def qwen_processor(tokenizer: Any, most_tokens: int) -> Any:
-    """Qwen2.5-VL's own processor around a tokenizer, for images of up to so many visual tokens."""
-    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+def _processor(processor_class: Any, tokenizer: Any, patch: int, **colours: Any) -> Any:
+    """A family's own processor around a tokenizer."""
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    unit = 2 * _SIZES["patch_size"]
-    size = {"shortest_edge": 4 * unit**2, "longest_edge": most_tokens * unit**2}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=size, merge_size=2, **_SIZES),
+    unit = 2 * patch
+    size = {"shortest_edge": 4 * unit**2, "longest_edge": _MOST_TOKENS * unit**2}
+    settings = {"size": size, "merge_size": 2, "patch_size": patch, "temporal_patch_size": 2}
+    return processor_class(
+        image_processor=Qwen2VLImageProcessor(**settings, **colours),
         tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(size=size, merge_size=2, **_SIZES),
+        video_processor=Qwen2VLVideoProcessor(**settings),
         chat_template=_CHAT_TEMPLATE,
     )

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
+from ocvtp.hosts.checks import check_inputs, check_selection
 from ocvtp.hosts.columns import gather, gather_coordinates, layout
+from ocvtp.hosts.deepstack import Deepstack
+from ocvtp.hosts.layer_plan import LayerPlan, plan_layers
 from ocvtp.hosts.reading import Reader
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs, Selection
 
 Positions = Literal["contiguous", "original"]
@@ -36,6 +40,8 @@ class Prompt:
         rope_deltas: [B, 1] how far coordinates run ahead of the columns behind the prompt; None
             without coordinates.
         images: the image arguments. encoded: what the tower made of them. selection: what was kept.
+        deepstack: what the language model adds to its hidden states; None if it adds nothing.
+        layers: what will be dropped inside the language model.
     """
 
     input_ids: Tensor
@@ -48,6 +54,8 @@ class Prompt:
     images: dict[str, Any]
     encoded: Encoded
     selection: Selection
+    deepstack: Deepstack | None = None
+    layers: LayerPlan | None = None
 
     @property
     def length(self) -> int:
@@ -62,10 +70,11 @@ class Prompt:
     def summary(self) -> dict[str, Any]:
         """Counts worth showing (this waits for the device)."""
         return {
-            "visual_tokens": self.encoded.tokens.real.sum(dim=1).tolist(),
+            "visual_tokens": self.encoded.counts().tolist(),
             "visual_tokens_kept": self.selection.counts().tolist(),
             "prompt_tokens": self.length,
             "prompt_tokens_kept": self.keep.sum(dim=1).tolist(),
+            "layers": [] if self.layers is None else self.layers.summary(),
         }
 
 
@@ -93,18 +102,20 @@ def shorten(
     host: Host,
     pruner: Pruner,
     inputs: dict[str, Any],
+    seen: Seen,
     positions: Positions = "contiguous",
-    reader: Reader | None = None,
+    layers: LayerPruner | None = None,
 ) -> tuple[dict[str, Any], Prompt]:
-    """Encode the images, let the pruner choose, and drop the other placeholders from the prompt.
+    """Let the pruner choose, and drop the other placeholders from the prompt.
 
     Args:
         host: of the model.
         pruner: with its hooks installed.
         inputs: what the processor returned (and `labels`, `position_ids` if wanted).
+        seen: what `look` found in them.
         positions: `contiguous` numbers what is left from 0; `original` leaves the gaps. Where
             tokens have coordinates, they always keep them.
-        reader: of the prompt, for pruners that need it.
+        layers: what drops further tokens inside the language model.
 
     Returns:
         the inputs without image arguments, shortened, and the prompt with its embeddings.
@@ -112,7 +123,6 @@ def shorten(
     Raises:
         ValueError: if the prompt and the images do not fit, or for inputs that cannot be shortened.
     """
-    seen = look(host, pruner.needs, inputs, reader)
     ids, real, encoded = seen.input_ids, seen.real, seen.encoded
     inputs = {k: v for k, v in inputs.items() if k not in seen.images}
     inputs |= {"input_ids": ids, "attention_mask": seen.mask}
@@ -120,7 +130,7 @@ def shorten(
     if coordinates is not None:
         inputs["position_ids"] = coordinates
     selection = pruner.select(encoded.tokens)
-    _check_selection(pruner, encoded, selection)
+    check_selection(pruner, encoded, selection)
     if positions == "original" or inputs.get("position_ids") is not None:
         selection = selection.in_raster_order()  # every row has the position of its place
     kept = host.apply(encoded, selection)
@@ -133,21 +143,25 @@ def shorten(
     short = gather(inputs, index, padding, _pad_id(host, ids, real))
     deltas = None
     if coordinates is not None:
-        places = gather_coordinates(coordinates, real, index, padding)
-        short["position_ids"], deltas = places
+        short["position_ids"], deltas = gather_coordinates(coordinates, real, index, padding)
     short_ids, numbers = short["input_ids"], short.get("position_ids")
-    embeddings = _embed(host, short_ids, seen.placeholder.gather(1, index) & ~padding, kept)
+    image_tokens = seen.placeholder.gather(1, index) & ~padding
+    rows, renumber = kept.deepstack, positions == "contiguous" and numbers is None
     return short, Prompt(
         input_ids=ids,
         keep=keep,
         short_ids=short_ids,
         short_mask=~padding,
-        embeddings=embeddings,
+        embeddings=_embed(host, short_ids, image_tokens, kept),
         positions=numbers,
         rope_deltas=deltas,
         images=seen.images,
         encoded=encoded,
         selection=selection,
+        deepstack=None if rows is None else Deepstack.at(image_tokens, rows),
+        layers=(
+            None if layers is None else _plan(host, layers, seen, kept, index, padding, renumber)
+        ),
     )
 
 
@@ -163,12 +177,13 @@ def look(host: Host, needs: Needs, inputs: dict[str, Any], reader: Reader | None
     Raises:
         ValueError: if the prompt and the images do not fit, or the prompt says nothing.
     """
-    ids, mask = _check(host, inputs)
+    ids, mask = check_inputs(host, inputs)
     images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}
     encoded = host.encode(images, needs)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     placeholder = (ids == host.image_token_id) & real
     slots = _slots(placeholder, encoded)
+    encoded = host.by_image(encoded, slots)
     if reader is not None:
         rows = slots[encoded.first_rows(slots.device), 0]
         encoded = reader.read(host, encoded, ids, real, rows)
@@ -186,79 +201,42 @@ def _slots(placeholder: Tensor, encoded: Encoded) -> Tensor:
     return slots
 
 
+def _plan(
+    host: Host,
+    layers: LayerPruner,
+    seen: Seen,
+    kept: Kept,
+    index: Tensor,
+    padding: Tensor,
+    renumber: bool,
+) -> LayerPlan:
+    """What will be dropped of the short prompt inside the language model."""
+    images = _image_columns(host, seen, kept, index, padding)
+    tower = seen.encoded.tokens if layers.tower_needs != Needs() else None
+    num_layers = len(host.language_model.layers)
+    return plan_layers(layers, num_layers, *images, ~padding, renumber, tower)
+
+
+def _image_columns(
+    host: Host, seen: Seen, kept: Kept, index: Tensor, padding: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[B, L'] the image of each column, and which of its tokens it is; -1 for text and padding."""
+    device = seen.slots.device
+    positions = kept.positions.to(device)
+    starts = seen.encoded.first_rows(device).unique()
+    rows, columns = seen.slots[positions].unbind(dim=1)
+    numbers, places = torch.full_like(seen.input_ids, -1), torch.full_like(seen.input_ids, -1)
+    numbers[rows, columns] = torch.searchsorted(starts, positions, right=True) - 1
+    places[rows, columns] = host.tokens_of_rows(seen.encoded).to(device)[positions]
+    numbers, places = numbers.gather(1, index), places.gather(1, index)
+    return numbers.masked_fill(padding, -1), places.masked_fill(padding, -1)
+
+
 def _embed(host: Host, short_ids: Tensor, image_tokens: Tensor, kept: Kept) -> Tensor:
     """[B, L', D'] the embeddings of the text, and the kept rows where `image_tokens` is True."""
     text: Tensor = host.model.get_input_embeddings()(short_ids)
     rows = kept.embeddings.to(text.device, text.dtype)
     return text.masked_scatter(image_tokens[:, :, None].to(text.device), rows)
-
-
-def _check(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The prompt's ids and mask on the embedding's device."""
-    if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
-        raise ValueError(
-            "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
-            " leave inputs_embeds out."
-        )
-    _refuse_other_images(inputs)
-    device = host.model.get_input_embeddings().weight.device
-    ids: Tensor = inputs["input_ids"]
-    ids = ids if device.type == "meta" else ids.to(device)
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return ids, None
-    check_mask(mask, ids)
-    return ids, mask.to(ids.device)
-
-
-def check_mask(mask: Tensor, ids: Tensor) -> None:
-    """Refuse other masks than the processor's.
-
-    Raises:
-        ValueError: if the mask is not 2-D, or not of the shape of the ids.
-    """
-    if mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
-        )
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}; pass equal shapes."
-        )
-
-
-def _refuse_other_images(inputs: dict[str, Any]) -> None:
-    """Refuse images that are no `pixel_values`.
-
-    Raises:
-        ValueError: for videos, and for images that were encoded beforehand.
-    """
-    if inputs.get("pixel_values_videos") is not None:
-        raise ValueError("videos are not pruned; call the model without the pruner for them.")
-    if inputs.get("mm_encoder_outputs"):
-        raise ValueError(
-            "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
-            " the pruner sees them."
-        )
-
-
-def _check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
-    """Anything but ascending indices would silently mix up tokens, or images."""
-    keep, valid = selection.keep_indices, selection.valid
-    images, num_tokens = encoded.tokens.batch_size, encoded.tokens.num_tokens
-    if valid is None:
-        valid = torch.ones_like(keep, dtype=torch.bool)
-    fits = (keep >= 0) & (keep < num_tokens) | ~valid
-    if encoded.tokens.valid is not None:
-        real = encoded.tokens.valid.to(keep.device)
-        fits &= real.gather(1, keep.clamp(0, num_tokens - 1)) | ~valid
-    fits[:, 1:] &= (keep.diff(dim=1) > 0) & valid[:, :-1] | ~valid[:, 1:]
-    if len(keep) != images or not bool(fits.all()):
-        raise ValueError(
-            f"pruner {pruner.name!r} returned keep_indices {keep.tolist()}; for each of {images}"
-            f" images, return unique ascending numbers below {num_tokens} (of real tokens, where"
-            " images differ in size), the valid ones first."
-        )
 
 
 def _pad_id(host: Host, ids: Tensor, real: Tensor) -> int:

@@ -59,8 +59,12 @@ def special_tokens(tokenizer: Any) -> set[int]:
 
 
 def framing_tokens(tokenizer: Any) -> set[int]:
-    """Special tokens that a prompt may have more or less of than its template: BOS and padding."""
-    return {i for i in (tokenizer.bos_token_id, tokenizer.pad_token_id) if i is not None}
+    """Special tokens that a prompt may have more or less of than its template.
+
+    BOS, padding, and what processors write around the placeholders of an image.
+    """
+    names = ("bos_token_id", "pad_token_id", "start_image_token_id", "end_image_token_id")
+    return {i for name in names if (i := getattr(tokenizer, name, None)) is not None}
 
 
 class ChatTemplate:

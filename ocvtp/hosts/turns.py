@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.checks import check_mask
 from ocvtp.hosts.columns import continue_positions
 from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
-from ocvtp.hosts.rewrite import Prompt, check_mask
+from ocvtp.hosts.rewrite import Prompt
 
 _ON_CACHE = "_ocvtp_prompt"
 

@@ -65,6 +65,11 @@ class Pruner(ABC):
         """What the host must supply besides features and grid."""
         return Needs()
 
+    @property
+    def tower_needs(self) -> Needs:
+        """What the host must supply before the language model runs: `needs`, for most."""
+        return self.needs
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose the tokens to keep: pure, batched, deterministic, without host syncs.
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 
 from ocvtp.pruners.registry import list_pruners, pruner_class
+from ocvtp.structures import STAGES
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Entry:
 
     Args:
         name: in the registry. title: the paper's branding and one line about the method.
-        stage: where it acts. needs: what the host must supply.
+        stage: where it acts, e.g. `llm_input + llm_layers`. needs: what the host must supply.
         budget: `exact` or `exact or adaptive`. merges: whether kept tokens are mixtures.
         status: `official`, `unofficial` or `control`. paper: URL.
     """
@@ -39,20 +40,27 @@ def entry(name: str) -> Entry:
     """The facts about one pruner, from its class and docstring.
 
     Raises:
-        ValueError: if the docstring lacks its line `Stage: ...  Needs: ...`.
+        ValueError: if the docstring lacks its line `Stage: ...  Needs: ...`, or names other stages
+            than the class.
     """
     cls = pruner_class(name)
     text = inspect.getdoc(cls) or ""
-    line = re.search(r"^Stage: (\w+)\.  Needs: (.+?)\.  Deterministic: ", text, re.MULTILINE)
+    line = re.search(r"^Stage: ([\w +]+)\.  Needs: (.+?)\.  Deterministic: ", text, re.MULTILINE)
     if line is None:
         raise ValueError(
             f"the docstring of {cls.__name__} lacks its line"
             " `Stage: STAGE.  Needs: NEEDS.  Deterministic: yes|no`."
         )
+    stages = line[1].split(" + ")
+    if cls.stage not in stages or not set(stages) <= set(STAGES):
+        raise ValueError(
+            f"the docstring of {cls.__name__} names stage {line[1]!r}, the class {cls.stage!r};"
+            f" write one or several of {', '.join(STAGES)}, joined by ' + '."
+        )
     return Entry(
         name=name,
         title=text.splitlines()[0],
-        stage=cls.stage,
+        stage=line[1],
         needs=line[2],
         budget=" or ".join(cls.budgets),
         merges=cls.merging,

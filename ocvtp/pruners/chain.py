@@ -41,6 +41,12 @@ class Chain(Pruner):
                 f"Chain got pruners of stages {', '.join(sorted(stages))}; pass pruners of one"
                 " stage, and Compose those of different ones."
             )
+        for step in self.steps:
+            if len(step.parts) > 1:
+                raise ValueError(
+                    f"{step.name!r} acts at several stages, of which a Chain would run one; Compose"
+                    " it with pruners of other stages, or attach it alone."
+                )
         for step in self.steps[:-1]:
             if step.merging:
                 raise ValueError(

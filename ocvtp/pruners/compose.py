@@ -28,7 +28,8 @@ class Compose:
     """
 
     def __init__(self, pruners: Sequence[Pruner]) -> None:
-        self.parts: tuple[Pruner, ...] = tuple(sorted(pruners, key=lambda p: STAGES.index(p.stage)))
+        parts = [part for pruner in pruners for part in pruner.parts]
+        self.parts: tuple[Pruner, ...] = tuple(sorted(parts, key=lambda p: STAGES.index(p.stage)))
         if not self.parts:
             raise ValueError("Compose got no pruners; pass at least one.")
         for first, second in zip(self.parts, self.parts[1:], strict=False):
@@ -42,8 +43,13 @@ class Compose:
 
     @property
     def needs(self) -> Needs:
-        """What the host must supply for all of them."""
-        return reduce(or_, (part.needs for part in self.parts))
+        """What the host must supply for all of them before the language model runs."""
+        return reduce(or_, (part.tower_needs for part in self.parts))
+
+    @property
+    def tower_needs(self) -> Needs:
+        """`needs`, as of a single pruner."""
+        return self.needs
 
     def __call__(self, model: Any, **options: Any) -> AbstractContextManager[Any]:
         """`with composed(model): model.generate(...)`, see `ocvtp.attach`."""

@@ -160,7 +160,7 @@ def keep_short_images(selection: Selection, tokens: VisualTokens) -> Selection:
     columns = torch.arange(-1, num_tokens, device=keep.device)  # the CLS first
     identity = (keep[:, :, None] == columns) & real[:, :, None]
     short = tokens.valid.sum(dim=1, keepdim=True) < num_keep  # [B, 1]
-    anchors = keep if selection.anchors is None else selection.anchors
+    anchors = selection.keep_indices if selection.anchors is None else selection.anchors
     return Selection(
         keep_indices=torch.where(short, keep, selection.keep_indices),
         valid=real | ~short,

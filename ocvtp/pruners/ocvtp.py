@@ -15,7 +15,7 @@ from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import fill_up
 from ocvtp.slots import OCPruner
 from ocvtp.slots.attention import slot_winners
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 
 @register("ocvtp")
@@ -27,6 +27,8 @@ class OCVTP(Pruner):
     Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
 
     Slots that share a token leave room; it is filled by the attention of one block of the tower.
+    With `early`, the stage is `encoder`: what is not kept is left out of the blocks behind the
+    network's layer too, so that the tower gets faster as well; the CLS stays.
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128 or 64 of 576.
@@ -34,17 +36,21 @@ class OCVTP(Pruner):
         network: an OC-pruner in memory, instead of `checkpoint`. It moves to the tokens' device.
         num_slots: S; None for `num_keep` slots, as in the paper.
         fill: which attention fills up: `received` (paper) or the `cls` row.
-        fill_block: block of the tower that it is read from; paper: 22 of 24, LLaVA's selected one.
+        fill_block: block of the tower that it is read from; None for the second to last (paper: 22
+            of 24, LLaVA's selected one), with `early` for the one whose output the network reads.
+        early: whether dropped tokens are left out of the tower's remaining blocks.
     Deviations: the query noise is the table that was saved with the weights, not drawn anew at
         every call, so that selections are reproducible; exactly K tokens in any batch (the official
-        code keeps K + 1 with the CLS, at batch 1).
+        code keeps K + 1 with the CLS, at batch 1). `early` is ours: it fills up by what
+        is known at the network's layer.
     """
 
     checkpoint: str | None = None
     network: OCPruner | None = field(default=None, repr=False)
     num_slots: int | None = None
     fill: Literal["received", "cls"] = "received"
-    fill_block: int = -2
+    fill_block: int | None = None
+    early: bool = False
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2511.20439"
@@ -58,6 +64,8 @@ class OCVTP(Pruner):
             )
         if self.fill not in ("received", "cls"):
             raise ValueError(f"fill={self.fill!r}; pass 'received' or 'cls'.")
+        if self.early:
+            self.stage = "encoder"  # type: ignore[misc]
         if self.checkpoint is not None:
             self.network = OCPruner.from_pretrained(self.checkpoint)
 
@@ -66,7 +74,21 @@ class OCVTP(Pruner):
         """One layer and one mean of one block's attention."""
         assert self.network is not None
         layer = self.network.config.layer
-        return Needs(hidden=(layer,), attention=((self.fill_block, self.fill),))
+        return Needs(hidden=(layer,), attention=(self._fill_attention,))
+
+    @property
+    def tower_needs(self) -> Needs:
+        """The same; nothing behind the tower if it acts inside."""
+        return Needs() if self.early else self.needs
+
+    @property
+    def _fill_attention(self) -> AttentionKey:
+        assert self.network is not None
+        if self.fill_block is not None:
+            return self.fill_block, self.fill
+        layer = self.network.config.layer
+        before = layer - 1 if layer > 0 else layer  # hidden_states[-2] is what block -2 gives
+        return (before if self.early else -2), self.fill
 
     def masks(self, tokens: VisualTokens) -> Tensor:
         """The slots' attention [B, S, N]."""
@@ -74,7 +96,7 @@ class OCVTP(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         winners = slot_winners(self._attend(tokens, num_keep))
-        scores = tokens.attention[self.fill_block, self.fill]
+        scores = tokens.attention[self._fill_attention]
         return fill_up(winners, scores, num_keep, tokens.valid)
 
     def _attend(self, tokens: VisualTokens, num_keep: int) -> Tensor:

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ocvtp.pruners.base import Pruner
+from ocvtp.structures import Stage
 
 _REGISTRY: dict[str, type[Pruner]] = {}
 _P = TypeVar("_P", bound=type[Pruner])
@@ -30,9 +31,9 @@ def register(name: str) -> Callable[[_P], _P]:
     return add
 
 
-def list_pruners() -> list[str]:
-    """Names of all registered pruners, sorted."""
-    return sorted(_REGISTRY)
+def list_pruners(stage: Stage | None = None) -> list[str]:
+    """Names of all registered pruners, sorted; or of those whose first part acts at one stage."""
+    return sorted(name for name, cls in _REGISTRY.items() if stage in (None, cls.stage))
 
 
 def pruner_class(name: str) -> type[Pruner]:

@@ -1,17 +1,18 @@
 """ToDRE.
 
-B images, N visual tokens, K kept, D' width of the projected tokens.
+B or I images, N visual tokens, K kept, D' width of the projected tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.diversity import cosine, spread
+from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, descending
 from ocvtp.pruners.similarity import unit
@@ -23,7 +24,7 @@ from ocvtp.structures import Needs, Selection, VisualTokens
 class ToDRE(Pruner):
     """ToDRE: start from the token the CLS attends to most, add the least similar ones in total.
 
-    Paper: https://arxiv.org/abs/2505.18757, Alg. 1 (stage 1).
+    Paper: https://arxiv.org/abs/2505.18757, Alg. 1, and with `later` stage 2.
     Stage: llm_input.  Needs: attention (CLS), projected.  Deterministic: yes.
 
     Each further pick has the least sum of cosines to those picked before.
@@ -31,14 +32,31 @@ class ToDRE(Pruner):
     Args:
         num_keep: tokens kept per image.
         block: block of the tower whose attention is read; paper: the last one.
-    Deviations: unofficial, written from the paper's algorithm. Stage 2, which drops all visual
-        tokens inside the language model, is not part of this pruner.
+        later: whether all tokens of an image are dropped in front of layer 7L/8 of L if the text
+            behind it gives it less than `threshold` of its attention (of the layer before).
+        threshold: paper: 0.1.
+    Deviations: unofficial, written from the paper's algorithm. Stage 1 alone is the default; the
+        share of attention is that of each image, and the mean over the text behind it.
     """
 
     block: int = -1
+    later: bool = False
+    threshold: float = 0.1
 
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2505.18757"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold}; pass a share of attention, 0 to 1.")
+
+    @property
+    def parts(self) -> tuple[Pruner, ...]:
+        """Itself, and with `later` what it does inside the language model."""
+        if not self.later:
+            return (self,)
+        return replace(self, later=False), _Later(threshold=self.threshold)
 
     @property
     def needs(self) -> Needs:
@@ -52,3 +70,30 @@ class ToDRE(Pruner):
             cosine(unit(tokens.projected)), pivot, num_keep, tokens.valid, accumulate=torch.add
         )
         return ascending(picks, tokens.valid, tokens.num_tokens)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Later(LayerPruner):
+    """Inside the language model: all tokens of an image, or none."""
+
+    threshold: float
+
+    name: ClassVar[str] = "todre"
+    status: ClassVar[Status] = "unofficial"
+    published: ClassVar[bool] = True
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        """What the text attends to in the layer before."""
+        return LayerNeeds(attention=((layer - 1, "text"),))
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return (7 * num_layers // 8,)
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        return (LayerStage(7 * num_layers // 8, num_tokens),)
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        share = tokens.attention[layer - 1, "text"].sum(dim=1, keepdim=True)  # [I, 1]
+        everything = torch.arange(tokens.num_tokens, device=share.device)
+        keep = everything.repeat(tokens.batch_size, 1)
+        return Selection(keep, (share >= self.threshold).expand_as(keep))

@@ -1,14 +1,17 @@
-"""VisionDrop, its stage before the language model.
+"""VisionDrop.
 
 B images, N visual tokens, K kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.halves import FirstHalf, later_settings
+from ocvtp.pruners.later_halves import VisionDropLater
 from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -19,23 +22,49 @@ from ocvtp.structures import Needs, Selection, VisualTokens
 class VisionDrop(Pruner):
     """VisionDrop: keep the tokens that all others attend to, and merge the rest into a few.
 
-    Paper: https://arxiv.org/abs/2506.22283, section 3, the stage before the language model.
+    Paper: https://arxiv.org/abs/2506.22283, section 3.
     Stage: llm_input.  Needs: attention (received), keys.  Deterministic: yes.
 
+    With `later`, tokens are dropped and merged in the same way at each quarter of the language
+    model's layers, by the attention that an image's tokens receive of each other there.
+
     Args:
-        num_keep: tokens kept per image by this stage; paper: 48 of 576 (42 + 6) where later stages
-            bring the average over layers down to 32.
-        num_contextual: merged tokens among them; None for the paper's share of 6 / 48.
+        num_keep: tokens kept per image before the language model. With `later` their average over
+            its layers: K = 32 of 576 is the paper's 42 + 6 before it, and 30 + 5, 22 + 4 and 16 + 3
+            in front of layers 8, 16 and 24 of 32; others are in proportion.
+        num_contextual: merged tokens among those before the language model; None for the paper's
+            share of 6 / 48.
         block: block of the tower that is read; paper: 22 of 24, LLaVA's selected one.
-    Deviations: the paper's further stages inside the language model are not part of this pruner.
+        later: whether the stages inside the language model are part of it.
+        stages: `((layer, K), ...)` of these in place of an average; `num_keep` is then what stays
+            before them.
+    Deviations: which layer's attention and keys the later stages read is not sure: here those of
+        the layer before, keys turned by their positions; and that merged tokens stand behind the
+        others and all are numbered anew. The first stage alone is the default.
     """
 
     num_contextual: int | None = None
     block: int = -2
+    later: bool = False
+    stages: Sequence[tuple[int, float]] | None = None
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
     merging: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages is not None and not self.later:
+            raise ValueError(f"stages={self.stages!r} are those inside; pass later=True with them.")
+        self.parts  # noqa: B018 - checks the stages
+
+    @property
+    def parts(self) -> tuple[Pruner, ...]:
+        """Itself; with `later`, before the language model and inside it."""
+        if not self.later:
+            return (self,)
+        later = VisionDropLater(**later_settings(self, self.stages, lambda ratio: 1.5 * ratio))
+        return FirstHalf(self, self._first), later
 
     @property
     def needs(self) -> Needs:
@@ -52,3 +81,9 @@ class VisionDrop(Pruner):
             with_cls=False,
             valid=tokens.valid,
         )
+
+    def _first(self, tokens: VisualTokens) -> Selection:
+        num_keep = self.budget(tokens.num_tokens)
+        if self.stages is None:
+            num_keep = min(round(1.5 * num_keep), tokens.num_tokens)
+        return self._select(tokens, num_keep)

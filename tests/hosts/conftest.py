@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from reference import BATCH, ONE, best_by_cls, fingerprint, make_batch, shorten
+from tiny_internvl import tiny_internvl
 from tiny_models import tiny_clip, tiny_processor
+from tiny_qwen import FAMILIES
 from tiny_qwen import ONE as ONE_OF_ANY_SIZE
 from tiny_qwen import make_batch as make_qwen_batch
-from tiny_qwen import tiny_qwen
 from torch import Tensor
 
 from ocvtp import Pruner, build_pruner
@@ -79,10 +80,14 @@ def clip(llava: Any) -> tuple[Any, Any]:
     return tiny_clip(llava.model.vision_tower)
 
 
-@pytest.fixture(scope="session")
-def qwen() -> Any:
-    """A Qwen2.5-VL after a first call, in which transformers installs hooks of its own."""
-    model = tiny_qwen()
+SLOWER = [pytest.param("qwen2", marks=pytest.mark.slow), "qwen2.5", "qwen3"]
+"""Qwen2's tower is that of 2.5 without windows: slow tests are enough for it."""
+
+
+@pytest.fixture(scope="session", params=SLOWER)
+def qwen(request: pytest.FixtureRequest) -> Any:
+    """A Qwen-VL after a first call, in which transformers installs hooks of its own."""
+    model = FAMILIES[request.param]()
     model.generate(**make_qwen_batch(ONE_OF_ANY_SIZE), max_new_tokens=1)
     return model
 
@@ -94,3 +99,20 @@ def untouched_qwen(qwen: Any) -> Iterator[None]:
     yield
     changed = {key for key, _ in fingerprint(qwen).items() ^ before.items()}
     assert changed <= {"model.rope_deltas."}
+
+
+@pytest.fixture(scope="session")
+def internvl() -> Any:
+    """An InternVL after first calls, in which transformers installs hooks of its own."""
+    model = tiny_internvl()
+    model.generate(**make_batch([(4,)]), max_new_tokens=1)
+    model.model.vision_tower(torch.zeros(1, 3, 56, 56), output_hidden_states=True)
+    return model
+
+
+@pytest.fixture
+def untouched_internvl(internvl: Any) -> Iterator[None]:
+    """The model is the same after the test as before it."""
+    before = fingerprint(internvl)
+    yield
+    assert dict(fingerprint(internvl).items() ^ before.items()) == {}

@@ -1,12 +1,15 @@
-"""What the tests of Qwen2.5-VL compare with: tokens and prompts made by hand, without our code.
+"""What the tests of Qwen's models compare with: tokens and prompts made by hand, without our code.
 
 I images, N units of an image, P patches of it, B rows, L and L' columns of the prompt and of the
-short one, D' width of the language model.
+short one, D' width of the language model, E of its layers that add rows of the tower, R' image
+tokens of the short prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,6 +27,7 @@ class Looked:
     attention: list[Tensor]  # [P, P] each, mean over heads, 0 outside the segment
     keys: list[Tensor]  # [P, D] each, before rotation
     projected: Tensor  # [N, D']
+    deepstack: list[Tensor] = field(default_factory=list)  # E of [N, D']
 
     def received(self, block: int) -> Tensor:
         """[N]."""
@@ -46,17 +50,13 @@ def by_unit(patches: Tensor) -> Tensor:
 def look(model: Any, patches: Tensor, grid: list[int]) -> Looked:
     """Run the tower's parts on one image, windows by a mask instead of an order."""
     tower = model.model.visual
-    _, height, width = grid
-    heads, window = tower.config.num_heads, tower.window_size // tower.patch_size  # patches
-    places, windows = [], []
-    for row in range(0, height, 2):
-        for column in range(0, width, 2):
-            for down in range(2):
-                for right in range(2):
-                    places.append((row + down, column + right))
-                    windows.append((row // window, column // window))
+    config, heads = tower.config, tower.config.num_heads
+    window = getattr(config, "window_size", 10**6) // config.patch_size  # patches
+    whole_images = getattr(config, "fullatt_block_indexes", range(config.depth))
+    places = patches_in_units(grid)
+    windows = [(row // window, column // window) for row, column in places]
     same = torch.tensor([[a == b for b in windows] for a in windows])
-    states = tower.patch_embed(patches)
+    states = tower.patch_embed(patches) + learned_places(tower, grid)
     size = states.shape[1] // heads
     frequencies = 10000.0 ** -(torch.arange(0, size // 2, 2) / (size // 2))
     angles = (torch.tensor(places)[:, :, None] * frequencies).flatten(1).repeat(1, 2)[:, None]
@@ -66,15 +66,38 @@ def look(model: Any, patches: Tensor, grid: list[int]) -> Looked:
         found.keys.append(k.flatten(1))
         q, k = rotated(q, angles), rotated(k, angles)
         logits = torch.einsum("qhd,khd->hqk", q, k) * size**-0.5
-        if number not in tower.config.fullatt_block_indexes:
+        if number not in whole_images:
             logits = logits.masked_fill(~same, float("-inf"))
         weights = logits.softmax(dim=-1)
         found.attention.append(weights.mean(dim=0))
         states = states + block.attn.proj(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
         states = states + block.mlp(block.norm2(states))
         found.hidden.append(states)
+        if number in (added := list(getattr(config, "deepstack_visual_indexes", []))):
+            found.deepstack.append(tower.deepstack_merger_list[added.index(number)](states))
     found.projected = tower.merger(states)
     return found
+
+
+def patches_in_units(grid: list[int]) -> list[tuple[int, int]]:
+    """Row and column of every patch, unit after unit."""
+    _, height, width = grid
+    units = [(row, column) for row in range(0, height, 2) for column in range(0, width, 2)]
+    within = [(down, right) for down in range(2) for right in range(2)]
+    return [(row + down, column + right) for row, column in units for down, right in within]
+
+
+def learned_places(tower: Any, grid: list[int]) -> Tensor | float:
+    """[P, D] the embeddings of places that a tower learned for another size; 0 if it did not."""
+    if not hasattr(tower, "pos_embed"):
+        return 0.0
+    learned = tower.pos_embed.weight
+    side = int(len(learned) ** 0.5)
+    square = learned.unflatten(0, (side, side)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(
+        square, size=tuple(grid[1:]), mode="bilinear", align_corners=True
+    )[0]
+    return torch.stack([resized[:, row, column] for row, column in patches_in_units(grid)])
 
 
 def rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -99,6 +122,7 @@ class Short:
     following: Tensor
     ids: Tensor
     model: Any
+    deepstack: list[Tensor]  # E of [R', D']
 
     def positions(self, num_more: int = 0) -> Tensor:
         """[4, B, L' + n]."""
@@ -116,13 +140,23 @@ class Short:
             embed = self.model.model.language_model.embed_tokens
             embeddings = torch.cat([embeddings, embed(answer)], dim=1)
             mask = torch.cat([mask, torch.ones_like(answer)], dim=1)
+        more = {}
+        if self.deepstack:
+            images = torch.nn.functional.pad(self.images, (0, num_more))
+            more = {"visual_pos_masks": images, "deepstack_visual_embeds": self.deepstack}
         states = self.model.model.language_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
             position_ids=self.positions(num_more),
             use_cache=False,
+            **more,
         ).last_hidden_state
         return self.model.lm_head(states)
+
+    @property
+    def images(self) -> Tensor:
+        """[B, L'] bool, where image tokens are."""
+        return (self.ids == self.model.config.image_token_id) & self.mask.bool()
 
     @torch.no_grad()
     def greedy(self, num_new: int, after: Tensor | None = None) -> Tensor:
@@ -137,13 +171,35 @@ class Short:
     def generate(self, **settings: Any) -> Any:
         """What the host's own generate() makes of it; call it while no pruner is attached."""
         assert "generate" not in self.model.__dict__
-        with torch.no_grad():
+        with torch.no_grad(), self.adding_layers():
             return self.model.generate(
                 inputs_embeds=self.embeddings,
                 attention_mask=self.mask,
                 position_ids=self.positions(),
                 **settings,
             )
+
+    @contextmanager
+    def adding_layers(self) -> Iterator[None]:
+        """Add rows of the tower to the states behind decoder layers as they read the prompt."""
+
+        def add(rows: Tensor, states: Tensor) -> Tensor | None:
+            if states.shape[1] == 1:  # a step behind the prompt
+                return None
+            whole = torch.zeros_like(self.embeddings)
+            whole[self.images] = rows
+            return states + whole.repeat_interleave(len(states) // len(whole), dim=0)
+
+        hooks = []
+        layers = self.model.model.language_model.layers
+        for layer, rows in zip(layers, self.deepstack, strict=False):
+            hook = layer.register_forward_hook(lambda *call, rows=rows: add(rows, call[2]))
+            hooks.append(hook)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def coordinates_of(
@@ -171,18 +227,23 @@ def shorten(
     inputs: Any,
     kept: Kept,
     side: Literal["left", "right"] = "left",
-    projected: list[Tensor] | None = None,
+    looked: list[Looked] | None = None,
 ) -> Short:
     """Drop all image tokens but `kept` (of each image) from the prompt, by hand."""
-    if projected is None:
-        projected = [image.projected for image in look_at_all(model, inputs)]
+    if looked is None:
+        looked = look_at_all(model, inputs)
     grids = inputs["image_grid_thw"].tolist()
-    images = iter(zip(projected, kept, strict=True))
+    images = iter(zip([image.projected for image in looked], kept, strict=True))
+    by_layer = zip(*(image.deepstack for image in looked), strict=True)
+    deepstack = [
+        torch.cat([rows[keep] for rows, keep in zip(layer, kept, strict=True)])
+        for layer in by_layer
+    ]
     embed, image_token = model.get_input_embeddings(), model.config.image_token_id
     rows, places, words, following = [], [], [], []
     for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
         ids = ids[mask.bool()].tolist()
-        coordinates, after = coordinates_of(ids, grids, image_token)
+        coordinates, next_one = coordinates_of(ids, grids, image_token)
         vectors, own, names, column = [], [], [], 0
         while column < len(ids):
             if ids[column] == image_token:
@@ -199,7 +260,7 @@ def shorten(
         rows.append(torch.cat(vectors))
         places.append(torch.tensor(own))
         words.append(torch.tensor(names))
-        following.append(after)
+        following.append(next_one)
     length = max(map(len, rows))
 
     def padded(parts: list[Tensor]) -> Tensor:
@@ -210,4 +271,5 @@ def shorten(
 
     ones = padded([torch.ones(len(row)).long() for row in rows])
     coordinates = padded(places).permute(2, 0, 1)
-    return Short(padded(rows), ones, coordinates, torch.tensor(following), padded(words), model)
+    after = torch.tensor(following)
+    return Short(padded(rows), ones, coordinates, after, padded(words), model, deepstack)

@@ -237,7 +237,8 @@ def test_weights_are_saved_as_without_a_pruner(llava: Any, pruner: Pruner, tmp_p
 
 def test_supported_models_describe_themselves(llava: Any, llava_siglip: Any) -> None:
     for model in (llava, llava_siglip):
-        assert find_host(model).describe() == {"model_type": "llava", "stages": ["llm_input"]}
+        stages = ["pixels", "encoder", "llm_input", "llm_layers"]
+        assert find_host(model).describe() == {"model_type": "llava", "stages": stages}
 
 
 def test_a_pipeline_prunes(pruner: Pruner) -> None:

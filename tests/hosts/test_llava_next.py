@@ -378,7 +378,7 @@ def test_tiling_means_nothing_to_hosts_without_tiles(llava: Any) -> None:
 def test_the_host_describes_itself(llava_next: Any) -> None:
     assert find_host(llava_next).describe() == {
         "model_type": "llava_next",
-        "stages": ["llm_input"],
+        "stages": ["pixels", "encoder", "llm_input", "llm_layers"],
         "budget": "per_image",
         "separators": "rows",
     }

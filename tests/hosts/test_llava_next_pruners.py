@@ -161,7 +161,9 @@ def test_answers_are_those_of_prompts_made_by_hand(
 
 
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
-@pytest.mark.parametrize("name", [n for n in ocvtp.list_pruners() if n not in ("random", "pool")])
+@pytest.mark.parametrize(
+    "name", [n for n in ocvtp.list_pruners("llm_input") if n not in ("random", "pool")]
+)
 def test_a_batch_answers_as_its_rows_do(
     llava_next: Any, reading: Any, budget: Any, name: str
 ) -> None:

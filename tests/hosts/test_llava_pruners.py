@@ -108,7 +108,9 @@ def read_by_hand(model: Any, tokens: VisualTokens, selection: Selection) -> tupl
     return places, rows
 
 
-CASES = [(name, {}) for name in ocvtp.list_pruners()]
+NAMES = ocvtp.list_pruners("llm_input")
+"""Others act in the tower (test_tower_stages.py) or in the language model (test_layers.py)."""
+CASES = [(name, {}) for name in NAMES]
 CASES += [(name, {"num_keep": None}) for name in ("trim", "prumerge", "prumerge_plus")]
 CASES += [("fopru", {"strategy": "row"}), ("visionzip", {"guidance": "received"})]
 CASES += [("fps", {"space": "projected"}), ("kmeans", {"space": "projected"})]
@@ -141,7 +143,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
         assert answer.equal(short.greedy(5))
 
 
-@pytest.mark.parametrize("name", [n for n in ocvtp.list_pruners() if n != "random"])
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "random"])
 def test_a_batch_answers_as_its_rows_do(llava: Any, reading: Any, name: str) -> None:
     pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
     with pruner(llava, **reading):
@@ -150,7 +152,7 @@ def test_a_batch_answers_as_its_rows_do(llava: Any, reading: Any, name: str) -> 
     assert together.equal(torch.cat(alone))
 
 
-@pytest.mark.parametrize("name", ocvtp.list_pruners())
+@pytest.mark.parametrize("name", NAMES)
 def test_a_tower_without_cls(llava_siglip: Any, reading: Any, name: str) -> None:
     """A method runs, or it is refused with a hint at others."""
     pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
@@ -187,11 +189,11 @@ def test_compose_of_one_stage_is_that_pruner(llava: Any) -> None:
         assert ask(llava, inputs).equal(alone)
 
 
-def test_compose_names_the_stage_that_the_host_lacks(llava: Any) -> None:
-    class Late(type(build("uniform"))):  # type: ignore[misc]
-        name, stage = "late", "llm_layers"
+def test_compose_names_the_stage_that_the_host_lacks(internvl: Any) -> None:
+    class Early(type(build("uniform"))):  # type: ignore[misc]
+        name, stage = "early", "pixels"
 
-    both = Compose([Late(num_keep=2), build("fopru")])
-    assert [part.name for part in both.parts] == ["fopru", "late"]
-    with pytest.raises(ValueError, match="'late' acts at stage 'llm_layers'"):
-        ocvtp.attach(llava, both)
+    both = Compose([build("fopru"), Early(num_keep=2)])
+    assert [part.name for part in both.parts] == ["early", "fopru"]
+    with pytest.raises(ValueError, match="'early' acts at stage 'pixels'"):
+        ocvtp.attach(internvl, both)

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: what pruners see, and forward(), against tokens and prompts made by hand."""
+"""Qwen-VL models: what pruners see, and forward(), against tokens and prompts made by hand."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tokens_are_those_of_the_images_alone(qwen: Any, rows: Any) -> None:
 
 @prompts
 def test_attention_is_that_of_the_eager_blocks(qwen: Any, rows: Any) -> None:
-    """Blocks 0 and 2 attend inside windows, 1 and 3 inside images."""
+    """Qwen2.5-VL's blocks 0 and 2 attend inside windows, others inside images."""
     inputs = make_batch(rows)
     tokens, images = shown(qwen, inputs), look_at_all(qwen, inputs)
     for block in (0, 1, -2, -1):
@@ -267,6 +267,20 @@ def test_refusals(qwen: Any, change: Any, message: str) -> None:
         del inputs["attention_mask"], inputs["mm_token_type_ids"]
     with build_pruner("none")(qwen), pytest.raises(ValueError, match=message):
         qwen(**inputs)
+
+
+@torch.no_grad()
+def test_numbers_that_do_not_count_may_be_anything(qwen: Any) -> None:
+    def choose(tokens: VisualTokens) -> Selection:
+        selection = some(tokens)
+        keep = selection.keep_indices.masked_fill(~selection.valid, 999)
+        return Selection(keep, selection.valid)
+
+    inputs, logits = make_batch(SEVERAL), []
+    for choice in (some, choose):
+        with Scripted(choose=choice)(qwen):
+            logits.append(qwen(**inputs).logits)
+    assert logits[0].equal(logits[1])
 
 
 def test_padding_is_no_choice(qwen: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every registered pruner on Qwen2.5-VL with its own processor, and the commands."""
+"""Every registered pruner on Qwen-VL models with their own processors, and the commands."""
 
 from __future__ import annotations
 
@@ -20,28 +20,45 @@ import ocvtp
 from ocvtp import OCPruner, Pruner, VisualTokens, build_pruner
 from ocvtp.cli import main
 from ocvtp.hosts import find_host
-from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.loading import RANDOM_MODELS
+from ocvtp.hosts.random_qwen import SPECIAL_TOKENS, tiny_qwen, tiny_qwen2, tiny_qwen3
+from ocvtp.hosts.random_tokenizer import byte_tokenizer
 from ocvtp.slots import OCPrunerConfig
 
-MODEL = "random:tiny-qwen2.5-vl"
+MODELS = [name for name in RANDOM_MODELS if "qwen" in name]
+FAMILIES = {"Qwen2-VL": tiny_qwen2, "Qwen2.5-VL": tiny_qwen, "Qwen3-VL": tiny_qwen3}
 WORDS = ["what is it?", "how many are there, and where?"]
 OWN = [0, 1, 1]  # whose words each image goes with
-SAME = [(112, 140)] * 3  # pixels: 4 x 5 units
-MIXED = [(112, 140), (196, 112), (84, 224)]
+SAME = [(4, 5)] * 3  # rows and columns of units
+MIXED = [(4, 5), (7, 4), (3, 8)]
 NEED_GRID = ("hiprune", "pool")
 SETTINGS: dict[str, dict[str, Any]] = {"hiprune": {"object_block": 2, "alpha": 0.9}}
 REFUSED = ("cdpruner", "fastervlm", "holov", "prumerge", "prumerge_plus", "scope", "todre", "trim")
 REFUSED += ("visionzip", "vispruner")
 CASES: list[tuple[str, dict[str, Any]]] = [
-    (name, {}) for name in ocvtp.list_pruners() if name not in REFUSED
+    (name, {}) for name in ocvtp.list_pruners("llm_input") if name not in REFUSED
 ]
 CASES += [("visionzip", {"guidance": "received", "block": -1})]
 CASES += [("fopru", {"block": -1}), ("fps", {"space": "projected"})]
 
 
+FASTER = {"Qwen2.5-VL"}
+"""The families share what pruners see: of the others slow tests are enough."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[] if name in FASTER else [pytest.mark.slow]) for name in FAMILIES
+    ],
+)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def random_qwen() -> Any:
-    return load_model(MODEL)
+def random_qwen(family: str) -> Any:
+    return FAMILIES[family](byte_tokenizer(SPECIAL_TOKENS))
 
 
 def build(name: str, num_keep: int = 6, **settings: Any) -> Pruner:
@@ -54,8 +71,9 @@ def build(name: str, num_keep: int = 6, **settings: Any) -> Pruner:
 
 def prompts_about(processor: Any, sizes: list[tuple[int, int]], side: str = "left") -> Any:
     """A row about one image, one about none, one about two."""
-    random = np.random.default_rng(0)
-    pixels = [random.integers(0, 256, (*size, 3), dtype=np.uint8) for size in sizes]
+    random, unit = np.random.default_rng(0), 2 * processor.image_processor.patch_size
+    shapes = [(rows * unit, columns * unit, 3) for rows, columns in sizes]
+    pixels = [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
     rows = []
     for number, words in ((1, WORDS[0]), (0, "nothing to see"), (2, WORDS[1])):
         content = [{"type": "image"}] * number + [{"type": "text", "text": words}]
@@ -114,13 +132,15 @@ def test_answers_are_those_of_prompts_made_by_hand(
     images = look_at_all(model, inputs)
     tokens = tokens_by_hand(model, processor, images, (4, 5) if sizes is SAME else (0, 0))
     expected = pruner.select(tokens).in_raster_order()
-    places, rows = [], [image.projected.clone() for image in images]
+    places = []
     for i, keep in enumerate(expected.keep_indices):
         real = slice(None) if expected.valid is None else expected.valid[i]
         places.append(keep[real].tolist())
         if expected.merge is not None:
-            rows[i][keep[real]] = expected.merge[i][real][:, 1:] @ tokens.features[i]
-    short = shorten(model, inputs, places, side, rows)  # type: ignore[arg-type]
+            weights = expected.merge[i][real, 1:]
+            for rows in (images[i].projected, *images[i].deepstack):
+                rows[keep[real]] = weights[:, : len(rows)] @ rows.clone()
+    short = shorten(model, inputs, places, side, images)  # type: ignore[arg-type]
     prompts: list[Any] = []
     with pruner(model, on_prune=prompts.append, processor=processor):
         logits = model(**inputs).logits
@@ -150,15 +170,17 @@ def test_a_batch_answers_as_its_rows_do(random_qwen: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_pruners_without_what_they_read_are_refused(random_qwen: Any, name: str) -> None:
+def test_pruners_without_what_they_read_are_refused(
+    random_qwen: Any, family: str, name: str
+) -> None:
     model, processor = random_qwen
-    with pytest.raises(ValueError, match="Qwen2.5-VL.*a pruner"):
+    with pytest.raises(ValueError, match=f"{family}.*a pruner"):
         ocvtp.attach(model, build(name), processor=processor)
 
 
 def test_pictures_are_what_the_processor_made(random_qwen: Any) -> None:
     model, processor = random_qwen
-    size = np.array([112, 140])
+    size = np.array([4, 5]) * 2 * processor.image_processor.patch_size
     gradient = np.linspace(0, 255, size.prod() * 3).reshape(*size, 3).astype(np.uint8)
     images = processor.image_processor(images=Image.fromarray(gradient), return_tensors="pt")
     seen = find_host(model).picture(dict(images))
@@ -175,19 +197,22 @@ def photo(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_answer(capsys: pytest.CaptureFixture[str], photo: str) -> None:
-    words = ["answer", "--model", MODEL, "--pruner", "divprune", "--num-keep", "7", "--json"]
+@pytest.mark.parametrize("model", MODELS)
+def test_answer(capsys: pytest.CaptureFixture[str], photo: str, model: str) -> None:
+    words = ["answer", "--model", model, "--pruner", "divprune", "--num-keep", "7", "--json"]
     words += ["--image", photo, photo, "--prompt", "what is it?", "--max-new-tokens", "4"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["visual_tokens"] == 5 * 7
+    tokens = 5 * 6 if "qwen3" in model else 5 * 7  # units of 32 pixels, or 28
+    assert found["visual_tokens"] == [tokens] * 2
     assert found["visual_tokens_kept"] == [7, 7]
-    assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (5 * 7 - 7)
+    assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (tokens - 7)
 
 
-def test_show(capsys: pytest.CaptureFixture[str], photo: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", MODELS)
+def test_show(capsys: pytest.CaptureFixture[str], photo: str, tmp_path: Path, model: str) -> None:
     path = str(tmp_path / "kept.png")
-    words = ["show", "--model", MODEL, "--pruner", "visiondrop", "uniform", "--num-keep", "8"]
+    words = ["show", "--model", model, "--pruner", "visiondrop", "uniform", "--num-keep", "8"]
     words += ["--image", photo, "--prompt", "what?", "--output", path, "--json"]
     assert main(words) == 0
     found = json.loads(capsys.readouterr().out)

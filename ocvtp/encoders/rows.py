@@ -1,0 +1,81 @@
+"""Which tokens of a vision tower are still there.
+
+B images, T tokens of the tower (the CLS included, where there is one), R rows that run, N patches,
+D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows that run in place of all tokens, from some block on.
+
+    Args:
+        places: [B, R] the token in whose place each row stands; `num_tokens` on padding.
+        num_tokens: T.
+        real: [B, R] bool, False on padding, which is last; None where all rows count.
+        sizes: [B, R] fp32, of how many tokens each row is the mean; None where of one each.
+    """
+
+    places: Tensor
+    num_tokens: int
+    real: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @staticmethod
+    def all(batch: int, num_tokens: int, device: torch.device) -> Rows:
+        """Every token in its place."""
+        return Rows(torch.arange(num_tokens, device=device).expand(batch, -1), num_tokens)
+
+    def keep(self, indices: Tensor, valid: Tensor | None, num_prefix: int) -> Rows:
+        """The prefix tokens and some of the patches.
+
+        Args:
+            indices: [B, K] of rows, prefix left out.
+            valid: [B, K] bool, those that count; None for all.
+            num_prefix: tokens before the patches.
+        """
+        prefix = torch.arange(num_prefix, device=indices.device).expand(len(indices), -1)
+        index = torch.cat([prefix, indices + num_prefix], dim=1)
+        places = self.places.gather(1, index)
+        sizes = None if self.sizes is None else self.sizes.gather(1, index)
+        if valid is None:
+            return replace(self, places=places, sizes=sizes)
+        real = torch.cat([torch.ones_like(prefix, dtype=torch.bool), valid], dim=1)
+        return Rows(places.masked_fill(~real, self.num_tokens), self.num_tokens, real, sizes)
+
+    def bias(self) -> Tensor | None:
+        """[B, R] fp32, to be added to the attention logits of each row as a key.
+
+        A mean of s tokens is attended to as s tokens are (ToMe's proportional attention), padding
+        not at all. None where there is nothing to add.
+        """
+        if self.real is None and self.sizes is None:
+            return None
+        sizes = torch.ones_like(self.places, dtype=torch.float32)
+        bias = (sizes if self.sizes is None else self.sizes).log()
+        return bias if self.real is None else bias.masked_fill(~self.real, float("-inf"))
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B, T, D] of all tokens -> [B, R, D]; padding repeats the last token."""
+        index = self.places.clamp(max=self.num_tokens - 1)
+        return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """[B, R, D] -> [B, T, D], 0 in the places of tokens that are not there."""
+        spare = 0 if self.real is None else 1
+        shape = (len(values), self.num_tokens + spare, values.shape[2])
+        index = self.places[:, :, None].expand_as(values)
+        return values.new_zeros(shape).scatter(1, index, values)[:, : self.num_tokens]
+
+    def ran(self) -> Tensor:
+        """[B, T] bool, which tokens have a row."""
+        shape = (len(self.places), self.num_tokens + 1)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.places.device)
+        return mask.scatter(1, self.places, True)[:, : self.num_tokens]

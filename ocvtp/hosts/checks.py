@@ -1,0 +1,91 @@
+"""What a call must bring, and what a pruner must answer.
+
+B rows of the batch, L columns of the prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts.base import Encoded, Host
+from ocvtp.pruners import Pruner
+from ocvtp.structures import Selection
+
+
+def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The prompt's ids and mask on the embedding's device.
+
+    Raises:
+        ValueError: for inputs that cannot be shortened.
+    """
+    if inputs.get("inputs_embeds") is not None or inputs.get("input_ids") is None:
+        raise ValueError(
+            "pruning finds image placeholders in input_ids; pass input_ids and pixel_values and"
+            " leave inputs_embeds out."
+        )
+    _refuse_other_images(inputs)
+    device = host.model.get_input_embeddings().weight.device
+    ids: Tensor = inputs["input_ids"]
+    ids = ids if device.type == "meta" else ids.to(device)
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return ids, None
+    check_mask(mask, ids)
+    return ids, mask.to(ids.device)
+
+
+def check_mask(mask: Tensor, ids: Tensor) -> None:
+    """Refuse other masks than the processor's.
+
+    Raises:
+        ValueError: if the mask is not 2-D, or not of the shape of the ids.
+    """
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
+        )
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}; pass equal shapes."
+        )
+
+
+def _refuse_other_images(inputs: dict[str, Any]) -> None:
+    """Refuse images that are no `pixel_values`.
+
+    Raises:
+        ValueError: for videos, and for images that were encoded beforehand.
+    """
+    if inputs.get("pixel_values_videos") is not None:
+        raise ValueError("videos are not pruned; call the model without the pruner for them.")
+    if inputs.get("mm_encoder_outputs"):
+        raise ValueError(
+            "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
+            " the pruner sees them."
+        )
+
+
+def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
+    """Anything but ascending indices would silently mix up tokens, or images.
+
+    Raises:
+        ValueError: for such indices.
+    """
+    keep, valid = selection.keep_indices, selection.valid
+    images, num_tokens = encoded.tokens.batch_size, encoded.tokens.num_tokens
+    if valid is None:
+        valid = torch.ones_like(keep, dtype=torch.bool)
+    fits = (keep >= 0) & (keep < num_tokens) | ~valid
+    if encoded.tokens.valid is not None:
+        real = encoded.tokens.valid.to(keep.device)
+        fits &= real.gather(1, keep.clamp(0, num_tokens - 1)) | ~valid
+    fits[:, 1:] &= (keep.diff(dim=1) > 0) & valid[:, :-1] | ~valid[:, 1:]
+    if len(keep) != images or not bool(fits.all()):
+        raise ValueError(
+            f"pruner {pruner.name!r} returned keep_indices {keep.tolist()}; for each of {images}"
+            f" images, return unique ascending numbers below {num_tokens} (of real tokens, where"
+            " images differ in size), the valid ones first."
+        )

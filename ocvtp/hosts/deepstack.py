@@ -1,0 +1,102 @@
+"""DeepStack: rows of the vision tower that a language model adds to its first hidden states.
+
+A language model takes them as arguments of its own forward, which the model around it fills in only
+where it encodes the images itself. A hook fills them in for the prompts that a pruner shortened.
+
+E decoder layers that add rows, R' image tokens that are left, B rows of the batch, L' columns of
+the short prompt, n of one forward, D' width of the language model.
+
+Paper: https://arxiv.org/abs/2406.04334.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass(frozen=True)
+class Deepstack:
+    """The rows of a short prompt.
+
+    Args:
+        rows: [E, R', D'].
+        places: [B, L'] which of the R' belongs to each column, -1 where none does.
+    """
+
+    rows: Tensor
+    places: Tensor
+
+    @staticmethod
+    def at(image_tokens: Tensor, rows: Tensor) -> Deepstack:
+        """Rows [E, R', D'] in the columns where `image_tokens` [B, L'] is True."""
+        numbers = image_tokens.flatten().cumsum(dim=0).view_as(image_tokens) - 1
+        return Deepstack(rows, numbers.masked_fill(~image_tokens, -1))
+
+    def part(self, columns: slice, repeats: int = 1, num_more: int = 0) -> Deepstack:
+        """Of some columns, each row of the batch `repeats` times, with so many of text behind."""
+        places = self.places[:, columns].repeat_interleave(repeats, dim=0)
+        return Deepstack(self.rows, pad(places, (0, num_more), value=-1))
+
+    def arguments(self) -> dict[str, Any]:
+        """What the language model's forward() takes."""
+        mask = self.places >= 0  # [B, n]
+        rows = self.rows[:, self.places[mask].to(self.rows.device)]
+        return {"visual_pos_masks": mask, "deepstack_visual_embeds": list(rows)}
+
+
+@dataclass
+class _Handed:
+    deepstack: Deepstack
+    is_taken: bool = False
+
+
+_HANDED: ContextVar[_Handed | None] = ContextVar("ocvtp_deepstack", default=None)
+
+
+@contextmanager
+def handing(deepstack: Deepstack | None) -> Iterator[None]:
+    """Hand rows to the language model that runs inside the block, in this thread.
+
+    Raises:
+        RuntimeError: if it did not take them.
+    """
+    if deepstack is None:
+        yield
+        return
+    handed = _Handed(deepstack)
+    token = _HANDED.set(handed)
+    try:
+        yield
+    finally:
+        _HANDED.reset(token)
+    if not handed.is_taken:
+        raise RuntimeError(
+            "the language model ran but the hook on it did not fire, so it did not add what the"
+            " vision tower has for its layers; attach the pruner again, after the language model"
+            " was replaced and before it is compiled or exported."
+        )
+
+
+def install(language_model: nn.Module) -> RemovableHandle:
+    """Put an inert hook on a language model, which takes what is handed to it."""
+    return language_model.register_forward_pre_hook(_take, with_kwargs=True)
+
+
+def _take(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_compiling() and kwargs["inputs_embeds"].shape[1] == 1:
+        return None  # a decode step takes nothing; dynamo need not follow the ContextVar
+    if (handed := _HANDED.get()) is None:
+        return None
+    handed.is_taken = True
+    return args, kwargs | handed.deepstack.arguments()

@@ -1,0 +1,164 @@
+"""One run through the language model in which tokens are dropped, or were.
+
+B rows of the batch, L' columns of the prompt as it stands, L'' of them left behind a stage, T
+columns behind the prompt, q columns of the pass, D' width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts.base import merge
+from ocvtp.hosts.layer_plan import LayerPlan
+from ocvtp.hosts.layer_tokens import Current, Place, tokens_at, with_tail
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is left of the prompt behind a layer.
+
+    Args:
+        mask: [B, L''] bool, False on padding; None where there is none.
+        lost: [B, 1] how far later positions move down; None where they stay.
+    """
+
+    mask: Tensor | None
+    lost: Tensor | None
+
+
+@dataclass
+class Note:
+    """What a cache remembers: L' and the stages, by their layers."""
+
+    prompt_length: int
+    stages: dict[int, Stage] = field(default_factory=dict)
+
+
+@dataclass
+class Pass:
+    """One run through the language model.
+
+    Args:
+        model: the language model.
+        note: of the cache.
+        plan: in the pass that reads the prompt.
+        positions: [1 or B, q] where tokens are numbered anew.
+        tail: [B, T] mask of what stands behind the prompt, None where all of it counts.
+        num_tail: T, all that is in the cache and in this pass.
+        current: the prompt as it stands, in the pass that reads it.
+        prepared: mask and position embeddings for the layers behind a stage.
+    """
+
+    model: Any
+    note: Note
+    plan: LayerPlan | None
+    positions: Tensor | None
+    tail: Tensor | None
+    num_tail: int
+    current: Current | None = None
+    prepared: dict[int, tuple[Tensor | None, Any]] = field(default_factory=dict)
+
+
+def drop(run: Pass, place: Place) -> Tensor:
+    """[B, q, D'] -> [B, L'' + T, D']."""
+    plan, current = run.plan, run.current
+    assert plan is not None
+    assert current is not None
+    hidden, keep = _choose(plan, current, place)
+    length = int(keep.sum(dim=1).max()) if current.lengths is None else max(current.lengths)
+    # A stable sort moves what stays to one side and keeps its order.
+    order = keep.int().argsort(dim=1, descending=plan.pads_right, stable=True)
+    index = order[:, :length] if plan.pads_right else order[:, order.shape[1] - length :]
+    hidden = current.shrink(hidden, index, keep.gather(1, index))
+    new = None
+    if plan.renumber:
+        numbers = (current.mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        assert run.positions is not None
+        before = run.positions.expand(len(numbers), -1).gather(1, plan.last[:, None])
+        new = numbers, before - numbers.amax(dim=1, keepdim=True)
+    current.rope = _rope(run, hidden, place.rope, index, new)
+    even = current.lengths is not None and len(set(current.lengths)) == 1
+    lost = None if new is None else new[1]
+    run.note.stages[place.number] = Stage(None if even else current.mask, lost)
+    return hidden
+
+
+def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Tensor]:
+    """Hidden states, in which merging methods mixed some, and [B, L'] bool which columns stay."""
+    keep, hidden, groups = current.mask.clone(), place.hidden, []
+    counted, lengths = current.lengths is not None, list(current.lengths or plan.lengths)
+    for group in current.groups:
+        with torch.no_grad():
+            tokens = tokens_at(plan, current, group, place)
+            selection = plan.pruner.select_at(tokens, place.number, group.num_keep(place.number))
+        if not plan.renumber:
+            selection = selection.in_raster_order()
+        rows, kept = group.rows[:, None], selection.keep_indices
+        columns = group.columns.gather(1, kept)
+        keep[rows, group.columns] = False
+        keep[rows, columns] = True if selection.valid is None else selection.valid
+        if selection.merge is not None:
+            hidden = hidden.clone() if hidden is place.hidden else hidden
+            hidden[rows, columns] = merge(tokens, selection.merge)
+        here = kept if selection.anchors is None else selection.anchors
+        groups.append(replace(group, columns=columns, places=group.places.gather(1, here)))
+        counted &= selection.valid is None
+        for row in group.row_numbers:
+            lengths[row] -= tokens.num_tokens - kept.shape[1]
+    current.groups = tuple(groups)
+    current.lengths = tuple(lengths) if counted else None
+    return hidden, keep
+
+
+def _rope(run: Pass, hidden: Tensor, rope: Any, index: Tensor, new: Any) -> Any:
+    """Position embeddings of what is left: gathered, or made anew."""
+    if new is None:
+        return tuple(_take_columns(part, index, run.num_tail) for part in rope)
+    numbers, lost = new
+    assert run.positions is not None
+    behind = run.positions[:, run.note.prompt_length :].expand(len(numbers), -1) - lost
+    return run.model.rotary_emb(hidden, torch.cat([numbers, behind], dim=1))
+
+
+def _take_columns(part: Tensor, index: Tensor, num_tail: int) -> Tensor:
+    """[..., 1 or B, q, d] -> [..., B, L'' + T, d]."""
+    columns = with_tail(index, part.shape[-2], num_tail)
+    part = part.expand(*part.shape[:-3], len(index), *part.shape[-2:])
+    columns = columns[:, :, None].expand(*part.shape[:-2], -1, part.shape[-1])
+    return part.gather(-2, columns)
+
+
+def prepare(
+    run: Pass, stage: int, number: int, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor | None, Any]:
+    """Mask and position embeddings of a pass behind a stage."""
+    from transformers.masking_utils import create_causal_mask
+
+    left = run.note.stages[stage]
+    mask, tail = left.mask, run.tail
+    if mask is not None or tail is not None:
+        size = (len(hidden), run.num_tail)
+        if tail is None:
+            tail = torch.ones(size, dtype=torch.bool, device=hidden.device)
+        if mask is None:
+            length = cache.get_seq_length(number) + hidden.shape[1] - run.num_tail
+            mask = torch.ones((len(hidden), length), dtype=torch.bool, device=hidden.device)
+        mask = torch.cat([mask.to(hidden.device), tail.to(hidden.device)], dim=1)
+    causal = create_causal_mask(
+        config=run.model.config,
+        inputs_embeds=hidden,
+        attention_mask=mask,
+        past_key_values=cache,
+        position_ids=None,
+        layer_idx=number,
+    )
+    if run.current is not None:
+        return causal, run.current.rope
+    if left.lost is None:
+        return causal, kwargs["position_embeddings"]
+    assert run.positions is not None
+    return causal, run.model.rotary_emb(hidden, run.positions - left.lost)

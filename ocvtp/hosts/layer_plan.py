@@ -1,0 +1,205 @@
+"""Where the images of a prompt are, and how many of their tokens stay in front of which layer.
+
+B rows of the batch, L' columns of the short prompt; I images of a group, N tokens of each, M text
+tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.layered import LayerPruner, LayerStage
+from ocvtp.structures import VisualTokens
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images with equally many tokens, so that one choice serves them all.
+
+    Args:
+        schedule: what stays where.
+        images: [I] their numbers in the call.
+        rows: [I] the row of the batch that each is in. row_numbers: the same, to count with.
+        columns: [I, N] of their tokens.
+        places: [I, N] numbers of the tokens among those of their image in the tower, -1 for rows
+            that are none (separators).
+        text: [I, M] columns of the text behind each (of all text, where there is none).
+        text_valid: [I, M] bool.
+        raters: [I, M] bool, see `LayerPruner.raters`.
+    """
+
+    schedule: tuple[LayerStage, ...]
+    images: Tensor
+    rows: Tensor
+    row_numbers: tuple[int, ...]
+    columns: Tensor
+    places: Tensor
+    text: Tensor
+    text_valid: Tensor
+    raters: Tensor | None = None
+
+    def num_keep(self, layer: int) -> int:
+        """K in front of a layer."""
+        return next(stage.num_keep for stage in self.schedule if stage.layer == layer)
+
+    def repeat(self, times: int) -> Group:
+        """Every row of the batch so many times, one behind the other, as beams are."""
+        if times == 1:
+            return self
+        more = {
+            name: getattr(self, name).repeat_interleave(times, dim=0)
+            for name in ("images", "columns", "places", "text", "text_valid")
+        }
+        numbers = tuple(row * times + i for row in self.row_numbers for i in range(times))
+        rows = torch.tensor(numbers, device=self.rows.device)
+        return replace(self, rows=rows, row_numbers=numbers, **more)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What will be dropped of one prompt inside the language model.
+
+    Args:
+        pruner: that chooses.
+        groups: its images.
+        layers: in front of which tokens are dropped, ascending.
+        mask: [B, L'] bool, False on padding.
+        last: [B] the column of each row's last token.
+        lengths: real columns of each row.
+        pads_right: on which side padding is.
+        renumber: whether what stays is numbered anew, see `LayerPruner.positions`.
+        tower: what the vision tower gave of all images, where the pruner reads it.
+    """
+
+    pruner: LayerPruner
+    groups: tuple[Group, ...]
+    layers: tuple[int, ...]
+    mask: Tensor
+    last: Tensor
+    lengths: tuple[int, ...]
+    pads_right: bool
+    renumber: bool
+    tower: VisualTokens | None
+
+    def repeat(self, rows: int) -> LayerPlan:
+        """The plan for a batch that holds every row several times, as beams do."""
+        times, rest = divmod(rows, len(self.mask))
+        assert not rest, (rows, len(self.mask))
+        if times == 1:
+            return self
+        return replace(
+            self,
+            groups=tuple(group.repeat(times) for group in self.groups),
+            mask=self.mask.repeat_interleave(times, dim=0),
+            last=self.last.repeat_interleave(times),
+            lengths=tuple(length for length in self.lengths for _ in range(times)),
+        )
+
+    def summary(self) -> list[dict[str, object]]:
+        """What stays in front of each layer, image by image (this waits for the device)."""
+        kept: dict[int, dict[int, int]] = {layer: {} for layer in self.layers}
+        for group in self.groups:
+            for stage in group.schedule:
+                kept[stage.layer] |= dict.fromkeys(group.images.tolist(), stage.num_keep)
+        return [
+            {"layer": layer, "visual_tokens_kept": [count for _, count in sorted(counts.items())]}
+            for layer, counts in kept.items()
+        ]
+
+
+def plan_layers(
+    pruner: LayerPruner,
+    num_layers: int,
+    image: Tensor,
+    places: Tensor,
+    mask: Tensor,
+    renumber: bool,
+    tower: VisualTokens | None = None,
+) -> LayerPlan:
+    """Group the images of a prompt and look up their schedules.
+
+    Args:
+        pruner: of stage `llm_layers`.
+        num_layers: of the language model.
+        image: [B, L'] the number of the image that each column is of, -1 for text and padding;
+            numbers ascend along the rows, one behind the other.
+        places: [B, L'] which of the image's tokens it is.
+        mask: [B, L'] bool, False on padding.
+        tower: what the vision tower gave of all images, where the pruner reads it.
+        renumber: whether positions may be counted anew.
+
+    Raises:
+        ValueError: if the language model has no such layers, or the budget cannot be met.
+    """
+    numbers, real = image.cpu(), mask.cpu()
+    _check_images(pruner, tower, int(numbers.max()) + 1)
+    groups = _groups(pruner, num_layers, numbers, places, real)
+    layers = {tuple(stage.layer for stage in group.schedule) for group in groups}
+    assert len(layers) <= 1, layers
+    width = torch.arange(real.shape[1])
+    return LayerPlan(
+        pruner=pruner,
+        groups=groups,
+        layers=layers.pop() if layers else (),
+        mask=mask,
+        last=(width * real).argmax(dim=1).to(image.device),
+        lengths=tuple(real.sum(dim=1).tolist()),
+        pads_right=bool((real[:, 0] & ~real[:, -1]).any()),
+        renumber=renumber and pruner.positions == "contiguous",
+        tower=tower,
+    )
+
+
+def _groups(
+    pruner: LayerPruner, num_layers: int, numbers: Tensor, places: Tensor, real: Tensor
+) -> tuple[Group, ...]:
+    """The images by their number of tokens; `places` may be on a device, the rest is not."""
+    device, groups = places.device, []
+    slots = (numbers >= 0).nonzero()  # [T, 2], image after image
+    names, counts = numbers[numbers >= 0].unique_consecutive(return_counts=True)
+    for size in counts.unique().tolist():
+        mine = counts == size
+        tokens = slots[mine.repeat_interleave(counts)].view(-1, size, 2)
+        rows, columns = tokens[:, 0, 0], tokens[:, :, 1]
+        text, text_valid = _text_behind(numbers[rows], real[rows], columns[:, -1:])
+        groups.append(
+            Group(
+                schedule=pruner.schedule(num_layers, size),
+                images=names[mine].to(device),
+                rows=rows.to(device),
+                row_numbers=tuple(rows.tolist()),
+                columns=columns.to(device),
+                places=places[rows[:, None].to(device), columns.to(device)],
+                text=text.to(device),
+                text_valid=text_valid.to(device),
+            )
+        )
+    return tuple(groups)
+
+
+def _text_behind(numbers: Tensor, real: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """[I, M] columns of the text behind column `last` [I, 1], and which of them count."""
+    width = torch.arange(numbers.shape[1])
+    text = real & (numbers < 0)
+    behind = text & (width > last)
+    text = torch.where(behind.any(dim=1, keepdim=True), behind, text)
+    most = int(text.sum(dim=1).max())
+    order = text.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    return order, text.gather(1, order)
+
+
+def _check_images(pruner: LayerPruner, tower: VisualTokens | None, num_images: int) -> None:
+    """Refuse tiles where images are looked up.
+
+    Raises:
+        ValueError: that names the setting.
+    """
+    if tower is not None and tower.batch_size != num_images:
+        raise ValueError(
+            f"{pruner.name} looks up inside the language model, image by image, what the vision"
+            f" tower said, but is shown {tower.batch_size} tiles one by one; pass"
+            " budget='per_image'."
+        )

@@ -1,0 +1,83 @@
+"""Attention of a few rows of the language model, in fp32, from its own queries and keys.
+
+I images, N tokens of each, R query rows, S columns, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 256  # rows at a time
+
+
+def turn(attention: Any, states: Tensor, norm: str, cos: Tensor, sin: Tensor) -> Tensor:
+    """Projected queries or keys as the attention compares them: normed and turned.
+
+    Args:
+        attention: the layer's module, whose own functions do it.
+        states: [I, R, H d].
+        norm: its norm of single heads, where it has one: `q_norm` or `k_norm`.
+        cos: [..., I, R, d] and sin: of their positions.
+
+    Returns:
+        [I, H, R, d].
+    """
+    heads = states.unflatten(-1, (-1, attention.head_dim))
+    if (module := getattr(attention, norm, None)) is not None:
+        heads = module(heads)
+    heads = heads.transpose(1, 2)
+    family = sys.modules[type(attention).__module__]
+    if rotate := getattr(family, "apply_multimodal_rotary_pos_emb", None):
+        section = attention.config.rope_parameters["mrope_section"]
+        turned: Tensor = rotate(heads, heads, cos, sin, section)[0]
+    else:
+        turned = family.apply_rotary_pos_emb(heads, heads, cos, sin)[0]
+    return turned
+
+
+def rows_of_attention(
+    queries: Tensor, keys: Tensor, scaling: float, mask: Tensor, query_columns: Tensor
+) -> Tensor:
+    """Attention of some rows to all columns up to their own, the mean over heads.
+
+    Args:
+        queries: [I, H, R, d]. keys: [I, H', S, d], H' a divisor of H.
+        scaling: of their products.
+        mask: [I, S] bool, False on padding.
+        query_columns: [I, R] where the rows stand among the S.
+
+    Returns:
+        [I, R, S] in fp32, rows sum to 1.
+    """
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    place = query_columns[:, :, None]
+    seen = mask[:, None] & (columns <= place) | (columns == place)  # [I, R, S]
+    return _head_means(queries, keys, scaling, seen)
+
+
+def among_each_other(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Attention that tokens receive of each other, the mean over heads and queries.
+
+    Args:
+        queries: [I, H, N, d]. keys: [I, H', N, d] of the same tokens. scaling: of their products.
+
+    Returns:
+        [I, N] in fp32, sums to 1.
+    """
+    total = queries.new_zeros(len(queries), keys.shape[2], dtype=torch.float32)
+    for part in queries.split(_CHUNK, dim=2):
+        total += _head_means(part, keys, scaling, None).sum(dim=1)
+    return total / queries.shape[2]
+
+
+def _head_means(queries: Tensor, keys: Tensor, scaling: float, seen: Tensor | None) -> Tensor:
+    """[I, R, S]."""
+    grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # [I, H', H / H', R, d]
+    logits = grouped @ keys.float()[:, :, None].transpose(3, 4) * scaling
+    if seen is not None:
+        logits = logits.masked_fill(~seen[:, None, None], float("-inf"))
+    return logits.softmax(dim=-1).mean(dim=(1, 2))

@@ -1,0 +1,210 @@
+"""The prompt inside the language model, and what pruners see of its images there.
+
+B rows of the batch, L' columns of the prompt as it stands, T behind it; I images of a group, N
+tokens of each, K kept, M text tokens, D' width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.hosts.base import on_device
+from ocvtp.hosts.layer_plan import Group, LayerPlan
+from ocvtp.hosts.layer_scores import among_each_other, rows_of_attention, turn
+from ocvtp.structures import LayerTokens, take
+
+
+@dataclass
+class Current:
+    """The prompt as it stands, in the pass that reads it.
+
+    Args:
+        groups: its images.
+        mask: [B, L'] bool, False on padding.
+        last: [B] the column of the last token.
+        origin: [B, L'] the column that each was before anything was dropped.
+        lengths: real columns of each row; None where a method chose them.
+        length: of the prompt before anything was dropped.
+        num_tail: T.
+        queries: layer -> [B, q, H d], as they were projected.
+        ropes: layer -> cosines and sines of its positions. rope: those of what is left.
+    """
+
+    groups: tuple[Group, ...]
+    mask: Tensor
+    last: Tensor
+    origin: Tensor
+    lengths: tuple[int, ...] | None
+    length: int
+    num_tail: int
+    queries: dict[int, Tensor] = field(default_factory=dict)
+    ropes: dict[int, Any] = field(default_factory=dict)
+    rope: Any = None
+
+    @classmethod
+    def start(cls, plan: LayerPlan, embeddings: Tensor, num_tail: int) -> Current:
+        """All of the prompt."""
+        groups = []
+        for group in plan.groups:
+            tokens = _of_hidden(group, embeddings, with_text=True)
+            with torch.no_grad():
+                raters = plan.pruner.raters(tokens)
+            groups.append(group if raters is None else replace(group, raters=raters))
+        length = plan.mask.shape[1]
+        columns = torch.arange(length, device=embeddings.device).expand(len(plan.mask), -1)
+        mask, last = plan.mask.to(columns.device), plan.last.to(columns.device)
+        return cls(tuple(groups), mask, last, columns, plan.lengths, length, num_tail)
+
+    def shrink(self, hidden: Tensor, index: Tensor, real: Tensor) -> Tensor:
+        """Keep columns `index` [B, L''] of the prompt, of which some are not `real`."""
+        places = torch.full_like(self.origin, -1)
+        new = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        places = places.scatter(1, index, new)
+        self.origin, self.mask = self.origin.gather(1, index), real
+        self.last = places.gather(1, self.last[:, None])[:, 0]
+        self.groups = tuple(
+            replace(
+                group,
+                columns=take(places[group.rows], group.columns),
+                text=take(places[group.rows], group.text).clamp(min=0),
+            )
+            for group in self.groups
+        )
+        self.queries.clear()
+        self.ropes.clear()
+        return take(hidden, with_tail(index, hidden.shape[1], self.num_tail))
+
+    def spread(self) -> Tensor:
+        """[B, L' + T] for every column that there was the last one left at or before it."""
+        found = self.mask.new_zeros(len(self.mask), self.length, dtype=torch.long)
+        here = torch.arange(self.mask.shape[1], device=self.mask.device).expand_as(self.mask)
+        # Padding is written first, or not at all: several of it may have the same origin.
+        found = found.scatter_reduce(1, self.origin, here * self.mask, "amax")
+        found = found.cummax(dim=1).values
+        left = self.mask.shape[1]
+        tail = torch.arange(left, left + self.num_tail, device=found.device)
+        return torch.cat([found, tail.expand(len(found), -1)], dim=1)
+
+
+def with_tail(index: Tensor, length: int, num_tail: int) -> Tensor:
+    """[B, K] columns and the last T of `length`: [B, K + T]."""
+    if not num_tail:
+        return index
+    tail = torch.arange(length - num_tail, length, device=index.device)
+    return torch.cat([index, tail.expand(len(index), -1)], dim=1)
+
+
+@dataclass(frozen=True)
+class Place:
+    """In front of which layer a choice is made.
+
+    Args:
+        model: the language model. number: of the layer. layer: it.
+        hidden: [B, L' + T, D'], what it would read.
+        cache: keys of the layers before.
+        rope: cosines and sines of the columns' positions.
+    """
+
+    model: Any
+    number: int
+    layer: Any
+    hidden: Tensor
+    cache: Any
+    rope: Any
+
+
+def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> LayerTokens:
+    """What the pruner of a plan reads of a group."""
+    needs = plan.pruner.needs_at(place.number)
+    rows = group.rows[:, None]
+    keys = {block: _keys(current, place, block) for block in needs.keys}  # [B, H, S, d]
+    tokens = _of_hidden(
+        group,
+        place.hidden,
+        with_text=needs.text,
+        attention={
+            (block, kind): _attention(current, group, place, block, kind)
+            for block, kind in needs.attention
+        },
+        keys={
+            block: k.transpose(1, 2)[rows, group.columns].flatten(2) for block, k in keys.items()
+        },
+        text_keys={
+            block: k.transpose(1, 2)[rows, group.text].flatten(2) for block, k in keys.items()
+        },
+        num_heads=next((k.shape[1] for k in keys.values()), None),
+    )
+    norms = {"final": place.model.norm, "layer": place.layer.input_layernorm}
+    with on_device(place.layer):
+        normed: dict[str, Tensor] = {name: norms[name](tokens.features) for name in needs.normed}
+        text_normed: dict[str, Tensor] = (
+            {} if tokens.text is None else {n: norms[n](tokens.text) for n in needs.normed}
+        )
+    tower = None if plan.tower is None else plan.tower.map(lambda values: values[group.images])
+    return replace(tokens, normed=normed, text_normed=text_normed, tower=tower)
+
+
+def _of_hidden(group: Group, hidden: Tensor, with_text: bool, **more: Any) -> LayerTokens:
+    """What is known of a group from hidden states alone."""
+    rows = group.rows[:, None]
+    return LayerTokens(
+        features=hidden[rows, group.columns],
+        grid_hw=(1, group.columns.shape[1]),
+        places=group.places,
+        text=hidden[rows, group.text] if with_text else None,
+        text_valid=group.text_valid,
+        **more,
+    )
+
+
+def _keys(current: Current, place: Place, block: int) -> Tensor:
+    """[B, H, L' + T, d] of a layer that ran, or of the coming one, turned by their positions."""
+    if block != place.number:
+        assert block in current.ropes, (block, sorted(current.ropes))
+        keys: Tensor = place.cache.layers[block].keys
+        return keys
+    attention = place.layer.self_attn
+    with on_device(place.layer):
+        projected = attention.k_proj(place.layer.input_layernorm(place.hidden))
+        return turn(attention, projected, "k_norm", *place.rope)
+
+
+def _attention(current: Current, group: Group, place: Place, block: int, kind: str) -> Tensor:
+    """[I, N] the attention that a group's tokens get, see `AttentionKey`."""
+    attention = place.model.layers[block].self_attn
+    rows = group.rows[:, None]
+    asking = {"last": current.last[rows], "text": group.text, "visual": group.columns}[kind]
+    if block == place.number:
+        with on_device(place.layer):
+            projected = attention.q_proj(place.layer.input_layernorm(place.hidden[rows, asking]))
+        rope = place.rope
+    else:
+        projected, rope = current.queries[block][rows, asking], current.ropes[block]
+    cos, sin = (_at(part, rows, asking) for part in rope)
+    queries = turn(attention, projected, "q_norm", cos, sin)
+    keys = _keys(current, place, block)
+    if group.row_numbers != tuple(range(len(keys))):
+        keys = keys[group.rows]
+    if kind == "visual":
+        index = group.columns[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        return among_each_other(queries, keys.gather(2, index), attention.scaling)
+    keys = keys[:, :, : current.mask.shape[1]]  # nothing of the prompt looks behind it
+    mask = current.mask[group.rows]
+    shares = rows_of_attention(queries, keys, attention.scaling, mask, asking)  # [I, R, L']
+    columns = group.columns[:, None].expand(-1, shares.shape[1], -1)
+    shares = shares.gather(2, columns)  # [I, R, N]
+    if kind == "last":
+        return shares[:, 0]
+    raters = group.text_valid if group.raters is None else group.raters & group.text_valid
+    weights = raters / raters.sum(dim=1, keepdim=True).clamp(min=1)
+    return (weights[:, None].to(shares) @ shares)[:, 0]
+
+
+def _at(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """[..., 1 or B, q, d] at rows [I, 1] and columns [I, R]: [..., I, R, d]."""
+    rows = rows if part.shape[-3] > 1 else torch.zeros_like(rows)
+    return part[..., rows, columns, :]

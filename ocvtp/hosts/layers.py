@@ -1,0 +1,196 @@
+"""Drop visual tokens between the layers of the language model.
+
+Hooks in front of the language model and of its layers do it, while a call that was shortened runs;
+what was dropped is noted on the cache, whose layers then differ in length, and every later step
+reads the note. Nothing of the model's forward is copied.
+
+B rows of the batch, L' columns of the short prompt, L'' of them left behind a stage, T columns
+read behind the prompt in the same pass (drafts), q columns of a pass, D' width.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.hosts.base import Host, is_compiled
+from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
+from ocvtp.hosts.layer_plan import LayerPlan
+from ocvtp.hosts.layer_tokens import Current, Place
+from ocvtp.pruners.layered import LayerPruner
+
+_ON_CACHE = "_ocvtp_layers"
+
+_PLAN: ContextVar[LayerPlan | None] = ContextVar("ocvtp_layer_plan", default=None)
+_PASS: ContextVar[Pass | None] = ContextVar("ocvtp_layer_pass", default=None)
+
+
+@contextmanager
+def reading(plan: LayerPlan | None) -> Iterator[None]:
+    """Let the language model's next pass read a prompt of which tokens will be dropped."""
+    token = _PLAN.set(plan)
+    try:
+        yield
+    finally:
+        _PLAN.reset(token)
+
+
+def check(host: Host, pruner: LayerPruner) -> None:
+    """Refuse language models in which tokens cannot be dropped.
+
+    Raises:
+        ValueError: that says why, and what to do.
+    """
+    model = host.language_model
+    places = pruner.layers(len(model.layers))
+    if any(is_compiled(module) for module in model.modules()):
+        raise ValueError(
+            f"{pruner.name} drops tokens inside the language model, whose layers are compiled:"
+            " hooks on them would be ignored. Attach it to a model that is not, or use a pruner"
+            " that acts before the language model (see `ocvtp list`)."
+        )
+    if window := getattr(model.config, "sliding_window", None):
+        raise ValueError(
+            f"{pruner.name} drops tokens inside the language model, whose layers look no further"
+            f" back than {window} columns; use a pruner that acts before the language model (see"
+            " `ocvtp list`)."
+        )
+    if places[0] < host.num_deepstack_layers:
+        raise ValueError(
+            f"{pruner.name} drops tokens in front of layer {places[0]}, but until layer"
+            f" {host.num_deepstack_layers} the language model adds to them what the tower has for"
+            f" them; pass stages=((layer, K), ...) from layer {host.num_deepstack_layers} on."
+        )
+
+
+def install(model: Any, pruner: LayerPruner) -> list[RemovableHandle]:
+    """Hook the language model.
+
+    Args:
+        model: the language model, its `layers` in order.
+        pruner: of stage `llm_layers`.
+    """
+    count = len(model.layers)
+    places = pruner.layers(count)
+    needs = [(layer, pruner.needs_at(layer)) for layer in places]
+    asked = {b for layer, need in needs for b, _ in need.attention if b != layer}
+    read = asked | {b for layer, need in needs for b in need.keys if b != layer}
+    handles = [
+        model.register_forward_pre_hook(_before, with_kwargs=True),
+        model.register_forward_hook(_behind, always_call=True),
+    ]
+    for number in range(min({*read, *places}), count):
+        hook = partial(_before_layer, number)
+        handles.append(model.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+    for number in sorted(asked):
+        query = model.layers[number].self_attn.q_proj
+        handles.append(query.register_forward_hook(partial(_keep_queries, number)))
+    return handles
+
+
+def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """In front of the language model: begin a pass, if tokens are or were dropped."""
+    plan, cache = _PLAN.get(), kwargs.get("past_key_values")
+    past = 0 if cache is None else cache.get_seq_length()
+    note: Note | None = getattr(cache, _ON_CACHE, None)
+    if not past and note is not None:  # emptied, and filled with another prompt
+        delattr(cache, _ON_CACHE)
+        note = None
+    if plan is None and note is None:
+        _PASS.set(None)
+        return
+    embeddings, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
+    batch, num_columns, _ = embeddings.shape
+    if plan is not None:
+        plan = plan.repeat(batch)
+        note = Note(plan.mask.shape[1])
+    assert note is not None
+    if getattr(cache, "is_compileable", False) or not (mask is None or mask.ndim == 2):
+        raise ValueError(
+            "tokens dropped inside the language model leave its layers with caches of different"
+            " lengths, which a static cache cannot hold; leave cache_implementation out."
+        )
+    num_tail = past + num_columns - note.prompt_length
+    tail = None if mask is None else mask[:, note.prompt_length :].bool()
+    run = Pass(model, note, plan, _plain_positions(kwargs, past, num_columns), tail, num_tail)
+    if plan is not None:
+        run.current = Current.start(plan, embeddings, num_tail)
+    _PASS.set(run)
+
+
+def _plain_positions(kwargs: dict[str, Any], past: int, num_columns: int) -> Tensor | None:
+    """[1 or B, q]; None where tokens have several coordinates."""
+    given: Tensor | None = kwargs.get("position_ids")
+    if given is None:
+        device = kwargs["inputs_embeds"].device
+        return torch.arange(past, past + num_columns, device=device)[None]
+    return given if given.ndim == 2 else None
+
+
+def _behind(model: Any, args: Any, output: Any) -> Any:
+    """Behind the language model: end the pass, and give every column of the prompt a state.
+
+    A dropped token's is that of the one before it: what comes next is predicted from there.
+    """
+    run = _PASS.get()
+    _PASS.set(None)
+    if run is None or run.current is None or output is None:
+        return output
+    states = output[0]
+    whole = states.gather(1, run.current.spread()[:, :, None].expand(-1, -1, states.shape[2]))
+    if isinstance(output, tuple):
+        return (whole, *output[1:])
+    output.last_hidden_state = whole
+    return output
+
+
+def _keep_queries(number: int, module: Any, args: Any, output: Tensor) -> None:
+    run = _PASS.get()
+    if run is not None and run.current is not None:
+        run.current.queries[number] = output.detach()
+
+
+def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """In front of a layer: drop tokens, or hand over the mask for what is left."""
+    run = _PASS.get()
+    if run is None:
+        return None
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cache, current = kwargs.get("past_key_values"), run.current
+    if cache is None:
+        raise ValueError(
+            "tokens can be dropped inside the language model only with a cache; leave"
+            " use_cache=False out (and gradient checkpointing)."
+        )
+    if current is not None:
+        assert run.plan is not None
+        setattr(cache, _ON_CACHE, run.note)
+        if number in run.plan.layers:
+            rope = current.rope if run.note.stages else kwargs["position_embeddings"]
+            hidden = drop(run, Place(run.model, number, layer, hidden, cache, rope))
+    layers = [*run.note.stages]
+    behind = bisect_right(layers, number)
+    if behind:
+        stage = layers[behind - 1]
+        if stage not in run.prepared:
+            run.prepared[stage] = prepare(run, stage, number, hidden, cache, kwargs)
+        mask, rope = run.prepared[stage]
+        # Without position_ids: gaps in them would be read as packed sequences.
+        kwargs = kwargs | {
+            "attention_mask": mask,
+            "position_embeddings": rope,
+            "position_ids": None,
+        }
+    if current is not None:
+        current.ropes[number] = kwargs["position_embeddings"]
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}

@@ -1,0 +1,272 @@
+"""Pruners before and inside a vision tower: hooks that let its blocks run on fewer rows.
+
+U views of a call (images, or tiles of images), T tokens of the tower (the CLS included, where there
+is one), N patches, R rows that run, D width.
+
+A hook in front of each block takes the rows that are left from the T tokens, one behind it puts
+them back, with zeros in the places of all others: whatever looks at the tower between its blocks or
+behind it sees the whole grid. Nothing of the tower's forward is copied. All hooks are inert outside
+of `taps.recording()`, where what belongs to the call is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.encoders import taps
+from ocvtp.encoders.rows import Rows
+from ocvtp.hosts.pixels import PixelScale, patches
+from ocvtp.hosts.tower_run import RUN, TowerRun, add_residual, keep_keys, mask_rows, running
+from ocvtp.hosts.views import counted, left_over, seen_of_tiles
+from ocvtp.pruners import Pruner
+from ocvtp.pruners.bipartite import first_places, means
+from ocvtp.pruners.in_blocks import BlockMerger
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+class TowerStages:
+    """Pruners of stages `pixels` and `encoder` in one tower.
+
+    Args:
+        parts: at most one of each stage.
+        view: of the tower.
+        num_prefix: tokens before the patches.
+        patch_size: in pixels.
+        scale: how to undo what the image processor did; for stage `pixels`.
+
+    Raises:
+        ValueError: if the tower cannot supply what one of them reads, or not in time.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Pruner],
+        view: taps.Tower,
+        num_prefix: int,
+        patch_size: int,
+        scale: PixelScale | None,
+    ) -> None:
+        stages = {part.stage: part for part in parts}
+        inside = stages.get("encoder")
+        self.pixels = stages.get("pixels")
+        self.merger = inside if isinstance(inside, BlockMerger) else None
+        self.dropper = None if isinstance(inside, BlockMerger) else inside
+        self._view = view
+        self._num_prefix = num_prefix
+        self._patch_size = patch_size
+        self._scale = scale
+        self._at = None if self.dropper is None else _first_block(self.dropper, view)
+        if self.merger is not None and self.pixels is not None and not self.pixels.exact:
+            raise ValueError(
+                f"{self.pixels.name!r} leaves images different numbers of patches, and"
+                f" {self.merger.name!r} merges equally many of each; give {self.pixels.name!r}"
+                " num_keep or keep_ratio, without adaptive."
+            )
+
+    @property
+    def uses_masks(self) -> bool:
+        """Whether attention needs a bias: of the sizes of rows, or on padding."""
+        return self.merger is not None or any(
+            part is not None and not part.exact for part in (self.pixels, self.dropper)
+        )
+
+    def check(self, needs: Needs, attention: str) -> None:
+        """Refuse what does not go together.
+
+        Args:
+            needs: of what reads the tower behind these stages.
+            attention: the tower's implementation of it.
+
+        Raises:
+            ValueError: if attention takes no bias, or reads of tokens that are merged later.
+        """
+        if self.uses_masks and attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"the vision tower's attention is {attention!r}, which takes no bias for rows of"
+                " other sizes; load the model with attn_implementation='sdpa'."
+            )
+        if self.merger is not None and (needs.hidden or needs.attention or needs.keys):
+            raise ValueError(
+                f"{self.merger.name!r} merges tokens in every block, so there are no hidden states,"
+                " attention or keys of those that are left; use a pruner behind it that reads none"
+                " of these (see `ocvtp list`)."
+            )
+
+    def begin(self, record: taps.Recording, layers: Sequence[int]) -> None:
+        """A call begins.
+
+        Args:
+            record: of the call.
+            layers: of `hidden_states` that the projector reads.
+
+        Raises:
+            ValueError: if tokens cannot be dropped in front of these.
+        """
+        read = [self._view.layer(layer) for layer in layers]
+        if min(read) == 0 or (self.merger is not None and len(set(read)) > 1):
+            raise ValueError(
+                f"vision_feature_layer={list(layers)}, in front of which no tokens can be dropped"
+                " (layer 0), or which have different ones (several layers, where a pruner merges);"
+                " select one layer behind the first block, or use a pruner of stage llm_input."
+            )
+        record.other[RUN] = TowerRun(max(read))
+
+    def ran(self, record: taps.Recording) -> Tensor | None:
+        """[U, N] which patches are left, None if all are.
+
+        Raises:
+            RuntimeError: if the hooks did not fire.
+        """
+        run: TowerRun = record.other[RUN]
+        if not run.started:
+            raise RuntimeError(
+                "the vision tower ran but the hooks in it did not fire: attach the pruner before"
+                " the tower is compiled or exported."
+            )
+        return None if run.rows is None else run.rows.ran()[:, self._num_prefix :]
+
+    def install(self, tower: Any) -> list[RemovableHandle]:
+        """Hook a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks."""
+        handles = [tower.register_forward_pre_hook(self._start, with_kwargs=True)]
+        if self.dropper is not None:
+            handles += taps.install(self._view, self.dropper.needs)
+        for number, block in enumerate(self._view.blocks):
+            modules: Any = block
+            enter, leave = partial(self._enter, number), partial(self._leave, number)
+            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+            # Before others look at the block's output: transformers', and those of `taps`.
+            handles.append(block.register_forward_hook(leave, prepend=True))
+            if self.uses_masks:
+                mask = modules.self_attn.register_forward_pre_hook(mask_rows, with_kwargs=True)
+                handles.append(mask)
+            if self.merger is not None:
+                _, key = self._view.query_key(block)
+                merge = partial(self._merge, number)
+                handles.append(key.register_forward_hook(keep_keys))
+                handles.append(modules.layer_norm2.register_forward_pre_hook(merge))
+                handles.append(modules.mlp.register_forward_hook(add_residual))
+        return handles
+
+    def _start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The tower gets its pixels: choose among the patches."""
+        if (run := running()) is None:
+            return
+        run.started = True
+        pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
+        height, width = (size // self._patch_size for size in pixel_values.shape[-2:])
+        run.grid_hw = (height, width)
+        if self.pixels is not None:
+            assert self._scale is not None
+            values = patches(self._scale.undo(pixel_values), self._patch_size)
+            self._keep(run, self.pixels.select(VisualTokens(values, run.grid_hw)), None)
+
+    def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
+        """In front of a block: hand it the rows that run."""
+        if (run := running()) is None:
+            return None
+        states: Tensor = args[0]
+        if number == self._at:
+            self._drop(run, states)
+        if self.merger is not None and number == 0:
+            patch_rows = states.shape[1] if run.rows is None else run.rows.places.shape[1]
+            counts = (patch_rows - self._num_prefix, len(self._view.blocks), run.num_read)
+            run.merges = self.merger.schedule(*counts)
+        if run.rows is None:
+            return None
+        record = taps.current()
+        assert record is not None
+        record.rows[number] = run.rows
+        return (run.rows.gather(states), *args[1:]), kwargs
+
+    def _leave(self, number: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Behind a block: put its rows back in their places."""
+        if (run := running()) is None or run.rows is None:
+            return None
+        rows, run.merged = output if run.merged is None else run.merged, None
+        return run.rows.scatter(rows)
+
+    def _drop(self, run: TowerRun, states: Tensor) -> None:
+        """Choose among the patches that are left, by what the tower has said so far."""
+        record, part = taps.current(), self.dropper
+        assert record is not None
+        assert part is not None
+        found = taps.gather(record, self._view, part.needs, self._num_prefix)
+        found["features"] = states[:, self._num_prefix :]
+        index = None
+        if run.rows is not None:
+            ran = run.rows.ran()[:, self._num_prefix :]
+            index, valid = left_over(ran)
+            everyone = torch.arange(len(index), device=index.device)
+            found = seen_of_tiles(found, counted(index, ran.shape[1]), everyone)
+            found["valid"] = valid
+        self._keep(run, part.select(VisualTokens(grid_hw=run.grid_hw, **found)), index)
+
+    def _keep(self, run: TowerRun, selection: Selection, index: Tensor | None) -> None:
+        """Run on with the patches that were selected.
+
+        Args:
+            run: on its way.
+            selection: of patches [U, K].
+            index: [U, M] their numbers among all N; None where they are all.
+        """
+        keep, valid = selection.keep_indices, selection.valid
+        if valid is not None:
+            most = int(valid.sum(dim=1).max())
+            keep, valid = keep[:, :most], valid[:, :most]
+            valid = None if bool(valid.all()) else valid
+        height, width = run.grid_hw
+        keep = keep if index is None else index.gather(1, keep)
+        if valid is None and keep.shape[1] == height * width:
+            return
+        num_tokens = self._num_prefix + height * width
+        everything = Rows.all(len(keep), num_tokens, keep.device)
+        run.rows = everything.keep(keep, valid, self._num_prefix)
+
+    def _merge(self, number: int, module: Any, args: tuple[Tensor, ...]) -> Any:
+        """Between attention and MLP: merge, and let the MLP run on what is left."""
+        if (run := running()) is None:
+            return None
+        states, keys, run.keys = args[0], run.keys, None
+        assert self.merger is not None
+        if not run.merges or not run.merges[number]:
+            return None
+        if keys is None:
+            raise RuntimeError("the hook on the keys of a block did not fire: is it compiled?")
+        views, count = states.shape[:2]
+        num_rows = count - run.merges[number]
+        heads, has_cls = self._view.num_heads, self._num_prefix == 1
+        row_of = self.merger.rows(keys, heads, run.merges[number], has_cls)
+        rows = Rows.all(views, count, states.device) if run.rows is None else run.rows
+        sizes = torch.ones_like(row_of, dtype=torch.float32) if rows.sizes is None else rows.sizes
+        run.merged, sizes = means(states, sizes, row_of, num_rows)
+        places = first_places(rows.places, row_of, num_rows)
+        run.rows = replace(rows, places=places, sizes=sizes)
+        return (run.merged,)
+
+
+def _first_block(part: Pruner, view: taps.Tower) -> int:
+    """The first block in front of which all is known that a pruner reads."""
+    needs = part.needs
+    inside = Needs(hidden=needs.hidden, attention=needs.attention, keys=needs.keys)
+    inside = replace(inside, cls_queries=needs.cls_queries, patch_queries=needs.patch_queries)
+    if needs != inside:
+        raise ValueError(
+            f"pruner {part.name!r} drops tokens inside the vision tower, where only its hidden"
+            " states, attention and keys are known; use one that reads nothing else."
+        )
+    blocks = [block for block, _ in needs.attention] + list(needs.keys)
+    known = [view.layer(i) for i in needs.hidden] + [view.block(b) + 1 for b in blocks]
+    first = max(known, default=0)
+    if first >= len(view.blocks):
+        raise ValueError(
+            f"pruner {part.name!r} reads what the tower's last block gives, behind which there is"
+            " nothing to drop tokens from; let it read earlier ones, or act at stage llm_input."
+        )
+    return first

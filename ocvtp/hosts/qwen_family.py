@@ -1,0 +1,225 @@
+"""What the hosts of Qwen's models share: images of any size, packed behind each other, in units.
+
+I images, N units of the largest one, R of all; P patches of all images, 4 of them a unit; E decoder
+layers that add rows of the tower; D width of the tower, D' of the language model; B rows of the
+batch, L columns of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ocvtp.encoders import taps
+from ocvtp.encoders.windows import Units, segment_means
+from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
+from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
+
+_NO_GRID = (0, 0)
+
+
+class QwenHost(Host):
+    """A model of the Qwen-VL family.
+
+    A visual token is a unit of 2 x 2 patches, and pruners see it as the language model would:
+    `features` and `projected` are both what the merger makes of it. `hidden` and `keys` are means
+    over a unit's patches, in raster order; keys are as they are projected, before rotation, since
+    methods compare them by what they hold and not by where they are. `received` attention is the
+    mean over the queries of a patch's own segment (the image, or a window where the tower has
+    those), averaged over the unit; `given` is the mean over the segment's keys, which is the same
+    for all its patches. Where images differ in size, `valid` marks real tokens; where they differ
+    in shape, there is no grid.
+
+    Tokens keep the three coordinates that they had, whatever `attach(positions=...)` says. Merging
+    methods mix what the merger made, and each mixture has the coordinates of its place.
+    """
+
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    family: ClassVar[str]
+    """Its name in messages."""
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower."""
+        return self.model.model.visual
+
+    @property
+    def _side(self) -> int:
+        """Patches along the side of a unit."""
+        return int(self.tower.spatial_merge_size)
+
+    def _view(self) -> taps.Tower:
+        def fused(block: Any) -> tuple[nn.Module, nn.Module]:
+            raise AssertionError("queries and keys come from one module")
+
+        return taps.Tower(self.tower.blocks, self.tower.config.num_heads, fused)
+
+    def check(self, needs: Needs) -> None:
+        """See `Host.check`."""
+        if needs.cls or needs.cls_queries or any(kind == "cls" for _, kind in needs.attention):
+            raise ValueError(
+                f"the pruner reads the CLS token, which the tower of {self.family} has not; use"
+                " `received` attention where the method offers it, or a pruner without CLS."
+            )
+        if needs.clip:
+            raise ValueError(
+                "the pruner compares images with the prompt in CLIP's space, where the tokens of"
+                f" {self.family} are not; use a pruner that reads the language model's `text`, or"
+                " none of the prompt (see `ocvtp list`)."
+            )
+        view = self._view()
+        for layer in needs.hidden:
+            view.layer(layer)
+        for block in _blocks(needs):
+            view.block(block)
+
+    def install(self, needs: Needs) -> list[RemovableHandle]:
+        """See `Host.install`."""
+        view = self._view()
+        handles = taps.install(view, Needs(hidden=needs.hidden))
+        for number in sorted({view.block(block) for block in _blocks(needs)}):
+            attention = self.tower.blocks[number].attn
+            names = {f"cu_seqlens.{number}": "cu_seqlens", f"rope.{number}": "position_embeddings"}
+            handles.append(taps.keep_output_of(attention.qkv, f"qkv.{number}"))
+            handles.append(taps.keep_keywords_of(attention, names))
+        return handles
+
+    def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
+        """See `Host.encode`."""
+        grids = self._grids(images)
+        with taps.recording() as record, on_device(self.model.model), self.eager_tower(needs):
+            output = self.model.model.get_image_features(**images, return_dict=True)
+        embeddings = torch.cat(list(output.pooler_output))  # [R, D']
+        counts = [height * width for height, width in grids]
+        units = Units(self._side**2, counts, self._places(grids))
+        features = units.split(embeddings)
+        sizes = torch.tensor(counts, device=embeddings.device)
+        places = torch.arange(features.shape[1], device=embeddings.device)
+        tokens = VisualTokens(
+            features=features,
+            grid_hw=grids[0] if len(set(grids)) == 1 else _NO_GRID,
+            valid=None if len(set(counts)) == 1 else places < sizes[:, None],
+            projected=features if needs.projected else None,
+            num_heads=self.tower.config.num_heads,
+            **self._found(record, needs, units),
+        )
+        layers = [units.split(rows) for rows in self._layer_rows(output)]
+        return Encoded(
+            tokens,
+            embeddings,
+            starts=sizes.cumsum(dim=0) - sizes,
+            deepstack=torch.stack(layers) if layers else None,
+        )
+
+    def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """[R] where in the order in which the tower runs each unit is."""
+        return torch.arange(sum(height * width for height, width in grids))
+
+    def _layer_rows(self, output: Any) -> list[Tensor]:
+        """[R, D'] for each of the E decoder layers that add rows of the tower."""
+        return []
+
+    def _grids(self, images: dict[str, Any]) -> list[tuple[int, int]]:
+        """Rows and columns of each image's units."""
+        if images.get("image_grid_thw") is None or images.get("pixel_values") is None:
+            raise ValueError(
+                f"{self.family} takes pixel_values and image_grid_thw together; pass both as the"
+                " processor returns them."
+            )
+        sizes = images["image_grid_thw"].tolist()
+        if any(frames != 1 for frames, _, _ in sizes):
+            raise ValueError(
+                f"image_grid_thw={sizes} has several frames; videos are not pruned, call the model"
+                " without the pruner for them."
+            )
+        return [(height // self._side, width // self._side) for _, height, width in sizes]
+
+    def _found(self, record: taps.Recording, needs: Needs, units: Units) -> dict[str, Any]:
+        """What `needs` names of the tower, as keyword arguments of `VisualTokens`."""
+        view = self._view()
+        layers = {number: view.layer(number) for number in needs.hidden}
+        blocks = {number: view.block(number) for number in _blocks(needs)}
+        missing = {f"layer {n}" for n in layers.values() if n not in record.hidden}
+        missing |= {f"block {n}" for n in blocks.values() if f"qkv.{n}" not in record.other}
+        if missing:
+            raise RuntimeError(
+                f"the vision tower ran but the hooks on {sorted(missing)} did not fire: attach the"
+                " pruner before the tower is compiled or exported."
+            )
+        attention: dict[AttentionKey, Tensor] = {}
+        for number, kind in needs.attention:
+            by_patch = self._attention(record, blocks[number], kind)
+            attention[number, kind] = units.raster(by_patch)
+        keys = {}
+        for number in needs.keys:
+            _, of_patches, _ = record.other[f"qkv.{blocks[number]}"].chunk(3, dim=1)
+            keys[number] = units.raster(of_patches)
+        hidden = {number: units.raster(record.hidden[layer]) for number, layer in layers.items()}
+        return {"hidden": hidden, "attention": attention, "keys": keys}
+
+    def _attention(self, record: taps.Recording, block: int, kind: AttentionKind) -> Tensor:
+        """[P] of the patches, in the order in which the tower runs them."""
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+        heads = self.tower.config.num_heads
+        queries, keys, _ = record.other[f"qkv.{block}"].unflatten(1, (3, heads, -1)).unbind(1)
+        queries, keys = apply_rotary_pos_emb_vision(queries, keys, *record.other[f"rope.{block}"])
+        ends = record.other[f"cu_seqlens.{block}"].tolist()
+        return segment_means(queries.flatten(1), keys.flatten(1), heads, kind, ends)
+
+    def apply(self, encoded: Encoded, selection: Selection) -> Kept:
+        """See `Host.apply`."""
+        tokens, keep = encoded.tokens, selection.keep_indices
+        positions = (keep + encoded.first_rows(keep.device)[:, None]).flatten()  # [I K]
+        real = slice(None) if selection.valid is None else selection.valid.flatten()
+        layers = [] if encoded.deepstack is None else list(encoded.deepstack)
+        if selection.merge is None:
+            embeddings = encoded.embeddings[positions[real].to(encoded.embeddings.device)]
+            places = keep.clamp(0, tokens.num_tokens - 1)  # what does not count may be anything
+            rows = [take(layer, places.to(layer.device)) for layer in layers]
+        else:
+            embeddings = merge(tokens, selection.merge).flatten(0, 1)[real]
+            rows = [merge(replace(tokens, features=layer), selection.merge) for layer in layers]
+        deepstack = torch.stack([row.flatten(0, 1)[real] for row in rows]) if rows else None
+        return Kept(positions[real], embeddings, deepstack)
+
+    def picture(self, images: dict[str, Any]) -> Tensor:
+        """See `Host.picture`: patches put together, the first of their equal frames."""
+        rows, columns = self._grids(images)[0]
+        side, config = self._side, self.tower.config
+        patch = config.patch_size
+        patches = images["pixel_values"][: rows * columns * side**2]
+        sizes = (rows, columns, side, side, -1, config.temporal_patch_size, patch, patch)
+        frame = patches.reshape(sizes)[:, :, :, :, :, 0]  # rows, columns, rows, columns, 3, H, W
+        return frame.permute(4, 0, 2, 5, 1, 3, 6).flatten(4, 6).flatten(1, 3)
+
+    def rope_positions(self, inputs: dict[str, Any], images: dict[str, Any]) -> Tensor:
+        """See `Host.rope_positions`: [3, B, L], those of the caller if there are any."""
+        ids, given = inputs["input_ids"], inputs.get("position_ids")
+        if given is not None:  # [B, L], [3, B, L], or [4, B, L] with the columns' numbers first
+            places: Tensor = (given if given.ndim == 2 else given[-3:]).to(ids.device)
+            return places.expand(3, *ids.shape)
+        types = inputs.get("mm_token_type_ids")
+        if types is None:
+            types = (ids == self.image_token_id).int()
+        places, _ = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=types.to(ids.device),
+            image_grid_thw=images["image_grid_thw"],
+            attention_mask=inputs.get("attention_mask"),
+        )
+        return places
+
+    def set_rope_deltas(self, deltas: Tensor | None) -> None:
+        """See `Host.set_rope_deltas`: hand-written decode loops go on from there."""
+        if deltas is not None:
+            self.model.model.rope_deltas = deltas
+
+
+def _blocks(needs: Needs) -> list[int]:
+    return [*needs.keys, *(block for block, _ in needs.attention)]

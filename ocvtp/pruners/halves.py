@@ -1,0 +1,115 @@
+"""Methods of two halves: one before the language model, one inside it.
+
+I images, N' tokens that the first half leaves of each, N of the tower, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.layered import LayerPruner
+from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
+
+
+class FirstHalf(Pruner):
+    """What a method does before the language model, as the pruner that a host attaches there.
+
+    Args:
+        whole: the method; its needs are those of this half.
+        choose: what it keeps before the language model, which is not its own budget.
+    """
+
+    def __init__(self, whole: Pruner, choose: Callable[[VisualTokens], Selection]) -> None:
+        super().__init__(num_keep=whole.num_keep, keep_ratio=whole.keep_ratio)
+        self._whole, self._choose = whole, choose
+        self.name = whole.name  # type: ignore[misc]
+        self.status = whole.status  # type: ignore[misc]
+        self.merging = whole.merging  # type: ignore[misc]
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the method outside of a language model."""
+        return self._whole.needs
+
+    def budget(self, num_tokens: int) -> int:
+        """That of the method; see `Pruner.budget`."""
+        return self._whole.budget(num_tokens)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        return self._choose(tokens)
+
+
+@dataclass(kw_only=True, eq=False)
+class LaterHalf(LayerPruner):
+    """What a method does inside the language model, on what its first half left.
+
+    Args:
+        keep_ratio: share of the image's tokens, those that the first half dropped included.
+        share_before: share of them that the first half leaves where the budget is a share.
+    """
+
+    share_before: float = 1.0
+
+    def _average(self, num_tokens: int) -> float:
+        """Tokens of an image on average over the layers, not above the N' that are there."""
+        if self.keep_ratio is not None:
+            return num_tokens * min(1.0, self.keep_ratio / self.share_before)
+        return super()._average(num_tokens)
+
+
+def later_settings(
+    whole: Pruner,
+    stages: Sequence[tuple[int, float]] | None,
+    share_before: Callable[[float], float],
+) -> dict[str, Any]:
+    """Budget of a later half: that of the method, or explicit stages.
+
+    Args:
+        whole: the method.
+        stages: `((layer, K), ...)`, or None.
+        share_before: budget as a share -> share that the first half leaves.
+    """
+    if stages is not None:
+        return {"stages": stages}
+    ratio = whole.keep_ratio
+    before = 1.0 if ratio is None else min(1.0, share_before(ratio))
+    return {"num_keep": whole.num_keep, "keep_ratio": ratio, "share_before": before}
+
+
+def needs_of(parts: Sequence[Pruner]) -> Needs:
+    """What all halves together read of the tower."""
+    return reduce(or_, (part.tower_needs for part in parts))
+
+
+def inside(pruner: Pruner, tokens: VisualTokens) -> tuple[LayerTokens, VisualTokens]:
+    """The tokens inside the language model, and what the tower says of them.
+
+    Raises:
+        ValueError: if they are other tokens.
+    """
+    if not isinstance(tokens, LayerTokens) or tokens.tower is None:
+        raise ValueError(
+            f"{pruner.name} looks up inside the language model what the vision tower said; give it"
+            " LayerTokens with `tower`, or pass it through a host."
+        )
+    return tokens, tokens.tower
+
+
+def tower_places(tokens: LayerTokens) -> Tensor:
+    """[I, N'] which token of the tower each is; separators are looked up as the token before."""
+    column = torch.arange(tokens.num_tokens, device=tokens.places.device)
+    known = torch.where(tokens.places >= 0, column, 0).cummax(dim=1).values
+    return take(tokens.places, known).clamp(min=0)
+
+
+def of_tower(tokens: LayerTokens, values: Tensor) -> Tensor:
+    """What the tower says of all its tokens, [I, N] or [I, N, D], of the N' that are there."""
+    return take(values, tower_places(tokens).to(values.device)).to(tokens.features.device)

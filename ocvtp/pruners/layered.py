@@ -1,0 +1,248 @@
+"""Pruners that drop tokens between the layers of the language model.
+
+I images, N visual tokens of each, K kept, M text tokens, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner
+from ocvtp.structures import LayerTokens, Needs, Selection, Stage, VisualTokens
+
+Norm = Literal["final", "layer"]
+
+
+@dataclass(frozen=True)
+class LayerStage:
+    """One place where tokens are dropped.
+
+    Args:
+        layer: in front of which; layers are numbered from 0.
+        num_keep: K, tokens of an image that stay.
+    """
+
+    layer: int
+    num_keep: int
+
+
+@dataclass(frozen=True)
+class LayerNeeds:
+    """What a pruner reads in front of a layer besides hidden states.
+
+    Args:
+        attention: `(layer, kind)` of `last`, `text` and `visual`; of the layer before, or of the
+            coming one, as it would be with all tokens that are still there.
+        keys: layers whose keys are read, of visual and of text tokens.
+        text: whether the hidden states of the text are read.
+        normed: see `LayerTokens.normed`.
+    """
+
+    attention: tuple[tuple[int, str], ...] = ()
+    keys: tuple[int, ...] = ()
+    text: bool = False
+    normed: tuple[Norm, ...] = ()
+
+
+@dataclass(kw_only=True, eq=False)
+class LayerPruner(Pruner):
+    """A pruner of stage `llm_layers`.
+
+    Its budget is an average: `num_keep` tokens of an image over all layers of the language model,
+    whose first layers read all of them. A subclass implements `schedule` (how many stay where),
+    `needs_at` and `_select_at`.
+
+    Args:
+        num_keep: tokens kept per image, on average over the layers.
+        keep_ratio: the same as a share of the tokens that the language model reads.
+        stages: `(layer, K)` pairs that replace the method's own schedule: in front of which layer
+            how many tokens stay; below 1 it is the share of the image's tokens.
+    """
+
+    stages: Sequence[tuple[int, float]] | None = None
+
+    stage: ClassVar[Stage] = "llm_layers"
+    published: ClassVar[bool] = False
+    """True if the paper's own schedule holds where there is neither a budget nor `stages`."""
+
+    def __post_init__(self) -> None:
+        if self.stages is not None:
+            self._check_stages()
+        elif self.num_keep is not None or self.keep_ratio is not None or not self.published:
+            self._check_budget()
+
+    @abstractmethod
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        """The method's own layers, when `stages` does not name them."""
+
+    @abstractmethod
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        """How many tokens stay where, when `stages` does not say it."""
+
+    @abstractmethod
+    def needs_at(self, layer: int) -> LayerNeeds:
+        """What is read in front of a layer."""
+
+    @abstractmethod
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        """The method itself, in front of a layer; `num_keep` is K, 1 <= K <= N."""
+
+    def raters(self, tokens: LayerTokens) -> Tensor | None:
+        """[I, M] bool, the text tokens whose rows `text` attention is the mean of.
+
+        Args:
+            tokens: in front of layer 0, i.e. embeddings.
+        """
+        del tokens
+        return None
+
+    def schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        """How many tokens of an image stay in front of which layer, for N tokens and L layers.
+
+        Raises:
+            ValueError: if the budget cannot be met.
+        """
+        if self.stages is None:
+            stages = self._schedule(num_layers, num_tokens)
+        else:
+            counts = (k if k >= 1 else max(1, round(k * num_tokens)) for _, k in self.stages)
+            layers = (layer for layer, _ in self.stages)
+            stages = tuple(
+                LayerStage(layer, min(int(count), num_tokens))
+                for layer, count in zip(layers, counts, strict=True)
+            )
+        return stages
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """In front of which of L layers tokens are dropped, ascending.
+
+        Raises:
+            ValueError: if the model has no such layers.
+        """
+        if self.stages is None:
+            layers = self._layers(num_layers)
+        else:
+            layers = tuple(layer for layer, _ in self.stages)
+        if not all(1 <= layer < num_layers for layer in layers):
+            raise ValueError(
+                f"{self.name} drops tokens in front of layers {', '.join(map(str, layers))}, but"
+                f" the language model has {num_layers}; pass stages=((layer, K), ...) with layers 1"
+                f" to {num_layers - 1}."
+            )
+        return layers
+
+    @property
+    def positions(self) -> Literal["contiguous", "original"]:
+        """Whether tokens are numbered anew when some are dropped."""
+        return "original"
+
+    @property
+    def tower_needs(self) -> Needs:
+        """What is read of the vision tower, see `LayerTokens.tower`."""
+        return Needs()
+
+    @property
+    def needs(self) -> Needs:
+        """Attention and keys of the language model that the first choice reads."""
+        first = self.needs_at(self._first_layer)
+        return Needs(attention=first.attention, keys=first.keys, text=first.text)  # type: ignore[arg-type]
+
+    @property
+    def _first_layer(self) -> int:
+        return self._layers(32)[0] if self.stages is None else self.stages[0][0]
+
+    def select_at(self, tokens: LayerTokens, layer: int, num_keep: int) -> Selection:
+        """Choose the tokens that stay in front of a layer.
+
+        Args:
+            tokens: with everything that `needs_at(layer)` names.
+            layer: one of `schedule`.
+            num_keep: K of it.
+        """
+        return self._select_at(tokens, layer, min(num_keep, tokens.num_tokens))
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        return self._select_at(tokens, self._first_layer, num_keep)
+
+    def budget(self, num_tokens: int) -> int:
+        """K of the first choice, where that is what `select` is asked for."""
+        if self.num_keep is None and self.keep_ratio is None:
+            return self.schedule(32, num_tokens)[0].num_keep
+        return super().budget(num_tokens)
+
+    def _average(self, num_tokens: int) -> float:
+        """Tokens of an image on average over the layers; not above N."""
+        if self.num_keep is None:
+            assert self.keep_ratio is not None
+            return self.keep_ratio * num_tokens
+        return min(self.num_keep, num_tokens)
+
+    def _check_unpadded(self, tokens: VisualTokens) -> None:
+        """Refuse padding, for methods whose counts depend on N; hosts give none here."""
+        if tokens.valid is not None:
+            raise ValueError(
+                f"{self.name} cannot read padded images; give it images of equally many tokens at a"
+                " time, without `valid`."
+            )
+
+    def _check_stages(self) -> None:
+        assert self.stages is not None
+        if self.num_keep is not None or self.keep_ratio is not None:
+            raise ValueError(
+                f"{self.name} got stages and a budget; pass stages, or one of num_keep and"
+                " keep_ratio."
+            )
+        layers = [layer for layer, _ in self.stages]
+        counts = [count for _, count in self.stages]
+        if not layers or layers != sorted(set(layers)) or min(counts) <= 0:
+            raise ValueError(
+                f"stages={self.stages!r}; pass (layer, K) pairs with ascending layers and K above"
+                " 0, e.g. ((2, 128), (16, 64))."
+            )
+
+
+def to_average(
+    layers: Sequence[int], shares: Sequence[float], num_layers: int, num_tokens: int, average: float
+) -> tuple[LayerStage, ...]:
+    """Counts in proportion to `shares` that come to an average over all layers.
+
+    Args:
+        layers: in front of which tokens are dropped. shares: how much stays there, in proportion.
+        num_layers: L. num_tokens: N, which the layers before the first stage read.
+        average: over the L layers.
+
+    Raises:
+        ValueError: if the first layers alone read more than that.
+    """
+    if average >= num_tokens:
+        return tuple(LayerStage(layer, num_tokens) for layer in layers)
+    ends = [*layers[1:], num_layers]
+    lengths = [end - start for start, end in zip(layers, ends, strict=True)]
+    left = num_layers * average - layers[0] * num_tokens
+    free = set(range(len(layers)))
+    counts = [float(num_tokens)] * len(layers)
+    while free:  # a stage cannot keep more than there are: the others get what it leaves
+        scale = left / sum(lengths[i] * shares[i] for i in free)
+        full = {i for i in free if scale * shares[i] > num_tokens}
+        if not full:
+            counts = [scale * shares[i] if i in free else c for i, c in enumerate(counts)]
+            break
+        free -= full
+        left -= num_tokens * sum(lengths[i] for i in full)
+    if min(counts) < 0.5:
+        least = (layers[0] * num_tokens + num_layers - layers[0]) / num_layers
+        raise ValueError(
+            f"an average of {average:g} tokens cannot be had: the first {layers[0]} of"
+            f" {num_layers} layers read all {num_tokens}. Pass num_keep={math.ceil(least)} or more,"
+            " drop tokens in front of an earlier layer, or compose it with a pruner that acts"
+            " before the language model."
+        )
+    return tuple(
+        LayerStage(layer, max(1, round(c))) for layer, c in zip(layers, counts, strict=True)
+    )

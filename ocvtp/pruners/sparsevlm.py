@@ -1,0 +1,120 @@
+"""SparseVLM.
+
+I images, N visual tokens, T that stay, c of them recycled, M text tokens, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import Status
+from ocvtp.pruners.clustering import density_peaks
+from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
+from ocvtp.pruners.merging import merge_rows, merged
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import descending
+from ocvtp.pruners.similarity import full
+from ocvtp.structures import LayerTokens, Selection, VisualTokens, take
+
+_LAYERS = (3, 7, 16)
+_PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
+_PLUS = {192: (300, 200, 118), 128: (238, 108, 60), 64: (66, 34, 20)}
+
+
+@register("sparsevlm")
+@dataclass(kw_only=True, eq=False)
+class SparseVLM(LayerPruner):
+    """SparseVLM: keep what the relevant words attend to in three stages, recycle some of the rest.
+
+    Paper: https://arxiv.org/abs/2410.04417, v1.5; `plus` is SparseVLM+ (v2.0).
+    Stage: llm_layers.  Needs: attention (raters among the text).  Deterministic: yes.
+
+    Raters are the text tokens that get more than the mean share of the image's softmax over the
+    text behind it, of input embeddings. Behind layers 2, 6 and 15 the tokens that they attend to
+    most stay. Of the dropped ones the best .3 are clustered; the means stand behind what is kept.
+
+    Args:
+        num_keep: tokens per image, recycled ones included, on average over the layers. Of 576 in 32
+            layers 192, 128 and 64 are the paper's settings: kept are 300/200/110, 303/110/36 and
+            66/30/17 (plus: 300/200/118, 238/108/60, 66/34/20), with the recycled ones 309/204/113,
+            312/117/39 and 82/32/18; the true averages are 206.5, 145.4 and 82.3 (plus: 206.8,
+            144.1 and 81.8). Other budgets are true averages, in the nearest setting's proportions.
+        plus: whether tokens keep their positions and none is recycled.
+        stages: `((layer, T), ...)` in place of an average; T counts recycled tokens too.
+    Deviations: no noise of 1e-6 on the densities: of equals the first counts as the denser. If no
+        more tokens are there than may stay, all stay (there one is dropped). If no word is above
+        the mean, all are raters. The paper's rule that finds counts from a rank is left out.
+    """
+
+    plus: bool = False
+
+    status: ClassVar[Status] = "official"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.04417"
+    merging: ClassVar[bool] = True
+
+    @property
+    def positions(self) -> Literal["contiguous", "original"]:
+        """Anew, but for SparseVLM+."""
+        return "original" if self.plus else "contiguous"
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        """The raters' rows of the layer before."""
+        return LayerNeeds(attention=((layer - 1, "text"),))
+
+    def raters(self, tokens: LayerTokens) -> Tensor:
+        """[I, M] bool, the words that the image points to more than to the mean word."""
+        assert tokens.text is not None
+        assert tokens.text_valid is not None
+        logits = full(tokens.features) @ full(tokens.text).transpose(1, 2)  # [I, N, M]
+        logits = logits.masked_fill(~tokens.text_valid[:, None], float("-inf"))
+        share = logits.softmax(dim=2).mean(dim=1)  # [I, M]
+        chosen = share > 1 / tokens.text_valid.sum(dim=1, keepdim=True)
+        return torch.where(chosen.any(dim=1, keepdim=True), chosen, tokens.text_valid)
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return _LAYERS
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        table, average = _PLUS if self.plus else _PUBLISHED, self._average(num_tokens)
+        nearest = min(table, key=lambda setting: abs(setting / 576 - average / num_tokens))
+        totals = [576]
+        for kept in table[nearest]:
+            totals += [kept + (0 if self.plus else num_recycled(totals[-1] - kept)[1])]
+        if (num_layers, num_tokens, average) == (32, 576, nearest):
+            return tuple(map(LayerStage, _LAYERS, totals[1:]))
+        return to_average(_LAYERS, totals[1:], num_layers, num_tokens, average)
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        self._check_unpadded(tokens)
+        num_kept = num_keep if self.plus else _without_recycled(num_keep, tokens.num_tokens)
+        order = descending(tokens.attention[layer - 1, "text"], None)
+        kept = order[:, :num_kept].sort(dim=1).values
+        if num_kept == num_keep:
+            return Selection(kept)
+        spare = order[:, num_kept : num_kept + num_recycled(tokens.num_tokens - num_kept)[0]]
+        clusters, centres = density_peaks(take(tokens.features, spare), num_keep - num_kept)
+        row_of = torch.full_like(order, num_keep)
+        rows = torch.arange(num_kept, device=order.device).expand_as(kept)
+        row_of = row_of.scatter(1, kept, rows).scatter(1, spare, num_kept + clusters)
+        share = 1 / (clusters[:, :, None] == clusters[:, None]).sum(dim=2)  # [I, n]
+        weights = torch.ones_like(order, dtype=share.dtype).scatter(1, spare, share)
+        anchors = torch.cat([kept, take(spare, centres)], dim=1)
+        return merged(merge_rows(row_of, weights, num_keep), anchors)
+
+
+def num_recycled(num_dropped: int) -> tuple[int, int]:
+    """How many of the dropped tokens are recycled, and into how many clusters."""
+    recycled = int(num_dropped * 0.3) + 1 if num_dropped else 0
+    return recycled, int(recycled / 10) + 1 if num_dropped else 0
+
+
+def _without_recycled(total: int, num_tokens: int) -> int:
+    """How many of `total` tokens that stay are kept as they are: most that can be, at least 1."""
+    kept = total
+    while kept > 1 and kept + num_recycled(num_tokens - kept)[1] > total:
+        kept -= 1
+    return kept

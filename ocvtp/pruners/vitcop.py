@@ -1,0 +1,98 @@
+"""ViTCoP.
+
+B images, N visual tokens, K kept, R of them inside the language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.halves import FirstHalf, later_settings, needs_of
+from ocvtp.pruners.later_halves import ViTCoPLater
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending, descending, ranks, top_k
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+
+
+@register("vitcop")
+@dataclass(kw_only=True, eq=False)
+class ViTCoP(Pruner):
+    """ViTCoP: drop what the CLS passes over, merge clusters early and drop by key norm late.
+
+    Paper: https://arxiv.org/abs/2601.17818.
+    Stage: llm_input + llm_layers.  Needs: attention (CLS), keys (both).  Deterministic: yes.
+
+    Before the language model int(.2 N + .9 K) tokens stay. In front of layer 2 they are clustered
+    by the tower's keys: of each cluster the tokens whose key is shortest stay, the others become
+    one. In front of layer 22 (of 32) a fifth of them stays, again those of the shortest keys.
+    `select` on tokens outside of a language model keeps K by the first rule.
+
+    Args:
+        num_keep: tokens per image, on average over the layers: of 576 in 32 layers 192, 128 and 64
+            are the paper's 288/253/51, 230/165/33 and 172/77/15.
+        guidance: `cls` as in the paper; `received` for towers without a CLS.
+        cluster_share: clusters per token; None for .09 + .27 K / N, the paper's .18, .15 and .12.
+        block: of the tower; paper: 22 of 24, LLaVA's selected one.
+        stages: `((layer, R), ...)` inside the language model; the first one merges clusters, and
+            `num_keep` is then what stays before it. `cluster_share` is then .15.
+    Deviations: unofficial where tokens are clustered, whose rule is not public: by DPC-kNN over
+        head-mean keys. Quotas, merging and norms are the official code's. Keys are those of the
+        layer before. Between the paper's settings its numbers are interpolated. A separator of
+        LLaVA-NeXT is clustered with the token in front of it.
+    """
+
+    guidance: Literal["cls", "received"] = "cls"
+    cluster_share: float | None = None
+    block: int = -2
+    stages: Sequence[tuple[int, float]] | None = None
+
+    stage: ClassVar[Stage] = "llm_layers"
+    status: ClassVar[Status] = "unofficial"
+    paper: ClassVar[str | None] = "https://arxiv.org/abs/2601.17818"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.guidance not in ("cls", "received"):
+            raise ValueError(f"guidance={self.guidance!r}; pass 'cls' or 'received'.")
+        if self.cluster_share is not None and not 0 < self.cluster_share <= 1:
+            raise ValueError(f"cluster_share={self.cluster_share}; pass a share, above 0 to 1.")
+        self.parts  # noqa: B018 - checks the stages
+
+    @property
+    def parts(self) -> tuple[Pruner, ...]:
+        """Before the language model, and inside it."""
+        settings = later_settings(self, self.stages, lambda ratio: 0.2 + 0.9 * ratio)
+        later = ViTCoPLater(block=self.block, cluster_share=self.cluster_share, **settings)
+        return FirstHalf(self, self._first), later
+
+    @property
+    def needs(self) -> Needs:
+        """Attention of one block."""
+        return Needs(attention=((self.block, self.guidance),))
+
+    @property
+    def tower_needs(self) -> Needs:
+        """That, and the keys to cluster by."""
+        return needs_of(self.parts)
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        return top_k(tokens.attention[self.block, self.guidance], num_keep, tokens.valid)
+
+    def _first(self, tokens: VisualTokens) -> Selection:
+        """Counts are those of each image alone, whatever it is padded to."""
+        num_keep = self.budget(tokens.num_tokens)
+        if self.stages is not None:
+            return self._select(tokens, num_keep)
+        most = min((2 * tokens.num_tokens + 9 * num_keep) // 10, tokens.num_tokens)
+        if tokens.valid is None:
+            return self._select(tokens, most)
+        real = tokens.valid.sum(dim=1, keepdim=True)  # [B, 1]
+        ratio = self.keep_ratio
+        wanted = num_keep if ratio is None else (real * ratio).round().long().clamp(min=1)
+        counts = (2 * real + 9 * wanted) // 10
+        order = descending(tokens.attention[self.block, self.guidance], tokens.valid)
+        chosen = tokens.valid & (ranks(order) < counts)
+        return ascending(order[:, :most], chosen, tokens.num_tokens)
