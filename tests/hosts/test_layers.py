@@ -404,8 +404,11 @@ def test_what_the_tower_said_of_each_token(family: Family) -> None:
 )
 @pytest.mark.parametrize("kind", [Layered, Renumbering])
 def test_beams_and_samples(llava: Family, settings: Any, kind: Any) -> None:
-    """Against the bare model made to look away from the columns in front of every layer."""
-    inputs = llava.make(MIXED, "left")
+    """Against the bare model made to look away from the columns in front of every layer.
+
+    One image a row: of several, bare transformers 5.17 mixes up the beams.
+    """
+    inputs = llava.make(ROWS, "left")
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False, "use_cache": False} | settings
     expected = Masked(llava.model, TWICE, renumber=kind is Renumbering).generate(inputs, settings)
     torch.manual_seed(0)
@@ -455,7 +458,7 @@ def test_a_cache_that_is_emptied_and_used_again(llava: Family) -> None:
     with Layered()(llava.model), torch.no_grad():
         llava.model(**llava.make(ONE, "left"), past_key_values=cache)
         assert cache.get_seq_length(1) < cache.get_seq_length(0)
-        cache.reset()
+        cache.crop(-cache.get_seq_length())
         text = llava.make([(6,)], "left")
         again = llava.model(**text, past_key_values=cache).logits
     with torch.no_grad():
