@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 import ocvtp
@@ -261,3 +262,40 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     for command in ("train", "export", "resize", "list", "answer", "show"):
         assert command in text
+
+
+def test_what_stages_of_the_tower_and_of_the_language_model_keep(
+    capsys, photo, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        "ocvtp.commands.show.figure", lambda image, panels: drawn.extend(panels) or Figure()
+    )
+    out = tmp_path / "picture.png"
+    words = ["show", *MODEL, "--image", photo, "--num-keep", "9", "--output", str(out), "--json"]
+    pruners = ["tome", "fastv:stages=[[1,20]]", "pyramiddrop:stages=[[1,30],[2,4]]", "uniform"]
+    assert main([*words, "--pruner", *pruners]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kept"] == {"tome": 9, "fastv": 20, "pyramiddrop": 4, "uniform": 9}
+    assert facts["visual_tokens"] == 144
+    assert [(panel.title, len(panel.keep)) for panel in drawn] == [
+        ("tome", 9),
+        ("fastv, layer 1", 20),
+        ("pyramiddrop, layer 1", 30),
+        ("pyramiddrop, layer 2", 4),
+        ("uniform", 9),
+    ]
+    assert set(drawn[3].keep.tolist()) <= set(drawn[2].keep.tolist())
+
+
+def test_stages_are_told_in_an_answer(capsys, photo):
+    words = ["answer", *MODEL, "--image", photo, "--prompt", "What?", "--max-new-tokens", "2"]
+    words += ["--pruner", "fastv:stages=[[1,20]],layer=2", "--num-keep", "9"]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["visual_tokens_kept"] == [144]
+    assert facts["layers"] == [{"layer": 1, "visual_tokens_kept": [20]}]
+    assert main(words) == 0
+    assert "144 of 144 visual tokens per image; 20 from layer 1 on;" in capsys.readouterr().out
+    assert main([*words[:-4], "--pruner", "fastv:stages=[[1"]) == 2
+    assert "'[[1' is no value; write numbers, words or lists" in capsys.readouterr().err

@@ -64,7 +64,7 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
     name, _, text = spec.partition(":")
     known = {f.name for f in dataclasses.fields(pruner_class(name))}
     shared = {k: getattr(arguments, k) for k in ("num_keep", "keep_ratio", "checkpoint")}
-    settings: dict[str, Any] = {k: v for k, v in shared.items() if v is not None and k in known}
+    settings: dict[str, Any] = {}
     for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
         key, equals, value = pair.partition("=")
         if not equals:
@@ -76,7 +76,10 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
                 f"--pruner {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
                 " stages=[[2,64]]."
             ) from error
-    return build_pruner(name, **settings)
+    if "stages" in settings:  # these are its budget
+        shared |= {"num_keep": None, "keep_ratio": None}
+    shared = {k: v for k, v in shared.items() if v is not None and k in known}
+    return build_pruner(name, **shared | settings)
 
 
 def with_template(processor: Any, prompt: str, num_images: int) -> str:

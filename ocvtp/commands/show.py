@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ from torch import Tensor
 from ocvtp.commands import options
 from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
-from ocvtp.hosts.attach import find_host
-from ocvtp.hosts.base import Tiling
+from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.base import Encoded, Host, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
-from ocvtp.hosts.rewrite import look
+from ocvtp.hosts.rewrite import Prompt, look
 from ocvtp.pruners import Pruner
-from ocvtp.structures import Needs, VisualTokens
+from ocvtp.structures import Needs, Selection
 from ocvtp.visualize import Panel, figure, save_figure
 
 
@@ -94,14 +95,11 @@ def show(
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     pixels = dict(inputs)
     inputs = inputs.to(device, vlm.dtype)
-    _check_stages(pruners)
-    groups = _agreeing(pruners)
-    for needs, group in groups:
+    groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
+    _check_prompt(pruners, prompt)
+    for needs, _ in groups:
         host.check(needs)
-        readers = [p.name for p in group if p.needs.text or p.needs.clip]
-        if readers and prompt is None:
-            raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
-    drawn: dict[int, tuple[list[Panel], int]] = {}
+    drawn: dict[int, list[_Stage]] = {}
     for needs, group in groups:
         reader = make_reader(host, needs, processor, text_tower)
         hooks = host.install(needs)
@@ -110,26 +108,53 @@ def show(
         finally:
             for hook in hooks:
                 hook.remove()
-        grids, cells = host.grids(encoded), host.cells(encoded)
-        drawn |= {id(pruner): _panels(pruner, encoded.tokens, grids, cells) for pruner in group}
-    panels = [panel for pruner in pruners for panel in drawn[id(pruner)][0]]
-    kept = {pruner.name: drawn[id(pruner)][1] for pruner in pruners}
+        drawn |= {id(pruner): [_before_llm(host, encoded, pruner)] for pruner in group}
+    for pruner in filter(_runs_inside, pruners):
+        settings = {"processor": processor, "text_tower": text_tower, **asdict(host.tiling)}
+        drawn[id(pruner)] = _by_running(vlm, host, pruner, inputs, settings)
+    panels = [
+        panel for pruner in pruners for stage in drawn[id(pruner)] for panel in stage.panels()
+    ]
+    kept = {pruner.name: len(drawn[id(pruner)][-1].cells) for pruner in pruners}
     view = host.picture(pixels).float()
     colours = ProcessorTransform(processor.image_processor).denormalize(view)
     seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
     save_figure(figure(seen, panels), Path(output))
-    count = sum(rows * columns for rows, columns in grids)
+    count = sum(rows * columns for rows, columns in drawn[id(pruners[0])][0].grids)
     return {"output": output, "visual_tokens": count, "kept": kept}
 
 
-def _check_stages(pruners: Sequence[Pruner]) -> None:
-    for pruner in pruners:
-        if len(pruner.parts) > 1 or pruner.stage != "llm_input":
-            stages = " and ".join(part.stage for part in pruner.parts)
-            raise ValueError(
-                f"{pruner.name} acts at {stages}; `show` draws what pruners of stage llm_input"
-                " keep (see `ocvtp list`)."
-            )
+@dataclass(frozen=True)
+class _Stage:
+    """What is left of the one image: `cells` of its `grids`, and soft masks [S, cells]."""
+
+    title: str
+    grids: tuple[tuple[int, int], ...]
+    cells: Tensor
+    masks: Tensor | None = None
+
+    def panels(self) -> list[Panel]:
+        """One a grid."""
+        panels, first = [], 0
+        for rows, columns in self.grids:
+            last = first + rows * columns
+            here = self.cells[(self.cells >= first) & (self.cells < last)] - first
+            soft = None if self.masks is None else self.masks[:, first:last]
+            title = self.title if len(self.grids) == 1 else f"{self.title} {rows} x {columns}"
+            panels.append(Panel(title, here, soft, (rows, columns)))
+            first = last
+        return panels
+
+
+def _runs_inside(pruner: Pruner) -> bool:
+    """Whether it takes a run of the model to see what it does."""
+    return any(part.stage != "llm_input" for part in pruner.parts)
+
+
+def _check_prompt(pruners: Sequence[Pruner], prompt: str | None) -> None:
+    readers = [p.name for p in pruners if p.tower_needs.text or p.tower_needs.clip]
+    if readers and prompt is None:
+        raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
 
 
 def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
@@ -147,33 +172,42 @@ def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
     return groups
 
 
-def _panels(
-    pruner: Pruner, tokens: VisualTokens, grids: Sequence[tuple[int, int]], cells: Tensor
-) -> tuple[list[Panel], int]:
-    """What a pruner does with the one image, on each grid that its tokens are, and how many stay.
+def _before_llm(host: Host, encoded: Encoded, pruner: Pruner) -> _Stage:
+    """What a pruner keeps of the tokens that would go to the language model."""
+    tokens, cells = encoded.tokens, host.cells(encoded)
+    masks = pruner.masks(tokens)
+    if masks is not None:
+        masks = _on_cells(masks.float().cpu(), cells)
+    chosen = _chosen(cells, pruner.select(tokens))
+    return _Stage(pruner.name, host.grids(encoded), chosen, masks)
 
-    Args:
-        pruner: what prunes.
-        tokens: of the image, or of its tiles.
-        grids: one behind the other.
-        cells: see `Host.cells`.
-    """
-    selection, masks = pruner.select(tokens), pruner.masks(tokens)
+
+def _by_running(
+    vlm: Any, host: Host, pruner: Pruner, inputs: Any, settings: dict[str, Any]
+) -> list[_Stage]:
+    """What is left behind each stage of a pruner."""
+    prompts: list[Prompt] = []
+    with attached(vlm, pruner, on_prune=prompts.append, **settings):
+        vlm(**inputs, logits_to_keep=1)
+    (prompt,) = prompts
+    grids, cells = host.grids(prompt.encoded), host.cells(prompt.encoded)
+    stages = []
+    if any(part.stage != "llm_layers" for part in pruner.parts):
+        chosen = _chosen(cells, prompt.selection)
+        stages.append(_Stage(pruner.name, grids, chosen))
+    for stayed in [] if prompt.layers is None else prompt.layers.kept:
+        places = stayed.places if stayed.valid is None else stayed.places[stayed.valid][None]
+        own = cells[0].gather(0, places[0][places[0] >= 0].cpu())
+        stages.append(_Stage(f"{pruner.name}, layer {stayed.layer}", grids, own.sort().values))
+    return stages
+
+
+def _chosen(cells: Tensor, selection: Selection) -> Tensor:
+    """Cells of what was selected, ascending."""
     chosen = cells.gather(1, selection.keep_indices.cpu())
     if selection.valid is not None:
         chosen = chosen[selection.valid.cpu()]
-    indices = chosen[chosen >= 0].sort().values
-    if masks is not None:
-        masks = _on_cells(masks.float().cpu(), cells)
-    panels, first = [], 0
-    for rows, columns in grids:
-        last = first + rows * columns
-        here = indices[(indices >= first) & (indices < last)] - first
-        soft = None if masks is None else masks[:, first:last]
-        title = pruner.name if len(grids) == 1 else f"{pruner.name} {rows} x {columns}"
-        panels.append(Panel(title, here, soft, (rows, columns)))
-        first = last
-    return panels, len(indices)
+    return chosen[chosen >= 0].sort().values
 
 
 def _on_cells(masks: Tensor, cells: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import merge
-from ocvtp.hosts.layer_plan import LayerPlan
+from ocvtp.hosts.layer_plan import LayerPlan, Stayed
 from ocvtp.hosts.layer_tokens import Current, Place, tokens_at, with_tail
 
 
@@ -105,7 +105,9 @@ def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Te
             hidden = hidden.clone() if hidden is place.hidden else hidden
             hidden[rows, columns] = merge(tokens, selection.merge)
         here = kept if selection.anchors is None else selection.anchors
-        groups.append(replace(group, columns=columns, places=group.places.gather(1, here)))
+        places = group.places.gather(1, here)
+        groups.append(replace(group, columns=columns, places=places))
+        plan.kept.append(Stayed(place.number, group.images, places, selection.valid))
         counted &= selection.valid is None
         for row in group.row_numbers:
             lengths[row] -= tokens.num_tokens - kept.shape[1]

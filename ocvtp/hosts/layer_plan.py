@@ -6,7 +6,7 @@ tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class Stayed:
+    """What stayed of a group in front of a layer.
+
+    Args:
+        layer: its number. images: [I] see `Group`.
+        places: [I, K] see `Group`; where tokens were merged, those of their anchors.
+        valid: [I, K] bool; None where all count.
+    """
+
+    layer: int
+    images: Tensor
+    places: Tensor
+    valid: Tensor | None
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """What will be dropped of one prompt inside the language model.
 
@@ -72,6 +88,7 @@ class LayerPlan:
         pads_right: on which side padding is.
         renumber: whether what stays is numbered anew, see `LayerPruner.positions`.
         tower: what the vision tower gave of all images, where the pruner reads it.
+        kept: what stayed, stage after stage, once the language model has read the prompt.
     """
 
     pruner: LayerPruner
@@ -83,6 +100,7 @@ class LayerPlan:
     pads_right: bool
     renumber: bool
     tower: VisualTokens | None
+    kept: list[Stayed] = field(default_factory=list)
 
     def repeat(self, rows: int) -> LayerPlan:
         """The plan for a batch that holds every row several times, as beams do."""
@@ -99,11 +117,19 @@ class LayerPlan:
         )
 
     def summary(self) -> list[dict[str, object]]:
-        """What stays in front of each layer, image by image (this waits for the device)."""
+        """What stays in front of each layer, image by image (this waits for the device).
+
+        Before the language model has read the prompt, that is what the schedule says.
+        """
         kept: dict[int, dict[int, int]] = {layer: {} for layer in self.layers}
         for group in self.groups:
             for stage in group.schedule:
                 kept[stage.layer] |= dict.fromkeys(group.images.tolist(), stage.num_keep)
+        for stayed in self.kept:
+            counts = [stayed.places.shape[1]] * len(stayed.images)
+            if stayed.valid is not None:
+                counts = stayed.valid.sum(dim=1).tolist()
+            kept[stayed.layer] |= dict(zip(stayed.images.tolist(), counts, strict=True))
         return [
             {"layer": layer, "visual_tokens_kept": [count for _, count in sorted(counts.items())]}
             for layer, counts in kept.items()

@@ -6,6 +6,7 @@ import inspect
 import re
 from dataclasses import asdict, dataclass
 
+from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.registry import list_pruners, pruner_class
 from ocvtp.structures import STAGES
 
@@ -63,10 +64,15 @@ def entry(name: str) -> Entry:
         stage=line[1],
         needs=line[2],
         budget=" or ".join(cls.budgets),
-        merges=cls.merging,
+        merges=cls.merging or (len(stages) > 1 and _merges_later(cls)),
         status=cls.status,
         paper=cls.paper,
     )
+
+
+def _merges_later(cls: type[Pruner]) -> bool:
+    """Whether a method of several stages mixes tokens at any of them."""
+    return any(part.merging for part in cls(num_keep=1).parts)
 
 
 def catalog() -> list[Entry]:

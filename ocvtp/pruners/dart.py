@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
+from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import descending, mask_of, ranks
 from ocvtp.pruners.similarity import full, row, unit
@@ -21,7 +21,7 @@ from ocvtp.structures import LayerTokens, Selection, VisualTokens
 
 @register("dart")
 @dataclass(kw_only=True, eq=False)
-class DART(LayerPruner):
+class DART(OneStagePruner):
     """DART: of a few pivots, among image and text, keep the tokens that duplicate them least.
 
     Paper: https://arxiv.org/abs/2502.11494, section 4.
@@ -47,7 +47,6 @@ class DART(LayerPruner):
         forward() of rows padded on the left needs position_ids, as generate() makes them.
     """
 
-    layer: int = 2
     image_pivots: int = 4
     text_pivots: int = 4
     legacy: bool = False
@@ -58,8 +57,6 @@ class DART(LayerPruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stages is not None and len(self.stages) != 1:
-            raise ValueError(f"stages={self.stages!r}; DART drops tokens once: pass ((layer, K),).")
         if self.image_pivots < 1 or self.text_pivots < 0:
             raise ValueError(
                 f"image_pivots={self.image_pivots}, text_pivots={self.text_pivots}; pass at least 1"
@@ -69,13 +66,6 @@ class DART(LayerPruner):
     def needs_at(self, layer: int) -> LayerNeeds:
         """Keys of the layer before, and normed hidden states of image and text."""
         return LayerNeeds(keys=(layer - 1,), text=True, normed=("final",))
-
-    def _layers(self, num_layers: int) -> tuple[int, ...]:
-        return (self.layer,)
-
-    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        average = self._average(num_tokens)
-        return to_average((self.layer,), (1.0,), num_layers, num_tokens, average)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         if not isinstance(tokens, LayerTokens) or tokens.text_valid is None:

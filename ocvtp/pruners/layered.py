@@ -207,6 +207,37 @@ class LayerPruner(Pruner):
             )
 
 
+@dataclass(kw_only=True, eq=False)
+class OneStagePruner(LayerPruner):
+    """A pruner that drops tokens in front of one layer.
+
+    Args:
+        layer: in front of which.
+    """
+
+    layer: int = 2
+
+    paper_share: ClassVar[float | None] = None
+    """The share of tokens that stays there where there is no budget; None if there must be one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stages is not None and len(self.stages) != 1:
+            raise ValueError(
+                f"stages={self.stages!r}; {self.name} drops tokens once: pass ((layer, K),)."
+            )
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return (self.layer,)
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        if self.num_keep is None and self.keep_ratio is None:
+            assert self.paper_share is not None
+            return (LayerStage(self.layer, max(1, round(num_tokens * self.paper_share))),)
+        average = self._average(num_tokens)
+        return to_average((self.layer,), (1.0,), num_layers, num_tokens, average)
+
+
 def to_average(
     layers: Sequence[int], shares: Sequence[float], num_layers: int, num_tokens: int, average: float
 ) -> tuple[LayerStage, ...]:

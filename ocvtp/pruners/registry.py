@@ -32,7 +32,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 
 def list_pruners(stage: Stage | None = None) -> list[str]:
-    """Names of all registered pruners, sorted; or of those whose first part acts at one stage."""
+    """Names of all registered pruners, sorted; or of those of one `Pruner.stage`."""
     return sorted(name for name, cls in _REGISTRY.items() if stage in (None, cls.stage))
 
 

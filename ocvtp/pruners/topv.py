@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.halves import inside, tower_places
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
+from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import top_k
 from ocvtp.pruners.similarity import full
@@ -22,7 +22,7 @@ from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens
 
 @register("topv")
 @dataclass(kw_only=True, eq=False)
-class TopV(LayerPruner):
+class TopV(OneStagePruner):
     """TopV: keep the tokens whose states cost least to be carried to the normed ones.
 
     Paper: https://arxiv.org/abs/2503.18278.
@@ -46,7 +46,6 @@ class TopV(LayerPruner):
         score: here a token's mean cost under it, the lowest stay. Tokens keep their positions.
     """
 
-    layer: int = 2
     appearance: float = 1.0
     relative: float = 1.0
     centre: float = 0.01
@@ -73,13 +72,6 @@ class TopV(LayerPruner):
     def needs_at(self, layer: int) -> LayerNeeds:
         """Hidden states behind the norm."""
         return LayerNeeds(normed=("layer",))
-
-    def _layers(self, num_layers: int) -> tuple[int, ...]:
-        return (self.layer,)
-
-    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        average = self._average(num_tokens)
-        return to_average((self.layer,), (1.0,), num_layers, num_tokens, average)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         if not isinstance(tokens, LayerTokens):

@@ -348,8 +348,10 @@ def test_images_that_keep_different_numbers(llava: Family) -> None:
         counts = iter([4, 0, 2])
         return [[image[1:8:2][: next(counts)] for image in images] for images in view.images]
 
-    expected, text = Masked(llava.model, {2: by_hand}), text_of(llava, inputs)
-    assert_close(logits_of(llava, inputs, pruner)[text], expected.logits(inputs)[text], 1e-5)
+    expected, text, prompts = Masked(llava.model, {2: by_hand}), text_of(llava, inputs), []
+    actual = logits_of(llava, inputs, pruner, on_prune=prompts.append)
+    assert_close(actual[text], expected.logits(inputs)[text], 1e-5)
+    assert prompts[0].summary()["layers"] == [{"layer": 2, "visual_tokens_kept": [4, 0, 2]}]
     with pruner(llava.model):
         assert answer(llava, inputs).equal(expected.greedy(inputs, NUM_NEW))
 

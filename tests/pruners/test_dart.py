@@ -80,7 +80,7 @@ def test_schedule():
 
 
 def test_what_makes_no_sense_is_refused(official):
-    with pytest.raises(ValueError, match="DART drops tokens once"):
+    with pytest.raises(ValueError, match="dart drops tokens once"):
         ocvtp.build_pruner("dart", stages=((2, 9), (4, 3)))
     with pytest.raises(ValueError, match="image_pivots=0, text_pivots=4; pass at least 1 and 0"):
         ocvtp.build_pruner("dart", num_keep=9, image_pivots=0)

@@ -157,6 +157,7 @@ def test_both_stages_are_listed(name):
     assert [part.stage for part in parts] == ["llm_input", "llm_layers"]
     assert [part.name for part in parts] == [name, name]
     assert f"| `{name}` | " in catalog.markdown_table()
+    assert catalog.entry(name).merges
 
 
 def test_a_docstring_names_the_stage_of_its_class(monkeypatch):
