@@ -16,7 +16,7 @@ from ocvtp.pruners.merging import keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control"]
-Budget = Literal["exact", "adaptive"]
+Budget = Literal["exact", "adaptive", "average"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -41,7 +41,8 @@ class Pruner(ABC):
     """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
-    """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps."""
+    """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps;
+    `average` if the budget is one over the layers of the language model."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.base import Budget, Pruner
 from ocvtp.structures import LayerTokens, Needs, Selection, Stage, VisualTokens
 
 Norm = Literal["final", "layer"]
@@ -68,6 +68,7 @@ class LayerPruner(Pruner):
     stages: Sequence[tuple[int, float]] | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
+    budgets: ClassVar[tuple[Budget, ...]] = ("average",)
     published: ClassVar[bool] = False
     """True if the paper's own schedule holds where there is neither a budget nor `stages`."""
 

@@ -9,8 +9,10 @@ from importlib.metadata import version
 
 import pytest
 
+from matrix import stages
 from matrix.checks import GREEDY
 from matrix.families import BATCH, Family
+from ocvtp import attach, build_pruner
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,20 @@ def bare_model_reads_no_chunks(family: Family) -> None:
         deepcopy(family.model).generate(**inputs, **GREEDY, prefill_chunk_size=7)
 
 
+def tower_is_refused(family: Family) -> None:
+    for name in ("vprune", "tome"):
+        with pytest.raises(ValueError, match="serves llm_input, llm_layers: pass"):
+            attach(family.model, build_pruner(name, keep_ratio=0.5))
+
+
 EXCLUSIONS = (
+    Exclusion(
+        title=stages.TOWER,
+        hosts=("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
+        before=(1000, 0),
+        reason="refused: these towers put neighbouring patches together, all of which they need",
+        shows=tower_is_refused,
+    ),
     Exclusion(
         title="prefill in chunks",
         hosts=("qwen2_vl", "qwen2_5_vl", "qwen3_vl"),

@@ -61,6 +61,8 @@ class Family:
         single: a batch and the number of a row -> that row, without its padding.
         shorten: model, inputs, side -> the prompt of which `places` are kept, made by hand.
         ids: that prompt and the inputs -> [B, L'] its `input_ids`, 0 on padding.
+        make_unresized: `make` with images whose tokens the model reads as the tower gives them;
+            None where it always does.
     """
 
     host: str
@@ -70,6 +72,7 @@ class Family:
     single: Callable[[Inputs, int], Inputs]
     shorten: Callable[[Any, Inputs, Side], Any]
     ids: Callable[[Any, Inputs], Tensor] = lambda short, inputs: short.gather(inputs["input_ids"])
+    make_unresized: Callable[[Sequence[Row], Side], Inputs] | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -178,6 +181,9 @@ FAMILIES = (
         ),
         single=reference_onevision.single_onevision,
         shorten=shorten_onevision,
+        make_unresized=lambda rows, side: reference_onevision.make_onevision(
+            rows, side, reference_onevision.EXACT
+        ),
     ),
     Family(
         host="internvl",
