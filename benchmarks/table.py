@@ -71,8 +71,10 @@ def select_table() -> str:
 def _notes(outcomes: list[tuple[str, str]], numbers: dict[str, int]) -> str:
     """One cell of the versions' outcomes, whose reasons get numbers."""
     said = [f"transformers {name}: {outcome}" for name, outcome in outcomes if outcome != "yes"]
+    if len({outcome for _, outcome in outcomes}) == 1:
+        said = [outcome for _, outcome in outcomes[:1] if outcome != "yes"]
     marks = [f"({numbers.setdefault(note, len(numbers) + 1)})" for note in said]
-    works = len(said) < len(outcomes)
+    works = any(outcome == "yes" for _, outcome in outcomes)
     return " ".join(["yes" if works else "no", *marks])
 
 

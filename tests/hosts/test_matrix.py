@@ -102,6 +102,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., s
     [
         ("yes", "yes", "yes", []),
         ("yes", "it is wrong", "yes (1)", ["(1) transformers 9.0: it is wrong."]),
+        ("it is slow", "it is slow", "no (1)", ["(1) it is slow."]),
         (
             "it is slow",
             "it is wrong",

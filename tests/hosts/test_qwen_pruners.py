@@ -33,12 +33,16 @@ SAME = [(4, 5)] * 3  # rows and columns of units
 MIXED = [(4, 5), (7, 4), (3, 8)]
 NEED_GRID = ("hiprune", "pool")
 SETTINGS: dict[str, dict[str, Any]] = {"hiprune": {"object_block": 2, "alpha": 0.9}}
-REFUSED = ("cdpruner", "fastervlm", "holov", "prumerge", "prumerge_plus", "scope", "todre", "trim")
-REFUSED += ("visionzip", "vispruner")
+REFUSED = ("cdpruner", "fastervlm", "holov", "prumerge", "prumerge_plus", "ridge", "scope", "todre")
+REFUSED += ("trim", "visionzip", "vispruner")
 CASES: list[tuple[str, dict[str, Any]]] = [
     (name, {}) for name in ocvtp.list_pruners("llm_input") if name not in REFUSED
 ]
-CASES += [("visionzip", {"guidance": "received", "block": -1})]
+WITHOUT_CLS: dict[str, dict[str, Any]] = {
+    "ridge": {"weights": "received"},
+    "visionzip": {"guidance": "received", "block": -1},
+}
+CASES += [*WITHOUT_CLS.items(), ("ridge", {"weights": "none"})]
 CASES += [("fopru", {"block": -1}), ("fps", {"space": "projected"})]
 
 
@@ -152,8 +156,8 @@ def test_answers_are_those_of_prompts_made_by_hand(
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"random", *NEED_GRID}))
 def test_a_batch_answers_as_its_rows_do(random_qwen: Any, name: str) -> None:
     model, processor = random_qwen
-    settings = {"guidance": "received", "block": -1} if name == "visionzip" else {}
-    pruner, inputs = build(name, **settings), prompts_about(processor, MIXED)
+    pruner = build(name, **WITHOUT_CLS.get(name, {}))
+    inputs = prompts_about(processor, MIXED)
     new = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     patches = inputs["image_grid_thw"].prod(dim=1).tolist()
     with pruner(model, processor=processor):

@@ -51,7 +51,7 @@ EXCLUSIONS = (
         title=stages.TOWER,
         hosts=("internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
         before=(1000, 0),
-        reason="refused: these towers put neighbouring patches together, all of which they need",
+        reason="refused; these towers put neighbouring patches together, all of which they need",
         shows=tower_is_refused,
     ),
     Exclusion(
