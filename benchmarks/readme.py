@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmarks.table import hosts_tables, select_table, table
+from benchmarks.table import hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
 
 
@@ -18,6 +18,7 @@ def main() -> None:
         "select": select_table(),
         "hosts": hosts_tables(),
         "measured": table(),
+        "stages": stages_table(),
     }
     for name, content in sections.items():
         pattern = rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)"

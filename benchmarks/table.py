@@ -46,6 +46,31 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def stages_table() -> str:
+    """What one method of each stage saves of tower and prefill, beside what operations allow."""
+    results = json.loads((RESULTS / "stages-cpu.json").read_text())
+    rows: dict[str, dict[str, Any]] = results["rows"]
+    bare = rows["bare"]["ms"]
+    lines = [
+        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; medians of one"
+        f" interleaved run. The bare model: tower {_ms(bare['tower'])} ms, whole forward"
+        f" {_ms(bare['whole'])} ms.",
+        "",
+        "| stage and method | tower, ms | whole, ms | share of the time (quartiles) | share of the"
+        " operations | saved / possible |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if name == "bare":
+            continue
+        share = row["share of time"]
+        spread = f"{share['median']:.2f} ({share['q25']:.2f} to {share['q75']:.2f})"
+        cells = [name, _ms(row["ms"]["tower"]), _ms(row["ms"]["whole"]), spread]
+        cells += [f"{row['share of operations']:.2f}", f"{row['saving / bound']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
