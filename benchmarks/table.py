@@ -52,8 +52,8 @@ def stages_table() -> str:
     rows: dict[str, dict[str, Any]] = results["rows"]
     bare = rows["bare"]["ms"]
     lines = [
-        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; medians of one"
-        f" interleaved run. The bare model: tower {_ms(bare['tower'])} ms, whole forward"
+        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; medians of"
+        f" one interleaved run. The bare model: tower {_ms(bare['tower'])} ms, whole forward"
         f" {_ms(bare['whole'])} ms.",
         "",
         "| stage and method | tower, ms | whole, ms | share of the time (quartiles) | share of the"

@@ -17,9 +17,10 @@ from reference import IMG, Inputs, assert_close, fingerprint
 from reference_layers import Choose, Masked, View, best
 from torch import Tensor
 
-from ocvtp import build_pruner
+from ocvtp import Compose, OCPruner, build_pruner
 from ocvtp.hosts.layer_plan import plan_layers
 from ocvtp.hosts.layers import install, reading
+from ocvtp.slots import OCPrunerConfig
 
 ONE = [(6, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]
@@ -246,3 +247,39 @@ def test_pyramiddrop_is_the_official_one(vectors: Any) -> None:
         expected = model.rotary_emb(states, reference[f"s{stage}.position_ids"].long())[0]
         assert_close(cosines, expected)
     assert [len(caught[n][0][0]) for n in range(4)] == [34, 22, 16, 13]
+
+
+@torch.no_grad()
+def test_the_oc_pruner_and_then_a_pyramid() -> None:
+    """Compose: 10 tokens reach the language model, 6 its layer 1 and 3 its layer 2."""
+    family = next(family for family in FAMILIES if family.host == "llava")
+    inputs = family.make(MIXED, "left")
+    torch.manual_seed(0)
+    sizes = {"feature_dim": 32, "hidden_dim": 16, "slot_dim": 8, "ffn_dim": 8}
+    network = OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 4), layer=3, noise_rows=32)).eval()
+    slots = build_pruner("ocvtp", num_keep=10, network=network)
+    prompts: list[Any] = []
+    with slots(family.model, on_prune=prompts.append):
+        family.model(**inputs)
+    chosen = iter(prompts[0].selection.keep_indices.tolist())
+    by_hand = ByHand(family, inputs)
+    masked = Masked(
+        family.model,
+        {
+            0: lambda view: [
+                [[image[i] for i in places] for image, places in zip(images, own, strict=True)]
+                for images, own in zip(view.images, kept, strict=True)
+            ],
+            1: by_hand.pyramiddrop(6),
+            2: by_hand.pyramiddrop(3),
+        },
+        renumber=True,
+    )
+    kept = [[next(chosen) for _ in range(count)] for count in (1, 0, 2)]
+    pyramid = build_pruner("pyramiddrop", stages=((1, 6), (2, 3)))
+    with Compose([pyramid, slots])(family.model, on_prune=prompts.append):
+        said = family.model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False)
+    assert said[:, inputs["input_ids"].shape[1] :].equal(masked.greedy(inputs, NUM_NEW))
+    told = prompts[1].summary()
+    assert told["visual_tokens_kept"] == [10, 10, 10]
+    assert [stage["visual_tokens_kept"] for stage in told["layers"]] == [[6] * 3, [3] * 3]
