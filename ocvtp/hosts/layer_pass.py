@@ -68,6 +68,7 @@ def drop(run: Pass, place: Place) -> Tensor:
     plan, current = run.plan, run.current
     assert plan is not None
     assert current is not None
+    current.to(place.hidden.device)
     hidden, keep = _choose(plan, current, place)
     length = int(keep.sum(dim=1).max()) if current.lengths is None else max(current.lengths)
     # A stable sort moves what stays to one side and keeps its order.
@@ -78,7 +79,9 @@ def drop(run: Pass, place: Place) -> Tensor:
     if plan.renumber:
         numbers = (current.mask.long().cumsum(dim=1) - 1).clamp(min=0)
         assert run.positions is not None
-        before = run.positions.expand(len(numbers), -1).gather(1, plan.last[:, None])
+        run.positions = run.positions.to(numbers.device)
+        last = plan.last[:, None].to(numbers.device)
+        before = run.positions.expand(len(numbers), -1).gather(1, last)
         new = numbers, before - numbers.amax(dim=1, keepdim=True)
     current.rope = _rope(run, hidden, place.rope, index, new)
     even = current.lengths is not None and len(set(current.lengths)) == 1
@@ -128,7 +131,7 @@ def _rope(run: Pass, hidden: Tensor, rope: Any, index: Tensor, new: Any) -> Any:
 
 def _take_columns(part: Tensor, index: Tensor, num_tail: int) -> Tensor:
     """[..., 1 or B, q, d] -> [..., B, L'' + T, d]."""
-    columns = with_tail(index, part.shape[-2], num_tail)
+    part, columns = part.to(index.device), with_tail(index, part.shape[-2], num_tail)
     part = part.expand(*part.shape[:-3], len(index), *part.shape[-2:])
     columns = columns[:, :, None].expand(*part.shape[:-2], -1, part.shape[-1])
     return part.gather(-2, columns)
@@ -163,4 +166,5 @@ def prepare(
     if left.lost is None:
         return causal, kwargs["position_embeddings"]
     assert run.positions is not None
-    return causal, run.model.rotary_emb(hidden, run.positions - left.lost)
+    positions = run.positions.to(hidden.device) - left.lost.to(hidden.device)
+    return causal, run.model.rotary_emb(hidden, positions)

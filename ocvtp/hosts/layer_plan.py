@@ -6,7 +6,8 @@ tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,11 @@ class Group:
     def num_keep(self, layer: int) -> int:
         """K in front of a layer."""
         return next(stage.num_keep for stage in self.schedule if stage.layer == layer)
+
+    def to(self, device: torch.device) -> Group:
+        """The same on a device."""
+        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: v.to(device) for n, v in found.items() if isinstance(v, Tensor)})
 
     def repeat(self, times: int) -> Group:
         """Every row of the batch so many times, one behind the other, as beams are."""
@@ -116,7 +122,7 @@ class LayerPlan:
             lengths=tuple(length for length in self.lengths for _ in range(times)),
         )
 
-    def summary(self) -> list[dict[str, object]]:
+    def summary(self) -> list[dict[str, Any]]:
         """What stays in front of each layer, image by image (this waits for the device).
 
         Before the language model has read the prompt, that is what the schedule says.

@@ -59,6 +59,14 @@ class Current:
         mask, last = plan.mask.to(columns.device), plan.last.to(columns.device)
         return cls(tuple(groups), mask, last, columns, plan.lengths, length, num_tail)
 
+    def to(self, device: torch.device) -> None:
+        """Go on where a layer of a model in several places is."""
+        if self.mask.device == device:
+            return
+        self.groups = tuple(group.to(device) for group in self.groups)
+        self.mask, self.last = self.mask.to(device), self.last.to(device)
+        self.origin = self.origin.to(device)
+
     def shrink(self, hidden: Tensor, index: Tensor, real: Tensor) -> Tensor:
         """Keep columns `index` [B, L''] of the prompt, of which some are not `real`."""
         places = torch.full_like(self.origin, -1)
@@ -166,7 +174,7 @@ def _keys(current: Current, place: Place, block: int) -> Tensor:
     if block != place.number:
         assert block in current.ropes, (block, sorted(current.ropes))
         keys: Tensor = place.cache.layers[block].keys
-        return keys
+        return keys.to(place.hidden.device)
     attention = place.layer.self_attn
     with on_device(place.layer):
         projected = attention.k_proj(place.layer.input_layernorm(place.hidden))
@@ -183,8 +191,9 @@ def _attention(current: Current, group: Group, place: Place, block: int, kind: s
             projected = attention.q_proj(place.layer.input_layernorm(place.hidden[rows, asking]))
         rope = place.rope
     else:
-        projected, rope = current.queries[block][rows, asking], current.ropes[block]
-    cos, sin = (_at(part, rows, asking) for part in rope)
+        queries = current.queries[block].to(place.hidden.device)
+        projected, rope = queries[rows, asking], current.ropes[block]
+    cos, sin = (_at(part.to(projected.device), rows, asking) for part in rope)
     queries = turn(attention, projected, "q_norm", cos, sin)
     keys = _keys(current, place, block)
     if group.row_numbers != tuple(range(len(keys))):

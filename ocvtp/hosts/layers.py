@@ -26,6 +26,7 @@ from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
 from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place
 from ocvtp.pruners.layered import LayerPruner
+from ocvtp.structures import take
 
 _ON_CACHE = "_ocvtp_layers"
 
@@ -145,11 +146,17 @@ def _behind(model: Any, args: Any, output: Any) -> Any:
     if run is None or run.current is None or output is None:
         return output
     states = output[0]
-    whole = states.gather(1, run.current.spread()[:, :, None].expand(-1, -1, states.shape[2]))
+    whole = take(states, run.current.spread().to(states.device))
     if isinstance(output, tuple):
         return (whole, *output[1:])
     output.last_hidden_state = whole
     return output
+
+
+def _device(layer: Any, hidden: Tensor) -> torch.device:
+    """Where accelerate will run a layer, whose weights may be read before it does."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    return hidden.device if device is None else torch.empty(0, device=device).device
 
 
 def _keep_queries(number: int, module: Any, args: Any, output: Tensor) -> None:
@@ -174,6 +181,7 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
         assert run.plan is not None
         setattr(cache, _ON_CACHE, run.note)
         if number in run.plan.layers:
+            hidden = hidden.to(_device(layer, hidden))
             rope = current.rope if run.note.stages else kwargs["position_embeddings"]
             hidden = drop(run, Place(run.model, number, layer, hidden, cache, rope))
     layers = [*run.note.stages]
