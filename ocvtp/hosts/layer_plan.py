@@ -48,8 +48,11 @@ class Group:
 
     def to(self, device: torch.device) -> Group:
         """The same on a device."""
-        found: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: v.to(device) for n, v in found.items() if isinstance(v, Tensor)})
+        moved: dict[str, Any] = {}
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), Tensor):
+                moved[f.name] = value.to(device)
+        return replace(self, **moved)
 
     def repeat(self, times: int) -> Group:
         """Every row of the batch so many times, one behind the other, as beams are."""
