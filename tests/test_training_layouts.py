@@ -18,6 +18,7 @@ from ocvtp.encoders.tiles import TiledEncoder
 from ocvtp.export import export_checkpoint
 from ocvtp.slots import OCPruner
 from ocvtp.slots.decoder import DecoderConfig
+from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.network import NetworkSizes
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.training.callbacks import _side_by_side
@@ -65,9 +66,9 @@ def shrunk(config, folder, root, encoder, kind=None):
     content["model"]["encoder"]["init_args"] = encoder
     if kind:
         content["model"]["encoder"]["class_path"] = kind
-    content["model"]["network"] = {"hidden_dim": 32, "slot_dim": 16, "ffn_dim": 32}
-    decoder = content["model"]["objective"]["init_args"]["decoder"]
-    decoder |= {"num_layers": 1, "num_heads": 2, "ffn_dim": 32}
+    content["model"]["network"] |= {"hidden_dim": 32, "slot_dim": 16, "ffn_dim": 32}
+    if decoder := content["model"]["objective"]["init_args"].get("decoder"):
+        decoder |= {"num_layers": 1, "num_heads": 2, "ffn_dim": 32}
     slots = [min(s, 12) for s in content["model"]["num_slots"]]
     content["model"] |= {"num_slots": slots, "val_num_slots": 6}
     content["data"]["class_path"] = "ocvtp.data.module.CocoDataModule"
@@ -89,6 +90,9 @@ CASES = {
     "clip_l14_336": (CLIP, None, "grid"),
     "coco_folder": (CLIP, None, "grid"),
     "scenes": (CLIP, None, "grid"),
+    "scenes_kept": (CLIP, None, "grid"),
+    "clip_l14_336_kept": (CLIP, None, "grid"),
+    "kept in tiles": (TILED, "ocvtp.encoders.tiles.TiledEncoder", "joint"),
     "siglip": ({**CLIP, "tower": SIGLIP}, None, "grid"),
     "timm": (
         {"tower": "vit_tiny_patch16_224", "layer": 2, "pretrained": False, "model_args": TIMM},
@@ -100,7 +104,7 @@ CASES = {
     "siglip in tiles": ({**TILED, "tower": SIGLIP}, None, "joint"),
     "qwen2_5_vl_7b": (QWEN, None, "variable"),
 }
-OTHERS = {"siglip": "clip_l14_336", "timm": "clip_l14_336"}
+OTHERS = {"siglip": "clip_l14_336", "timm": "clip_l14_336", "kept in tiles": "clip_l14_336_kept"}
 OTHERS |= {"tiles apart": "llava_next_7b", "siglip in tiles": "llava_next_7b"}
 
 
@@ -173,6 +177,30 @@ def test_validation_does_not_depend_on_the_batches(tmp_path, shapes, layout):
         for size in (1, 3, 6)
     ]
     assert {"val/fg_ari", "val/mbo_i", "val/relative_mse"} <= figures[0].keys()
+    for other in figures[1:]:
+        for name, value in figures[0].items():
+            assert other[name] == pytest.approx(value, rel=1e-3), name
+
+
+def test_the_objective_kept_on_a_variable_grid(tmp_path, shapes):
+    """Some images have fewer tokens than others, and fewer than there are slots."""
+    from test_training import data, trainer
+
+    slots = {"num_slots": [4, 16], "val_num_slots": 16}
+    one_to_one = NetworkSizes(32, 16, 32, truncation="none", standardize=True, choice="one_to_one")
+    encoder = QwenEncoder(**{**QWEN, "image_size": 168, "max_pixels": 15680})
+    model = OCPrunerModule(encoder, KeptObjective(weights="none"), one_to_one, **slots)
+    images, run = data(shapes, model, val_batch_size=6), trainer(tmp_path, max_epochs=2)
+    images.setup("validate")
+    (batch,) = images.val_dataloader()
+    counts = model.encoder(batch["pixel_values"], batch["image_sizes"]).valid.sum(dim=1)
+    assert counts.min() < 16 < counts.max()
+    run.fit(model, data(shapes, model, batch_size=3))
+    figures = [
+        run.validate(model, data(shapes, model, val_batch_size=size), verbose=False)[0]
+        for size in (1, 3, 6)
+    ]
+    assert {"val/ridge_error", "val/teacher", "val/coverage_residual"} <= figures[0].keys()
     for other in figures[1:]:
         for name, value in figures[0].items():
             assert other[name] == pytest.approx(value, rel=1e-3), name

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import fill_up
+from ocvtp.pruners.selection import ascending, fill_up
 from ocvtp.slots import OCPruner
 from ocvtp.slots.attention import slot_winners
+from ocvtp.slots.matching import one_to_one
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 
@@ -27,6 +28,7 @@ class OCVTP(Pruner):
     Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
 
     Slots that share a token leave room; it is filled by the attention of one block of the tower.
+    Those of a network with `choice: one_to_one` (the objective `kept`) never share one.
     With `early`, the stage is `encoder`: what is not kept is left out of the blocks behind the
     network's layer too, so that the tower gets faster as well; the CLS stays.
 
@@ -71,15 +73,21 @@ class OCVTP(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """One layer and one mean of one block's attention."""
+        """One layer, and one mean of one block's attention where there is room to fill."""
         assert self.network is not None
         layer = self.network.config.layer
-        return Needs(hidden=(layer,), attention=(self._fill_attention,))
+        fill = () if self._is_one_to_one else (self._fill_attention,)
+        return Needs(hidden=(layer,), attention=fill)
 
     @property
     def tower_needs(self) -> Needs:
         """The same; nothing behind the tower if it acts inside."""
         return Needs() if self.early else self.needs
+
+    @property
+    def _is_one_to_one(self) -> bool:
+        assert self.network is not None
+        return self.network.config.choice == "one_to_one"
 
     @property
     def _fill_attention(self) -> AttentionKey:
@@ -95,7 +103,11 @@ class OCVTP(Pruner):
         return self._attend(tokens, self.budget(tokens.num_tokens))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        winners = slot_winners(self._attend(tokens, num_keep))
+        attention = self._attend(tokens, num_keep)
+        if self._is_one_to_one:
+            chosen = one_to_one(attention, num_keep, tokens.valid)[1]
+            return ascending(chosen, tokens.valid, tokens.num_tokens)
+        winners = slot_winners(attention)
         scores = tokens.attention[self._fill_attention]
         return fill_up(winners, scores, num_keep, tokens.valid)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -18,7 +18,12 @@ from ocvtp.slots.attention import SlotAttention, Truncation
 from ocvtp.slots.decoder import Decoder, DecoderConfig, Visible, build_decoder
 from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
+from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import Layout
+
+Choice = Literal["winners", "one_to_one"]
+"""How slots choose tokens: each the one that it attends to most, so that some share a token and the
+pruner fills up; or greedily one to one, see `ocvtp.slots.matching`, so that K slots keep K."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class NetworkSizes:
         num_iterations: of Slot Attention. dropout: in its feed-forward network.
         truncation: of its gradient.
         noise_rows: rows of the saved table of query noise. noise_seed: its seed.
+        frozen_queries: whether the table is the noise in training too; paper: no.
+        standardize: whether the tokens are read at mean 0 and scale 1 per feature, by statistics of
+            the training images that are saved with the weights; paper: no.
+        choice: how slots choose tokens; paper: `winners`.
     """
 
     hidden_dim: int = 2048
@@ -40,6 +49,9 @@ class NetworkSizes:
     truncation: Truncation = "bilevel"
     noise_rows: int = 1024
     noise_seed: int = 0
+    frozen_queries: bool = False
+    standardize: bool = False
+    choice: Choice = "winners"
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,8 @@ class OCPrunerConfig(NetworkSizes):
         preprocessing: settings of the image processor that it was trained behind.
         num_slots: slot counts that it was trained with.
         objective: that it was trained for.
+        target_layer: the layer of the tower whose tokens that objective restores, if it is another;
+            the artifact then holds their statistics.
         training: summary of the run: steps, images, losses, versions.
     """
 
@@ -69,6 +83,7 @@ class OCPrunerConfig(NetworkSizes):
     preprocessing: dict[str, Any] = field(default_factory=dict)
     num_slots: tuple[int, ...] = (16, 32, 64, 128)
     objective: str = "slots"
+    target_layer: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -131,11 +146,23 @@ class OCPruner(
 
     Args:
         config: sizes and provenance; None for LLaVA-1.5's.
+
+    Attributes:
+        inputs: statistics of the tokens that it reads, with `standardize`.
+        targets: statistics of the tokens of `target_layer`.
+
+    Raises:
+        ValueError: for an unknown `choice`.
     """
 
     def __init__(self, config: OCPrunerConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or OCPrunerConfig()
+        if config.choice not in ("winners", "one_to_one"):
+            raise ValueError(f"choice={config.choice!r}; pass 'winners' or 'one_to_one'.")
+        self.inputs = FeatureStatistics(config.feature_dim) if config.standardize else None
+        has_targets = config.target_layer is not None
+        self.targets = FeatureStatistics(config.feature_dim) if has_targets else None
         self.encode = nn.Sequential(
             nn.LayerNorm(config.feature_dim),
             nn.Linear(config.feature_dim, config.hidden_dim),
@@ -145,7 +172,9 @@ class OCPruner(
         for module in self.encode:
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        self.queries = GaussianQueries(config.slot_dim, config.noise_rows, config.noise_seed)
+        self.queries = GaussianQueries(
+            config.slot_dim, config.noise_rows, config.noise_seed, config.frozen_queries
+        )
         self.attention = SlotAttention(
             config.slot_dim,
             config.ffn_dim,
@@ -176,7 +205,8 @@ class OCPruner(
         Args:
             features: [B, N, D], `hidden_states[config.layer]` of the tower without the CLS.
             num_slots: S, any number.
-            noise: [B or 1, S, C] of the queries; None: fresh in training mode, else the table.
+            noise: [B or 1, S, C] of the queries; None: fresh in training mode unless they are
+                frozen, else the table.
             valid: [B, N] bool, False on padding tokens.
 
         Returns:
@@ -191,6 +221,8 @@ class OCPruner(
                 f" [B, N, {self.config.feature_dim}], hidden_states[{self.config.layer}] of"
                 f" {self.config.tower}."
             )
+        if self.inputs is not None:
+            features = self.inputs(features)
         initial = self.queries(features.shape[0], num_slots, noise)
         slots, attention = self.attention(self.encode(features), initial, token_mask=valid)
         return slots, attention

@@ -3,7 +3,8 @@
 B images, N visual tokens, S slots, D width of the encoder tokens.
 
 An objective names the tokens it reads (`needs`, of the training encoder) and turns one batch into a
-loss. `slots` is the paper's: reconstruct the tokens from the slots.
+loss. `slots` is the paper's: reconstruct the tokens from the slots. `kept`, in
+`ocvtp.slots.kept`, restores them from the kept tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.slots.decoder import DecoderConfig, Visible
-from ocvtp.slots.network import OCPruner
+from ocvtp.slots.network import NetworkSizes, OCPruner
 from ocvtp.structures import Needs, VisualTokens
 
 Normalization = Literal["mean1", "sum1", "none"]
@@ -151,6 +152,16 @@ class Objective(ABC):
 
     name: ClassVar[str]
     decoder: DecoderConfig | None = None
+    target_layer: int | None = None
+    """Layer of the tower whose tokens are restored; None for the one that the network reads."""
+
+    def check(self, sizes: NetworkSizes) -> None:
+        """Refuse networks that this objective cannot train.
+
+        Raises:
+            ValueError: names what to set.
+        """
+        del sizes
 
     def needs(self, layer: int) -> Needs:
         """What the encoder must supply, for a network that reads `hidden_states[layer]`."""

@@ -26,21 +26,23 @@ def noise_table(num_rows: int, dim: int, seed: int) -> Tensor:
 class GaussianQueries(nn.Module):
     """Initial slots `mean + noise * exp(logstd)`: any number of them, from one shared Gaussian.
 
-    In training mode the noise is fresh. Otherwise it is the first S rows of a table that was drawn
-    once from `seed` and is saved with the weights; an S beyond the table draws the missing rows
-    from the same seed.
+    In training mode the noise is fresh unless `frozen`. Otherwise it is the first S rows of a table
+    that was drawn once from `seed` and is saved with the weights; an S beyond the table draws the
+    missing rows from the same seed.
 
     Args:
         dim: D.
         num_rows: rows of the saved table.
         seed: of the table.
+        frozen: whether the table is used in training too.
     """
 
     noise: Tensor
 
-    def __init__(self, dim: int, num_rows: int = 1024, seed: int = 0) -> None:
+    def __init__(self, dim: int, num_rows: int = 1024, seed: int = 0, frozen: bool = False) -> None:
         super().__init__()
         self.seed = seed
+        self.frozen = frozen
         self.mean = nn.Parameter(torch.empty(1, 1, dim))
         self.logstd = nn.Parameter(torch.empty(1, 1, dim))
         nn.init.xavier_uniform_(self.mean)
@@ -64,7 +66,7 @@ class GaussianQueries(nn.Module):
             [B, S, D]
         """
         dim = self.mean.shape[-1]
-        if noise is None and self.training:
+        if noise is None and self.training and not self.frozen:
             noise = torch.randn(batch_size, num_slots, dim, device=self.mean.device)
         elif noise is None:
             noise = self._rows(num_slots)[None]

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.slots.attention import slot_winners
+from ocvtp.slots.matching import slot_choices
 from ocvtp.slots.network import NetworkSizes, OCPruner, OCPrunerConfig
 from ocvtp.slots.objectives import Objective, Outcome, SlotsObjective
 from ocvtp.structures import VisualTokens
@@ -31,6 +32,7 @@ from ocvtp.training.metrics import (
     reconstruction_residual,
     slot_labels,
 )
+from ocvtp.training.statistics import measure_statistics
 
 _LOG = logging.getLogger(__name__)
 CHECKPOINT_KEY = "ocvtp"
@@ -53,6 +55,8 @@ class OCPrunerModule(pl.LightningModule):
         warmup_fraction: share of the steps in which the rate climbs; paper: 4 of 30 epochs.
         min_lr: where the cosine ends; paper: 1e-8.
         seed: of everything random in a step.
+        statistics_images: training images, at equal steps among all, that the network's feature
+            statistics are measured on before the first step, where it has any.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class OCPrunerModule(pl.LightningModule):
         warmup_fraction: float = 4 / 30,
         min_lr: float = 1e-8,
         seed: int = 0,
+        statistics_images: int = 400,
     ) -> None:
         super().__init__()
         self.objective = objective or SlotsObjective()
@@ -78,7 +83,8 @@ class OCPrunerModule(pl.LightningModule):
         self.val_num_slots = val_num_slots or sorted(self.num_slots)[len(self.num_slots) // 2]
         self.lr, self.weight_decay = lr, weight_decay
         self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
-        self.seed = seed
+        self.seed, self.statistics_images = seed, statistics_images
+        self.objective.check(network or NetworkSizes())
         self.encoder = encoder.load(self.objective.needs(encoder.layer))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -100,9 +106,16 @@ class OCPrunerModule(pl.LightningModule):
             preprocessing=encoder.transform.describe(),
             num_slots=tuple(self.num_slots),
             objective=self.objective.name,
+            target_layer=self.objective.target_layer,
         )
 
     # ------------------------------------------------------------------ steps
+
+    def on_train_start(self) -> None:
+        """Measure the features' statistics, unless a checkpoint brought them."""
+        assert self.trainer.train_dataloader is not None
+        data, images = self.trainer.train_dataloader, self.statistics_images
+        measure_statistics(self.network, self.encoder, data.dataset, data.collate_fn, images)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step on the images of a batch, see `ocvtp.data.coco.collate`."""
@@ -164,10 +177,12 @@ class OCPrunerModule(pl.LightningModule):
         """How well the slots' own tokens (no fill) stand for all tokens."""
         features = tokens.hidden[self.encoder.layer]
         won = slot_winners(outcome.attention)  # [B, N]
-        order = won.int().sort(dim=1, descending=True, stable=True).indices
+        chosen = won
+        if self.network.config.choice == "one_to_one":
+            chosen = slot_choices(outcome.attention, tokens.valid)
+        order = chosen.int().sort(dim=1, descending=True, stable=True).indices
         keep = order[:, : self.val_num_slots]
-        valid = won.gather(1, keep)
-        kept = (features, keep, valid, tokens.valid)
+        kept = (features, keep, chosen.gather(1, keep), tokens.valid)
         return {
             "unique_tokens": won.sum(dim=1).float().mean(),
             "coverage_distance": nearest_kept_distance(*kept).mean(),

@@ -34,6 +34,8 @@ VARIANTS = {
     "trimtokenator": {"first_ratio": 0.0},
     "holov": {"num_crops": 3},
     "prumerge": {"num_neighbours": 2},
+    "ocvtp": {"choice": "one_to_one"},
+    "ridge": {"weights": "none"},
     "scope": {"alpha": 0.5},
     "vflowopt": {"cell": 1},
     "vprune": {"group_side": 3, "bins": 4},
@@ -45,7 +47,13 @@ def build(name, num_keep, grid_hw=(4, 4), **settings):
     if name == "ocvtp":
         torch.manual_seed(0)
         config = OCPrunerConfig(
-            feature_dim=WIDTH, hidden_dim=16, slot_dim=4, ffn_dim=8, grid_hw=grid_hw, layer=3
+            feature_dim=WIDTH,
+            hidden_dim=16,
+            slot_dim=4,
+            ffn_dim=8,
+            grid_hw=grid_hw,
+            layer=3,
+            choice=settings.pop("choice", "winners"),
         )
         settings["network"] = OCPruner(config).eval()
     return ocvtp.build_pruner(name, num_keep=num_keep, **settings)

@@ -1,0 +1,91 @@
+"""Greedy ridge reconstruction.
+
+B images, N visual tokens, K kept, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selection import ascending
+from ocvtp.pruners.similarity import full
+from ocvtp.slots import OCPruner
+from ocvtp.slots.ridge import WeightKind, greedy_ridge, token_weights, weight_attention
+from ocvtp.slots.statistics import FeatureStatistics, centred, standardized
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("ridge")
+@dataclass(kw_only=True, eq=False)
+class Ridge(Pruner):
+    """Ridge: keep, one by one, the tokens from which ridge regression restores the others best.
+
+    Paper: none.
+    Stage: llm_input.  Needs: attention (CLS or received), or -.  Deterministic: yes.
+
+    Tokens are standardised per feature and centred in their image. Each step picks the token that
+    explains the most of what is left of all tokens, every token weighted by its attention to the
+    power of 4 / K, and takes its ridge prediction away. The OC-pruner's objective `kept` learns to
+    do the same in one forward; this is its teacher.
+
+    Args:
+        num_keep: tokens kept per image.
+        weights: of the tokens to restore: attention of the `cls`, `received` attention, or `none`.
+        block: block of the tower whose attention is read; the last one.
+        power: the weights are attention ** (power / K).
+        penalty: of the ridge, a share of the mean squared length of the tokens.
+        checkpoint: folder or hub id of an OC-pruner trained for `kept`: the mean and scale of each
+            feature over its training images are used; None for those of the image itself.
+        statistics: the same in memory, instead of `checkpoint`.
+    Deviations: unofficial: our own method, in no paper.
+    """
+
+    weights: WeightKind = "cls"
+    block: int = -1
+    power: float = 4.0
+    penalty: float = 0.3
+    checkpoint: str | None = None
+    statistics: FeatureStatistics | None = field(default=None, repr=False)
+
+    status: ClassVar[Status] = "unofficial"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weight_attention(self.weights, self.block)
+        if not self.penalty > 0 or not self.power >= 0:
+            raise ValueError(
+                f"penalty={self.penalty}, power={self.power}; pass a penalty above 0 and a power of"
+                " at least 0."
+            )
+        if self.checkpoint is not None:
+            if self.statistics is not None:
+                raise ValueError("got checkpoint and statistics; pass one of them.")
+            self.statistics = OCPruner.from_pretrained(self.checkpoint).targets
+            if self.statistics is None:
+                raise ValueError(
+                    f"the OC-pruner {self.checkpoint!r} holds no statistics of the tokens to"
+                    " restore; pass one that was trained for `kept`, or no checkpoint."
+                )
+
+    @property
+    def needs(self) -> Needs:
+        """The attention that the weights are made of."""
+        return Needs(attention=weight_attention(self.weights, self.block))
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        weights = token_weights(tokens, self.weights, self.block, num_keep, self.power)
+        targets = self._targets(tokens)
+        picks = greedy_ridge(targets, weights.to(targets), num_keep, self.penalty, tokens.valid)
+        return ascending(picks, tokens.valid, tokens.num_tokens)
+
+    def _targets(self, tokens: VisualTokens) -> Tensor:
+        """What is to be restored, [B, N, D]."""
+        features = full(tokens.features)
+        if self.statistics is None:
+            return standardized(features, tokens.valid)
+        return centred(self.statistics.to(features.device)(features), tokens.valid)

@@ -1,0 +1,155 @@
+"""The objective `kept`: choose the tokens from which the others can be restored.
+
+B images, N visual tokens, S = K slots, one for each kept token, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
+from ocvtp.slots.network import NetworkSizes, OCPruner
+from ocvtp.slots.objectives import Objective, Outcome
+from ocvtp.slots.ridge import (
+    WeightKind,
+    greedy_ridge,
+    ridge_error,
+    straight_through,
+    token_weights,
+    weight_attention,
+)
+from ocvtp.slots.statistics import centred
+from ocvtp.structures import Needs, VisualTokens
+
+
+class KeptObjective(Objective):
+    """Restore all tokens from the kept ones, by ridge regression in closed form; ours.
+
+    Slots choose tokens one to one, the error of the restored tokens reaches their shares straight
+    through, and there is no decoder. With `teacher`, the slots' shares of the tokens that a greedy
+    solver of the same problem picks are raised too: `L = ridge L_ridge + teacher L_CE`,
+    `L_CE = -mean log w` at the solver's tokens, matched to slots greedily.
+
+    The network needs `choice: one_to_one` and `truncation: none`; `standardize: true` and
+    `frozen_queries: true` belong to the recipe.
+
+    Args:
+        target_layer: the tower's layer whose tokens are restored: the one that the host reads.
+        weights: of the tokens to restore: attention of the `cls` token, `received` attention (where
+            a tower has no CLS), or `none` (where the encoder supplies no attention). They are read
+            in training only.
+        weight_block: block of the tower whose attention that is; the last one.
+        weight_power: the weights are attention ** (weight_power / K).
+        penalty: of the ridge, a share of the mean squared length of the tokens.
+        ridge: weight of the restoring error.
+        teacher: weight of the greedy solver's tokens; 0 leaves it out.
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    name = "kept"
+
+    def __init__(
+        self,
+        target_layer: int = -2,
+        weights: WeightKind = "cls",
+        weight_block: int = -1,
+        weight_power: float = 4.0,
+        penalty: float = 0.3,
+        ridge: float = 1.0,
+        teacher: float = 0.1,
+    ) -> None:
+        weight_attention(weights, weight_block)
+        if not penalty > 0 or not weight_power >= 0:
+            raise ValueError(
+                f"penalty={penalty}, weight_power={weight_power}; pass a penalty above 0 and a"
+                " power of at least 0."
+            )
+        if min(ridge, teacher) < 0 or not ridge + teacher > 0:
+            raise ValueError(
+                f"ridge={ridge}, teacher={teacher}; pass weights of at least 0, one of them above."
+            )
+        self.target_layer: int = target_layer
+        self.weights: WeightKind = weights
+        self.weight_block, self.weight_power = weight_block, weight_power
+        self.penalty = penalty
+        self.ridge, self.teacher = ridge, teacher
+
+    def check(self, sizes: NetworkSizes) -> None:
+        """See `Objective.check`."""
+        if sizes.choice != "one_to_one":
+            raise ValueError(
+                f"the objective `kept` trains slots that choose tokens one to one, the network's"
+                f" choice is {sizes.choice!r}; set network.choice to one_to_one."
+            )
+        if sizes.truncation != "none" or sizes.num_iterations < 2:
+            raise ValueError(
+                f"with truncation {sizes.truncation!r} and {sizes.num_iterations} iterations no"
+                " gradient of the objective `kept`, which reads the last iteration's attention,"
+                " reaches the slots' update; set network.truncation to none and"
+                " network.num_iterations to at least 2."
+            )
+
+    def needs(self, layer: int) -> Needs:
+        """Two layers, and the attention that the weights are made of."""
+        attention = weight_attention(self.weights, self.weight_block)
+        return Needs(hidden=tuple({layer: 0, self.target_layer: 0}), attention=attention)
+
+    def __call__(self, network: OCPruner, tokens: VisualTokens, num_slots: int) -> Outcome:
+        """See `Objective.__call__`."""
+        features = tokens.hidden[network.config.layer]
+        slots, attention = network.assign(features, num_slots, valid=tokens.valid)
+        with torch.autocast(features.device.type, enabled=False):
+            loss, logs = self._loss(network, tokens, attention)
+        return Outcome(loss, slots, attention, logs)
+
+    def _loss(
+        self, network: OCPruner, tokens: VisualTokens, attention: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the slots' attention [B, S, N], and its parts."""
+        assert network.targets is not None
+        num_slots, valid = attention.shape[1], tokens.valid
+        targets = centred(network.targets(tokens.hidden[self.target_layer].float()), valid)
+        weights = token_weights(
+            tokens, self.weights, self.weight_block, num_slots, self.weight_power
+        )
+        if (absent := num_slots - tokens.num_tokens) > 0:  # slots without a token take padding
+            attention, weights = pad(attention, (0, absent)), pad(weights, (0, absent))
+            targets, valid = pad(targets, (0, 0, 0, absent)), pad(tokens.real, (0, absent))
+        shares = token_shares(attention)
+        kept = straight_through(shares, targets, tokens_of_slots(attention, valid))
+        error = ridge_error(targets, kept, weights, self.penalty).mean()
+        loss, logs = self.ridge * error, {"ridge_error": error.detach()}
+        if self.teacher:
+            picks = greedy_ridge(targets, weights, num_slots, self.penalty, valid)
+            missed = cross_entropy(shares, picks, valid).mean()
+            loss = loss + self.teacher * missed
+            logs["teacher"] = missed.detach()
+        return loss, logs
+
+
+def cross_entropy(shares: Tensor, picks: Tensor, valid: Tensor | None = None) -> Tensor:
+    """`-mean_j log w[slot(j), picks(j)]`, slots matched to picks greedily, one to one.
+
+    Args:
+        shares: w [B, S, N], see `ocvtp.slots.matching.token_shares`.
+        picks: [B, S] token numbers.
+        valid: [B, N] bool; picks of padding tokens do not count.
+
+    Returns:
+        [B]
+    """
+    index = picks[:, None].expand(-1, shares.shape[1], -1)
+    likely = shares.gather(2, index).clamp(min=torch.finfo(shares.dtype).tiny).log()  # [B, S, S]
+    if valid is None:
+        real = torch.ones_like(picks, dtype=torch.bool)
+    else:
+        real = valid.gather(1, picks)
+    slots, columns = greedy_pairs(likely.masked_fill(~real[:, None], -1e30), picks.shape[1])
+    matched = likely.gather(1, slots[:, :, None].expand_as(likely))
+    matched = matched.gather(2, columns[:, :, None]).squeeze(2)  # [B, S]
+    counted = real.gather(1, columns)
+    return -(matched * counted).sum(dim=1) / counted.sum(dim=1)

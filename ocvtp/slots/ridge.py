@@ -1,0 +1,157 @@
+"""Restoring all tokens of an image from the kept ones: ridge regression in closed form.
+
+B images, N visual tokens, K kept, S slots, D width. Targets Y [B, N, D] are centred in their image
+and 0 on padding; weights omega [B, N] sum to 1 over an image and are 0 on padding.
+
+The penalty of an image is `lambda e` with `e = sum_n omega_n |y_n|^2`, so that it does not depend
+on the scale of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.structures import AttentionKey, VisualTokens, take
+
+WeightKind = Literal["cls", "received", "none"]
+WEIGHT_KINDS: tuple[WeightKind, ...] = ("cls", "received", "none")
+
+
+def weight_attention(kind: WeightKind, block: int) -> tuple[AttentionKey, ...]:
+    """The attention that weights of a kind are made of.
+
+    Raises:
+        ValueError: for other kinds.
+    """
+    if kind not in WEIGHT_KINDS:
+        raise ValueError(f"weights={kind!r}; pass one of {', '.join(map(repr, WEIGHT_KINDS))}.")
+    return () if kind == "none" else ((block, kind),)
+
+
+def token_weights(
+    tokens: VisualTokens, kind: WeightKind, block: int, num_keep: int, power: float
+) -> Tensor:
+    """Weights `attention ** (power / K)`: the fewer are kept, the more salience counts.
+
+    Args:
+        tokens: with the attention that `weight_attention` names.
+        kind: `cls`, `received`, or `none` for the same weight everywhere.
+        block: of the tower whose attention is read.
+        num_keep: K.
+        power: 0 for the same weight everywhere.
+
+    Returns:
+        [B, N] fp32, 0 on padding; sums to 1, or to 0 where no token is attended to.
+    """
+    real = tokens.real
+    keys = weight_attention(kind, block)
+    attention = real.float() if not keys else tokens.attention[keys[0]].float() * real
+    tiny = torch.finfo(attention.dtype).tiny
+    relative = attention / attention.amax(dim=1, keepdim=True).clamp(min=tiny)
+    weights = relative.pow(power / num_keep) * real
+    return weights / weights.sum(dim=1, keepdim=True).clamp(min=tiny)
+
+
+def mean_energy(targets: Tensor, weights: Tensor) -> Tensor:
+    """E [B, 1] = sum_n omega_n |y_n|^2, kept from 0 for images that are blank."""
+    energy = (weights * targets.square().sum(dim=2)).sum(dim=1, keepdim=True)
+    return energy.clamp(min=torch.finfo(energy.dtype).eps)
+
+
+def straight_through(shares: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
+    """Z = S Y with S = onehot(chosen) + P - stopgrad(P).
+
+    Args:
+        shares: P [B, S, N], see `ocvtp.slots.matching.token_shares`.
+        targets: Y [B, N, D].
+        chosen: [B, S] the token of every slot.
+
+    Returns:
+        [B, S, D]: the chosen tokens as they are, with the gradient of P Y.
+    """
+    soft = shares @ targets
+    return take(targets, chosen) + (soft - soft.detach())
+
+
+def ridge_error(targets: Tensor, kept: Tensor, weights: Tensor, penalty: float = 0.3) -> Tensor:
+    """L = sum_n omega_n |y_n - [Y Z^T (Z Z^T + lambda e I)^-1 Z]_n|^2 / e.
+
+    Nothing is learnt between Z and L: there is no decoder that could do without the kept tokens.
+
+    Args:
+        targets: Y [B, N, D].
+        kept: Z [B, K, D]; zero rows count as nothing.
+        weights: omega [B, N].
+        penalty: lambda, above 0.
+
+    Returns:
+        [B] in 0..1.
+    """
+    energy = mean_energy(targets, weights)
+    identity = torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
+    gram = kept @ kept.mT + penalty * energy[:, :, None] * identity  # [B, K, K]
+    factor = torch.linalg.cholesky_ex(gram).L  # definite, as the penalty is above 0
+    coefficients = torch.cholesky_solve(kept @ targets.mT, factor)  # [B, K, N]
+    residual = targets - coefficients.mT @ kept
+    return (weights * residual.square().sum(dim=2)).sum(dim=1) / energy[:, 0]
+
+
+@torch.no_grad()
+def greedy_ridge(
+    targets: Tensor, weights: Tensor, num: int, penalty: float = 0.3, valid: Tensor | None = None
+) -> Tensor:
+    """Pick the token that restores the most of what is left, take its part away, and again.
+
+    Per step `s = argmax_s sum_n omega_n (R_n.R_s)^2 / (|R_s|^2 + lambda e)`, then
+    `R <- R - (R v) v^T / m` with `v = R_s`, `m = |v|^2 + lambda e`; first R = Y.
+
+    R itself is never formed. With `G = R R^T` and `g = G_s` the deflation is of rank one,
+    `G <- G - b g g^T` with `b = (|v|^2 + 2 lambda e) / m^2`, so the numerators follow from two
+    products, `q <- q - 2 b g h + b^2 g^2 (omega.g^2)` with `h = G (omega g)`. The first G costs
+    N^2 D once, and each step reads it once: O(N^2 D + K N (N + K)) in all, where deflating R and
+    comparing all pairs again would cost O(K N^2 D).
+
+    Args:
+        targets: Y [B, N, D].
+        weights: omega [B, N].
+        num: K, at most N.
+        penalty: lambda, above 0.
+        valid: [B, N] bool; padding is picked when nothing else is left.
+
+    Returns:
+        [B, K] token numbers in the order of picking, unique. Ties go to the lower number.
+    """
+    gram = targets @ targets.mT  # [B, N, N], of Y; what was deflated is in `done`
+    floor = penalty * mean_energy(targets, weights)  # [B, 1]
+    energy = gram.diagonal(dim1=1, dim2=2).clone()  # [B, N], |R_s|^2
+    gain = _times(gram.square(), weights)  # [B, N], the numerators
+    blocked = torch.zeros_like(gain)
+    if valid is not None:
+        blocked = blocked.masked_fill(~valid, -1e30)
+    done = gain.new_zeros(len(gain), num, gain.shape[1])  # [B, K, N], rows sqrt(b) g
+    picks = []
+    for step in range(num):
+        pick = (gain / (energy + floor) + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+        picks.append(pick)
+        blocked = blocked.scatter(1, pick, float("-inf"))
+        past = done[:, :step]
+        at_pick = past.gather(2, pick[:, None].expand(-1, step, 1)).squeeze(2)  # [B, step]
+        column = take(gram, pick).squeeze(1) - _times(past.mT, at_pick)  # g
+        length = energy.gather(1, pick)  # |v|^2
+        shrink = (length + 2 * floor) / (length + floor).square()  # b
+        salient = weights * column
+        shared = _times(gram, salient) - _times(past.mT, _times(past, salient))  # h
+        squared = shrink * column.square()
+        total = shrink * (salient * column).sum(dim=1, keepdim=True)
+        gain = (gain - 2 * shrink * column * shared + squared * total).clamp(min=0)
+        energy = (energy - squared).clamp(min=0)
+        done[:, step] = shrink.sqrt() * column
+    return torch.cat(picks, dim=1)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """[B, R, C] times [B, C]: [B, R]."""
+    return (matrix @ vector[:, :, None]).squeeze(2)
