@@ -43,7 +43,7 @@ $(OLDEST)/.installed: $(STAMP)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
 
 lint: install
 	$(BIN)/ruff format --check .

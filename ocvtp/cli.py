@@ -15,6 +15,7 @@ _COMMANDS = {
     "list": "every pruner: stage, needs, paper, status",
     "answer": "one answer, tokens before and after",
     "show": "draw kept tokens and slot masks",
+    "demo-vlm": "train a small VLM from nothing on drawn scenes (--config YAML [--resume])",
 }
 
 
@@ -43,7 +44,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if words[:1] == [name]:  # import only what runs
-            module = importlib.import_module(f"ocvtp.commands.{name}")
+            module = importlib.import_module(f"ocvtp.commands.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

@@ -25,9 +25,10 @@ ALLOWED = {
     "visualize": {"structures"},
     "training": {"structures", "slots", "data", "encoders", "visualize"},
     "evaluation": {"structures", "slots", "export", "pruners", "hosts", "data", "visualize"},
+    "demo_vlm": {"data", "encoders", "hosts"},
     "commands": {
         "structures", "slots", "export", "pruners", "encoders", "hosts", "data", "training",
-        "evaluation", "visualize",
+        "evaluation", "visualize", "demo_vlm",
     },
     "cli": {"commands"},
     "__init__": {"structures", "slots", "pruners", "hosts"},
@@ -35,7 +36,9 @@ ALLOWED = {
 # `with pruner(model):` is the one call that goes up, when it is made
 UPWARD = {("pruners/base.py", "hosts"), ("pruners/compose.py", "hosts")}
 LIGHTNING = {"training", "data/module.py"}
-TRANSFORMERS = {"encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation"}
+TRANSFORMERS = {
+    "encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation", "demo_vlm",
+}  # fmt: skip
 
 
 def part(path: Path) -> str:

@@ -1,11 +1,21 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from ocvtp.data.scenes import COLOURS, SHAPES, SceneStyle, draw_scene, write_scenes
+from ocvtp.data.drawing import COLOURS, SHAPES
+from ocvtp.data.scenes import (
+    LEVELS,
+    MAX_SEED,
+    SceneStyle,
+    draw_scene,
+    scene_style,
+    split_seed,
+    write_scenes,
+)
 
 SCENES = 40
 
@@ -28,6 +38,39 @@ def test_image_and_number_of_objects(scenes):
     assert {s.image.dtype for s in scenes} == {np.dtype(np.uint8)}
     assert {len(s.objects) for s in scenes} == {3, 4, 5, 6}
     assert {len(draw_scene(0, i, num_objects=(2, 2)).objects) for i in range(5)} == {2}
+
+
+@pytest.fixture(scope="module")
+def hard_scenes():
+    return [draw_scene(0, i, 192, style=LEVELS["hard"]) for i in range(SCENES)]
+
+
+def test_hard_scenes_hold_more_and_smaller_things(scenes, hard_scenes):
+    assert {len(s.objects) for s in hard_scenes} == set(range(6, 13))
+    smallest = {}
+    for name, some, scale in (("easy", scenes, 1), ("hard", hard_scenes, 2)):
+        objects = [o for s in some for o in s.objects]
+        small = [max(o.box[2:]) / scale for o in objects if o.size == "small"]
+        smallest[name] = np.mean(small), len(small) / len(objects)
+    assert smallest["hard"][0] < smallest["easy"][0] - 1
+    assert smallest["hard"][1] > 0.65 > smallest["easy"][1]
+
+
+def test_hard_scenes_have_coloured_distractors(scenes, hard_scenes):
+    """Colour where no object is."""
+
+    def outside(some):
+        shares = []
+        for scene in some:
+            covered = np.any([o.mask for o in scene.objects], axis=0)
+            image = scene.image.astype(int)
+            vivid = image.max(-1) - image.min(-1) > 100
+            shares.append((vivid & ~covered).mean())
+        return np.mean(shares)
+
+    assert outside(hard_scenes) > 4 * outside(scenes)
+    plain = replace(LEVELS["hard"], distractors=(0, 0))
+    assert outside([draw_scene(0, i, 192, style=plain) for i in range(SCENES)]) < 0.02
 
 
 def test_every_shape_colour_and_size_is_drawn(scenes):
@@ -65,17 +108,29 @@ def test_masked_pixels_have_the_named_colour(scenes):
         assert names[np.abs(palette - colour).sum(1).argmin()] == item.colour
 
 
-def test_masks_are_exact(scenes):
+@pytest.mark.parametrize("fixture", ["scenes", "hard_scenes"])
+def test_masks_are_exact(fixture, request):
     """Inside a mask all is of the object's colour, but for the antialiased rim."""
+    scenes = request.getfixturevalue(fixture)
     for item, image in ((o, s.image.astype(int)) for s in scenes for o in s.objects):
+        size = len(image)
         colour = np.median(image[item.mask], axis=0)
         far = np.abs(image - colour).max(-1) > 60
         assert (far & item.mask).sum() <= 0.25 * item.mask.sum()
         padded = np.pad(item.mask, 1)
         inner = item.mask.copy()
         for dy, dx in ((0, 1), (2, 1), (1, 0), (1, 2)):
-            inner &= padded[dy : dy + 96, dx : dx + 96]
+            inner &= padded[dy : dy + size, dx : dx + size]
         assert not (far & inner).any()
+
+
+def test_the_drawing_is_that_of_its_version():
+    """Scenes that were written before are those that are drawn now."""
+    scene = draw_scene(3, 5)
+    assert scene.image.sum(dtype=int) == pytest.approx(2_366_866, rel=1e-4)
+    first = scene.objects[0]
+    assert (first.shape, first.colour, first.size) == ("cross", "blue", "small")
+    assert first.box == (64, 59, 11, 11)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +184,45 @@ def test_layout_is_that_of_coco(written):
         + [f"annotations/instances_{split}2017.json" for split in ("train", "val")]
         + ["scenes.json"]
     )
+
+
+def test_a_test_split_and_a_hard_level(tmp_path, capsys):
+    hard = {"num_train": 1, "num_val": 0, "num_test": 2, "size": 96, "seed": 4, "level": "hard"}
+    write_scenes(tmp_path, **hard)
+    coco = COCO(str(tmp_path / "annotations/instances_test2017.json"))
+    assert coco.dataset["info"]["description"] == "drawn scenes, hard"
+    for image, index in ((1, 0), (2, 1)):
+        scene = draw_scene(split_seed("test", 4), index, style=LEVELS["hard"])
+        annotations = coco.imgToAnns[image]
+        assert len(annotations) == len(scene.objects) >= 6
+        for annotation, item in zip(annotations, scene.objects, strict=True):
+            assert np.array_equal(coco.annToMask(annotation).astype(bool), item.mask)
+    with pytest.raises(ValueError, match="was made with"):
+        write_scenes(tmp_path, **{**hard, "level": "easy"})
+
+
+def test_splits_draw_from_streams_of_their_own():
+    seeds = [0, 1, 7, MAX_SEED - 1]
+    streams = [split_seed(split, seed) for split in ("train", "val", "test") for seed in seeds]
+    assert len(set(streams)) == len(streams)
+    assert split_seed("test", 0) > split_seed("val", MAX_SEED - 1)
+    assert not np.array_equal(
+        draw_scene(split_seed("test", 0), 0).image, draw_scene(split_seed("train", 0), 0).image
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: split_seed("dev", 0), "split='dev'"),
+        (lambda: split_seed("val", MAX_SEED), "seed="),
+        (lambda: split_seed("val", -1), "seed=-1"),
+        (lambda: scene_style("brutal"), "level='brutal'"),
+    ],
+)
+def test_unknown_splits_and_levels_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_annotations_say_what_was_drawn(written, capsys):
@@ -208,7 +302,7 @@ def test_images_of_others_are_not_touched(tmp_path):
 
 def test_nothing_is_written_for_bad_numbers(tmp_path):
     root = tmp_path / "set"
-    for numbers in ({"num_train": -1}, {"seed": -1}, {"size": 10}):
+    for numbers in ({"num_train": -1}, {"seed": -1}, {"size": 10}, {"level": "none"}):
         settings = {"num_train": 1, "num_val": 1, "size": 64, "seed": 0} | numbers
         with pytest.raises(ValueError, match=next(iter(numbers))):
             write_scenes(root, **settings)

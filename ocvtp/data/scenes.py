@@ -9,54 +9,33 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 from pycocotools import mask as rle
 
+from ocvtp.data.drawing import (
+    COLOURS,
+    OUTLINES,
+    SHAPES,
+    UNIT,
+    Array,
+    background,
+    blend,
+    coverage,
+    draw_clutter,
+    tinted,
+)
 from ocvtp.data.resize import claim_folder, progress
 from ocvtp.files import replacing
 
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
-UNIT = 96  # lengths are given in pixels of an image of this size, and grow with the image
 MIN_SIZE = 48
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (220, 40, 40),
-    "green": (40, 170, 60),
-    "blue": (45, 80, 225),
-    "yellow": (235, 215, 50),
-    "purple": (165, 55, 190),
-    "cyan": (55, 205, 215),
-}
-
-_Array = NDArray[Any]
-_SUPERSAMPLING = 4
-
-
-def _regular(vertices: int, radii: tuple[float, ...] = (1.0,), turn: float = 0.0) -> _Array:
-    """[V, 2] corners around the centre, the first at the top; `radii` are taken in turn."""
-    angles = np.arange(vertices) * (2 * np.pi / vertices) - np.pi / 2 + turn
-    corners: _Array = np.stack([np.cos(angles), np.sin(angles)], 1)
-    return np.resize(radii, vertices)[:, None] * corners
-
-
-def _cross(arm: float = 0.32) -> _Array:
-    """[12, 2] corners of an upright cross whose arms are `2 arm` wide."""
-    quarter = np.array([(arm, -1), (arm, -arm), (1, -arm)])
-    turn = np.array([(0, 1), (-1, 0)])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, i) for i in range(4)])
-
-
-OUTLINES: dict[str, _Array] = {
-    "circle": _regular(48),
-    "square": _regular(4, turn=np.pi / 4),
-    "triangle": _regular(3),
-    "star": _regular(10, radii=(1.0, 0.42)),
-    "cross": _cross(),
-}
-SHAPES = tuple(OUTLINES)
+MAX_SEED = 2**31
+Level = Literal["easy", "hard"]
+Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +48,8 @@ class SceneStyle:
         large_share: part of the objects that is large.
         clutter: least and greatest number of grey things in the background.
         noise: half range of the noise over everything, in grey levels of 255.
+        num_objects: least and greatest number of objects.
+        distractors: least and greatest number of rings, bars and speckles in the objects' colours.
     """
 
     small: tuple[int, int] = (11, 13)
@@ -76,6 +57,46 @@ class SceneStyle:
     large_share: float = 0.45
     clutter: tuple[int, int] = (2, 5)
     noise: int = 8
+    num_objects: tuple[int, int] = (3, 6)
+    distractors: tuple[int, int] = (0, 0)
+
+
+LEVELS: dict[Level, SceneStyle] = {
+    "easy": SceneStyle(),
+    "hard": SceneStyle(
+        small=(9, 12), large=(19, 23), large_share=0.25, num_objects=(6, 12), distractors=(8, 15)
+    ),
+}
+
+
+def scene_style(level: str) -> SceneStyle:
+    """How scenes of a level are drawn.
+
+    Raises:
+        ValueError: if there is no such level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level={level!r} is unknown; pass one of {list(LEVELS)}.")
+    return LEVELS[level]
+
+
+def split_seed(split: str, seed: int) -> int:
+    """The seed of `draw_scene` for a split: no two splits share a scene, whatever their seeds.
+
+    Nothing is tuned on `test`: it is for the figures that are reported.
+
+    Args:
+        split: `train`, `val` or `test`.
+        seed: of the whole set, 0 to `MAX_SEED - 1`.
+
+    Raises:
+        ValueError: if there is no such split, or the seed is out of range.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split={split!r} is unknown; pass one of {list(get_args(Split))}.")
+    if not 0 <= seed < MAX_SEED:
+        raise ValueError(f"seed={seed} is out of range; pass 0 to {MAX_SEED - 1}.")
+    return {"train": 2 * seed, "val": 2 * seed + 1, "test": 2 * MAX_SEED + seed}[split]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,57 +139,39 @@ def draw_scene(
     seed: int,
     index: int,
     size: int = 96,
-    num_objects: tuple[int, int] = (3, 6),
+    num_objects: tuple[int, int] | None = None,
     style: SceneStyle | None = None,
 ) -> Scene:
-    """Draw scene `index` of `seed`: coloured objects apart from each other over grey clutter.
+    """Draw scene `index` of `seed`: coloured objects apart from each other over clutter.
 
     Args:
         seed: of the whole set, not negative.
         index: of the scene, not negative.
         size: pixels of an edge, at least 48.
-        num_objects: least and greatest number of objects.
-        style: how hard it is to read.
+        num_objects: least and greatest number of objects; None for those of the style.
+        style: how hard it is to read; None for `LEVELS["easy"]`.
 
     Raises:
         ValueError: if a number is out of range or so many objects do not fit.
     """
     if size < MIN_SIZE:
         raise ValueError(f"size={size} leaves objects of a few pixels; pass at least {MIN_SIZE}.")
+    style = style or LEVELS["easy"]
+    num_objects = num_objects or style.num_objects
     if not 1 <= num_objects[0] <= num_objects[1]:
         raise ValueError(f"num_objects={num_objects} is no range; pass 1 <= least <= greatest.")
-    style = style or SceneStyle()
     rng = np.random.default_rng([seed, index])
-    canvas = _background(rng, size)
+    canvas = background(rng, size)
     for _ in range(rng.integers(*style.clutter, endpoint=True)):
-        _draw_clutter(rng, canvas)
+        draw_clutter(rng, canvas)
+    if style.distractors[1]:  # else no random number is taken
+        for _ in range(rng.integers(*style.distractors, endpoint=True)):
+            draw_clutter(rng, canvas, coloured=True)
     places = _layout(rng, size, int(rng.integers(*num_objects, endpoint=True)), style)
     objects = tuple(_draw_object(rng, canvas, place) for place in places)
     canvas += rng.integers(2 * style.noise, size=canvas.shape, dtype=np.uint8, endpoint=True)
     canvas -= style.noise
     return Scene(canvas.clip(0, 255).astype(np.uint8), objects)
-
-
-def _background(rng: np.random.Generator, size: int) -> _Array:
-    """[H, W, 3] float32: soft texture of three scales, striped more often than not."""
-    field = np.broadcast_to(rng.uniform(70, 185) + rng.normal(0, 16, 3), (2, 2, 3))
-    for cells, strength in ((5, 22), (14, 12), (40, 8)):
-        grey = rng.normal(0, strength, (cells, cells, 1))
-        tint = rng.normal(0, 0.35 * strength, (cells, cells, 3))
-        field = _enlarge(field, cells) + grey + tint
-    canvas = _enlarge(field, size)
-    if rng.random() < 0.6:
-        angle, wave = rng.uniform(0, np.pi), rng.uniform(0.15, 1.0) * UNIT / size
-        along = np.arange(size, dtype=np.float32) * np.float32(wave)
-        phase = along * np.float32(np.cos(angle)) + (along * np.float32(np.sin(angle)))[:, None]
-        canvas += np.float32(rng.uniform(8, 26)) * np.sin(phase)[..., None]
-    return canvas
-
-
-def _enlarge(field: _Array, size: int) -> _Array:
-    """[h, w, 3] -> [size, size, 3] float32, bilinear, rounded to grey levels."""
-    image = Image.fromarray(field.clip(0, 255).astype(np.uint8))
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).astype(np.float32)
 
 
 def _layout(rng: np.random.Generator, size: int, count: int, style: SceneStyle) -> list[_Place]:
@@ -188,11 +191,10 @@ def _layout(rng: np.random.Generator, size: int, count: int, style: SceneStyle) 
     raise ValueError(f"{count} objects do not fit into a scene; pass a smaller num_objects.")
 
 
-def _draw_object(rng: np.random.Generator, canvas: _Array, place: _Place) -> SceneObject:
+def _draw_object(rng: np.random.Generator, canvas: Array, place: _Place) -> SceneObject:
     shape, colour = str(rng.choice(SHAPES)), str(rng.choice(list(COLOURS)))
-    alpha = _coverage(OUTLINES[shape], rng.uniform(-0.3, 0.3), place.extent)
-    shade = np.array(COLOURS[colour]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
-    _blend(canvas, place.x, place.y, alpha, shade)
+    alpha = coverage(OUTLINES[shape], rng.uniform(-0.3, 0.3), place.extent)
+    blend(canvas, place.x, place.y, alpha, tinted(rng, colour))
     mask = np.zeros(canvas.shape[:2], bool)
     mask[place.y : place.y + place.extent, place.x : place.x + place.extent] = alpha >= 0.5
     left, top, right, bottom = Image.fromarray(mask).getbbox() or (0, 0, 0, 0)
@@ -200,43 +202,15 @@ def _draw_object(rng: np.random.Generator, canvas: _Array, place: _Place) -> Sce
     return SceneObject(shape, colour, place.size, box, mask)
 
 
-def _coverage(outline: _Array, angle: float, extent: int) -> _Array:
-    """[extent, extent] part of each pixel inside the outline, turned and fitted to the square."""
-    cos, sin = np.cos(angle), np.sin(angle)
-    points = outline @ np.array([(cos, sin), (-sin, cos)])
-    low, high = points.min(0), points.max(0)
-    edge = extent * _SUPERSAMPLING
-    points = (points - (low + high) / 2) / (high - low).max() * (edge - 1) + (edge - 1) / 2
-    image = Image.new("L", (edge, edge))
-    ImageDraw.Draw(image).polygon([(x, y) for x, y in points.tolist()], fill=255)
-    return np.asarray(image.reduce(_SUPERSAMPLING)).astype(np.float32) / 255
-
-
-def _draw_clutter(rng: np.random.Generator, canvas: _Array) -> None:
-    """A grey ring, bar or patch of speckle, which objects may cover."""
-    extent = round(rng.uniform(6, 17) * len(canvas) / UNIT)
-    kind = rng.integers(3)
-    if kind == 0:
-        alpha = _coverage(OUTLINES["circle"], 0, extent)
-        edge = max(extent // 5, 1)
-        alpha[edge:-edge, edge:-edge] -= _coverage(OUTLINES["circle"], 0, extent - 2 * edge)
-    elif kind == 1:
-        alpha = _coverage(OUTLINES["square"] * (1, 0.25), rng.uniform(0, np.pi), extent)
-    else:
-        speckle = (rng.random((5, 5, 1)) < 0.4) * np.full(3, 255)
-        alpha = _enlarge(speckle, extent)[..., 0] / 255
-    x, y = rng.integers(len(canvas) - extent, size=2, endpoint=True)
-    shade = rng.uniform(30, 225) + rng.normal(0, 6, 3)
-    _blend(canvas, int(x), int(y), alpha * np.float32(rng.uniform(0.5, 0.95)), shade)
-
-
-def _blend(canvas: _Array, x: int, y: int, alpha: _Array, shade: _Array) -> None:
-    """Lay a colour over the square of `alpha` whose corner is (x, y), in place."""
-    window = canvas[y : y + alpha.shape[0], x : x + alpha.shape[1]]
-    window += alpha[..., None] * (shade.astype(np.float32) - window)
-
-
-def write_scenes(root: str | Path, num_train: int, num_val: int, size: int, seed: int) -> None:
+def write_scenes(
+    root: str | Path,
+    num_train: int,
+    num_val: int,
+    size: int,
+    seed: int,
+    num_test: int = 0,
+    level: Level = "easy",
+) -> None:
     """Draw scenes into COCO's layout: `train2017`, `val2017`, `annotations/instances_*.json`.
 
     Categories are the shapes; annotations also name `colour` and `size`. Masks are compressed RLE.
@@ -247,23 +221,34 @@ def write_scenes(root: str | Path, num_train: int, num_val: int, size: int, seed
         num_train: training scenes.
         num_val: validation scenes, of another stream of random numbers.
         size: pixels of an edge.
-        seed: not negative.
+        seed: 0 to `MAX_SEED - 1`.
+        num_test: test scenes, of a third stream; without any there is no `test2017`.
+        level: how hard they are to read.
 
     Raises:
-        ValueError: if `root` holds scenes of other settings or other images, or if a number is out
-            of range.
+        ValueError: if `root` holds scenes of other settings or other images, if there is no such
+            level, or if a number is out of range.
     """
-    if min(num_train, num_val, seed) < 0:
-        raise ValueError(f"{num_train=}, {num_val=}, {seed=}: pass no negative numbers.")
-    draw_scene(seed, 0, size)  # refuses a bad size before anything is written
-    info = {"description": "drawn scenes", "version": VERSION, "seed": seed, "size": size}
-    info |= {"num_train": num_train, "num_val": num_val}
+    if min(num_train, num_val, num_test, seed) < 0:
+        raise ValueError(
+            f"{num_train=}, {num_val=}, {num_test=}, {seed=}: pass no negative numbers."
+        )
+    style = scene_style(level)
+    draw_scene(split_seed("train", seed), 0, size, style=style)  # refuses a bad size or seed
+    description = "drawn scenes" if level == "easy" else f"drawn scenes, {level}"
+    info = {"description": description, "version": VERSION, "seed": seed, "size": size}
+    counts: dict[Split, int] = {"train": num_train, "val": num_val}
+    if num_test:
+        counts["test"] = num_test
+    info |= {f"num_{split}": count for split, count in counts.items()}
     claim_folder(Path(root), "scenes.json", info)
-    _write_split(Path(root), "train", num_train, info, 2 * seed)
-    _write_split(Path(root), "val", num_val, info, 2 * seed + 1)
+    for split, count in counts.items():
+        _write_split(Path(root), split, count, info, style)
 
 
-def _write_split(root: Path, split: str, count: int, info: dict[str, Any], seed: int) -> None:
+def _write_split(
+    root: Path, split: Split, count: int, info: dict[str, Any], style: SceneStyle
+) -> None:
     folder, annotations = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
     names = [f"{i:012d}.jpg" for i in range(1, count + 1)]
     if annotations.is_file() and all((folder / name).is_file() for name in names):
@@ -271,9 +256,9 @@ def _write_split(root: Path, split: str, count: int, info: dict[str, Any], seed:
     folder.mkdir(parents=True, exist_ok=True)
     content: dict[str, Any] = {"info": info, "licenses": [], "images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": shape} for i, shape in enumerate(SHAPES, start=1)]
-    size = info["size"]
+    size, seed = info["size"], split_seed(split, info["seed"])
     for index, name in enumerate(progress(names, f"draw {split} scenes", count)):
-        scene = draw_scene(seed, index, size)
+        scene = draw_scene(seed, index, size, style=style)
         if not (folder / name).is_file():
             with replacing(folder / name) as temporary:
                 Image.fromarray(scene.image).save(temporary, format="JPEG", quality=95)

@@ -1,0 +1,41 @@
+"""`ocvtp demo-vlm`: a small LLaVA, trained from nothing on drawn scenes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import asdict
+
+from ocvtp.commands import output
+from ocvtp.demo_vlm.card import figure_table, report, save_model
+from ocvtp.demo_vlm.settings import load_settings
+from ocvtp.demo_vlm.training import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    parser.add_argument("--config", required=True, help="e.g. configs/demo_vlm/cpu.yaml")
+    parser.add_argument("--output", help="folder of the model (default: the config's)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue what the output folder holds"
+    )
+    output.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, save, measure and print the figures."""
+    settings = load_settings(arguments.config)
+    if arguments.output:
+        settings = dataclasses.replace(settings, output=arguments.output)
+    save_model(train(settings, arguments.resume), settings)
+    figures = report(settings, arguments.config)
+    facts = {
+        "output": settings.output,
+        "figures": {
+            level: {name: asdict(figure) for name, figure in found.items()}
+            for level, found in figures.items()
+        },
+    }
+    text = f"{figure_table(figures)}\nwrote {settings.output}"
+    output.emit(facts, text, arguments.json)
+    return 0

@@ -1,0 +1,75 @@
+"""Many questions on one image in one pass of the language model, and fewer of its tokens.
+
+All questions share the image in front of them and none sees another: a block mask, and positions
+that start again with every question. A question is read as if it stood alone.
+B images, N visual tokens, K kept, Q questions of L words, P words before the image, H width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_KEPT, MOST_KEPT = 1 / 24, 3 / 4
+_MOST_BIAS = 3.0
+
+
+def read_packed(model: Any, before: Tensor, visual: Tensor, words: Tensor) -> Tensor:
+    """What the language model makes of every word of every question.
+
+    Args:
+        model: a LlavaForConditionalGeneration.
+        before: [P] token numbers in front of the image.
+        visual: [B, K, H] projected tokens, at the positions P to P + K - 1.
+        words: [B, Q, L] token numbers.
+
+    Returns:
+        [B, Q, L, H] last hidden states.
+    """
+    batch, num_questions, length = words.shape
+    embed = model.get_input_embeddings()
+    start = embed(before).expand(batch, -1, -1)
+    inputs = torch.cat([start, visual.to(start.dtype), embed(words.flatten(1))], dim=1)
+    shared = start.shape[1] + visual.shape[1]
+    own = torch.arange(num_questions, device=words.device).repeat_interleave(length)
+    block = torch.cat([own.new_full((shared,), -1), own])  # -1: what all questions see
+    order = torch.arange(len(block), device=words.device)
+    seen = (order[:, None] >= order) & ((block < 0) | (block[:, None] == block))
+    positions = torch.cat([order[:shared], shared + (order[shared:] - shared) % length])
+    hidden: Tensor = model.model.language_model(
+        inputs_embeds=inputs,
+        attention_mask=seen[None, None].expand(batch, 1, -1, -1),
+        position_ids=positions.expand(batch, -1),
+        use_cache=False,
+    ).last_hidden_state
+    return hidden[:, shared:].reshape(batch, num_questions, length, -1)
+
+
+def random_subset(features: Tensor, generator: torch.Generator) -> Tensor:
+    """Which tokens stay: some number of them, drawn towards a random direction of the features.
+
+    The number is the same for all images, log-uniform in N / 24 to 3 N / 4. The strength of the
+    pull is uniform in 0 to 3, so that subsets are anything from uniform to one-sided, as those of
+    pruners are. No pruner takes part.
+
+    Args:
+        features: [B, N, D], standardised.
+        generator: of a CPU.
+
+    Returns:
+        [B, K] ascending.
+    """
+    batch, num_tokens, dim = features.shape
+    share, strength = torch.rand(2, generator=generator).tolist()
+    least, most = math.log(LEAST_KEPT), math.log(MOST_KEPT)
+    num_keep = max(1, round(num_tokens * math.exp(least + share * (most - least))))
+    direction = torch.randn(dim, generator=generator).to(features)
+    noise = torch.randn(batch, num_tokens, generator=generator).to(features)
+    along = features @ direction
+    along = (along - along.mean(1, keepdim=True)) / (along.std(1, keepdim=True) + 1e-6)
+    score = noise + _MOST_BIAS * strength * along
+    keep: Tensor = score.topk(num_keep, dim=1).indices.sort(dim=1).values
+    return keep

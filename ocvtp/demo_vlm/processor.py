@@ -1,0 +1,65 @@
+"""The demo VLM's processor: LLaVA's own, around a tokenizer of whole words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ocvtp.data.questions import WORDS
+from ocvtp.demo_vlm.settings import ModelSettings
+from ocvtp.encoders.clip import plain_processor
+
+PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+BEFORE_IMAGE = f"{BOS} USER:"
+AFTER_QUESTION = "ASSISTANT:"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""LLaVA-1.5's: `USER: <image>\\nQuestion? ASSISTANT:`."""
+
+
+def word_tokenizer() -> Any:
+    """A tokenizer of the words that questions and answers are made of, small and capital alike."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = [PAD, BOS, EOS, UNKNOWN, IMAGE]
+    tokens = [*special, "user", "assistant", ":", "?", ".", *WORDS]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
+    )
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokens.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def build_processor(settings: ModelSettings) -> Any:
+    """A `LlavaProcessor`: pixels in -1..1, words to numbers, `<image>` to a token a patch."""
+    from transformers import LlavaProcessor
+
+    images = plain_processor(settings.image_size)
+    images.image_mean = images.image_std = [0.5] * 3
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=word_tokenizer(),
+        patch_size=settings.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
