@@ -47,7 +47,7 @@ def test_its_make_targets_and_files_exist():
 def test_its_commands_exist(capsys):
     from ocvtp.cli import main
 
-    commands = set(re.findall(r"`?ocvtp ([a-z]+)", README))
+    commands = set(re.findall(r"`?ocvtp ([a-z]+(?:-[a-z]+)*)", README))
     assert commands >= {"train", "export", "resize", "list", "answer", "show"}
     for command in commands - {"train"}:
         with pytest.raises(SystemExit) as status:
