@@ -288,6 +288,18 @@ def test_what_stages_of_the_tower_and_of_the_language_model_keep(
     assert set(drawn[3].keep.tolist()) <= set(drawn[2].keep.tolist())
 
 
+def test_what_the_tower_left_is_told_in_an_answer(capsys, photo):
+    words = ["answer", *MODEL, "--image", photo, "--prompt", "What?", "--max-new-tokens", "2"]
+    words += ["--pruner", "tome", "--num-keep", "30"]
+    assert main([*words, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    names = ("visual_tokens", "visual_tokens_encoded", "visual_tokens_kept")
+    assert [facts[name] for name in names] == [[144], [30], [30]]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "30 of 144 visual tokens per image; 30 left by the tower; prompt" in said
+
+
 def test_stages_are_told_in_an_answer(capsys, photo):
     words = ["answer", *MODEL, "--image", photo, "--prompt", "What?", "--max-new-tokens", "2"]
     words += ["--pruner", "fastv:stages=[[1,20]],layer=2", "--num-keep", "9"]

@@ -48,12 +48,15 @@ def run(arguments: argparse.Namespace) -> int:
     each = "image" if arguments.budget == "per_image" else "tile"
     pairs = zip(result.visual_tokens_kept, result.visual_tokens, strict=True)
     kept = ", ".join(f"{few} of {all_}" for few, all_ in pairs)
+    encoded = ""
+    if result.visual_tokens_encoded != result.visual_tokens:
+        encoded = f"; {', '.join(map(str, result.visual_tokens_encoded))} left by the tower"
     inside = "".join(
         f"; {', '.join(map(str, stage['visual_tokens_kept']))} from layer {stage['layer']} on"
         for stage in result.layers
     )
     text = (
-        f"{result.answer}\n[{result.pruner}: {kept} visual tokens per {each}{inside};"
+        f"{result.answer}\n[{result.pruner}: {kept} visual tokens per {each}{encoded}{inside};"
         f" prompt {result.prompt_tokens} -> {result.prompt_tokens_kept} tokens]"
     )
     output.emit(asdict(result), text, arguments.json)
@@ -67,7 +70,8 @@ class Answer:
     Args:
         answer: the text. pruner: its name.
         visual_tokens: of each image (or tile, where each has a budget of its own) before pruning.
-        visual_tokens_kept: after.
+        visual_tokens_encoded: what pruners before and inside the tower left of them.
+        visual_tokens_kept: what went to the language model.
         prompt_tokens: of the prompt before pruning. prompt_tokens_kept: after.
         layers: inside the language model, `layer` and `visual_tokens_kept` of each image from
             there on.
@@ -76,6 +80,7 @@ class Answer:
     answer: str
     pruner: str
     visual_tokens: list[int]
+    visual_tokens_encoded: list[int]
     visual_tokens_kept: list[int]
     prompt_tokens: int
     prompt_tokens_kept: int
@@ -123,6 +128,7 @@ def answer(
         answer=processor.decode(new, skip_special_tokens=True).strip(),
         pruner=pruner.name,
         visual_tokens=counts["visual_tokens"],
+        visual_tokens_encoded=counts["visual_tokens_encoded"],
         visual_tokens_kept=counts["visual_tokens_kept"],
         prompt_tokens=counts["prompt_tokens"],
         prompt_tokens_kept=counts["prompt_tokens_kept"][0],

@@ -71,6 +71,7 @@ class Prompt:
         """Counts worth showing (this waits for the device)."""
         return {
             "visual_tokens": self.encoded.counts().tolist(),
+            "visual_tokens_encoded": self.encoded.tokens.real.sum(dim=1).tolist(),
             "visual_tokens_kept": self.selection.counts().tolist(),
             "prompt_tokens": self.length,
             "prompt_tokens_kept": self.keep.sum(dim=1).tolist(),

@@ -265,6 +265,7 @@ def test_every_shortened_prompt_is_reported(llava: Any, pruner: Pruner) -> None:
     lengths = inputs["attention_mask"].sum(dim=1)
     assert prompts[0].summary() == {
         "visual_tokens": [16, 16, 16],
+        "visual_tokens_encoded": [16, 16, 16],
         "visual_tokens_kept": [5, 5, 5],
         "prompt_tokens": inputs["input_ids"].shape[1],
         "prompt_tokens_kept": (lengths - torch.tensor([11, 0, 22])).tolist(),
