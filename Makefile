@@ -22,7 +22,8 @@ demo: install
 	$(BIN)/ocvtp answer --model random:tiny-llava --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
 		--num-keep 16 --image outputs/data/scenes/val2017/000000000001.jpg --prompt "What is in the picture?"
 	$(BIN)/ocvtp show --model random:tiny-llava --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
-		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope trim zspaprune random \
+		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope trim zspaprune ridge \
+		tome "fastv:stages=[[1,16]]" random \
 		--prompt "What is in the picture?" --text-tower random:tiny \
 		--image outputs/data/scenes/val2017/000000000001.jpg --output $(DEMO)/kept.png
 

@@ -39,9 +39,9 @@ class Ridge(Pruner):
         block: block of the tower whose attention is read; the last one.
         power: the weights are attention ** (power / K).
         penalty: of the ridge, a share of the mean squared length of the tokens.
-        checkpoint: folder or hub id of an OC-pruner trained for `kept`: the mean and scale of each
-            feature over its training images are used; None for those of the image itself.
-        statistics: the same in memory, instead of `checkpoint`.
+        statistics_of: folder or hub id of an OC-pruner trained for `kept`: the mean and scale of
+            each feature over its training images are used; None for those of the image itself.
+        statistics: the same in memory, instead of `statistics_of`.
     Deviations: unofficial: our own method, in no paper.
     """
 
@@ -49,7 +49,7 @@ class Ridge(Pruner):
     block: int = -1
     power: float = 4.0
     penalty: float = 0.3
-    checkpoint: str | None = None
+    statistics_of: str | None = None
     statistics: FeatureStatistics | None = field(default=None, repr=False)
 
     status: ClassVar[Status] = "unofficial"
@@ -62,14 +62,14 @@ class Ridge(Pruner):
                 f"penalty={self.penalty}, power={self.power}; pass a penalty above 0 and a power of"
                 " at least 0."
             )
-        if self.checkpoint is not None:
+        if self.statistics_of is not None:
             if self.statistics is not None:
-                raise ValueError("got checkpoint and statistics; pass one of them.")
-            self.statistics = OCPruner.from_pretrained(self.checkpoint).targets
+                raise ValueError("got statistics_of and statistics; pass one of them.")
+            self.statistics = OCPruner.from_pretrained(self.statistics_of).targets
             if self.statistics is None:
                 raise ValueError(
-                    f"the OC-pruner {self.checkpoint!r} holds no statistics of the tokens to"
-                    " restore; pass one that was trained for `kept`, or no checkpoint."
+                    f"the OC-pruner {self.statistics_of!r} holds no statistics of the tokens to"
+                    " restore; pass one that was trained for `kept`, or nothing."
                 )
 
     @property

@@ -102,16 +102,16 @@ def test_a_checkpoint_brings_its_statistics(tmp_path):
     tokens = make_tokens(Needs(attention=((-1, "cls"),)), 2, GRID)
     pruners = [
         ocvtp.build_pruner("ridge", num_keep=5, **settings)
-        for settings in ({"checkpoint": str(tmp_path / "kept")}, {"statistics": statistics()})
+        for settings in ({"statistics_of": str(tmp_path / "kept")}, {"statistics": statistics()})
     ]
     first, second = (p.select(tokens).keep_indices.tolist() for p in pruners)
     assert first == second
     OCPruner(replace(config, target_layer=None)).save_pretrained(tmp_path / "slots")
     with pytest.raises(ValueError, match=r"holds no statistics.*trained for `kept`"):
-        ocvtp.build_pruner("ridge", num_keep=5, checkpoint=str(tmp_path / "slots"))
+        ocvtp.build_pruner("ridge", num_keep=5, statistics_of=str(tmp_path / "slots"))
     with pytest.raises(ValueError, match="pass one of them"):
         ocvtp.build_pruner(
-            "ridge", num_keep=5, checkpoint=str(tmp_path / "kept"), statistics=statistics()
+            "ridge", num_keep=5, statistics_of=str(tmp_path / "kept"), statistics=statistics()
         )
 
 
