@@ -101,6 +101,7 @@ def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
         assert [row["step"] for row in rows[0]] == ["3"]
 
 
+@pytest.mark.slow
 def test_training_is_seeded(tmp_path):
     first, again, other = (
         weights(train(replace(tiny_settings(tmp_path / str(number), steps=1), seed=seed)))
@@ -125,6 +126,7 @@ def test_a_training_is_not_overwritten_or_mixed(tmp_path):
     train(settings, resume=True)
 
 
+@pytest.mark.slow
 def test_stages_may_be_added(tmp_path):
     settings = tiny_settings(tmp_path, steps=1)
     train(replace(settings, stages=settings.stages[:2]))
