@@ -14,7 +14,7 @@ import pytest
 import torch
 from matrix.families import FAMILIES, Family
 from reference import IMG, Inputs, assert_close, fingerprint
-from reference_layers import Choose, Masked, View, best
+from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
@@ -249,6 +249,14 @@ def test_pyramiddrop_is_the_official_one(vectors: Any) -> None:
     assert [len(caught[n][0][0]) for n in range(4)] == [34, 22, 16, 13]
 
 
+def chosen_before(kept: list[list[Columns]]) -> Choose:
+    """For every row, the places of each image's tokens that reach the language model."""
+    return lambda view: [
+        [[image[i] for i in places] for image, places in zip(images, own, strict=True)]
+        for images, own in zip(view.images, kept, strict=True)
+    ]
+
+
 @torch.no_grad()
 def test_the_oc_pruner_and_then_a_pyramid() -> None:
     """Compose: 10 tokens reach the language model, 6 its layer 1 and 3 its layer 2."""
@@ -262,20 +270,17 @@ def test_the_oc_pruner_and_then_a_pyramid() -> None:
     with slots(family.model, on_prune=prompts.append):
         family.model(**inputs)
     chosen = iter(prompts[0].selection.keep_indices.tolist())
+    kept = [[next(chosen) for _ in range(count)] for count in (1, 0, 2)]
     by_hand = ByHand(family, inputs)
     masked = Masked(
         family.model,
         {
-            0: lambda view: [
-                [[image[i] for i in places] for image, places in zip(images, own, strict=True)]
-                for images, own in zip(view.images, kept, strict=True)
-            ],
+            0: chosen_before(kept),
             1: by_hand.pyramiddrop(6),
             2: by_hand.pyramiddrop(3),
         },
         renumber=True,
     )
-    kept = [[next(chosen) for _ in range(count)] for count in (1, 0, 2)]
     pyramid = build_pruner("pyramiddrop", stages=((1, 6), (2, 3)))
     with Compose([pyramid, slots])(family.model, on_prune=prompts.append):
         said = family.model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False)
@@ -283,3 +288,28 @@ def test_the_oc_pruner_and_then_a_pyramid() -> None:
     told = prompts[1].summary()
     assert told["visual_tokens_kept"] == [10, 10, 10]
     assert [stage["visual_tokens_kept"] for stage in told["layers"]] == [[6] * 3, [3] * 3]
+
+
+@torch.no_grad()
+def test_fopru_and_then_fastv() -> None:
+    """Half of the tokens before the language model, half of these inside it."""
+    family = next(family for family in FAMILIES if family.host == "llava")
+    inputs = family.make(MIXED, "left")
+    fopru, fastv = build_pruner("fopru", num_keep=8), build_pruner("fastv", stages=((1, 0.5),))
+    prompts: list[Any] = []
+    with fopru(family.model, on_prune=prompts.append):
+        family.model(**inputs)
+    chosen = iter(prompts[0].selection.keep_indices.tolist())
+    kept = [[next(chosen) for _ in range(count)] for count in (1, 0, 2)]
+    masked = Masked(
+        family.model,
+        {
+            0: chosen_before(kept),
+            1: last_row(lambda size: size // 2),
+        },
+    )
+    both = Compose([fopru, fastv])
+    with both(family.model, positions="original", on_prune=prompts.append):
+        said = family.model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False)
+    assert said[:, inputs["input_ids"].shape[1] :].equal(masked.greedy(inputs, NUM_NEW))
+    assert prompts[1].summary()["layers"] == [{"layer": 1, "visual_tokens_kept": [4, 4, 4]}]
