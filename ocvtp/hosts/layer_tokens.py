@@ -48,11 +48,14 @@ class Current:
     @classmethod
     def start(cls, plan: LayerPlan, embeddings: Tensor, num_tail: int) -> Current:
         """All of the prompt."""
+        needs = [plan.pruner.needs_at(layer) for layer in plan.layers]
+        asks_text = any(kind == "text" for need in needs for _, kind in need.attention)
         groups = []
         for group in plan.groups:
-            tokens = _of_hidden(group, embeddings, with_text=True)
-            with torch.no_grad():
-                raters = plan.pruner.raters(tokens)
+            raters = None
+            if asks_text:
+                with torch.no_grad():
+                    raters = plan.pruner.raters(_of_hidden(group, embeddings, with_text=True))
             groups.append(group if raters is None else replace(group, raters=raters))
         length = plan.mask.shape[1]
         columns = torch.arange(length, device=embeddings.device).expand(len(plan.mask), -1)
