@@ -236,6 +236,15 @@ def fingerprint(model: Any) -> dict[str, Any]:
     return found
 
 
+def answer_of(model: Any, inputs: Any, **settings: Any) -> Tensor:
+    """The answer; checks that the caller's prompt stands in front of it."""
+    sequences = model.generate(**inputs, **settings)
+    ids = inputs["input_ids"]
+    repeats = len(sequences) // len(ids)
+    assert torch.equal(sequences[:, : ids.shape[1]], ids.repeat_interleave(repeats, dim=0))
+    return sequences[:, ids.shape[1] :]
+
+
 def ask(model: Any, inputs: Any, **settings: Any) -> Tensor:
     """The five tokens that the model answers, greedily."""
     output = model.generate(**inputs, **GREEDY, **settings)

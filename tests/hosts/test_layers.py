@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from matrix.families import FAMILIES, Family
-from reference import IMG, Inputs, Scripted, assert_close, fingerprint
+from matrix.families import FAMILIES, Family, untouched
+from reference import IMG, Inputs, Scripted, answer_of, assert_close, fingerprint
 from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
@@ -77,10 +77,8 @@ TWICE = {1: every_other_by_hand(7), 2: every_other_by_hand(4)}
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.host)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
-    before = fingerprint(request.param.model)
-    yield request.param
-    changed = {key for key, _ in fingerprint(request.param.model).items() ^ before.items()}
-    assert changed <= {"model.rope_deltas."}
+    with untouched(request.param) as family:
+        yield family
 
 
 @pytest.fixture
@@ -99,9 +97,7 @@ def answer(family: Family, inputs: Inputs, model: Any = None, **settings: Any) -
     model = family.model if model is None else model
     settings = {"max_new_tokens": NUM_NEW, "do_sample": False} | settings
     with torch.no_grad():
-        sequences = model.generate(**inputs, **settings)
-    assert sequences[:, : inputs["input_ids"].shape[1]].equal(inputs["input_ids"])
-    return sequences[:, inputs["input_ids"].shape[1] :]
+        return answer_of(model, inputs, **settings)
 
 
 def text_of(family: Family, inputs: Inputs) -> Tensor:
@@ -526,7 +522,8 @@ def test_threads_do_not_see_each_other(llava: Family) -> None:
 
 
 def test_peft(llava: Family) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     inputs = llava.make(MIXED, "left")
     pruner = build_pruner("fastv", stages=((1, 5),))
     with pruner(llava.model):

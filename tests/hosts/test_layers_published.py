@@ -12,8 +12,8 @@ from typing import Any
 import naive_layers as naive
 import pytest
 import torch
-from matrix.families import FAMILIES, Family
-from reference import IMG, Inputs, assert_close, fingerprint
+from matrix.families import FAMILIES, Family, untouched
+from reference import IMG, Inputs, assert_close
 from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
@@ -34,10 +34,8 @@ Columns = list[int]
 
 @pytest.fixture(params=[f for f in FAMILIES if f.host in HOSTS], ids=lambda family: family.host)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
-    before = fingerprint(request.param.model)
-    yield request.param
-    changed = {key for key, _ in fingerprint(request.param.model).items() ^ before.items()}
-    assert changed <= {"model.rope_deltas."}
+    with untouched(request.param) as family:
+        yield family
 
 
 def of_images(choose: Callable[[View, int, Columns], Columns]) -> Choose:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from reference import Scripted, assert_close, fingerprint, tower_states
+from reference import Scripted, answer_of, assert_close, fingerprint, tower_states
 from reference_onevision import (
     BATCH,
     EITHER,
@@ -107,15 +107,6 @@ def make(prompt: str, side: Any = "left") -> Any:
 
 def by_hand(model: Any, inputs: Any, budget: str = "per_image", **options: Any) -> Any:
     return shorten_onevision(model, inputs, best_rows(model, inputs, 7, budget), **options)
-
-
-def answer_of(model: Any, inputs: Any, **settings: Any) -> Tensor:
-    """The answer; checks that the caller's prompt stands in front of it."""
-    sequences = model.generate(**inputs, **settings)
-    ids = inputs["input_ids"]
-    repeats = len(sequences) // len(ids)
-    assert torch.equal(sequences[:, : ids.shape[1]], ids.repeat_interleave(repeats, dim=0))
-    return sequences[:, ids.shape[1] :]
 
 
 # ----------------------------------------------------------------------------------- the token map

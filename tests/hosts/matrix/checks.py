@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from reference import Inputs, Scripted
+from reference import Inputs, Scripted, answer_of
 from tiny_models import IMAGE_TOKEN
 from torch import Tensor
 
@@ -43,11 +43,7 @@ def pruner() -> Scripted:
 
 def answer(model: Any, inputs: Inputs, **settings: Any) -> Tensor:
     """What follows the caller's prompt, which must stand in front of it."""
-    sequences = model.generate(**inputs, **(settings or GREEDY))
-    ids = inputs["input_ids"]
-    repeats = len(sequences) // len(ids)
-    assert sequences[:, : ids.shape[1]].equal(ids.repeat_interleave(repeats, dim=0))
-    return sequences[:, ids.shape[1] :]
+    return answer_of(model, inputs, **(settings or GREEDY))
 
 
 def by_hand(family: Family, inputs: Inputs, model: Any = None, side: Any = "left") -> Any:

@@ -5,7 +5,8 @@ B rows of a batch, L' columns of a short prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -82,6 +83,15 @@ class Family:
         model.generate(**inputs, max_new_tokens=1)
         self.shorten(model, inputs, "left")
         return model
+
+
+@contextmanager
+def untouched(family: Family) -> Iterator[Family]:
+    """Its model is the same behind the block as before it, but for what every call changes."""
+    before = reference.fingerprint(family.model)
+    yield family
+    changed = {key for key, _ in reference.fingerprint(family.model).items() ^ before.items()}
+    assert changed <= {"model.rope_deltas."}
 
 
 def around(make: Callable[..., Any], special: dict[str, str]) -> Callable[[], tuple[Any, Any]]:
