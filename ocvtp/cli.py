@@ -15,6 +15,7 @@ _COMMANDS = {
     "list": "every pruner: stage, needs, paper, status",
     "answer": "one answer, tokens before and after",
     "show": "draw kept tokens and slot masks",
+    "evaluate": "accuracy against budget, of any pruners on any task",
     "demo-vlm": "train a small VLM from nothing on drawn scenes (--config YAML [--resume])",
 }
 

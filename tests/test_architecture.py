@@ -25,7 +25,7 @@ ALLOWED = {
     "visualize": {"structures"},
     "training": {"structures", "slots", "data", "encoders", "visualize"},
     "evaluation": {"structures", "slots", "export", "pruners", "hosts", "data", "visualize"},
-    "demo_vlm": {"data", "encoders", "hosts"},
+    "demo_vlm": {"data", "encoders", "hosts", "evaluation"},
     "commands": {
         "structures", "slots", "export", "pruners", "encoders", "hosts", "data", "training",
         "evaluation", "visualize", "demo_vlm",

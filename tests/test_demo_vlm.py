@@ -13,15 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_demo_vlm import generator, tiny_batch, tiny_learner, tiny_settings, write_config
 
-import ocvtp
 from ocvtp.cli import main
-from ocvtp.data.questions import ask
-from ocvtp.data.scenes import draw_scene, split_seed
-from ocvtp.demo_vlm import measure as measuring
+from ocvtp.data.scenes import draw_scene
 from ocvtp.demo_vlm import training
-from ocvtp.demo_vlm.card import card, figure_table
-from ocvtp.demo_vlm.measure import EVEN, Figure, answer, measure
-from ocvtp.demo_vlm.settings import ReportSettings, load_settings
+from ocvtp.demo_vlm.card import card, control_table, figure_table
+from ocvtp.demo_vlm.settings import load_settings
 from ocvtp.demo_vlm.training import _step, build_optimizer, rate, train
 
 
@@ -161,15 +157,6 @@ def test_the_folder_is_a_model(run):
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert type(processor).__name__ == "LlavaProcessor"
     assert model.generation_config.max_new_tokens == 4
-    images = [Image.fromarray(draw_scene(0, index, 60).image) for index in range(2)]
-    texts = ["How many stars are there in the image?", "What colour is the small circle?"]
-    whole = answer(model, processor, images, texts)
-    assert len(whole) == 2
-    with ocvtp.build_pruner("uniform", num_keep=9)(model):
-        pruned = answer(model, processor, images, texts)
-    assert len(pruned) == 2
-    with ocvtp.build_pruner("none")(model):
-        assert answer(model, processor, images, texts) == whole
 
 
 def test_the_folder_holds_what_was_trained(run):
@@ -207,26 +194,26 @@ def test_answer_command_prunes_the_model(run, tmp_path, capsys):
 def test_the_card_says_what_was_measured(run):
     config, folder = run
     text = (folder / "README.md").read_text()
-    numbers = json.loads((folder / "figures.json").read_text())
-    assert set(numbers["figures"]) == {"easy", "hard"}
-    assert numbers["report"]["split"] == "val"
-    figures = {
-        level: {name: Figure(**figure) for name, figure in found.items()}
-        for level, found in numbers["figures"].items()
-    }
-    assert figure_table(figures) in text
-    assert all(found["all"].num_images == 4 for found in figures.values())
-    assert "4 `val` scenes" in text
+    facts = json.loads((folder / "figures.json").read_text())
+    assert facts["metrics"] == ["easy/all", "hard/all"]
+    assert facts["settings"]["task"]["split"] == "test"
+    labels = {(row["label"], row["num_keep"]) for row in facts["rows"]}
+    assert labels == {("unpruned", None), ("shuffled", None), ("random", 2), ("oracle", 2)}
+    assert figure_table(facts) in text
+    assert control_table(facts) in text
+    assert all(row["figures"]["easy/all"]["images"] == 4 for row in facts["rows"])
+    assert "4 `test` scenes" in text
     assert str(config) in text
     assert "| drop | 3 x 4 | align + answer, tower frozen |" in text
     assert "**Token dropping.** In drop, english," in text
     assert "$" not in text
 
 
-def test_a_model_without_dropping_is_not_for_pruning(tmp_path):
+def test_a_model_without_dropping_is_not_for_pruning(run, tmp_path):
+    facts = json.loads((run[1] / "figures.json").read_text())
     settings = tiny_settings(tmp_path)
     plain = replace(settings, stages=settings.stages[:3])
-    assert "do not compare pruners" in card(plain, "x.yaml", {}, 10)
+    assert "do not compare pruners" in card(plain, "x.yaml", facts, 10)
 
 
 def test_json_is_one_object_and_finished_trainings_are_measured_again(run, capsys):
@@ -236,43 +223,8 @@ def test_json_is_one_object_and_finished_trainings_are_measured_again(run, capsy
     assert main([*words, "--resume", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["output"] == str(folder)
-    assert facts["figures"] == json.loads((folder / "figures.json").read_text())["figures"]
+    found = json.loads((folder / "figures.json").read_text())
+    assert facts["figures"]["rows"] == found["rows"]
     assert (folder / "model.safetensors").read_bytes() == before
     assert main(words) == 2
     assert "--resume" in capsys.readouterr().err
-
-
-def test_measuring_counts_exact_answers(monkeypatch):
-    """Where the right words are answered, all figures are 1, but on the images of others."""
-    report = ReportSettings(num_images=30, questions=6)
-    stream = split_seed("val", 2)
-    right = {}
-    for index in range(30):
-        scene = draw_scene(stream, index, 48)
-        questions = ask(scene.objects, 6, np.random.default_rng([stream, index, 2]), EVEN, True)
-        right |= {(scene.image.tobytes(), q.text): q.answer for q in questions}
-
-    def know(model, processor, images, questions):
-        keys = [(image.tobytes(), text) for image, text in zip(images, questions, strict=True)]
-        return [right.get(key, "yes") for key in keys]
-
-    monkeypatch.setattr(measuring, "answer", know)
-    figures = measure(None, None, "easy", report, 48, 2)
-    assert set(figures) == {"existence", "colour", "shape", "count", "all", "shuffled"}
-    assert all(figures[name].accuracy == 1 for name in figures if name != "shuffled")
-    assert figures["shuffled"].accuracy < 0.5
-    assert figures["all"].num_questions == len(right)
-    assert figures["all"].num_images == 30
-    other = measure(None, None, "easy", replace(report, split="test"), 48, 2)
-    assert other["all"].accuracy < 0.5
-
-
-def test_intervals_are_over_images():
-    """Questions that stand or fall together give no more certainty than their image."""
-    owners = np.repeat(np.arange(100), 10)
-    together = measuring._figure(np.repeat(np.arange(100) % 2 == 0, 10), owners)
-    apart = measuring._figure(np.arange(1000) % 2 == 0, owners)
-    assert together.accuracy == apart.accuracy == 0.5
-    assert together.high - together.low == pytest.approx(2 * 1.96 * 0.05, rel=0.15)
-    assert apart.high - apart.low < 0.02
-    assert (together.num_questions, together.num_images) == (1000, 100)

@@ -163,7 +163,7 @@ def test_configs_are_settings_with_a_header(name):
     assert [bool(s.drop) for s in settings.stages] == [False, False, False, True, True]
     assert settings.stages[-1].prompts == "english"
     assert settings.model.side**2 == {"cpu": 144, "gpu": 576}[name]
-    assert settings.report.split == "val"
+    assert (settings.report.split, settings.report.num_images) == ("test", 1000)
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     for word in ("command:", "hardware:", "time:", "expected:", f"configs/demo_vlm/{name}.yaml"):
         assert word in header
@@ -181,7 +181,7 @@ def test_configs_are_settings_with_a_header(name):
         ("dense: 1.0", "hard: 0.1", "'tower' has no loss"),
         ("questions: 12", "questions: 0", "questions=0"),
         ("name: read", "name: tower", "a name of its own"),
-        ("split: val", "split: dev", "split"),
+        ("split: test", "split: dev", "split"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tmp_path, old, new, message):

@@ -6,30 +6,40 @@ from pathlib import Path
 
 import pytest
 
-from ocvtp import build_pruner
-from ocvtp.demo_vlm.measure import measure
-from ocvtp.demo_vlm.settings import ReportSettings
+from ocvtp.evaluation.conditions import Budget
+from ocvtp.evaluation.run import evaluate
+from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
-REPORT = ReportSettings(split="test", num_images=30, questions=6)
 
 
 @pytest.fixture(scope="module")
-def shipped():
-    return load_model(str(FOLDER), "float32")
+def figures(tmp_path_factory):
+    """Accuracies by row and kind, of 40 images."""
+    subject = Subject(*load_model(str(FOLDER), "float32"), str(FOLDER))
+    task = SceneTask(("easy",), num_images=40, questions=6)
+    folder = tmp_path_factory.mktemp("shipped")
+    controls = ("random", "oracle")
+    report, _ = evaluate(
+        subject, task, ["divprune"], [Budget(num_keep=8)], folder, seeds=[0], controls=controls
+    )
+    return {
+        row.label: {name: ratio.value for name, ratio in row.figures.items()} for row in report.rows
+    }
 
 
-def test_it_answers_by_what_it_sees(shipped):
-    figures = measure(*shipped, "easy", REPORT, 96, 0)
-    assert figures["existence"].accuracy > 0.8
-    assert figures["all"].accuracy > figures["shuffled"].accuracy + 0.2
+def test_it_answers_by_what_it_sees(figures):
+    assert figures["unpruned"]["easy/existence"] > 0.8
+    assert figures["unpruned"]["easy/all"] > figures["shuffled"]["easy/all"] + 0.2
 
 
-def test_it_bears_pruning(shipped):
-    whole = measure(*shipped, "easy", REPORT, 96, 0)["all"].accuracy
-    with build_pruner("divprune", num_keep=16)(shipped[0]):
-        assert measure(*shipped, "easy", REPORT, 96, 0)["all"].accuracy > whole - 0.15
+def test_it_bears_pruning_of_the_background(figures):
+    whole = figures["unpruned"]["easy/all"]
+    assert figures["oracle"]["easy/all"] > whole - 0.1
+    assert figures["divprune"]["easy/all"] > whole - 0.15
+    assert figures["random"]["easy/all"] < figures["oracle"]["easy/all"] - 0.1
 
 
 def test_it_is_small_and_holds_no_pickle():

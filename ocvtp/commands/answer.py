@@ -12,6 +12,7 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Separators, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.rewrite import Prompt
+from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
 
 
@@ -116,7 +117,7 @@ def answer(
     """
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
-    text = options.with_template(processor, prompt, len(pictures))
+    text = with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
     prompts: list[Prompt] = []
     settings = {"processor": processor, "text_tower": text_tower, **asdict(tiling or Tiling())}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import asdict
 
 from ocvtp.commands import output
-from ocvtp.demo_vlm.card import figure_table, report, save_model
+from ocvtp.demo_vlm.card import control_table, figure_table, report, save_model
 from ocvtp.demo_vlm.settings import load_settings
 from ocvtp.demo_vlm.training import train
 
@@ -29,13 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
         settings = dataclasses.replace(settings, output=arguments.output)
     save_model(train(settings, arguments.resume), settings)
     figures = report(settings, arguments.config)
-    facts = {
-        "output": settings.output,
-        "figures": {
-            level: {name: asdict(figure) for name, figure in found.items()}
-            for level, found in figures.items()
-        },
-    }
-    text = f"{figure_table(figures)}\nwrote {settings.output}"
+    facts = {"output": settings.output, "figures": figures}
+    text = f"{figure_table(figures)}\n\n{control_table(figures)}\nwrote {settings.output}"
     output.emit(facts, text, arguments.json)
     return 0

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import re
-from typing import Any, get_args
-
-import yaml
+from typing import get_args
 
 from ocvtp.hosts.base import TileBudget
 from ocvtp.hosts.loading import RANDOM_MODELS
-from ocvtp.pruners import Pruner, build_pruner, pruner_class
+from ocvtp.pruners import Pruner
+from ocvtp.pruners.specs import build_spec
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +35,11 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     budget.add_argument("--num-keep", type=int, help="tokens kept per image")
     budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
     parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+    add_text_tower(parser)
+
+
+def add_text_tower(parser: argparse.ArgumentParser) -> None:
+    """The CLIP of pruners that read the prompt by it."""
     parser.add_argument(
         "--text-tower",
         help="folder or hub id of the CLIP that the vision tower is from, for pruners that compare"
@@ -61,34 +63,5 @@ def build(spec: str, arguments: argparse.Namespace) -> Pruner:
     Raises:
         ValueError: for a spec that does not parse, and what `build_pruner` refuses.
     """
-    name, _, text = spec.partition(":")
-    known = {f.name for f in dataclasses.fields(pruner_class(name))}
     shared = {k: getattr(arguments, k) for k in ("num_keep", "keep_ratio", "checkpoint")}
-    settings: dict[str, Any] = {}
-    for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
-        try:
-            settings[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(
-                f"--pruner {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
-                " stages=[[2,64]]."
-            ) from error
-    if "stages" in settings:  # these are its budget
-        shared |= {"num_keep": None, "keep_ratio": None}
-    shared = {k: v for k, v in shared.items() if v is not None and k in known}
-    return build_pruner(name, **shared | settings)
-
-
-def with_template(processor: Any, prompt: str, num_images: int) -> str:
-    """A prompt about images in the model's chat template; with their placeholder, as it stands."""
-    placeholder = getattr(processor, "image_token", "<image>")
-    if placeholder in prompt:
-        return prompt
-    if getattr(processor, "chat_template", None) is None:
-        return "USER: " + f"{placeholder}\n" * num_images + f"{prompt} ASSISTANT:"
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    return build_spec(spec, **shared)

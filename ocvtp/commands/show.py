@@ -22,6 +22,7 @@ from ocvtp.hosts.base import Encoded, Host, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Prompt, look
+from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.visualize import Panel, figure, save_figure
@@ -91,7 +92,7 @@ def show(
     picture = open_image(image)
     vlm, processor = load_model(model, dtype, device)
     host = find_host(vlm, tiling)
-    text = options.with_template(processor, prompt or "", 1)
+    text = with_template(processor, prompt or "", 1)
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     pixels = dict(inputs)
     inputs = inputs.to(device, vlm.dtype)

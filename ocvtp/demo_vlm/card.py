@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,10 +13,11 @@ import torch
 from ocvtp.data.questions import KINDS
 from ocvtp.data.scenes import LEVELS
 from ocvtp.demo_vlm.learner import Learner
-from ocvtp.demo_vlm.measure import Figure, measure
+from ocvtp.demo_vlm.measure import SHARE, measure
 from ocvtp.demo_vlm.processor import build_processor
 from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
 from ocvtp.demo_vlm.training import STATE_FOLDER
+from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.files import replacing
 from ocvtp.hosts.loading import load_model
 
@@ -31,8 +31,6 @@ Without it a model needs the background to say no, and keeping only the objects 
 keeping tokens at random. No pruner took part, but this model bears pruning better than one that
 always read whole images."""
 
-_Figures = dict[str, dict[str, Figure]]
-
 
 def save_model(learner: Learner, settings: DemoSettings) -> None:
     """Write weights (fp16 safetensors), settings, tokenizer and processor; the learner is spent."""
@@ -42,7 +40,7 @@ def save_model(learner: Learner, settings: DemoSettings) -> None:
     build_processor(settings.model).save_pretrained(folder)
 
 
-def report(settings: DemoSettings, config: str) -> _Figures:
+def report(settings: DemoSettings, config: str) -> dict[str, Any]:
     """Measure the saved model; write the figures and the card.
 
     Args:
@@ -50,25 +48,13 @@ def report(settings: DemoSettings, config: str) -> _Figures:
         config: its file, for the card.
 
     Returns:
-        by level, then by what was asked.
+        See `measure`.
     """
     folder = Path(settings.output)
-    model, processor = load_model(str(folder), "float32", settings.device)
-    size, seed = settings.model.image_size, settings.seed
-    figures: _Figures = {
-        level: measure(model, processor, level, settings.report, size, seed)
-        for level in settings.report.levels
-    }
-    numbers = {
-        "config": config,
-        "report": asdict(settings.report),
-        "figures": {
-            level: {name: asdict(figure) for name, figure in found.items()}
-            for level, found in figures.items()
-        },
-    }
+    figures = measure(settings, folder / STATE_FOLDER / "answers")
     with replacing(folder / FIGURES_FILE) as temporary:
-        temporary.write_text(json.dumps(numbers, indent=1) + "\n")
+        temporary.write_text(json.dumps({"config": config, **figures}, indent=1) + "\n")
+    model, _ = load_model(settings.output, "float32")
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(card(settings, config, figures, _parameters(model)))
     return figures
@@ -78,18 +64,41 @@ def _parameters(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def figure_table(figures: Mapping[str, Mapping[str, Figure]]) -> str:
-    """Accuracies in percent with their intervals, in Markdown."""
-    columns = [*KINDS, "all", "shuffled"]
-    rows = ["| scenes | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for level, found in figures.items():
-        cells = [_cell(found[name]) if name in found else "-" for name in columns]
-        rows.append(f"| {level} | " + " | ".join(cells) + " |")
+def figure_table(facts: Mapping[str, Any]) -> str:
+    """Accuracies in percent with their intervals, in Markdown: a row a level."""
+    columns = [*KINDS, "all"]
+    whole, shuffled = _figures(facts, UNPRUNED), _figures(facts, SHUFFLED)
+    head = [*columns, "all, shuffled"]
+    rows = ["| scenes | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for metric in facts["metrics"]:
+        level = metric.partition("/")[0]
+        cells = [_cell(whole.get(f"{level}/{name}")) for name in columns]
+        rows.append(f"| {level} | " + " | ".join([*cells, _cell(shuffled[metric])]) + " |")
     return "\n".join(rows)
 
 
-def _cell(figure: Figure) -> str:
-    return f"{100 * figure.accuracy:.1f} ({100 * figure.low:.1f} to {100 * figure.high:.1f})"
+def control_table(facts: Mapping[str, Any]) -> str:
+    """The same of an 18th of the tokens: by lot, and by the oracle."""
+    few = [_figures(facts, label) for label in (RANDOM, ORACLE)]
+    rows = ["| scenes | random | oracle | oracle minus random |", "|---|---|---|---|"]
+    for metric in facts["metrics"]:
+        cells = [
+            _cell(figures[metric]) for figures in (*few, {metric: few[1][metric]["minus_random"]})
+        ]
+        rows.append(f"| {metric.partition('/')[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def _figures(facts: Mapping[str, Any], label: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(row for row in facts["rows"] if row["label"] == label)["figures"]
+    return found
+
+
+def _cell(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return "-"
+    value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f} to {high:.1f})"
 
 
 def stage_table(stages: list[StageSettings]) -> str:
@@ -113,7 +122,7 @@ def stage_table(stages: list[StageSettings]) -> str:
 def card(
     settings: DemoSettings,
     config: str,
-    figures: Mapping[str, Mapping[str, Figure]],
+    figures: Mapping[str, Any],
     num_parameters: int,
 ) -> str:
     """The model card, `card.md` filled in."""
@@ -136,6 +145,8 @@ def card(
         split=shown.split,
         num_questions=shown.questions,
         figures=figure_table(figures),
+        share=SHARE,
+        controls=control_table(figures),
         figures_file=FIGURES_FILE,
         state_folder=STATE_FOLDER,
     )

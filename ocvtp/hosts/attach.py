@@ -27,7 +27,8 @@ from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.reading import make_reader
-from ocvtp.hosts.rewrite import Positions, Prompt
+from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
+from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 
@@ -130,6 +131,7 @@ def attach(
     budget: TileBudget = "per_image",
     separators: Separators = "rows",
     on_prune: Callable[[Prompt], None] | None = None,
+    shared: SharedEncodings | None = None,
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
@@ -150,13 +152,15 @@ def attach(
         separators: where a model ends the rows of images with newline tokens: `rows` keeps those
             of rows that kept a token, or `all`, or `none`; they do not count as visual tokens.
         on_prune: called with every shortened prompt, e.g. to count tokens.
+        shared: reuses what the vision tower made of the same images under other pruners; those
+            that act before or inside the tower pass it by. None encodes in every call.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
 
     Raises:
         ValueError: if the model is not supported, has a pruner already, or cannot supply what the
-            pruner needs.
+            pruner needs; or if `shared` was made for another model or other pruners.
     """
     model = unwrap(model)
     if STATE in model.__dict__:
@@ -167,27 +171,25 @@ def attach(
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     host = find_host(model, Tiling(budget, separators))
-    for part in pruner.parts:
-        _check(host, part)
+    check(host, pruner)
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
     host.set_stages(in_tower, pruner.tower_needs, processor)
     by_stage = {part.stage: part for part in pruner.parts}
     inside = by_stage.get("llm_layers")
-    if not (inside is None or isinstance(inside, LayerPruner)):
-        raise ValueError(
-            f"pruner {inside.name!r} acts at stage 'llm_layers', but is no LayerPruner; derive it"
-            " from ocvtp.pruners.LayerPruner."
-        )
+    assert inside is None or isinstance(inside, LayerPruner)
+    needs = pruner.tower_needs
+    encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
     state = State(
         host=host,
         pruner=by_stage.get("llm_input", build_pruner("none")),
-        needs=pruner.tower_needs,
+        needs=needs,
         positions=positions,
         on_prune=on_prune,
-        reader=make_reader(host, pruner.tower_needs, processor, text_tower),
+        reader=make_reader(host, needs, processor, text_tower),
         layers=inside,
+        encode=encode,
     )
-    hooks = host.install(pruner.tower_needs)
+    hooks = host.install(looked_for)
     if inside is not None:
         hooks += layers.install(host.language_model, inside)
     attributes = model.__dict__
@@ -197,16 +199,27 @@ def attach(
     return Handle(model, state, hooks)
 
 
-def _check(host: Host, pruner: Pruner) -> None:
-    if pruner.stage not in host.stages:
-        raise ValueError(
-            f"pruner {pruner.name!r} acts at stage {pruner.stage!r}; the host of"
-            f" {host.model.config.model_type!r} serves {', '.join(host.stages)}:"
-            " pass a pruner of one of these (see `ocvtp list`)."
-        )
-    if isinstance(pruner, LayerPruner):
-        layers.check(host, pruner)
-    host.check(pruner.tower_needs)
+def check(host: Host, pruner: Pruner | Compose) -> None:
+    """Refuse a pruner that a host cannot serve.
+
+    Raises:
+        ValueError: that names the alternative.
+    """
+    for part in pruner.parts:
+        if part.stage not in host.stages:
+            raise ValueError(
+                f"pruner {part.name!r} acts at stage {part.stage!r}; the host of"
+                f" {host.model.config.model_type!r} serves {', '.join(host.stages)}:"
+                " pass a pruner of one of these (see `ocvtp list`)."
+            )
+        if isinstance(part, LayerPruner):
+            layers.check(host, part)
+        elif part.stage == "llm_layers":
+            raise ValueError(
+                f"pruner {part.name!r} acts at stage 'llm_layers', but is no LayerPruner; derive it"
+                " from ocvtp.pruners.LayerPruner."
+            )
+        host.check(part.tower_needs)
 
 
 @contextmanager

@@ -125,6 +125,11 @@ class Host(ABC):
         return self.model.model.language_model
 
     @property
+    @abstractmethod
+    def num_tower_blocks(self) -> int:
+        """Blocks of the vision tower."""
+
+    @property
     def num_deepstack_layers(self) -> int:
         """Layers of the language model, the first ones, that add rows of the tower."""
         return 0

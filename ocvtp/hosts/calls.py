@@ -19,7 +19,7 @@ from ocvtp.hosts import generation, layers, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
-from ocvtp.hosts.rewrite import Positions, Prompt, look, shorten
+from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -38,10 +38,11 @@ class State:
     on_prune: Callable[[Prompt], None] | None
     reader: Reader | None = None
     layers: LayerPruner | None = None
+    encode: Encode = encode_anew
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
-        seen = look(self.host, self.needs, inputs, self.reader)
+        seen = look(self.host, self.needs, inputs, self.reader, self.encode)
         short, prompt = shorten(self.host, self.pruner, inputs, seen, self.positions, self.layers)
         if self.on_prune is not None:
             self.on_prune(prompt)

@@ -73,6 +73,11 @@ class ClipFamilyHost(Host):
         projector: nn.Module = self.model.model.multi_modal_projector
         return projector
 
+    @property
+    def num_tower_blocks(self) -> int:
+        """See `Host.num_tower_blocks`."""
+        return len(self._view().blocks)
+
     def _view(self) -> taps.Tower:
         return taps.clip_tower(self.tower)
 

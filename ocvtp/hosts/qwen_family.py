@@ -53,6 +53,11 @@ class QwenHost(Host):
         """Patches along the side of a unit."""
         return int(self.tower.spatial_merge_size)
 
+    @property
+    def num_tower_blocks(self) -> int:
+        """See `Host.num_tower_blocks`."""
+        return len(self._view().blocks)
+
     def _view(self) -> taps.Tower:
         def fused(block: Any) -> tuple[nn.Module, nn.Module]:
             raise AssertionError("queries and keys come from one module")

@@ -6,6 +6,7 @@ of the language model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs, Selection
 
 Positions = Literal["contiguous", "original"]
+Encode = Callable[[Host, dict[str, Any], Needs], Encoded]
+"""How the images of a call are encoded: by a host, from its image arguments, for these needs."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,18 @@ def shorten(
     )
 
 
-def look(host: Host, needs: Needs, inputs: dict[str, Any], reader: Reader | None = None) -> Seen:
+def encode_anew(host: Host, images: dict[str, Any], needs: Needs) -> Encoded:
+    """`host.encode`, every time."""
+    return host.encode(images, needs)
+
+
+def look(
+    host: Host,
+    needs: Needs,
+    inputs: dict[str, Any],
+    reader: Reader | None = None,
+    encode: Encode = encode_anew,
+) -> Seen:
     """Encode the images of a call, find their places, and read the prompt.
 
     Args:
@@ -174,13 +188,14 @@ def look(host: Host, needs: Needs, inputs: dict[str, Any], reader: Reader | None
         needs: of the pruner.
         inputs: what the processor returned.
         reader: for pruners that need the prompt.
+        encode: what runs the tower, or remembers what it said.
 
     Raises:
         ValueError: if the prompt and the images do not fit, or the prompt says nothing.
     """
     ids, mask = check_inputs(host, inputs)
     images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}
-    encoded = host.encode(images, needs)
+    encoded = encode(host, images, needs)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     placeholder = (ids == host.image_token_id) & real
     slots = _slots(placeholder, encoded)

@@ -199,3 +199,15 @@ def _common_head(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 def _common_tail(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     return _common_head(a[::-1], b[::-1])[::-1]
+
+
+def with_template(processor: Any, prompt: str, num_images: int) -> str:
+    """A prompt about images in the model's chat template; with their placeholder, as it stands."""
+    placeholder = getattr(processor, "image_token", "<image>")
+    if placeholder in prompt:
+        return prompt
+    if getattr(processor, "chat_template", None) is None:
+        return "USER: " + f"{placeholder}\n" * num_images + f"{prompt} ASSISTANT:"
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
+    messages = [{"role": "user", "content": content}]
+    return str(processor.apply_chat_template(messages, add_generation_prompt=True))

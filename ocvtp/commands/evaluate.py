@@ -1,0 +1,171 @@
+"""`ocvtp evaluate`: accuracy against budget, of any pruners on any task."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from ocvtp.commands import options, output
+from ocvtp.data.scenes import LEVELS, Split
+from ocvtp.evaluation.conditions import CONTROLS, Budget
+from ocvtp.evaluation.coverage import CoverageTask
+from ocvtp.evaluation.pope import PopeTask, build_pope
+from ocvtp.evaluation.report import results, short_table, write
+from ocvtp.evaluation.run import answers_of, evaluate
+from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.evaluation.tasks import Task
+from ocvtp.evaluation.vqa import VqaTask
+from ocvtp.hosts.loading import load_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of this command."""
+    options.add_model(parser)
+    parser.add_argument("--task", required=True, choices=list(_TASKS), help="what is asked")
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; controls run beside them",
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
+    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        help="exported OC-pruner; several, e.g. of several training seeds, are averaged",
+    )
+    options.add_text_tower(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time")
+    parser.add_argument(
+        "--no-controls", action="store_true", help="unpruned and shuffled images alone"
+    )
+    parser.add_argument(
+        "--skip-unfit",
+        action="store_true",
+        help="leave out what cannot run on this model, with a note, instead of stopping",
+    )
+    parser.add_argument(
+        "--output",
+        help="folder of results.json, report.md, plots and answers; the same command continues what"
+        " it holds (default: outputs/evaluate/TASK)",
+    )
+    _add_task(parser)
+    output.add_json(parser)
+
+
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    scenes = parser.add_argument_group("scenes")
+    scenes.add_argument("--levels", nargs="+", choices=list(LEVELS), default=list(LEVELS))
+    scenes.add_argument("--split", choices=get_args(Split), default="test")
+    scenes.add_argument("--questions", type=int, default=8, help="on an image (default: 8)")
+    scenes.add_argument("--seed", type=int, default=0, help="of scenes, and of pope's sets")
+    parser.add_argument(
+        "--num-images", type=int, help="of each level, or the first ones (default: 1000, or all)"
+    )
+    files = parser.add_argument_group("pope, vqa, coverage")
+    files.add_argument("--images", nargs="+", metavar="DIR", help="folders of the images")
+    files.add_argument(
+        "--questions-file", nargs="+", metavar="FILE", help="POPE's JSON lines, or a list for vqa"
+    )
+    files.add_argument(
+        "--instances",
+        metavar="FILE",
+        help="COCO's instances: masks for the oracle and for coverage; pope builds its questions"
+        " from it where there is no --questions-file",
+    )
+    files.add_argument("--suffix", default="", help="put behind every question")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate, write and print."""
+    folder = Path(arguments.output or f"outputs/evaluate/{arguments.task}")
+    if arguments.seeds < 1 or arguments.batch_size < 1:
+        raise ValueError("--seeds and --batch-size count something; pass at least 1.")
+    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
+    subject = Subject(model, processor, arguments.model, arguments.text_tower)
+    task = _TASKS[arguments.task](arguments, processor, folder)
+    budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
+    budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
+    report, records = evaluate(
+        subject,
+        task,
+        arguments.pruners,
+        budgets,
+        folder,
+        checkpoints=arguments.checkpoint,
+        seeds=range(arguments.seeds),
+        batch_size=arguments.batch_size,
+        controls=() if arguments.no_controls else CONTROLS,
+        skip_unfit=arguments.skip_unfit,
+    )
+    paths = write(report, folder, answers_of(task, records))
+    found = results(report)
+    warnings = "".join(f"{warning['text']}\n" for warning in found["warnings"])
+    wrote = ", ".join(str(path) for path in paths)
+    output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
+    return 0
+
+
+def _scenes(arguments: argparse.Namespace, processor: Any, folder: Path) -> Task:
+    del folder
+    size = getattr(processor.image_processor, "crop_size", None)
+    pixels = size["height"] if size else 96
+    return SceneTask(
+        arguments.levels,
+        arguments.split,
+        1000 if arguments.num_images is None else arguments.num_images,
+        arguments.questions,
+        arguments.seed,
+        pixels,
+    )
+
+
+def _pope(arguments: argparse.Namespace, processor: Any, folder: Path) -> Task:
+    del processor
+    files, limit = arguments.questions_file, arguments.num_images
+    if files is None:
+        instances = _given(arguments, "instances", "or --questions-file, POPE's own questions")
+        files, limit = build_pope(instances, folder / "pope", limit, arguments.seed), None
+    images = _given(arguments, "images", "the folders of the images")
+    return PopeTask(files, images, arguments.suffix, arguments.instances, limit)
+
+
+def _vqa(arguments: argparse.Namespace, processor: Any, folder: Path) -> Task:
+    del processor, folder
+    file = _given(arguments, "questions_file", "a JSON list of {image, question, answers}")
+    if len(file) != 1:
+        raise ValueError(f"--questions-file {' '.join(file)}: vqa reads one file; pass one.")
+    return VqaTask(file[0], arguments.images, arguments.suffix, arguments.num_images)
+
+
+def _coverage(arguments: argparse.Namespace, processor: Any, folder: Path) -> Task:
+    del folder
+    images = _given(arguments, "images", "the folder of the images")
+    if len(images) != 1:
+        raise ValueError(f"--images {' '.join(images)}: coverage reads one folder; pass one.")
+    instances = _given(arguments, "instances", "COCO's annotations of them")
+    return CoverageTask(images[0], instances, processor, limit=arguments.num_images)
+
+
+_TASKS: dict[str, Callable[[argparse.Namespace, Any, Path], Task]] = {
+    "scenes": _scenes,
+    "pope": _pope,
+    "vqa": _vqa,
+    "coverage": _coverage,
+}
+
+
+def _given(arguments: argparse.Namespace, name: str, what: str) -> Any:
+    value = getattr(arguments, name)
+    if not value:
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(f"--task {arguments.task} needs {flag}; pass {what}.")
+    return value

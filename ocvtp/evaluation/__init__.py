@@ -1,0 +1,1 @@
+"""Accuracy, and what is kept, of pruned models: tasks, runs, intervals, reports."""

@@ -1,0 +1,98 @@
+"""Objects of an image on the grid of cells that the vision tower cuts its picture into.
+
+H x W pixels of the picture as the tower saw it, h x w those of the image as stored, O objects, N
+cells.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ocvtp.hosts.base import Host
+
+CELL_PARTS = 4
+"""A cell lies on an object that covers at least one part in so many of it."""
+
+
+def cells_on(seen: NDArray[np.bool_], grid: tuple[int, int], patch: int) -> NDArray[np.bool_]:
+    """Which cells lie on which objects.
+
+    Cell n lies on object o if `a_on >= A / 4`, or `a_on = max_m a_om > 0`: a_on pixels of the
+    cell's A are o's. The second is for objects that cover a quarter of no cell.
+
+    Args:
+        seen: [O, H, W] the objects in the picture.
+        grid: rows and columns of cells; pixels to the right of and below the last are no cell's.
+        patch: pixels along the side of a tower's patch; cells are a whole number of patches.
+
+    Returns:
+        [O, N] in raster order; no cell lies on an object that is not in the picture.
+    """
+    rows, columns = grid
+    height, width = (
+        pixels // count // patch * patch for pixels, count in zip(seen.shape[1:], grid, strict=True)
+    )
+    whole = seen[:, : rows * height, : columns * width]
+    of_cells = whole.reshape(-1, rows, height, columns, width).sum(axis=(2, 4))
+    pixels: NDArray[np.int64] = of_cells.reshape(-1, rows * columns)
+    most = pixels.max(axis=1, keepdims=True)
+    on: NDArray[np.bool_] = (pixels * CELL_PARTS >= height * width) | (pixels == most)
+    on &= pixels > 0
+    return on
+
+
+def source_pixels(
+    host: Host, processor: Any, size: tuple[int, int]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Where the pixels of the picture that the tower sees come from.
+
+    The processor itself says so: it is given two images of the pixels' coordinates (low and high
+    bytes), resamples them to the nearest and neither scales nor normalises.
+
+    Args:
+        host: of the model. processor: that makes its pixels.
+        size: w, h of an image as stored.
+
+    Returns:
+        [H, W] row and column in the image, and whether there is one: borders may be added.
+    """
+    rows, columns = np.indices(size[::-1])
+    inside = np.full_like(rows, 255)
+    found = []
+    for channels in ((rows % 256, columns % 256, inside), (rows // 256, columns // 256, inside)):
+        image = Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
+        made = processor(
+            images=[image],
+            return_tensors="pt",
+            do_rescale=False,
+            do_normalize=False,
+            resample=Image.Resampling.NEAREST,
+        )
+        picture = host.picture({key: made[key] for key in host.image_keys if key in made})
+        found.append(picture.round().long().numpy())
+    low, high = found
+    there = low[2] == 255
+    row, column = (low[:2] + 256 * high[:2]) * there
+    return row, column, there
+
+
+def at_pixels(
+    masks: NDArray[np.bool_],
+    rows: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    size: tuple[int, int],
+) -> NDArray[np.bool_]:
+    """[O, H, W] masks at pixels [H, W] of an image of `size` h, w, which may be a resized one."""
+    height, width = masks.shape[1:]
+    return masks[:, rows * height // size[0], columns * width // size[1]]
+
+
+def patch_side(host: Host) -> int:
+    """Pixels along the side of a patch of the tower."""
+    tower: Any = host.tower
+    patch = tower.config.patch_size
+    return int(patch if isinstance(patch, int) else patch[0])

@@ -1,0 +1,215 @@
+"""What a task is run under: every pruner at every budget, and the controls beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ocvtp.evaluation.oracle import Oracle
+from ocvtp.pruners import Pruner, build_pruner
+from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
+from ocvtp.slots import OCPruner, OCPrunerConfig
+
+UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
+    "unpruned",
+    "shuffled",
+    "random",
+    "oracle",
+    "untrained",
+)
+CONTROLS = (RANDOM, "uniform", "pool", "fill_only", UNTRAINED, ORACLE)
+"""What runs beside all pruners, at every budget."""
+
+_SEED_STEP = 1_000_003  # more than there are items
+_LAYER_SHARE = 9 / 24  # the paper's layer of its tower
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Tokens kept of an image, or their share; one of the two."""
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+
+    def __str__(self) -> str:
+        if self.num_keep is not None:
+            return str(self.num_keep)
+        assert self.keep_ratio is not None
+        return f"{100 * self.keep_ratio:g}%"
+
+    def count(self, num_tokens: int) -> int:
+        """Tokens kept of `num_tokens`."""
+        if self.num_keep is not None:
+            return self.num_keep
+        assert self.keep_ratio is not None
+        return max(1, round(self.keep_ratio * num_tokens))
+
+    def settings(self) -> dict[str, Any]:
+        """As arguments of a pruner."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a pruner may be made from: the batch that it will see.
+
+    Args:
+        start: number of its first item.
+        seen: of each row [O, H, W] bool, the objects in the picture that the tower sees.
+    """
+
+    start: int
+    seen: Callable[[], Sequence[NDArray[np.bool_]]]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One pruner at one budget with one seed.
+
+    Args:
+        label: of the row in tables. budget: None where nothing is pruned, or by the method itself.
+        make: the pruner for a batch.
+        settings: what answers depend on, as JSON.
+        control: whether it is a yardstick. seed: of what is random, or number of the checkpoint.
+        image: `own`, or `other`: that of the next item that has another.
+        trained: whether it learned from data.
+    """
+
+    label: str
+    budget: Budget | None
+    make: Callable[[Place], Pruner]
+    settings: dict[str, Any]
+    control: bool = False
+    seed: int = 0
+    image: Literal["own", "other"] = "own"
+    trained: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names it among the others."""
+        budget = "" if self.budget is None else f" @ {self.budget}"
+        return f"{self.label}{budget} # {self.seed}"
+
+
+def unpruned_conditions() -> list[Condition]:
+    """All tokens, of the right image and of a wrong one."""
+    none = build_pruner("none")
+    return [
+        Condition(UNPRUNED, None, lambda place: none, {}, True),
+        Condition(SHUFFLED, None, lambda place: none, {}, True, image="other"),
+    ]
+
+
+def pruner_conditions(
+    spec: str,
+    budgets: Sequence[Budget],
+    seeds: Sequence[int],
+    checkpoints: Sequence[str],
+    num_tokens: int,
+) -> list[Condition]:
+    """A pruner at every budget; with every seed or every checkpoint, if it takes them.
+
+    Args:
+        spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
+            `fastv:stages=[[1,K]]`. With other `stages` it runs once.
+        budgets: see `Budget`. seeds: of what is random. checkpoints: exported OC-pruners.
+        num_tokens: of an image.
+
+    Raises:
+        ValueError: for what `build_spec` refuses.
+    """
+    known, (name, own) = known_settings(spec), parse_spec(spec)
+    pattern = re.compile(r"\bK\b")
+    of_budget = bool(pattern.search(spec.removeprefix(name)))
+    made: list[Condition] = []
+    once = "stages" in own and not of_budget
+    for budget in [None] if once else budgets:
+        shared, exact = {} if budget is None else budget.settings(), spec
+        if budget is not None and of_budget:
+            exact = name + pattern.sub(str(budget.count(num_tokens)), spec.removeprefix(name))
+        variants: list[dict[str, Any]] = [{}]
+        if "checkpoint" in known and not {"checkpoint", "network"} & set(own):
+            variants = [{"checkpoint": path} for path in checkpoints] or variants
+        elif "seed" in known and "seed" not in own:
+            variants = [{"seed": seed} for seed in seeds]
+        for number, variant in enumerate(variants):
+            settings = {"pruner": exact, **shared, **variant}
+            path = variant.get("checkpoint", own.get("checkpoint"))
+            if path is not None:
+                settings["weights"] = weights_hash(path)
+            is_control = build_spec(exact, **shared, **variant).status == "control"
+            make = _maker(exact, shared, variant)
+            trained = path is not None
+            made.append(
+                Condition(spec, budget, make, settings, is_control, number, trained=trained)
+            )
+    return made
+
+
+def _maker(spec: str, shared: dict[str, Any], variant: dict[str, Any]) -> Callable[[Place], Pruner]:
+    if "seed" in variant:  # the same draw for the same row of every batch would be no draw
+        first = variant["seed"] * _SEED_STEP
+        return lambda place: build_spec(spec, **shared, seed=first + place.start)
+    pruner = build_spec(spec, **shared, **variant)
+    return lambda place: pruner
+
+
+def oracle_conditions(budgets: Sequence[Budget]) -> list[Condition]:
+    """Keep what lies on the objects that questions are about."""
+
+    def maker(budget: Budget) -> Callable[[Place], Pruner]:
+        return lambda place: Oracle(seen=place.seen(), **budget.settings())
+
+    return [Condition(ORACLE, b, maker(b), {"oracle": 1, **b.settings()}, True) for b in budgets]
+
+
+def untrained_conditions(
+    budgets: Sequence[Budget], seeds: Sequence[int], config: OCPrunerConfig
+) -> list[Condition]:
+    """OC-pruners with random weights: over raw tokens.
+
+    Args:
+        budgets: see `Budget`. seeds: of the weights.
+        config: sizes.
+    """
+    raw = dataclasses.replace(config, standardize=False, decoder=None)
+    settings = {"untrained": dataclasses.asdict(raw)}
+    made = []
+    for seed in seeds:
+        network = random_network(raw, seed)
+        for budget in budgets:
+            pruner = build_pruner("ocvtp", network=network, **budget.settings())
+            own = settings | budget.settings() | {"seed": seed}
+            made.append(Condition(UNTRAINED, budget, _always(pruner), own, True, seed))
+    return made
+
+
+def _always(pruner: Pruner) -> Callable[[Place], Pruner]:
+    return lambda place: pruner
+
+
+def random_network(config: OCPrunerConfig, seed: int) -> OCPruner:
+    """An OC-pruner before its training; global random numbers are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return OCPruner(dataclasses.replace(config, noise_seed=seed)).eval()
+
+
+def default_layer(num_blocks: int) -> int:
+    """The layer that the paper reads, in a tower of another depth."""
+    return max(1, round(_LAYER_SHARE * num_blocks))
+
+
+def weights_hash(path: str) -> str:
+    """Of the weights in a folder; a hub id, and weights in many files, stand for themselves."""
+    file = Path(path) / "model.safetensors"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else path

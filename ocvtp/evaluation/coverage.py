@@ -1,0 +1,223 @@
+"""What is kept of images, measured without an answer: objects covered, and tokens restored.
+
+B images of a call, H x W pixels of a picture as the vision tower saw it, h x w those of the image
+as stored, O objects of an image, N visual tokens of it, one a cell of its grid, D their width, K
+kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ocvtp.data.coco import CocoImages
+from ocvtp.evaluation.cells import at_pixels, cells_on, patch_side, source_pixels
+from ocvtp.evaluation.kept_tokens import (
+    all_features,
+    grid_of,
+    kept_cells,
+    nearest_kept,
+    unrestored,
+)
+from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
+from ocvtp.hosts.base import Host
+from ocvtp.hosts.rewrite import Prompt
+
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+"""COCO's: least area, and the area from which on it is another, in pixels of the original image."""
+
+
+class CoverageTask(TokenTask):
+    """Object coverage, nearest-kept cosine and ridge residual on the images of a COCO file.
+
+    Nothing is generated: the runner shows `look` what a pruner kept. Figures:
+
+    - `coverage/small`, `/medium`, `/large` and `/all`: share of the objects with a kept token on
+      them, see `cells_on`. Crowds do not count, nor objects of which the picture shows nothing
+      since they were cropped away, or are smaller than a pixel of it.
+    - `cosine`: mean over all N tokens of the largest cosine to a kept one, see `nearest_kept`.
+    - `ridge`: share of the tokens' energy that the kept ones do not restore, see `unrestored`.
+
+    All three are of places: merged tokens stand at their anchors, with the anchors' own features.
+    Features are those of the selected layer of the whole tower, also where a pruner drops tokens
+    inside it. Where tokens are dropped inside the language model, those count as kept that reach
+    its last layer.
+
+    Args:
+        images: folder of the images. annotations: COCO `instances` file; areas are read from it, or
+            counted where it has none.
+        processor: of the model (or its image processor): says where the pixels of an image went.
+        question: what pruners that read the prompt are told.
+        limit: use only the first `limit` images.
+
+    Raises:
+        ValueError: see `CocoImages`.
+    """
+
+    name: ClassVar[str] = "coverage"
+    metrics = ("coverage/all", "cosine", "ridge")
+    lower_is_better: ClassVar[tuple[str, ...]] = ("ridge",)
+    not_judged: ClassVar[tuple[str, ...]] = ("cosine", "ridge")
+    counts: ClassVar[str] = "images"
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        processor: Any,
+        question: str = "Describe the image.",
+        limit: int | None = None,
+    ) -> None:
+        self._folder = _Folder(images, annotations, _AsStored(), with_instances=True, limit=limit)
+        self._processor = getattr(processor, "image_processor", processor)
+        self._settings = {
+            "images": str(images),
+            "annotations": str(annotations),
+            "question": question,
+            "limit": limit,
+        }
+        self.items = [
+            Item(str(number), owner, question, ()) for owner, number in enumerate(self._folder.ids)
+        ]
+        self._on_cells: dict[tuple[int, tuple[int, int]], NDArray[np.bool_]] = {}
+
+    def image(self, owner: int) -> Image.Image:
+        """See `Task.image`; in the orientation in which it is stored."""
+        return self._folder.image(owner)
+
+    def masks(self, owner: int) -> NDArray[np.bool_]:
+        """See `Task.masks`: of every object, crowds left out, where others lie over it too."""
+        width, height = self.image(owner).size
+        rows, columns = np.indices((height, width))
+        return at_pixels(self._folder.masks(owner), rows, columns, (height, width))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Task.describe`."""
+        return dict(self._settings)
+
+    @torch.no_grad()
+    def look(self, host: Host, prompt: Prompt, items: Sequence[Item]) -> list[Record]:
+        """Measure what is kept of a batch.
+
+        Args:
+            host: of the model. prompt: with one image a row, as `attach(on_prune=...)` gives it;
+                where tokens are dropped inside the language model, after the model has read it.
+            items: of the rows.
+
+        Returns:
+            of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
+            `coverage/SIZE/hits`; `cosine` and `ridge`.
+
+        Raises:
+            ValueError: if an image is not one grid of tokens, if the rows are not the items, if the
+                processor is not the one that made the inputs, or if the model has not read on.
+        """
+        grid = grid_of(host, prompt, len(items))
+        kept = kept_cells(host, prompt)  # [B, N]
+        features = all_features(host, prompt, grid)  # [B, N, D]
+        picture = tuple(host.picture(prompt.images).shape[-2:])
+        cosine, ridge = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
+        records: list[Record] = []
+        for number, (item, own) in enumerate(zip(items, kept.cpu().numpy(), strict=True)):
+            on = self._on(host, item.owner, grid, picture if number == 0 else None)
+            counts = _counts(on, own, self._folder.areas(item.owner))
+            means = {"cosine": cosine[number], "ridge": ridge[number]}
+            records.append({**counts, **means})
+        return records
+
+    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
+        """See `Task.ratios`."""
+        owners = np.array([item.owner for item in self.items], np.int64)
+
+        def column(name: str) -> NDArray[np.float64]:
+            return np.array([record[name] for record in records], np.float64)
+
+        found = {}
+        for name in [f"coverage/{size}" for size in (*SIZES, "all")]:
+            found[name] = Ratio(column(f"{name}/hits"), column(f"{name}/of"), owners)
+        for name in ("cosine", "ridge"):
+            found[name] = Ratio(column(name), np.ones(len(records)), owners)
+        return found
+
+    def _on(
+        self, host: Host, owner: int, grid: tuple[int, int], picture: tuple[int, ...] | None
+    ) -> NDArray[np.bool_]:
+        """[O, N] see `cells_on`; the picture's size is checked where it is known."""
+        if (owner, grid) not in self._on_cells:
+            width, height = self.image(owner).size
+            rows, columns, inside = source_pixels(host, self._processor, (width, height))
+            if picture not in (None, inside.shape):
+                raise ValueError(
+                    f"the processor makes a picture of {inside.shape} pixels of this image, but the"
+                    f" model was given one of {picture}; pass the processor that made its inputs."
+                )
+            seen = at_pixels(self._folder.masks(owner), rows, columns, (height, width)) & inside
+            self._on_cells[owner, grid] = cells_on(seen, grid, patch_side(host))
+        return self._on_cells[owner, grid]
+
+
+def _counts(
+    on: NDArray[np.bool_], kept: NDArray[np.bool_], areas: NDArray[np.float64]
+) -> dict[str, int]:
+    """Objects in the picture and those of them with a kept cell, by size."""
+    there, covered = on.any(axis=1), (on & kept).any(axis=1)
+    counts = {}
+    for size, (least, end) in {**SIZES, "all": (0, float("inf"))}.items():
+        mine = (areas >= least) & (areas < end)
+        counts[f"coverage/{size}/hits"] = int((mine & covered).sum())
+        counts[f"coverage/{size}/of"] = int((mine & there).sum())
+    return counts
+
+
+class _AsStored:
+    """A transform that leaves images as they are, see `ImageTransform`."""
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, h, w] uint8
+
+    def instance_map(self, ids: NDArray[np.uint8]) -> Tensor:
+        return torch.from_numpy(np.array(ids)).long()
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class _Folder(CocoImages):
+    """Images with their objects' whole masks, those that others lie over included."""
+
+    @property
+    def ids(self) -> list[int]:
+        """Numbers of the images, in order."""
+        return [number for number, _ in self._records]
+
+    def image(self, index: int) -> Image.Image:
+        """An image, as stored."""
+        return Image.fromarray(self[index]["pixel_values"].permute(1, 2, 0).numpy())
+
+    def masks(self, index: int) -> NDArray[np.bool_]:
+        """[O, h, w] at the size that the annotation file says."""
+        assert self._coco is not None
+        entry = self._coco.imgs[self._records[index][0]]
+        masks = [self._coco.annToMask(a).astype(bool) for a in self._objects(index)]
+        return np.array(masks, bool).reshape(-1, entry["height"], entry["width"])
+
+    def areas(self, index: int) -> NDArray[np.float64]:
+        """[O] in pixels of the original image."""
+        assert self._coco is not None
+        coco = self._coco
+        areas = [
+            a["area"] if "area" in a else coco.annToMask(a).sum() for a in self._objects(index)
+        ]
+        return np.array(areas, np.float64)
+
+    def _objects(self, index: int) -> list[dict[str, Any]]:
+        assert self._coco is not None
+        own = self._coco.imgToAnns[self._records[index][0]]
+        return [a for a in own if not a.get("iscrowd", 0)]

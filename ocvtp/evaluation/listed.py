@@ -1,0 +1,211 @@
+"""Tasks that are read from files: a list of questions, and folders of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ocvtp.data.coco import IMAGE_ERRORS
+from ocvtp.evaluation.tasks import Item, Record, Task
+
+Folders = str | Path | Sequence[str | Path]
+_OLD_NAME = re.compile(r"COCO_(?:train|val|test)\d{4}_(?=\d{12}\.)")
+
+
+class Entry(NamedTuple):
+    """One JSON object of a file; `where` names it in messages."""
+
+    where: str
+    content: dict[str, Any]
+
+    def text(self, key: str) -> str:
+        """The text under a key.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if key not in self.content:
+            found = ", ".join(self.content) or "nothing"
+            raise ValueError(f"{self.where} lacks {key!r} (it has {found}); add it.")
+        value = self.content[key]
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self.where} has {value!r} as {key!r}; pass a text in quotes.")
+        return value
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question as a file has it: `Item`, with the name of the image in place of its number."""
+
+    key: str
+    image: str
+    question: str
+    answers: tuple[str, ...]
+    kind: str = ""
+
+
+class ListedTask(Task):
+    """Questions about images in folders.
+
+    The images are numbered as they appear; the questions of one image stand side by side.
+
+    Args:
+        asked: the questions.
+        images: folder or folders of the images. A name is looked up as it stands, then as COCO's
+            of 2017: `COCO_val2014_000000310196.jpg` is `000000310196.jpg`.
+        suffix: put behind every question.
+        limit: use only the first `limit` images.
+
+    Raises:
+        ValueError: if there is no question, if two have one key, if an image is missing, or if
+            `limit` is below 1.
+    """
+
+    def __init__(
+        self, asked: Sequence[Asked], images: Folders, suffix: str = "", limit: int | None = None
+    ) -> None:
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit} leaves no image; pass at least 1, or None for all.")
+        if not asked:
+            raise ValueError(f"a {self.name} task needs questions; the files hold none.")
+        names = {name_of_2017(entry.image): entry.image for entry in reversed(asked)}
+        order = list(dict.fromkeys(name_of_2017(entry.image) for entry in asked))[:limit]
+        owners = {name: number for number, name in enumerate(order)}
+        items = [
+            Item(e.key, owners[name], e.question + suffix, e.answers, e.kind)
+            for e in asked
+            if (name := name_of_2017(e.image)) in owners
+        ]
+        _check_keys(items)
+        self.items = sorted(items, key=lambda item: item.owner)
+        self.image_names = order
+        self.suffix = suffix
+        self._paths = locate_images([names[name] for name in order], images)
+
+    def image(self, owner: int) -> Image.Image:
+        """The RGB image of that number, in the orientation in which it is stored.
+
+        Raises:
+            ValueError: if the file is no image.
+        """
+        try:
+            with Image.open(self._paths[owner]) as image:
+                return image.convert("RGB")
+        except IMAGE_ERRORS as error:
+            raise ValueError(
+                f"image {self._paths[owner]} cannot be read ({error}); replace it."
+            ) from error
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers, and fingerprints of the questions and of the images' names and sizes."""
+        asked = [[i.key, i.owner, i.question, i.answers, i.kind] for i in self.items]
+        files = [[path.name, path.stat().st_size] for path in self._paths]
+        return {
+            "num_images": len(files),
+            "num_questions": len(asked),
+            "suffix": self.suffix,
+            "questions": fingerprint(asked),
+            "images": fingerprint(files),
+        }
+
+    def answers(self, records: Sequence[Record]) -> list[str]:
+        """What was said to every item.
+
+        Raises:
+            ValueError: if there are more or fewer records than items.
+        """
+        if len(records) != len(self.items):
+            raise ValueError(
+                f"{len(records)} records for {len(self.items)} items; pass one of each, in order."
+            )
+        return [str(record["answer"]) for record in records]
+
+
+def fingerprint(content: Any) -> str:
+    """Sixteen hexadecimal digits that stand for JSON content."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def name_of_2017(name: str) -> str:
+    """COCO's later name of an image: without `COCO_val2014_` before the number."""
+    return _OLD_NAME.sub("", name)
+
+
+def locate_images(names: Sequence[str], folders: Folders) -> list[Path]:
+    """The files of images, each looked up by `name` and by `name_of_2017(name)`.
+
+    Raises:
+        ValueError: if a folder does not exist, or any image lies in none of them.
+    """
+    places = [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
+    absent = [str(place) for place in places if not place.is_dir()]
+    if absent or not places:
+        raise ValueError(
+            f"images folder {', '.join(absent) or '(none)'} does not exist; pass one that does."
+        )
+    found = {
+        name: path
+        for name in names
+        if (path := _first_file(p / n for p in places for n in (name, name_of_2017(name))))
+    }
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(names)} images are not in {', '.join(map(str, places))}, "
+            f"e.g. {', '.join(missing[:3])}; pass every folder that holds some of them, under "
+            "these names or COCO's of 2017 (val2014 is spread over train2017 and val2017)."
+        )
+    return [found[name] for name in names]
+
+
+def read_entries(path: str | Path) -> list[Entry]:
+    """The JSON objects of a file: a JSON list of them, or one a line.
+
+    Raises:
+        ValueError: if the file is missing, or is neither.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"question file {path} does not exist; pass a JSON list or JSON lines.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if text.lstrip().startswith("["):
+            numbered = [(f"entry {n}", value) for n, value in enumerate(json.loads(text), 1)]
+        else:
+            numbered = list(_lines(text, path))
+    except ValueError as error:
+        raise ValueError(
+            f"question file {path} is neither a JSON list nor JSON lines ({error})."
+        ) from error
+    for where, value in numbered:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} of {path} is {value!r}; pass a JSON object.")
+    return [Entry(f"{where} of {path}", value) for where, value in numbered]
+
+
+def _lines(text: str, path: Path) -> Iterable[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+
+
+def _first_file(paths: Iterable[Path]) -> Path | None:
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _check_keys(items: Sequence[Item]) -> None:
+    seen: set[str] = set()
+    for item in items:
+        if item.key in seen:
+            raise ValueError(f"two questions are {item.key}; give every question its own number.")
+        seen.add(item.key)

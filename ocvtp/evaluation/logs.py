@@ -1,0 +1,60 @@
+"""What a run has seen so far: JSON lines for each condition, which a later run continues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ocvtp.evaluation.tasks import Record
+from ocvtp.files import replacing
+
+
+class Log:
+    """The records of one condition, in the order of the items.
+
+    The first line says what they depend on. A line that was cut off is forgotten.
+
+    Args:
+        folder: made where absent.
+        key: of the condition.
+        settings: JSON, what the records depend on.
+
+    Raises:
+        ValueError: if the file there was written under other settings.
+    """
+
+    def __init__(self, folder: Path, key: str, settings: dict[str, Any]) -> None:
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        words = re.sub(r"[^\w.=%-]+", "_", key)[:80]
+        self.path = folder / f"{words}.{digest}.jsonl"
+        self.records: list[Record] = []
+        header = {"condition": key, **settings}
+        if not self.path.is_file():
+            with replacing(self.path) as temporary:
+                temporary.write_text(json.dumps(header) + "\n")
+            return
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        lines = whole.decode().splitlines()
+        if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
+            raise ValueError(
+                f"{self.path} holds answers of {key!r} under other settings (model, task, weights"
+                " or batch size); pass another --output, or delete that file."
+            )
+        self.records = [json.loads(line) for line in lines[1:]]
+        if len(whole) < len(content):
+            with replacing(self.path) as temporary:
+                temporary.write_bytes(whole)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Add records of the next items."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+        self.records += records

@@ -1,0 +1,247 @@
+"""`evaluate`: a model, a task, pruners and budgets in; a report out."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from ocvtp.evaluation import conditions as made
+from ocvtp.evaluation.conditions import CONTROLS, ORACLE, UNTRAINED, Budget, Condition, Place
+from ocvtp.evaluation.intervals import average
+from ocvtp.evaluation.report import Report, Row
+from ocvtp.evaluation.runner import Subject, run
+from ocvtp.evaluation.tasks import Record, Task, TokenTask
+from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.rewrite import look
+from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.structures import Needs, VisualTokens
+
+ANSWERS = "answers"
+
+
+def evaluate(
+    subject: Subject,
+    task: Task,
+    pruners: Sequence[str],
+    budgets: Sequence[Budget],
+    output: str | Path,
+    *,
+    checkpoints: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    batch_size: int = 32,
+    controls: Sequence[str] = CONTROLS,
+    skip_unfit: bool = False,
+) -> tuple[Report, dict[str, list[Record]]]:
+    """Run pruners at budgets, and the controls beside them.
+
+    Args:
+        subject: the model.
+        task: what is asked.
+        pruners: specs, see `build_spec`.
+        budgets: of every pruner.
+        output: folder; what an earlier run has answered there is not asked again.
+        checkpoints: exported OC-pruners: a pruner that takes one is run with each, and their
+            figures are averaged, as over seeds.
+        seeds: of what is random.
+        batch_size: items at a time.
+        controls: what runs beside them, of `CONTROLS`; the oracle only where the masks of objects
+            are known and tokens are one grid. Unpruned and shuffled images always do.
+        skip_unfit: whether pruners that cannot run at a budget are left out, with a note.
+
+    Returns:
+        the report, and the records of every condition.
+
+    Raises:
+        ValueError: if a pruner does not fit the model, before anything is asked.
+    """
+    first = _first_tokens(subject, task, Needs())
+    counts = [budget.count(first.num_tokens) for budget in budgets]
+    if len(set(counts)) < len(counts):
+        raise ValueError(
+            f"the budgets {', '.join(map(str, budgets))} are {counts} of {first.num_tokens} tokens;"
+            " pass each count once."
+        )
+    plain = [name for name in controls if name not in (UNTRAINED, ORACLE)]
+    found = made.unpruned_conditions()
+    if isinstance(task, TokenTask):  # those of a wrong image are no question about this one
+        found = [condition for condition in found if condition.image == "own"]
+    for spec in dict.fromkeys([*pruners, *plain]):
+        found += made.pruner_conditions(spec, budgets, seeds, checkpoints, first.num_tokens)
+    if UNTRAINED in controls:
+        found += _untrained(subject, task, budgets, seeds, checkpoints)
+    one_grid = first.num_tokens == np.prod(first.grid_hw)
+    if ORACLE in controls and one_grid and task.masks(0) is not None:
+        found += made.oracle_conditions(budgets)
+    unfit = _refusals(subject, task, found)
+    if unfit and not skip_unfit:
+        _refuse(subject, unfit)
+    fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
+    records = run(subject, task, fit, Path(output) / ANSWERS, batch_size)
+    rows = _rows(task, found, records, first.num_tokens, unfit)
+    settings = {
+        "task": {"name": task.name, **task.describe()},
+        "batch_size": batch_size,
+        "seeds": list(seeds),
+        "checkpoints": list(checkpoints),
+        "command": " ".join(["ocvtp", *sys.argv[1:]]),
+    }
+    environment = environment_of(subject.model)
+    report = Report(
+        task=task.name,
+        model=subject.name,
+        metrics=tuple(task.metrics),
+        percent=task.percent,
+        settings=settings,
+        environment=environment,
+        rows=rows,
+        lower_is_better=task.lower_is_better,
+        not_judged=task.not_judged,
+        counts=task.counts,
+    )
+    return report, records
+
+
+def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
+    """What was asked, and what came back under each condition in that order, as JSON."""
+    items = [{"key": i.key, "question": i.question, "answers": list(i.answers)} for i in task.items]
+    answered = {
+        key: [record.get("answer", record) for record in some] for key, some in records.items()
+    }
+    return {"items": items, "conditions": answered}
+
+
+def environment_of(model: Any) -> dict[str, str]:
+    """Where figures come from."""
+    device = torch.device(model.device)
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": f"{device.type}: {name}",
+        "threads": str(torch.get_num_threads()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+@torch.no_grad()
+def _first_tokens(subject: Subject, task: Task, needs: Needs) -> VisualTokens:
+    """The tokens of the first image."""
+    item = task.items[0]
+    inputs = subject.inputs(task, [item], [item.owner])
+    host = find_host(subject.model)
+    hooks = host.install(needs)
+    try:
+        return look(host, needs, inputs).encoded.tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _untrained(
+    subject: Subject,
+    task: Task,
+    budgets: Sequence[Budget],
+    seeds: Sequence[int],
+    checkpoints: Sequence[str],
+) -> list[Condition]:
+    """Of the sizes of a trained network where there is one, else of the paper's."""
+    if checkpoints:
+        config = OCPruner.from_pretrained(checkpoints[0]).config
+    else:
+        layer = made.default_layer(find_host(subject.model).num_tower_blocks)
+        tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
+        dim = tokens.hidden[layer].shape[-1]
+        config = OCPrunerConfig(feature_dim=dim, layer=layer, tower=None)
+    return made.untrained_conditions(budgets, seeds, config)
+
+
+@torch.no_grad()
+def _refusals(
+    subject: Subject, task: Task, found: Sequence[Condition]
+) -> dict[tuple[str, Budget | None], str]:
+    """Why pruners cannot run at some budgets: all are tried on the first item."""
+    item = task.items[0]
+    inputs = subject.inputs(task, [item], [item.owner])
+    place = Place(0, lambda: [subject.seen(task, item.owner)])
+    pruners = [condition.make(place) for condition in found]
+    shared = SharedEncodings.of(subject.model, pruners)
+    problems: dict[tuple[str, Budget | None], str] = {}
+    for condition, pruner in zip(found, pruners, strict=True):
+        try:
+            with attached(
+                subject.model,
+                pruner,
+                processor=subject.processor,
+                text_tower=subject.text_tower,
+                shared=shared,
+            ):
+                subject.model(**inputs)
+        except ValueError as error:
+            problems[condition.label, condition.budget] = str(error)
+    return problems
+
+
+def _refuse(subject: Subject, problems: Mapping[tuple[str, Budget | None], str]) -> None:
+    lines = "".join(
+        f"\n  {label}{'' if budget is None else f' @ {budget}'}: {problem}"
+        for (label, budget), problem in problems.items()
+    )
+    raise ValueError(
+        f"these cannot run on {subject.name}; leave them out, or pass --skip-unfit for a report"
+        f" that says so:{lines}"
+    )
+
+
+def _rows(
+    task: Task,
+    found: Sequence[Condition],
+    records: Mapping[str, Sequence[Record]],
+    num_tokens: int,
+    unfit: Mapping[tuple[str, Budget | None], str],
+) -> list[Row]:
+    """A row for each pruner and budget, averaged over seeds."""
+    groups: dict[tuple[str, Budget | None], list[Condition]] = {}
+    for condition in found:
+        groups.setdefault((condition.label, condition.budget), []).append(condition)
+    rows = []
+    for (label, budget), group in groups.items():
+        count = None if budget is None else budget.count(num_tokens)
+        figures, kept, note = {}, None, unfit.get((label, budget), "")
+        if not note:
+            of_seeds = [task.ratios(records[condition.key]) for condition in group]
+            figures = {name: average([one[name] for one in of_seeds]) for name in of_seeds[0]}
+            counts = [record["kept"] for condition in group for record in records[condition.key]]
+            kept = float(np.mean(counts))
+        rows.append(
+            Row(
+                label=label,
+                pruner=label.partition(":")[0],
+                budget=_share(label, count, num_tokens),
+                num_keep=count,
+                seeds=len(group),
+                control=group[0].control,
+                visual_tokens=kept,
+                figures=figures,
+                note=note,
+                trained=group[0].trained,
+            )
+        )
+    return rows
+
+
+def _share(label: str, count: int | None, num_tokens: int) -> float | None:
+    """Of the tokens kept; None where the pruner itself decides."""
+    if count is None:
+        return 1.0 if label in (made.UNPRUNED, made.SHUFFLED) else None
+    return count / num_tokens

@@ -1,0 +1,132 @@
+"""The contract of a task: images, what is asked about them, and how answers become figures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Record = Mapping[str, Any]
+"""What is kept of one item under one condition: JSON, e.g. `{"answer": "yes"}`."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question about one image.
+
+    Args:
+        key: names it within its task, e.g. `easy/17/3`.
+        owner: number of its image within the task, from 0.
+        question: plain text, without the model's chat template.
+        answers: what is right; the first is the one to show.
+        kind: of question, e.g. `existence`; items of a kind are counted together.
+    """
+
+    key: str
+    owner: int
+    question: str
+    answers: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Ratio:
+    """A share, sum(hits) / sum(of), of n items on some images.
+
+    Accuracy has hits 0 or 1 and `of` 1; precision, recall, F1 and coverage are shares too.
+
+    Args:
+        hits: [n] float. of: [n] float, not negative. owners: [n] int, number of each item's image:
+            intervals draw whole images.
+    """
+
+    hits: NDArray[np.float64]
+    of: NDArray[np.float64]
+    owners: NDArray[np.int64]
+
+    @property
+    def value(self) -> float:
+        """The share; nan where nothing counts."""
+        total = float(self.of.sum())
+        return float(self.hits.sum()) / total if total else float("nan")
+
+
+class Task(ABC):
+    """Items and their scoring. Items of one image stand side by side.
+
+    Args (of all subclasses): what makes them the same task again is in `describe()`.
+    """
+
+    name: ClassVar[str]
+    items: Sequence[Item]
+    max_new_tokens: ClassVar[int] = 16
+    """Length of an answer at most."""
+    percent: ClassVar[bool] = True
+    """Whether figures are shown in percent."""
+    metrics: Sequence[str]
+    """The keys of `ratios` that plots and short tables show, one table each."""
+    lower_is_better: ClassVar[Sequence[str]] = ()
+    """Which of the metrics are errors."""
+    not_judged: ClassVar[Sequence[str]] = ()
+    """Metrics by which keeping the objects need not win."""
+    counts: ClassVar[str] = "questions"
+    """What items are called."""
+
+    @abstractmethod
+    def image(self, owner: int) -> Image.Image:
+        """The RGB image of that number."""
+
+    @abstractmethod
+    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
+        """The figures, by name, e.g. `easy/colour`, `popular/f1`.
+
+        Args:
+            records: of all `items`, in their order.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The settings, as JSON: two tasks of equal settings ask the same."""
+
+    def masks(self, owner: int) -> NDArray[np.bool_] | None:
+        """[O, H, W] what is visible of every object of an image; None where nobody knows."""
+        del owner
+        return None
+
+
+class TokenTask(Task):
+    """A task that looks at the visual tokens of images, and needs no answers."""
+
+    @abstractmethod
+    def look(self, host: Any, prompt: Any, items: Sequence[Item]) -> Sequence[Record]:
+        """The records of a batch.
+
+        Args:
+            host: `ocvtp.hosts.base.Host` of the model.
+            prompt: `ocvtp.hosts.rewrite.Prompt`, after the model has read it; an image a row.
+            items: of the rows.
+        """
+
+
+def shares(items: Sequence[Item], right: Sequence[float]) -> dict[str, Ratio]:
+    """What is right of each kind; where kinds are `GROUP/NAME`, of `GROUP/all` too; and of `all`.
+
+    Args:
+        items: of a task.
+        right: of each item, 0 to 1.
+    """
+    hits, owners = np.asarray(right, float), np.array([item.owner for item in items])
+    belongs: dict[str, list[int]] = {}
+    for number, item in enumerate(items):
+        group, slash, _ = item.kind.partition("/")
+        for name in filter(None, (item.kind, f"{group}/all" if slash else "", "all")):
+            belongs.setdefault(name, []).append(number)
+    return {
+        name: Ratio(hits[numbers], np.ones(len(numbers)), owners[numbers])
+        for name, numbers in belongs.items()
+    }

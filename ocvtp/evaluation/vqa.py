@@ -1,0 +1,80 @@
+"""Open questions about images, from a plain list: VQA's soft accuracy, and exact match."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from ocvtp.evaluation.answers import vqa_accuracy, vqa_exact
+from ocvtp.evaluation.listed import Asked, Entry, Folders, ListedTask, read_entries
+from ocvtp.evaluation.tasks import Item, Ratio, Record, shares
+
+
+class VqaTask(ListedTask):
+    """A list of `{"image": .., "question": .., "answers": [..]}`, or of `"answer": ".."`.
+
+    An optional `"kind"` groups questions. Figures are `all/accuracy`, the soft accuracy of VQA v2
+    (`answers.vqa_accuracy`), `all/exact`, whether the answer is any of the right ones, and the same
+    of every kind.
+
+    Args:
+        file: a JSON list, or JSON lines.
+        images: folder or folders of the images; None for the folder of the file.
+        suffix: put behind every question; LLaVA's own evaluation has a new line and "Answer the
+            question using a single word or phrase.".
+        limit: use only the first `limit` images.
+
+    Raises:
+        ValueError: if the file or an image is missing, or an entry lacks a key.
+    """
+
+    name: ClassVar[str] = "vqa"
+
+    def __init__(
+        self,
+        file: str | Path,
+        images: Folders | None = None,
+        suffix: str = "",
+        limit: int | None = None,
+    ) -> None:
+        asked = [_asked(entry, n) for n, entry in enumerate(read_entries(file), start=1)]
+        super().__init__(asked, Path(file).parent if images is None else images, suffix, limit)
+        self.metrics = ("all/accuracy",)
+
+    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
+        """`GROUP/accuracy` and `GROUP/exact`, for all questions and those of each kind."""
+        return vqa_ratios(self.items, self.answers(records))
+
+
+def vqa_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio]:
+    """The figures of answers to items, one answer each.
+
+    Returns:
+        `all/accuracy`, `all/exact` and, where items have kinds, `KIND/accuracy`, `KIND/exact`.
+    """
+    pairs = list(zip(items, answers, strict=True))
+    soft = shares(items, [vqa_accuracy(said, item.answers) for item, said in pairs])
+    exact = shares(items, [vqa_exact(said, item.answers) for item, said in pairs])
+    return {f"{group}/accuracy": ratio for group, ratio in soft.items()} | {
+        f"{group}/exact": ratio for group, ratio in exact.items()
+    }
+
+
+def _asked(entry: Entry, number: int) -> Asked:
+    """The question of an entry."""
+    if "answers" in entry.content:
+        answers = entry.content["answers"]
+        if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
+            raise ValueError(f"{entry.where} has {answers!r} as 'answers'; pass a list of texts.")
+        if not answers:
+            raise ValueError(f"{entry.where} has no 'answers'; pass at least one.")
+    elif "answer" in entry.content:
+        answers = [entry.text("answer")]
+    else:
+        raise ValueError(f"{entry.where} lacks 'answers' (or 'answer'); add what is right.")
+    kind = entry.text("kind") if "kind" in entry.content else ""
+    if kind.split("/")[-1] == "all":
+        raise ValueError(f"{entry.where} has the kind {kind!r}; 'all' is the sum: rename it.")
+    question, image = entry.text("question"), entry.text("image")
+    return Asked(str(number), image, question, tuple(answers), kind)

@@ -1,0 +1,64 @@
+"""Pruners as people write them on a command line: `NAME:KEY=VALUE,...`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import yaml
+
+from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.registry import build_pruner, pruner_class
+
+
+def known_settings(spec: str) -> set[str]:
+    """The settings that the pruner of a spec takes.
+
+    Raises:
+        ValueError: if there is no such pruner.
+    """
+    return {f.name for f in dataclasses.fields(pruner_class(spec.partition(":")[0]))}
+
+
+def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and settings; values are YAML, e.g. `fastv:stages=[[2,64]]`.
+
+    Raises:
+        ValueError: if it does not parse.
+    """
+    name, _, text = spec.partition(":")
+    settings: dict[str, Any] = {}
+    for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
+        try:
+            settings[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"pruner {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
+                " stages=[[2,64]]."
+            ) from error
+    return name, settings
+
+
+def build_spec(spec: str, **shared: Any) -> Pruner:
+    """The pruner of a spec.
+
+    Args:
+        spec: `NAME:KEY=VALUE,...`.
+        shared: settings for any pruner, e.g. `num_keep`: those that are None or that this one does
+            not know are left out, and those of the spec go first; for a pruner of stage
+            `llm_layers` alone, `stages` is a budget of its own.
+
+    Raises:
+        ValueError: for a spec that does not parse, and what `build_pruner` refuses.
+    """
+    name, settings = parse_spec(spec)
+    known = known_settings(spec)
+    if "stages" in settings and issubclass(pruner_class(name), LayerPruner):
+        shared |= {"num_keep": None, "keep_ratio": None}
+    shared = {k: v for k, v in shared.items() if v is not None and k in known}
+    return build_pruner(name, **shared | settings)

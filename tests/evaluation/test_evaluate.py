@@ -1,0 +1,260 @@
+"""Every condition answers every question; stopped runs go on; what is wrong is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ocvtp import build_pruner
+from ocvtp.evaluation import conditions as made
+from ocvtp.evaluation import runner
+from ocvtp.evaluation.conditions import Budget, Place
+from ocvtp.evaluation.logs import Log
+from ocvtp.evaluation.run import evaluate
+from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.templates import with_template
+from ocvtp.slots import OCPruner, OCPrunerConfig
+
+BUDGETS = [Budget(num_keep=4), Budget(keep_ratio=0.125)]
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject(*load_model("random:tiny-llava", "float32"), "random:tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return SceneTask(num_images=3, questions=3, size=48)
+
+
+@pytest.fixture(scope="module")
+def network():
+    config = OCPrunerConfig(feature_dim=64, hidden_dim=16, slot_dim=16, ffn_dim=16, layer=1)
+    return made.random_network(replace(config, grid_hw=(12, 12)), 0)
+
+
+def ask(subject, task, folder, pruners=("fopru",), batch_size=4, **options):
+    options = {"controls": ("random", "oracle"), "seeds": [0, 1], **options}
+    return evaluate(subject, task, pruners, BUDGETS, folder, batch_size=batch_size, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(subject, task, tmp_path_factory):
+    return ask(subject, task, tmp_path_factory.mktemp("whole"))
+
+
+def by_hand(subject, task, item, pruner):
+    """One answer, without batches, sharing or padding."""
+    text = with_template(subject.processor, item.question, 1)
+    image = task.image(item.owner)
+    inputs = subject.processor(images=[image], text=[text], return_tensors="pt")
+    with pruner(subject.model):
+        made_ = subject.model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    new = made_[0, inputs["input_ids"].shape[1] :]
+    return subject.processor.decode(new, skip_special_tokens=True).strip()
+
+
+def test_every_condition_answers_every_question(whole, task):
+    report, records = whole
+    rows = {(row.label, row.num_keep): row for row in report.rows}
+    labels = {(label, k) for label in ("fopru", "random", "oracle") for k in (4, 18)}
+    assert set(rows) == labels | {("unpruned", None), ("shuffled", None)}
+    assert all(len(some) == len(task.items) for some in records.values())
+    assert rows["random", 4].seeds == 2
+    assert {row.visual_tokens for (_, k), row in rows.items() if k == 18} == {18}
+    assert rows["unpruned", None].visual_tokens == 144
+    assert rows["fopru", 18].budget == 0.125
+    for row in report.rows:
+        ratio = row.figures["all"]
+        assert len(ratio.hits) == len(task.items)
+        assert set(ratio.owners) == set(range(6))
+
+
+@pytest.mark.parametrize(("key", "name"), [("unpruned # 0", "none"), ("fopru @ 4 # 0", "fopru")])
+def test_answers_are_those_of_one_question_at_a_time(whole, subject, task, key, name):
+    _, records = whole
+    pruner = build_pruner(name, **({} if name == "none" else {"num_keep": 4}))
+    expected = [by_hand(subject, task, item, pruner) for item in task.items]
+    assert [record["answer"] for record in records[key]] == expected
+
+
+def test_figures_are_means_over_seeds(whole, task):
+    report, records = whole
+    row = next(row for row in report.rows if (row.label, row.num_keep) == ("random", 4))
+    seeds = [task.ratios(records[f"random @ 4 # {seed}"])["all"].hits for seed in (0, 1)]
+    np.testing.assert_allclose(row.figures["all"].hits, np.mean(seeds, axis=0))
+
+
+class KilledError(Exception):
+    """In place of the signal that ends a process."""
+
+
+@pytest.mark.parametrize("after", [1, 9, 22])
+def test_a_killed_run_continues_and_ends_alike(whole, subject, task, tmp_path, monkeypatch, after):
+    calls = []
+
+    def ask_or_die(*arguments):
+        if len(calls) == after:
+            raise KilledError
+        calls.append(1)
+        return plain(*arguments)
+
+    plain = runner._ask
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_ask", ask_or_die)
+        with pytest.raises(KilledError):
+            ask(subject, task, tmp_path)
+    (cut,) = (path for path in (tmp_path / "answers").iterdir() if "unpruned" in path.name)
+    cut.write_bytes(cut.read_bytes()[:-3])  # a line that was being written
+    again = []
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_ask", lambda *a: again.append(1) or plain(*a))
+        report, records = ask(subject, task, tmp_path)
+    assert records == whole[1]
+    total = 10 * -(-len(task.items) // 4)
+    assert len(again) == total - after + 1  # what was cut is asked again
+    for row, expected in zip(report.rows, whole[0].rows, strict=True):
+        assert row.label == expected.label
+        assert row.figures["all"].value == expected.figures["all"].value
+
+
+def test_a_finished_run_asks_for_new_pruners_alone(subject, task, tmp_path, monkeypatch):
+    ask(subject, task, tmp_path)
+    count, plain = [], runner._ask
+    monkeypatch.setattr(runner, "_ask", lambda *a: count.append(1) or plain(*a))
+    report, _ = ask(subject, task, tmp_path, pruners=["fopru", "uniform"])
+    assert len(count) == 2 * -(-len(task.items) // 4)
+    assert "uniform" in {row.label for row in report.rows}
+
+
+def test_answers_of_other_settings_are_refused(subject, task, tmp_path):
+    ask(subject, task, tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        ask(subject, SceneTask(num_images=3, questions=3, size=48, seed=1), tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        ask(subject, task, tmp_path, batch_size=8)
+
+
+def test_images_are_encoded_once_for_all_conditions(subject, task, tmp_path, monkeypatch):
+    shared = []
+    plain = SharedEncodings.of.__func__
+
+    def of(cls, *arguments):
+        shared.append(plain(cls, *arguments))
+        return shared[-1]
+
+    monkeypatch.setattr(SharedEncodings, "of", classmethod(of))
+    ask(subject, task, tmp_path, pruners=["fopru", "uniform", "divprune"])
+    batches = -(-len(task.items) // 4)
+    assert [one.num_encoded for one in shared] == [1, 2 * batches]  # tried; own and other
+
+
+def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, task, tmp_path):
+    with pytest.raises(ValueError, match="trim @ 4: .*text_tower") as error:
+        ask(subject, task, tmp_path, pruners=["trim", "fopru"])
+    assert "fopru" not in str(error.value)
+    assert not (tmp_path / "answers").exists()
+    report, _ = ask(subject, task, tmp_path, pruners=["trim", "fopru"], skip_unfit=True)
+    row = next(row for row in report.rows if row.label == "trim")
+    assert "text_tower" in row.note
+    assert not row.figures
+
+
+def test_equal_budgets_are_refused(subject, task, tmp_path):
+    twice = [Budget(num_keep=18), Budget(keep_ratio=0.125)]
+    with pytest.raises(ValueError, match="pass each count once"):
+        evaluate(subject, task, ["fopru"], twice, tmp_path)
+
+
+def test_a_failing_batch_names_its_condition(subject, task, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(runner, "_ask", fail)
+    with pytest.raises(RuntimeError, match="out of memory") as error:
+        ask(subject, task, tmp_path)
+    assert "'unpruned # 0' ran on items 0" in error.value.__notes__[0]
+
+
+def test_several_checkpoints_are_averaged_as_seeds(subject, task, tmp_path, network):
+    folders = []
+    for seed in (0, 1):
+        folders.append(str(tmp_path / f"seed{seed}"))
+        made.random_network(network.config, seed).save_pretrained(folders[-1])
+    report, records = ask(
+        subject,
+        task,
+        tmp_path,
+        pruners=["ocvtp"],
+        checkpoints=folders,
+        controls=("untrained", "fill_only"),
+        seeds=[5],
+    )
+    rows = {row.label: row for row in report.rows}
+    assert rows["ocvtp"].seeds == 2
+    assert rows["ocvtp"].trained
+    assert not rows["fill_only"].trained
+    assert rows["untrained"].control
+    assert {f"ocvtp @ 4 # {number}" for number in (0, 1)} < set(records)
+    made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
+    with pytest.raises(ValueError, match="other settings"):
+        ask(subject, task, tmp_path, pruners=["ocvtp"], checkpoints=folders)
+
+
+def test_k_in_a_spec_is_the_budget():
+    place = Place(0, list)
+    found = made.pruner_conditions("fastv:stages=[[1,K]]", BUDGETS, [0], [], 64)
+    assert [condition.make(place).stages for condition in found] == [[[1, 4]], [[1, 8]]]
+    assert {condition.label for condition in found} == {"fastv:stages=[[1,K]]"}
+    (once,) = made.pruner_conditions("fastv:stages=[[1,7]]", BUDGETS, [0], [], 64)
+    assert once.budget is None
+
+
+def test_random_draws_anew_in_every_batch():
+    (condition,) = made.pruner_conditions("random", BUDGETS[:1], [3], [], 64)
+    assert condition.make(Place(0, list)).seed != condition.make(Place(32, list)).seed
+    (other,) = made.pruner_conditions("random", BUDGETS[:1], [4], [], 64)
+    assert condition.make(Place(32, list)).seed != other.make(Place(32, list)).seed
+    (given,) = made.pruner_conditions("random:seed=9", BUDGETS[:1], [3, 4], [], 64)
+    assert given.make(Place(32, list)).seed == 9
+
+
+def test_untrained_networks_differ_by_seed_and_leave_random_numbers_alone(network):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    conditions = made.untrained_conditions(BUDGETS[:1], [0, 1], network.config)
+    assert torch.rand(1) == expected
+    first, second = (c.make(Place(0, list)).network for c in conditions)
+    assert isinstance(first, OCPruner)
+    assert not torch.equal(first.queries.mean, second.queries.mean) or not torch.equal(
+        next(first.parameters()), next(second.parameters())
+    )
+
+
+def test_the_paper_layer_in_towers_of_any_depth():
+    assert made.default_layer(24) == 9
+    assert made.default_layer(5) == 2
+    assert made.default_layer(1) == 1
+
+
+def test_a_log_forgets_what_was_cut_off(tmp_path):
+    log = Log(tmp_path, "x @ 4 # 0", {"a": 1})
+    log.append([{"answer": "yes"}, {"answer": "no\nway"}])
+    with log.path.open("a") as file:
+        file.write('{"answer": "ma')
+    again = Log(tmp_path, "x @ 4 # 0", {"a": 1})
+    assert again.records == [{"answer": "yes"}, {"answer": "no\nway"}]
+    again.append([{"answer": "maybe"}])
+    lines = log.path.read_text().splitlines()
+    assert [json.loads(line) for line in lines[1:]] == again.records
+    with pytest.raises(ValueError, match="pass another --output"):
+        Log(tmp_path, "x @ 4 # 0", {"a": 2})

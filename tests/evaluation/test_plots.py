@@ -1,0 +1,129 @@
+import matplotlib as mpl
+import numpy as np
+import pytest
+from made_up_report import report, row, share, usual
+from matplotlib import _pylab_helpers
+from matplotlib.colors import same_color
+from matplotlib.text import Text
+
+from ocvtp.evaluation.plots import accuracy, differences, spread
+from ocvtp.evaluation.report import results
+
+
+def many(pruners=25, budgets=(0.5, 0.25, 0.1, 0.05)):
+    """Pruner p0 is the best."""
+    rows = [row("unpruned", 1.0, 390, 400)]
+    for budget in budgets:
+        rows += [row(f"p{i}", budget, 380 - 10 * i, 400) for i in range(pruners)]
+        rows += [row("random", budget, 250, 400), row("oracle", budget, 385, 400)]
+    return results(report(*rows))
+
+
+def lines(axis, points):
+    """Lines of so many points."""
+    return [line for line in axis.lines if len(line.get_xdata()) == points]
+
+
+def annotated(axis):
+    return [text.get_text() for text in axis.texts]
+
+
+def test_the_best_and_the_controls_are_named_and_the_others_faint():
+    (axis,) = accuracy(many()).axes
+    drawn = lines(axis, 4)
+    assert len(drawn) == 27
+    names = annotated(axis)
+    assert {f"p{i}" for i in range(8)} | {"random", "oracle"} <= set(names)
+    assert not {f"p{i}" for i in range(8, 25)} & set(names)
+    assert "dashed: controls; faint: 17 more pruners" in names
+    assert "unpruned 97.5" in names
+    dashed = [line for line in drawn if line.get_linestyle() == "--"]
+    assert sorted(line.get_ydata()[0] for line in dashed) == [62.5, 96.25]
+    assert len({line.get_color() for line in drawn}) == 8 + 2
+    bands = [area for area in axis.collections if len(area.get_paths())]
+    assert len(bands) == 8
+
+
+def test_lines_hold_the_figures():
+    (axis,) = accuracy(results(usual())).axes
+    found = {tuple(line.get_ydata()): list(line.get_xdata()) for line in lines(axis, 2)}
+    expected = [(60.0, 50.0), (75.0, 65.0), (80.0, 70.0), (90.0, 80.0)]
+    assert all(found[line] == [0.5, 0.25] for line in expected)
+    assert axis.get_xscale() == "log"
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["50%", "25%"]
+    assert axis.get_xlim()[0] > axis.get_xlim()[1]
+    (level,) = [line for line in axis.lines if line.get_transform() != axis.transData]
+    assert set(level.get_ydata()) == {90.0}
+
+
+def test_names_at_the_ends_do_not_overlap():
+    rows = [row(f"p{i}", b, 300 + i, 400) for i in range(8) for b in (0.5, 0.25)]
+    drawing = accuracy(results(report(*rows, row("random", 0.25, 200, 400))))
+    renderer = drawing.canvas.get_renderer()
+    drawing.draw(renderer)
+    (axis,) = drawing.axes
+    names = [text for text in axis.texts if text.get_text().startswith("p")]
+    extents = [Text.get_window_extent(name, renderer) for name in names]  # without its line
+    boxes = sorted((extent.y0, extent.y1) for extent in extents)
+    assert len(boxes) == 8
+    assert all(below[1] <= above[0] + 1 for below, above in zip(boxes, boxes[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_spread_keeps_the_gap_the_order_and_what_fits(seed):
+    values = np.sort(np.random.default_rng(seed).random(9))
+    places = np.array(spread(list(values), 0.08))
+    assert (np.diff(places) >= 0.08 - 1e-9).all()
+    apart = np.arange(9) * 0.3
+    assert spread(list(apart), 0.08) == pytest.approx(list(apart))
+    assert spread([0.5, 0.5, 0.5], 0.2) == pytest.approx([0.3, 0.5, 0.7])
+    assert places.mean() == pytest.approx(values.mean())
+
+
+def test_differences_are_those_to_random_at_the_smallest_budget_but_one():
+    found = many()
+    (axis,) = differences(found).axes
+    here = {r["label"]: r["figures"]["easy/all"] for r in found["rows"] if r["budget"] == 0.1}
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    assert labels == ["oracle", *(f"p{i}" for i in range(25))]
+    inside = [line for line in axis.lines if line.get_transform() == axis.transData]
+    dots, bars = ([line for line in inside if len(line.get_xdata()) == n] for n in (1, 2))
+    for place, (label, dot, bar) in enumerate(zip(labels, dots, bars, strict=True)):
+        minus = here[label]["minus_random"]
+        assert set(dot.get_ydata()) == set(bar.get_ydata()) == {place}
+        assert dot.get_xdata() == pytest.approx([100 * minus["value"]])
+        assert bar.get_xdata() == pytest.approx([100 * minus["low"], 100 * minus["high"]])
+        hollow = same_color(dot.get_markerfacecolor(), "white")
+        assert hollow == (minus["low"] <= 0 <= minus["high"])
+    assert "10% of the tokens" in axis.get_title(loc="left")
+    assert axis.get_ylim()[0] > axis.get_ylim()[1]
+
+
+def test_a_panel_a_metric():
+    figures = {"a": share(9), "b": share(4)}
+    rows = [row(label, 0.5, 0, figures=figures) for label in ("fopru", "random")]
+    found = results(report(*rows, metrics=["a", "b"]))
+    for drawing in (accuracy(found), differences(found)):
+        assert len(drawing.axes) == 2
+
+
+def test_nothing_to_draw_is_no_drawing():
+    unpruned = results(report(row("unpruned", 1.0, 9)))
+    assert accuracy(unpruned) is None
+    assert differences(unpruned) is None
+    assert differences(results(report(row("fopru", 0.5, 9)))) is None
+
+
+def test_conditions_that_could_not_run_leave_the_rest():
+    refused = row("tome", 0.25, None, note="needs blocks.")
+    (axis,) = accuracy(results(report(row("fopru", 0.25, 9), refused))).axes
+    assert "fopru" in annotated(axis)
+    assert "tome" not in annotated(axis)
+
+
+def test_matplotlib_is_left_alone():
+    before = dict(mpl.rcParams)
+    accuracy(many())
+    differences(many())
+    assert dict(mpl.rcParams) == before
+    assert not _pylab_helpers.Gcf.figs
