@@ -19,6 +19,7 @@ from ocvtp.evaluation.scenes import SceneTask
 from ocvtp.evaluation.tasks import Task
 from ocvtp.evaluation.vqa import VqaTask
 from ocvtp.hosts.loading import load_model
+from ocvtp.pruners.specs import known_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.output or f"outputs/evaluate/{arguments.task}")
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
+    for spec in arguments.pruners:
+        known_settings(spec)  # refuses what is unknown before anything is loaded
     model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
     subject = Subject(model, processor, arguments.model, arguments.text_tower)
     task = _TASKS[arguments.task](arguments, processor, folder)

@@ -40,7 +40,8 @@ class Oracle(Pruner):
     batch_invariant: ClassVar[bool] = False
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        scores = np.stack([object_first(on_cells(seen, tokens.grid_hw)) for seen in self.seen])
+        grid = self._grid(tokens)
+        scores = np.stack([object_first(on_cells(seen, grid)) for seen in self.seen])
         on_device = torch.from_numpy(scores).to(tokens.features.device)
         return top_k(on_device.float(), num_keep, tokens.valid)
 

@@ -52,8 +52,9 @@ def evaluate(
             figures are averaged, as over seeds.
         seeds: of what is random.
         batch_size: items at a time.
-        controls: what runs beside them, of `CONTROLS`; the oracle only where the masks of objects
-            are known and tokens are one grid. Unpruned and shuffled images always do.
+        controls: what runs beside them, of `CONTROLS`, where it can; the oracle only where the
+            masks of objects are known and tokens are one grid. Unpruned and shuffled images always
+            do.
         skip_unfit: whether pruners that cannot run at a budget are left out, with a note.
 
     Returns:
@@ -80,9 +81,10 @@ def evaluate(
     one_grid = first.num_tokens == np.prod(first.grid_hw)
     if ORACLE in controls and one_grid and task.masks(0) is not None:
         found += made.oracle_conditions(budgets)
-    unfit = _refusals(subject, task, found)
-    if unfit and not skip_unfit:
-        _refuse(subject, unfit)
+    unfit = _refusals(subject, task, found, batch_size)
+    asked_for = {key: why for key, why in unfit.items() if key[0] in pruners}
+    if asked_for and not skip_unfit:
+        _refuse(subject, asked_for)
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
     records = run(subject, task, fit, Path(output) / ANSWERS, batch_size)
     rows = _rows(task, found, records, first.num_tokens, unfit)
@@ -168,12 +170,13 @@ def _untrained(
 
 @torch.no_grad()
 def _refusals(
-    subject: Subject, task: Task, found: Sequence[Condition]
+    subject: Subject, task: Task, found: Sequence[Condition], batch_size: int
 ) -> dict[tuple[str, Budget | None], str]:
-    """Why pruners cannot run at some budgets: all are tried on the first item."""
-    item = task.items[0]
-    inputs = subject.inputs(task, [item], [item.owner])
-    place = Place(0, lambda: [subject.seen(task, item.owner)])
+    """Why pruners cannot run at some budgets: all are tried on the first batch."""
+    items = task.items[:batch_size]
+    owners = [item.owner for item in items]
+    inputs = subject.inputs(task, items, owners)
+    place = Place(0, lambda: [subject.seen(task, owner) for owner in owners])
     pruners = [condition.make(place) for condition in found]
     shared = SharedEncodings.of(subject.model, pruners)
     problems: dict[tuple[str, Budget | None], str] = {}
@@ -186,7 +189,7 @@ def _refusals(
                 text_tower=subject.text_tower,
                 shared=shared,
             ):
-                subject.model(**inputs)
+                subject.model(**inputs, logits_to_keep=1)
         except ValueError as error:
             problems[condition.label, condition.budget] = str(error)
     return problems
@@ -216,7 +219,6 @@ def _rows(
         groups.setdefault((condition.label, condition.budget), []).append(condition)
     rows = []
     for (label, budget), group in groups.items():
-        count = None if budget is None else budget.count(num_tokens)
         figures, kept, note = {}, None, unfit.get((label, budget), "")
         if not note:
             of_seeds = [task.ratios(records[condition.key]) for condition in group]
@@ -227,8 +229,8 @@ def _rows(
             Row(
                 label=label,
                 pruner=label.partition(":")[0],
-                budget=_share(label, count, num_tokens),
-                num_keep=count,
+                budget=_share(label, budget, num_tokens),
+                num_keep=None if budget is None else budget.num_keep,
                 seeds=len(group),
                 control=group[0].control,
                 visual_tokens=kept,
@@ -240,8 +242,8 @@ def _rows(
     return rows
 
 
-def _share(label: str, count: int | None, num_tokens: int) -> float | None:
-    """Of the tokens kept; None where the pruner itself decides."""
-    if count is None:
+def _share(label: str, budget: Budget | None, num_tokens: int) -> float | None:
+    """Of the tokens kept, where images have `num_tokens`; None where the pruner itself decides."""
+    if budget is None:
         return 1.0 if label in (made.UNPRUNED, made.SHUFFLED) else None
-    return count / num_tokens
+    return budget.keep_ratio or budget.count(num_tokens) / num_tokens

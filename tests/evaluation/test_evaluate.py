@@ -64,13 +64,13 @@ def by_hand(subject, task, item, pruner):
 
 def test_every_condition_answers_every_question(whole, task):
     report, records = whole
-    rows = {(row.label, row.num_keep): row for row in report.rows}
+    rows = {(row.label, round(144 * row.budget)): row for row in report.rows}
     labels = {(label, k) for label in ("fopru", "random", "oracle") for k in (4, 18)}
-    assert set(rows) == labels | {("unpruned", None), ("shuffled", None)}
+    assert set(rows) == labels | {("unpruned", 144), ("shuffled", 144)}
     assert all(len(some) == len(task.items) for some in records.values())
     assert rows["random", 4].seeds == 2
     assert {row.visual_tokens for (_, k), row in rows.items() if k == 18} == {18}
-    assert rows["unpruned", None].visual_tokens == 144
+    assert rows["unpruned", 144].visual_tokens == 144
     assert rows["fopru", 18].budget == 0.125
     for row in report.rows:
         ratio = row.figures["all"]
