@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmarks.accuracy import accuracy_table
 from benchmarks.table import hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
 
@@ -19,6 +20,7 @@ def main() -> None:
         "hosts": hosts_tables(),
         "measured": table(),
         "stages": stages_table(),
+        "accuracy": accuracy_table(),
     }
     for name, content in sections.items():
         pattern = rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)"

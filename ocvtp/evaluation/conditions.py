@@ -173,24 +173,30 @@ def oracle_conditions(budgets: Sequence[Budget]) -> list[Condition]:
 
 
 def untrained_conditions(
-    budgets: Sequence[Budget], seeds: Sequence[int], config: OCPrunerConfig
+    budgets: Sequence[Budget], seeds: Sequence[int], like: OCPruner
 ) -> list[Condition]:
-    """OC-pruners with random weights: over raw tokens.
+    """OC-pruners with random weights, over raw tokens; and over standardised ones if `like` is.
 
     Args:
-        budgets: see `Budget`. seeds: of the weights.
-        config: sizes.
+        budgets: see `Budget`. seeds: of the weights and of the query noise.
+        like: a network of the same sizes, whose statistics standardise.
     """
-    raw = dataclasses.replace(config, standardize=False, decoder=None)
-    settings = {"untrained": dataclasses.asdict(raw)}
-    made = []
-    for seed in seeds:
-        network = random_network(raw, seed)
-        for budget in budgets:
-            pruner = build_pruner("ocvtp", network=network, **budget.settings())
-            own = settings | budget.settings() | {"seed": seed}
-            made.append(Condition(UNTRAINED, budget, _always(pruner), own, True, seed))
-    return made
+    config = dataclasses.replace(like.config, decoder=None)
+    variants = {UNTRAINED: dataclasses.replace(config, standardize=False)}
+    if config.standardize:
+        variants[f"{UNTRAINED}:standardize=true"] = config
+    found = []
+    for label, own in variants.items():
+        about = {"untrained": dataclasses.asdict(own)}
+        for seed in seeds:
+            network = random_network(own, seed)
+            if network.inputs is not None and like.inputs is not None:
+                network.inputs.load_state_dict(like.inputs.state_dict())
+            for budget in budgets:
+                pruner = build_pruner("ocvtp", network=network, **budget.settings())
+                settings = about | budget.settings() | {"seed": seed}
+                found.append(Condition(label, budget, _always(pruner), settings, True, seed))
+    return found
 
 
 def _always(pruner: Pruner) -> Callable[[Place], Pruner]:

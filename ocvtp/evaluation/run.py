@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation.conditions import CONTROLS, ORACLE, UNTRAINED, Budget, Condition, Place
+from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.report import Report, Row
 from ocvtp.evaluation.runner import Subject, run
@@ -64,16 +64,56 @@ def evaluate(
         ValueError: if a pruner does not fit the model, before anything is asked.
     """
     first = _first_tokens(subject, task, Needs())
+    found = _conditions(subject, task, first, pruners, budgets, seeds, checkpoints, controls)
+    unfit = _refusals(subject, task, found, batch_size)
+    asked_for = {key: why for key, why in unfit.items() if key[0] in pruners}
+    if asked_for and not skip_unfit:
+        _refuse(subject, asked_for)
+    fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
+    records = run(subject, task, fit, Path(output) / ANSWERS, batch_size)
+    settings = {
+        "task": {"name": task.name, **task.describe()},
+        "batch_size": batch_size,
+        "seeds": list(seeds),
+        "checkpoints": list(checkpoints),
+        "command": shlex.join(["ocvtp", *sys.argv[1:]]),
+    }
+    report = Report(
+        task=task.name,
+        model=subject.name,
+        metrics=tuple(task.metrics),
+        percent=task.percent,
+        settings=settings,
+        environment=environment_of(subject.model),
+        rows=_rows(task, found, records, first.num_tokens, unfit),
+        lower_is_better=task.lower_is_better,
+        not_judged=task.not_judged,
+        counts=task.counts,
+    )
+    return report, records
+
+
+def _conditions(
+    subject: Subject,
+    task: Task,
+    first: VisualTokens,
+    pruners: Sequence[str],
+    budgets: Sequence[Budget],
+    seeds: Sequence[int],
+    checkpoints: Sequence[str],
+    controls: Sequence[str],
+) -> list[Condition]:
+    """All that is to be run, `first` being the tokens of the first image."""
     counts = [budget.count(first.num_tokens) for budget in budgets]
     if len(set(counts)) < len(counts):
         raise ValueError(
             f"the budgets {', '.join(map(str, budgets))} are {counts} of {first.num_tokens} tokens;"
             " pass each count once."
         )
-    plain = [name for name in controls if name not in (UNTRAINED, ORACLE)]
     found = made.unpruned_conditions()
     if isinstance(task, TokenTask):  # those of a wrong image are no question about this one
         found = [condition for condition in found if condition.image == "own"]
+    plain = [name for name in controls if name not in (UNTRAINED, ORACLE)]
     for spec in dict.fromkeys([*pruners, *plain]):
         found += made.pruner_conditions(spec, budgets, seeds, checkpoints, first.num_tokens)
     if UNTRAINED in controls:
@@ -81,34 +121,7 @@ def evaluate(
     one_grid = first.num_tokens == np.prod(first.grid_hw)
     if ORACLE in controls and one_grid and task.masks(0) is not None:
         found += made.oracle_conditions(budgets)
-    unfit = _refusals(subject, task, found, batch_size)
-    asked_for = {key: why for key, why in unfit.items() if key[0] in pruners}
-    if asked_for and not skip_unfit:
-        _refuse(subject, asked_for)
-    fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
-    records = run(subject, task, fit, Path(output) / ANSWERS, batch_size)
-    rows = _rows(task, found, records, first.num_tokens, unfit)
-    settings = {
-        "task": {"name": task.name, **task.describe()},
-        "batch_size": batch_size,
-        "seeds": list(seeds),
-        "checkpoints": list(checkpoints),
-        "command": " ".join(["ocvtp", *sys.argv[1:]]),
-    }
-    environment = environment_of(subject.model)
-    report = Report(
-        task=task.name,
-        model=subject.name,
-        metrics=tuple(task.metrics),
-        percent=task.percent,
-        settings=settings,
-        environment=environment,
-        rows=rows,
-        lower_is_better=task.lower_is_better,
-        not_judged=task.not_judged,
-        counts=task.counts,
-    )
-    return report, records
+    return found
 
 
 def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
@@ -118,22 +131,6 @@ def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str,
         key: [record.get("answer", record) for record in some] for key, some in records.items()
     }
     return {"items": items, "conditions": answered}
-
-
-def environment_of(model: Any) -> dict[str, str]:
-    """Where figures come from."""
-    device = torch.device(model.device)
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": f"{device.type}: {name}",
-        "threads": str(torch.get_num_threads()),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 @torch.no_grad()
@@ -159,13 +156,12 @@ def _untrained(
 ) -> list[Condition]:
     """Of the sizes of a trained network where there is one, else of the paper's."""
     if checkpoints:
-        config = OCPruner.from_pretrained(checkpoints[0]).config
-    else:
-        layer = made.default_layer(find_host(subject.model).num_tower_blocks)
-        tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
-        dim = tokens.hidden[layer].shape[-1]
-        config = OCPrunerConfig(feature_dim=dim, layer=layer, tower=None)
-    return made.untrained_conditions(budgets, seeds, config)
+        return made.untrained_conditions(budgets, seeds, OCPruner.from_pretrained(checkpoints[0]))
+    layer = made.default_layer(find_host(subject.model).num_tower_blocks)
+    tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
+    dim = tokens.hidden[layer].shape[-1]
+    config = OCPrunerConfig(feature_dim=dim, layer=layer, tower=None)
+    return made.untrained_conditions(budgets, seeds, made.random_network(config, 0))
 
 
 @torch.no_grad()

@@ -231,13 +231,23 @@ def test_untrained_networks_differ_by_seed_and_leave_random_numbers_alone(networ
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    conditions = made.untrained_conditions(BUDGETS[:1], [0, 1], network.config)
+    conditions = made.untrained_conditions(BUDGETS[:1], [0, 1], network)
     assert torch.rand(1) == expected
     first, second = (c.make(Place(0, list)).network for c in conditions)
     assert isinstance(first, OCPruner)
     assert not torch.equal(first.queries.mean, second.queries.mean) or not torch.equal(
         next(first.parameters()), next(second.parameters())
     )
+
+
+def test_an_untrained_network_standardises_as_the_trained_one(network):
+    like = made.random_network(replace(network.config, standardize=True), 3)
+    like.inputs.mean.fill_(2.0)
+    found = made.untrained_conditions(BUDGETS[:1], [0], like)
+    networks = {c.label: c.make(Place(0, list)).network for c in found}
+    assert set(networks) == {"untrained", "untrained:standardize=true"}
+    assert networks["untrained"].inputs is None
+    assert torch.equal(networks["untrained:standardize=true"].inputs.mean, like.inputs.mean)
 
 
 def test_the_paper_layer_in_towers_of_any_depth():
