@@ -29,10 +29,14 @@ class CDPruner(Pruner):
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
+        nearest: prefer the tokens nearest to the prompt; the official code turns the sign round,
+            because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
     Deviations: relevance is scaled to 0..1 over each image; the official code scales it over the
         batch, so that an image's tokens depend on its neighbours. Constant relevance counts as 1,
         and beyond the rank of the kernel tokens are kept by relevance; theirs gives NaN.
     """
+
+    nearest: bool = False
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.10967"
@@ -44,20 +48,24 @@ class CDPruner(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        relevance = _relevance(tokens)
+        relevance = _relevance(tokens, self.nearest)
         picks = dpp_map(unit(tokens.projected), relevance, num_keep, tokens.valid)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
 
-def _relevance(tokens: VisualTokens) -> Tensor:
-    """[B, N] minus the mean cosine to the parts of the prompt, scaled to 0..1 over the image."""
+def _relevance(tokens: VisualTokens, nearest: bool) -> Tensor:
+    """[B, N] how much the parts of the prompt ask for each token, scaled to 0..1 over the image.
+
+    That is the mean cosine, its sign turned round unless `nearest`.
+    """
     assert tokens.clip_visual is not None
     cosine = unit(tokens.clip_visual) @ unit(clip_parts(tokens)).transpose(1, 2)  # [B, N, T]
     if tokens.clip_text_valid is None:
-        related = -cosine.mean(dim=2)
+        related = cosine.mean(dim=2)
     else:
         real = tokens.clip_text_valid[:, None]
-        related = -(cosine * real).sum(dim=2) / real.sum(dim=2).clamp(min=1)
+        related = (cosine * real).sum(dim=2) / real.sum(dim=2).clamp(min=1)
+    related = related if nearest else -related
     low, high = related, related
     if tokens.valid is not None:
         low = related.masked_fill(~tokens.valid, float("inf"))

@@ -32,9 +32,13 @@ class TRIM(AdaptivePruner):
         num_keep: tokens kept per image, the mean of the others included.
         adaptive: keep the tokens whose score is an outlier, above Q3 + 1.5 (Q3 - Q1), as the paper
             does. So it does without `num_keep`; with it, at most so many are kept.
-    Deviations: none. As in the official code the dot products are not normalised and their sign is
-        turned round, and of a long prompt the first 77 tokens are read.
+        nearest: prefer the tokens nearest to the prompt; the official code turns the sign round,
+            because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
+    Deviations: none. As in the official code the dot products are not normalised, and of a long
+        prompt the first 77 tokens are read.
     """
+
+    nearest: bool = False
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2409.10994"
@@ -46,7 +50,7 @@ class TRIM(AdaptivePruner):
         return Needs(clip=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        related = _related(tokens)
+        related = _nearness(tokens) if self.nearest else -_nearness(tokens)
         num_tokens, valid = tokens.num_tokens, tokens.valid
         order = descending(related, valid)
         num_rows = num_keep
@@ -67,8 +71,8 @@ class TRIM(AdaptivePruner):
         return merged(merge, order[:, :num_rows], counts if self.adaptive else None)
 
 
-def _related(tokens: VisualTokens) -> Tensor:
-    """[B, N] the negative dot product with the first part of the prompt."""
+def _nearness(tokens: VisualTokens) -> Tensor:
+    """[B, N] the dot product with the first part of the prompt."""
     assert tokens.clip_visual is not None
     text = clip_parts(tokens)[:, 0]
-    return -(full(tokens.clip_visual) @ full(text)[:, :, None]).squeeze(2)
+    return (full(tokens.clip_visual) @ full(text)[:, :, None]).squeeze(2)

@@ -151,18 +151,19 @@ def test_scope(alpha):
     check_all(pruner, tokens, oracle)
 
 
+@pytest.mark.parametrize("nearest", [False, True])
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("num_keep", [1, 7, 12])
-def test_cdpruner(num_keep, parts):
+def test_cdpruner(num_keep, parts, nearest):
     """The official code's steps on the full kernel, relevance scaled per image."""
-    pruner, tokens = made("cdpruner", 0, num_keep=num_keep)
+    pruner, tokens = made("cdpruner", 0, num_keep=num_keep, nearest=nearest)
     tokens = tokens.map(lambda t: t.double() if t.is_floating_point() else t)
     tokens.clip_text_valid[:] = torch.arange(2) < parts
     kept = pruner.select(tokens).keep_indices.tolist()
     for b in range(3):
         visual = normalize(tokens.clip_visual[b], dim=-1)
         text = normalize(tokens.clip_text[b, :parts], dim=-1)
-        related = (-(visual @ text.T)).mean(dim=1)
+        related = (visual @ text.T).mean(dim=1) * (1 if nearest else -1)
         related = (related - related.min() + 1e-6) / (related.max() - related.min())
         kernel = related[:, None] * cosines(tokens.projected[b]) * related[None]
         gain, basis, chosen = kernel.diagonal().clone(), [], []

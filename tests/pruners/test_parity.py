@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional
@@ -159,6 +161,14 @@ def test_trim_with_a_fixed_number(trim):
     assert_close(out, reference["fixed_out_fp16"].float(), rtol=1e-3, atol=1e-3)  # theirs is fp16
     kept = tokens.features.gather(1, reference["fixed_idx"][:, :, None].expand(-1, -1, 32))
     assert_close(out[:, :16], kept, rtol=0, atol=0)
+
+
+def test_trim_prefers_the_nearest_if_told_to(trim):
+    """Of a prompt that is turned round, the official sign keeps the same."""
+    reference, tokens = trim
+    turned = replace(tokens, clip_text=-reference["text_embeds"][:, None])
+    selection = select("trim", turned, num_keep=17, nearest=True)
+    assert selection.anchors[:, :16].tolist() == reference["fixed_idx"].tolist()
 
 
 def test_trim_adaptive(trim):
