@@ -43,6 +43,6 @@ def test_it_bears_pruning_of_the_background(figures):
 
 
 def test_it_is_small_and_holds_no_pickle():
-    sizes = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    sizes = {path: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
     assert sum(sizes.values()) < 8 * 2**20
-    assert {Path(name).suffix for name in sizes} <= {".safetensors", ".json", ".md", ".jinja"}
+    assert {path.suffix for path in sizes} <= {".safetensors", ".json", ".md", ".jinja"}

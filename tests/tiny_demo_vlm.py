@@ -27,7 +27,9 @@ def tiny_settings(output: str | Path, steps: int = 3, **changes: object) -> Demo
         for stage in settings.stages
     ]
     shown = replace(settings.report, num_images=4, questions=4)
+    text_tower = replace(settings.text_tower, steps=2, batch_size=4, dim=16, shared_dim=8)
     small = replace(settings, output=str(output), model=MODEL, stages=stages, report=shown)
+    small = replace(small, text_tower=text_tower)
     return replace(small, checkpoint_every=2, **changes)
 
 

@@ -8,6 +8,7 @@ import dataclasses
 from ocvtp.commands import output
 from ocvtp.demo_vlm.card import control_table, figure_table, report, save_model
 from ocvtp.demo_vlm.settings import load_settings
+from ocvtp.demo_vlm.text_tower import add_text_tower
 from ocvtp.demo_vlm.training import train
 
 
@@ -27,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output:
         settings = dataclasses.replace(settings, output=arguments.output)
     save_model(train(settings, arguments.resume), settings)
+    add_text_tower(settings, arguments.resume)
     figures = report(settings, arguments.config)
     facts = {"output": settings.output, "figures": figures}
     text = f"{figure_table(figures)}\n\n{control_table(figures)}\nwrote {settings.output}"

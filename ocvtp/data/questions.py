@@ -31,16 +31,17 @@ _TERSE: dict[Kind, str] = {
     "shape": "shape {size} {colour}",
     "count": "many {plural}",
 }
-_ENGLISH: dict[Kind, str] = {
+ENGLISH: dict[Kind, str] = {
     "existence": "Is there a {colour} {shape} in the image?",
     "colour": "What colour is the {size} {shape}?",
     "shape": "What shape is the {size} {colour} object?",
     "count": "How many {plural} are there in the image?",
 }
+"""What is asked, in English."""
 
 
 def _words() -> tuple[str, ...]:
-    templates = " ".join([*_ENGLISH.values(), *_TERSE.values()])
+    templates = " ".join([*ENGLISH.values(), *_TERSE.values()])
     plain = re.findall(r"[a-z]+", re.sub(r"{\w+}", "", templates).lower())
     answers = ["yes", "no", *map(str, range(MAX_COUNT + 1)), *COLOURS, *SHAPES]
     return tuple(dict.fromkeys([*plain, *answers, *PLURALS.values(), *SIZES]))
@@ -176,5 +177,5 @@ def _question(
     kind: Kind, words: Mapping[str, str], answer: str, adversarial: bool = False
 ) -> Question:
     return Question(
-        kind, _ENGLISH[kind].format(**words), _TERSE[kind].format(**words), answer, adversarial
+        kind, ENGLISH[kind].format(**words), _TERSE[kind].format(**words), answer, adversarial
     )

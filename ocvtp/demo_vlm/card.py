@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -15,7 +16,9 @@ from ocvtp.data.scenes import LEVELS
 from ocvtp.demo_vlm.learner import Learner
 from ocvtp.demo_vlm.measure import SHARE, measure
 from ocvtp.demo_vlm.processor import build_processor
+from ocvtp.demo_vlm.retrieval import measure_text_tower
 from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
+from ocvtp.demo_vlm.text_tower import FOLDER
 from ocvtp.demo_vlm.training import STATE_FOLDER
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.files import replacing
@@ -24,6 +27,7 @@ from ocvtp.hosts.loading import load_model
 FIGURES_FILE = "figures.json"
 
 _TEMPLATE = Path(__file__).with_name("card.md")
+_TEXT_TOWER = Path(__file__).with_name("card_text_tower.md")
 _DROPPING = """\
 In {}, the language model often read a random part of an image's tokens: a 24th to three quarters
 of them, drawn towards a random direction of the features, at neighbouring positions.
@@ -48,10 +52,12 @@ def report(settings: DemoSettings, config: str) -> dict[str, Any]:
         config: its file, for the card.
 
     Returns:
-        See `measure`.
+        See `measure`; with `text_tower`, see `measure_text_tower`, where there is one.
     """
     folder = Path(settings.output)
     figures = measure(settings, folder / STATE_FOLDER / "answers")
+    if settings.text_tower is not None:
+        figures["text_tower"] = measure_text_tower(settings)
     with replacing(folder / FIGURES_FILE) as temporary:
         temporary.write_text(json.dumps({"config": config, **figures}, indent=1) + "\n")
     model, _ = load_model(settings.output, "float32")
@@ -147,6 +153,7 @@ def card(
         figures=figure_table(figures),
         share=SHARE,
         controls=control_table(figures),
+        text_tower=_text_tower(settings, figures),
         figures_file=FIGURES_FILE,
         state_folder=STATE_FOLDER,
     )
@@ -157,3 +164,16 @@ def _dropping(stages: list[StageSettings]) -> str:
     if not names:
         return "None: this model has only read whole images, so do not compare pruners on it."
     return _DROPPING.format(", ".join(names))
+
+
+def _text_tower(settings: DemoSettings, figures: Mapping[str, Any]) -> str:
+    """The section of the text tower; nothing where there is none."""
+    if settings.text_tower is None:
+        return ""
+    names = ("caption", "chance", "patches")
+    rows = ["| scenes | caption | by lot | patches |", "|---|---|---|---|"]
+    for level, found in figures["text_tower"].items():
+        rows.append(f"| {level} | " + " | ".join(_cell(found[name]) for name in names) + " |")
+    facts = asdict(settings.text_tower)
+    template = Template(_TEXT_TOWER.read_text())
+    return template.substitute(folder=FOLDER, figures="\n".join(rows), **facts)

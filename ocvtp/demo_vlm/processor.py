@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ocvtp.data.questions import WORDS
@@ -9,6 +10,7 @@ from ocvtp.demo_vlm.settings import ModelSettings
 from ocvtp.encoders.clip import plain_processor
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+_WORDS = ("user", "assistant", ":", "?", ".", *WORDS)
 BEFORE_IMAGE = f"{BOS} USER:"
 AFTER_QUESTION = "ASSISTANT:"
 CHAT_TEMPLATE = (
@@ -22,11 +24,32 @@ CHAT_TEMPLATE = (
 
 def word_tokenizer() -> Any:
     """A tokenizer of the words that questions and answers are made of, small and capital alike."""
+    special = [PAD, BOS, EOS, UNKNOWN, IMAGE]
+    return _tokenizer(
+        [*special, *_WORDS],
+        f"{BOS} $A",
+        extra_special_tokens={"image_token": IMAGE},
+        padding_side="left",
+        model_max_length=2048,
+    )
+
+
+def text_tower_tokenizer(max_length: int) -> Any:
+    """The same words as a CLIP reads them: between BOS and EOS, which come last as CLIP's do.
+
+    Args:
+        max_length: tokens that the text tower reads, BOS and EOS included.
+    """
+    return _tokenizer(
+        [PAD, UNKNOWN, *_WORDS, BOS, EOS], f"{BOS} $A {EOS}", model_max_length=max_length
+    )
+
+
+def _tokenizer(tokens: Sequence[str], sequence: str, **settings: Any) -> Any:
+    """Of whole words, numbered in this order; what it does not know is `UNKNOWN`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, BOS, EOS, UNKNOWN, IMAGE]
-    tokens = [*special, "user", "assistant", ":", "?", ".", *WORDS]
     tokenizer = Tokenizer(
         models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN)
     )
@@ -34,18 +57,15 @@ def word_tokenizer() -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", special_tokens=[(BOS, tokens.index(BOS))]
-    )
+    ends = [(name, tokens.index(name)) for name in (BOS, EOS) if name in sequence.split()]
+    tokenizer.post_processor = processors.TemplateProcessing(single=sequence, special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE},
-        padding_side="left",
-        model_max_length=2048,
+        **settings,
     )
 
 

@@ -115,6 +115,63 @@ class StageSettings:
 
 
 @dataclass(frozen=True)
+class TextTowerSettings:
+    """A CLIP text tower that is trained against the finished, frozen vision tower.
+
+    Args:
+        steps: of the optimiser.
+        batch_size: scenes a step, each with one of its captions.
+        learning_rate: at its highest.
+        warmup: steps in which it rises. hold: share of the steps after which it falls, on a cosine.
+        dim: width of the text tower. layers: its depth. num_heads: of its attention.
+        shared_dim: width of the space that images and texts share.
+        max_length: tokens of a text, BOS and EOS included.
+        num_objects: least and greatest number in a scene of the level `easy`.
+        hard: share of the scenes that are of the level `hard`.
+    """
+
+    steps: int
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    warmup: int = 50
+    hold: float = 0.3
+    dim: int = 64
+    layers: int = 2
+    num_heads: int = 4
+    shared_dim: int = 64
+    max_length: int = 16
+    num_objects: tuple[int, int] = (1, 6)
+    hard: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained."""
+        if self.steps < 1 or self.batch_size < 2:
+            raise ValueError(
+                f"text_tower: steps={self.steps}, batch_size={self.batch_size}; pass at least 1"
+                " step of 2 scenes, which are told from each other."
+            )
+        if self.dim % self.num_heads:
+            raise ValueError(
+                f"text_tower: dim={self.dim} does not split into {self.num_heads} heads; pass a"
+                " multiple of num_heads."
+            )
+
+    @property
+    def stage(self) -> StageSettings:
+        """How its scenes are drawn and its learning rate runs."""
+        return StageSettings(
+            "text tower",
+            self.steps,
+            self.batch_size,
+            warmup=self.warmup,
+            hold=self.hold,
+            dense=1.0,
+            num_objects=self.num_objects,
+            hard=self.hard,
+        )
+
+
+@dataclass(frozen=True)
 class ReportSettings:
     """What the model card's figures are measured on.
 
@@ -138,6 +195,7 @@ class DemoSettings:
         output: folder of the model; the state of the training is in `training/` there.
         model: sizes.
         stages: in order.
+        text_tower: that is trained last, against the finished vision tower; None: there is none.
         report: of the card.
         seed: of weights, scenes and questions.
         device: e.g. `cpu`, `cuda`.
@@ -149,6 +207,7 @@ class DemoSettings:
     output: str
     stages: list[StageSettings]
     model: ModelSettings = ModelSettings()
+    text_tower: TextTowerSettings | None = None
     report: ReportSettings = ReportSettings()
     seed: int = 0
     device: str = "cpu"
@@ -178,8 +237,10 @@ def load_settings(path: str | Path) -> DemoSettings:
     except ArgumentError as error:
         raise ValueError(f"--config {path} does not parse: {error}") from error
     stages = [StageSettings(**stage) for stage in values["stages"]]
+    text_tower = values["text_tower"]
     parts = {
         "model": ModelSettings(**values["model"]),
         "report": ReportSettings(**values["report"]),
+        "text_tower": TextTowerSettings(**text_tower) if text_tower else None,
     }
     return DemoSettings(**{**values, "stages": stages, **parts})
