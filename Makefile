@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 
-.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench hosts readme clean
+.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench accuracy hosts readme clean
 
 install: $(STAMP)
 
@@ -63,6 +63,26 @@ bench: install
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.stages
+
+# Every pruner on the shipped demo VLM, then the README's table.
+PRUNERS := ocvtp divprune scope fopru fopru:strategy=row visionzip hiprune:object_block=2 fastervlm \
+	vispruner prumerge prumerge_plus holov greedyprune trimtokenator zspaprune todre visiondrop fps \
+	kmeans ridge ridge:weights=none trim trim:nearest=true \
+	cdpruner cdpruner:nearest=true tome vprune "fastv:stages=[[1,K]]" \
+	"pyramiddrop:stages=[[1,K]]" "sparsevlm:stages=[[1,K]]" "dart:stages=[[1,K]]" \
+	"topv:stages=[[1,K]]" vflowopt "vitcop:stages=[[2,K]]" todre:later=true
+RESULTS := docs/results/demo-vlm
+
+accuracy: export OMP_NUM_THREADS := 1
+accuracy: install
+	mkdir -p $(RESULTS)
+	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --num-images 500 \
+		--pruners $(PRUNERS) --num-keep 72 36 16 8 --batch-size 64 --skip-unfit \
+		--checkpoint $(wildcard checkpoints/demo-pruner/*) --text-tower checkpoints/demo-vlm/clip \
+		--output outputs/accuracy --json > outputs/accuracy/summary.json
+	cp outputs/accuracy/summary.json $(RESULTS)/results.json
+	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
+	$(BIN)/python -m benchmarks.readme
 
 # What every host can do, on the newest transformers and the oldest.
 hosts: install $(OLDEST)/.installed

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import distributed
 from torch.utils.data import Dataset
 
-from ocvtp.data.module import CocoDataModule, ResumableLoader, SceneDataModule, StreamSampler
+from ocvtp.data.loader import ResumableLoader, StreamSampler
+from ocvtp.data.module import CocoDataModule, SceneDataModule
 from ocvtp.data.scenes import write_scenes
 
 NUM_TRAIN, BATCH = 23, 4
@@ -327,6 +328,15 @@ def test_skipped_images_are_named(root, tmp_path):
         list(data.train_dataloader())
 
 
+def test_training_batches_have_instances_where_asked(root):
+    for asked in (False, True):
+        data = data_module(root, train_instances=asked)
+        data.setup("fit")
+        assert ("instances" in next(iter(data.train_dataloader()))) == asked
+    with pytest.raises(ValueError, match="with_instances=True needs masks"):
+        data_module(root, train_annotations=None, train_instances=True).setup("fit")
+
+
 def test_setup_says_what_is_missing(root, tmp_path):
     with pytest.raises(ValueError, match="CocoDataModule has no transform"):
         CocoDataModule(str(root)).setup("fit")
@@ -355,3 +365,25 @@ def test_scenes_are_drawn_by_the_trainer(tmp_path):
     assert sorted(sum(recorder.seen, [])) == [1, 2, 3, 4, 5, 6]
     assert recorder.val_seen[-1][0] == [1, 2]
     assert Image.open(root / "val2017/000000000002.jpg").size == (48, 48)
+
+
+def test_scenes_have_a_level(tmp_path):
+    counts = {}
+    for level in ("easy", "hard", "both"):
+        data = SceneDataModule(
+            str(tmp_path / level),
+            num_train=5,
+            num_val=2,
+            level=level,
+            batch_size=5,
+            train_instances=True,
+            transform=Identity(),
+        )
+        data.prepare_data()
+        data.setup("fit")
+        instances = next(iter(data.train_dataloader()))["instances"]
+        counts[level] = sorted(instances.flatten(1).amax(dim=1).tolist())
+        assert len(data.val_set) == 2
+    assert max(counts["easy"]) <= 6 <= min(counts["hard"]), counts
+    assert counts["both"][2] <= 6 <= counts["both"][3], counts  # three are easy, two are hard
+    assert len(list((tmp_path / "both/hard/train2017").iterdir())) == 2

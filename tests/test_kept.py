@@ -78,7 +78,7 @@ def alone(tokens, b):
 # ------------------------------------------------------------------------- loss
 
 
-def naive_loss(net, tokens, num_slots, objective):
+def naive_loss(net, tokens, num_slots, objective, objects=None):
     """One image, by the recipe: S written out, the inverse taken, the greedy solver with loops."""
     _, attention = net.assign(tokens.hidden[3], num_slots)
     shares = (attention / attention.sum(dim=2, keepdim=True))[0]  # [K, N]
@@ -95,6 +95,8 @@ def naive_loss(net, tokens, num_slots, objective):
     y = (tokens.hidden[-2][0] - net.targets.mean) / net.targets.scale
     y = y - y.mean(dim=0)
     omega = tokens.attention[-1, "cls"][0] ** (objective.weight_power / num_slots)
+    if objects is not None:
+        omega = omega * (objects[0] + objective.object_floor)
     omega = omega / omega.mean()
     energy = (omega * y.square().sum(dim=1)).mean()
     z = matrix @ y
@@ -133,6 +135,25 @@ def test_loss_and_gradient_are_the_recipes(num_slots, ridge, teacher):
     assert all(gradient.abs().max() > 0 for gradient in found)
     assert_close(outcome.logs["ridge_error"], sum(error for error, _ in parts).detach() / 3)
     assert ("teacher" in outcome.logs) == (teacher > 0)
+
+
+def test_objects_multiply_the_weights_by_the_covered_shares():
+    net, tokens = network(), draw([16, 16])
+    objects = torch.zeros(2, 16)
+    objects[0, 3:6], objects[1, 9] = torch.tensor([1.0, 0.5, 0.25]), 1.0
+    objective = KeptObjective(objects=True, object_floor=0.05)
+    outcome = objective(net, tokens, 5, objects)
+    parts = [naive_loss(net, alone(tokens, b), 5, objective, objects[b : b + 1]) for b in range(2)]
+    assert_close(outcome.loss, sum(error + 0.1 * missed for error, missed in parts) / 2)
+    with pytest.raises(ValueError, match="objects=True reads the masks.*the batch has none"):
+        objective(net, tokens, 5)
+
+
+def test_padding_weighs_nothing_with_objects():
+    net, objective = network(), KeptObjective(objects=True)
+    objects = torch.rand(3, 16, generator=torch.Generator().manual_seed(0))
+    found = [objective(net, draw([16, 9, 13], fill), 5, objects).loss for fill in (0.0, 7.0)]
+    assert_close(found[0], found[1])
 
 
 @pytest.mark.parametrize("num_slots", [5, 12, 20])  # few, more than one image has, than all have
@@ -180,12 +201,15 @@ def test_needs_are_two_layers_and_the_attention_of_the_weights():
     assert KeptObjective(target_layer=3, weights="none").needs(3) == Needs(hidden=(3,))
     received = KeptObjective(weights="received", weight_block=4).needs(3)
     assert received.attention == ((4, "received"),)
+    assert KeptObjective(weights="none", objects=True).reads_objects
+    assert not KeptObjective().reads_objects
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"weights": "given"}, "pass one of 'cls', 'received', 'none'"),
+        ({"objects": True, "object_floor": 0.0}, "object_floor=0.0"),
         ({"penalty": 0.0}, "penalty=0.0.*above 0"),
         ({"weight_power": -1.0}, "weight_power=-1.0"),
         ({"ridge": 0.0, "teacher": 0.0}, "ridge=0.0, teacher=0.0"),

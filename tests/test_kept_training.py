@@ -16,8 +16,10 @@ from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.export import export_checkpoint
 from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.matching import one_to_one
+from ocvtp.structures import VisualTokens
 from ocvtp.training.metrics import reconstruction_residual
 from ocvtp.training.module import OCPrunerModule
+from ocvtp.training.objects import object_shares
 from ocvtp.training.statistics import measure_statistics
 
 
@@ -60,6 +62,32 @@ def test_fifty_steps_lower_the_loss_and_export_what_was_trained(tmp_path, scenes
     assert (exported.config.objective, exported.config.target_layer) == ("kept", -2)
     for name, value in exported.state_dict().items():
         assert_close(value, model.network.state_dict()[name], rtol=0, atol=0)
+
+
+def test_masks_of_objects_weigh_in_training_and_validation(tmp_path, scenes):
+    model = module(objective=KeptObjective(objects=True), network=SIZES, statistics_images=8)
+    masks = data(scenes, model, train_instances=True)
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=1)
+    run.fit(model, masks)
+    assert run.global_step == 2
+    assert 0 < val_loss(model, scenes, tmp_path) < 2
+    model = module(objective=KeptObjective(objects=True), network=SIZES, statistics_images=8)
+    with pytest.raises(ValueError, match="train_instances of the data to true"):
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(model, data(scenes, model))
+
+
+def test_objects_cover_a_share_of_each_patch():
+    tokens = VisualTokens(torch.zeros(2, 6, 4), (2, 3))
+    instances = torch.zeros(2, 8, 12, dtype=torch.long)
+    instances[0, :4, 4:6], instances[1, 6:, 8:] = 3, 1  # half of token 1, half of token 5
+    shares = object_shares({"instances": instances}, tokens)
+    assert_close(shares, torch.tensor([[0, 0.5, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0.5]]))
+    for several in ({"instances": [instances[0], instances[1, :4]]}, {"instances": instances}):
+        grids = (
+            tokens if isinstance(several["instances"], list) else replace(tokens, grid_hw=(1, 3))
+        )
+        with pytest.raises(ValueError, match="one token grid for all images"):
+            object_shares(several, grids)
 
 
 def test_a_resumed_run_measures_nothing_again(tmp_path, scenes, monkeypatch):

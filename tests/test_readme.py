@@ -26,12 +26,14 @@ def test_the_table_of_pruners_is_the_registry():
 
 
 def test_the_measured_tables_are_the_result_files():
+    from benchmarks.accuracy import accuracy_table
     from benchmarks.table import hosts_tables, select_table, stages_table, table
 
     assert generated("measured") == table()
     assert generated("hosts") == hosts_tables()
     assert generated("stages") == stages_table()
     assert generated("select") == select_table()
+    assert generated("accuracy") == accuracy_table()
 
 
 def test_its_make_targets_and_files_exist():

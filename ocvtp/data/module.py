@@ -1,137 +1,17 @@
-"""The LightningDataModules, and a loader whose order is one stream that a checkpoint can continue.
-
-Batch k of a run depends on the seed and on k alone: not on how often the run was stopped, nor on
-how Lightning counts the epoch in which it was.
-"""
+"""The LightningDataModules."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import distributed
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ocvtp.data.coco import CocoImages, ImageTransform, collate
-from ocvtp.data.scenes import write_scenes
-
-
-class StreamSampler(DistributedSampler[int]):
-    """This process's share of each epoch's order, which depends on seed and epoch alone.
-
-    A DistributedSampler, so that Lightning leaves it in place. Where the processes do not divide
-    the images, the last ones of an order are left out of its epoch.
-
-    Args:
-        dataset: with a length.
-        seed: of the orders, not negative.
-    """
-
-    def __init__(self, dataset: Dataset[Any], seed: int = 0) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
-        num_replicas = distributed.get_world_size() if together else 1
-        rank = distributed.get_rank() if together else 0
-        super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
-        self.num_images = len(dataset)  # type: ignore[arg-type]
-        self._next = (0, 0)
-
-    def seek(self, epoch: int, first: int) -> None:
-        """The next pass is over `epoch`, without the first `first` images of this process."""
-        self._next = (epoch, first)
-
-    def __iter__(self) -> Iterator[int]:
-        epoch, first = self._next
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-        share = order[: self.total_size][self.rank :: self.num_replicas]
-        return iter(share[first:].tolist())
-
-
-class ResumableLoader(DataLoader[Any]):
-    """A loader over an endless stream of shuffled epochs that knows how far it was read.
-
-    A pass yields `len(loader)` batches from where the last one ended; the first pass after
-    `load_state_dict` ends with the epoch that was interrupted. A loader that was never read and got
-    no state starts with the epoch that `sampler.set_epoch` named, as Lightning does.
-
-    Args:
-        dataset: with a length.
-        batch_size: per process; what is left over at the end of an epoch is dropped.
-        seed: of the orders, not negative.
-        options: of `torch.utils.data.DataLoader`.
-
-    Raises:
-        ValueError: if there is not one whole batch.
-    """
-
-    def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int = 0, **options: Any
-    ) -> None:
-        self.stream = StreamSampler(dataset, seed)
-        if not 1 <= batch_size <= len(self.stream):
-            raise ValueError(
-                f"batch_size={batch_size} does not fit the {len(self.stream)} training images of a "
-                "process; pass more images, or a batch_size from 1 to their number."
-            )
-        options.setdefault("sampler", self.stream)
-        options.setdefault("generator", _own_generator(seed))
-        super().__init__(dataset, batch_size, **{"drop_last": True, **options})
-        self._batches: int | None = None
-        self._loaded = False
-
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands, and what that number depends on."""
-        epoch, batch = divmod(self._batches or 0, len(self))
-        return {"epoch": epoch, "batch": batch, **self._layout()}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue where the loader of `state_dict` stood.
-
-        Raises:
-            ValueError: if that was inside an epoch that other settings made.
-        """
-        layout = self._layout()
-        saved = {name: state[name] for name in layout}
-        if state["batch"] and saved != layout:
-            raise ValueError(
-                f"the checkpoint was written inside an epoch with {saved}, but now there is "
-                f"{layout}, so the batches that were left do not exist; resume with the same data "
-                "settings, or from a checkpoint written at the end of an epoch."
-            )
-        self._batches = state["epoch"] * len(self) + state["batch"]
-        self._loaded = True
-
-    def _layout(self) -> dict[str, int]:
-        return {
-            "num_images": self.stream.num_images,
-            "batch_size": self.batch_size or 0,
-            "num_processes": self.stream.num_replicas,
-            "seed": self.stream.seed,
-        }
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """One pass; reads nothing before the first batch, as Lightning names the epoch late."""
-        if self._batches is None:
-            self._batches = self.stream.epoch * len(self)
-        left = len(self) - (self._batches % len(self) if self._loaded else 0)
-        self._loaded = False
-        while left:
-            epoch, batch = divmod(self._batches, len(self))
-            self.stream.seek(epoch, batch * (self.batch_size or 0))
-            for item in super().__iter__():
-                self._batches += 1
-                left -= 1
-                yield item
-                if not left:
-                    break
-
-
-def _own_generator(seed: int) -> torch.Generator:
-    """Seeds workers without a draw from the global generator, which belongs to the model."""
-    return torch.Generator().manual_seed(seed)
+from ocvtp.data.loader import ResumableLoader, own_generator
+from ocvtp.data.scenes import Level, write_scenes
 
 
 class CocoDataModule(pl.LightningDataModule):
@@ -149,6 +29,7 @@ class CocoDataModule(pl.LightningDataModule):
         on_error: `raise` on an unreadable image, or `skip` it and name it in `errors`.
         limit_train: use only the first so many training images.
         limit_val: the same for validation.
+        train_instances: whether training batches have `instances` too.
         seed: of the training order, not negative.
         transform: the host's image processing; may be set later, as the attribute of that name.
     """
@@ -166,6 +47,7 @@ class CocoDataModule(pl.LightningDataModule):
         on_error: Literal["raise", "skip"] = "raise",
         limit_train: int | None = None,
         limit_val: int | None = None,
+        train_instances: bool = False,
         seed: int = 0,
         transform: ImageTransform | None = None,
     ) -> None:
@@ -178,10 +60,11 @@ class CocoDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.on_error = on_error
         self.limit_train, self.limit_val = limit_train, limit_val
+        self.train_instances = train_instances
         self.seed = seed
         self.transform = transform
-        self.train_set: CocoImages | None = None
-        self.val_set: CocoImages | None = None
+        self.train_set: Dataset[Any] | None = None
+        self.val_set: Dataset[Any] | None = None
         self._loader: ResumableLoader | None = None
         self._state: dict[str, int] = {}
 
@@ -198,12 +81,24 @@ class CocoDataModule(pl.LightningDataModule):
         """
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
-            self.train_set = self._open(*self.train_paths, self.limit_train, instances=False)
+            masks = self.train_instances
+            self.train_set = self._open(*self.train_paths, self.limit_train, instances=masks)
         if stage in (None, "fit", "validate") and self.has_validation:
-            self.val_set = self._open(*self.val_paths, self.limit_val, instances=True)
+            masks = self.val_paths[1] is not None
+            self.val_set = self._open(*self.val_paths, self.limit_val, instances=masks)
 
     def _open(
         self, images: str | None, annotations: str | None, limit: int | None, instances: bool
+    ) -> Dataset[Any]:
+        return self._images(self.root, images, annotations, limit, instances)
+
+    def _images(
+        self,
+        root: Path,
+        images: str | None,
+        annotations: str | None,
+        limit: int | None,
+        instances: bool,
     ) -> CocoImages:
         if self.transform is None:
             raise ValueError(
@@ -211,11 +106,11 @@ class CocoDataModule(pl.LightningDataModule):
                 "of the encoder before the Trainer runs."
             )
         return CocoImages(
-            self.root / (images or ""),
-            None if annotations is None else self.root / annotations,
+            root / (images or ""),
+            None if annotations is None else root / annotations,
             self.transform,
             on_error=self.on_error,
-            with_instances=instances and annotations is not None,
+            with_instances=instances,
             limit=limit,
         )
 
@@ -233,7 +128,7 @@ class CocoDataModule(pl.LightningDataModule):
         """Batches in the order of the images; none without validation images."""
         if not self.has_validation:
             return []
-        generator = _own_generator(self.seed)
+        generator = own_generator(self.seed)
         options = {**self._options(), "generator": generator}
         return DataLoader(_opened(self.val_set), self.val_batch_size, **options)
 
@@ -256,7 +151,7 @@ class CocoDataModule(pl.LightningDataModule):
         self._loader, self._state = None, state
 
 
-def _opened(dataset: CocoImages | None) -> CocoImages:
+def _opened(dataset: Dataset[Any] | None) -> Dataset[Any]:
     if dataset is None:
         raise ValueError("the data is not open yet; call setup() first, or let the Trainer do it.")
     return dataset
@@ -271,6 +166,8 @@ class SceneDataModule(CocoDataModule):
         num_val: validation scenes.
         image_size: pixels of an edge.
         scene_seed: of the drawing.
+        level: how hard they are to read; `both`: half of them easy, half hard, each in a folder of
+            its own, and `limit_train` and `limit_val` are of each.
         options: of `CocoDataModule`.
     """
 
@@ -281,11 +178,28 @@ class SceneDataModule(CocoDataModule):
         num_val: int = 200,
         image_size: int = 96,
         scene_seed: int = 0,
+        level: Level | Literal["both"] = "easy",
         **options: Any,
     ) -> None:
         super().__init__(root, **options)
-        self._scenes = (num_train, num_val, image_size, scene_seed)
+        self._scenes = (image_size, scene_seed)
+        whole = (num_train, num_val)
+        hard = (num_train // 2, num_val // 2)
+        easy = (num_train - hard[0], num_val - hard[1])
+        self._folders: dict[Level, tuple[Path, tuple[int, int]]]
+        if level == "both":
+            self._folders = {"easy": (self.root / "easy", easy), "hard": (self.root / "hard", hard)}
+        else:
+            self._folders = {level: (self.root, whole)}
 
     def prepare_data(self) -> None:
         """Draw the scenes that are not there yet."""
-        write_scenes(self.root, *self._scenes)
+        for level, (folder, counts) in self._folders.items():
+            write_scenes(folder, *counts, *self._scenes, level=level)
+
+    def _open(
+        self, images: str | None, annotations: str | None, limit: int | None, instances: bool
+    ) -> Dataset[Any]:
+        paths = (images, annotations, limit, instances)
+        parts = [self._images(folder, *paths) for folder, _ in self._folders.values()]
+        return parts[0] if len(parts) == 1 else ConcatDataset(parts)

@@ -42,6 +42,10 @@ class KeptObjective(Objective):
             in training only.
         weight_block: block of the tower whose attention that is; the last one.
         weight_power: the weights are attention ** (weight_power / K).
+        objects: whether they are also multiplied by how much of a token's patch the masks of
+            annotated objects cover, in training only, so that the network learns to tell objects
+            from what only looks like them; the training images must have masks.
+        object_floor: added to the covered share, so that the rest counts a little.
         penalty: of the ridge, a share of the mean squared length of the tokens.
         ridge: weight of the restoring error.
         teacher: weight of the greedy solver's tokens; 0 leaves it out.
@@ -58,11 +62,15 @@ class KeptObjective(Objective):
         weights: WeightKind = "cls",
         weight_block: int = -1,
         weight_power: float = 4.0,
+        objects: bool = False,
+        object_floor: float = 0.01,
         penalty: float = 0.3,
         ridge: float = 1.0,
         teacher: float = 0.1,
     ) -> None:
         weight_attention(weights, weight_block)
+        if not object_floor > 0:
+            raise ValueError(f"object_floor={object_floor}; pass a number above 0.")
         if not penalty > 0 or not weight_power >= 0:
             raise ValueError(
                 f"penalty={penalty}, weight_power={weight_power}; pass a penalty above 0 and a"
@@ -73,8 +81,9 @@ class KeptObjective(Objective):
                 f"ridge={ridge}, teacher={teacher}; pass weights of at least 0, one of them above."
             )
         self.target_layer: int = target_layer
-        self.weights: WeightKind = weights
         self.weight_block, self.weight_power = weight_block, weight_power
+        self.weights: WeightKind = weights
+        self.reads_objects, self.object_floor = objects, object_floor
         self.penalty = penalty
         self.ridge, self.teacher = ridge, teacher
 
@@ -98,24 +107,48 @@ class KeptObjective(Objective):
         attention = weight_attention(self.weights, self.weight_block)
         return Needs(hidden=tuple({layer: 0, self.target_layer: 0}), attention=attention)
 
-    def __call__(self, network: OCPruner, tokens: VisualTokens, num_slots: int) -> Outcome:
-        """See `Objective.__call__`."""
+    def __call__(
+        self,
+        network: OCPruner,
+        tokens: VisualTokens,
+        num_slots: int,
+        objects: Tensor | None = None,
+    ) -> Outcome:
+        """See `Objective.__call__`.
+
+        Raises:
+            ValueError: without `objects` where the weights read them.
+        """
         features = tokens.hidden[network.config.layer]
         slots, attention = network.assign(features, num_slots, valid=tokens.valid)
         with torch.autocast(features.device.type, enabled=False):
-            loss, logs = self._loss(network, tokens, attention)
+            weights = self._weights(tokens, num_slots, objects)
+            loss, logs = self._loss(network, tokens, attention, weights)
         return Outcome(loss, slots, attention, logs)
 
+    def _weights(self, tokens: VisualTokens, num_slots: int, objects: Tensor | None) -> Tensor:
+        """[B, N], 0 on padding; sums to 1."""
+        weights = token_weights(
+            tokens, self.weights, self.weight_block, num_slots, self.weight_power
+        )
+        if not self.reads_objects:
+            return weights
+        if objects is None:
+            raise ValueError(
+                "objects=True reads the masks of annotated objects, and the batch has none; train"
+                " on images with masks, or set objects to false."
+            )
+        weights = weights * (objects + self.object_floor)
+        total = weights.sum(dim=1, keepdim=True)
+        return weights / total.clamp(min=torch.finfo(weights.dtype).tiny)
+
     def _loss(
-        self, network: OCPruner, tokens: VisualTokens, attention: Tensor
+        self, network: OCPruner, tokens: VisualTokens, attention: Tensor, weights: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the slots' attention [B, S, N], and its parts."""
         assert network.targets is not None
         num_slots, valid = attention.shape[1], tokens.valid
         targets = centred(network.targets(tokens.hidden[self.target_layer].float()), valid)
-        weights = token_weights(
-            tokens, self.weights, self.weight_block, num_slots, self.weight_power
-        )
         if (absent := num_slots - tokens.num_tokens) > 0:  # slots without a token take padding
             attention, weights = pad(attention, (0, absent)), pad(weights, (0, absent))
             targets, valid = pad(targets, (0, 0, 0, absent)), pad(tokens.real, (0, absent))

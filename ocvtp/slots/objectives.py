@@ -154,6 +154,8 @@ class Objective(ABC):
     decoder: DecoderConfig | None = None
     target_layer: int | None = None
     """Layer of the tower whose tokens are restored; None for the one that the network reads."""
+    reads_objects: bool = False
+    """Whether it is told which tokens show annotated objects; training data must have masks."""
 
     def check(self, sizes: NetworkSizes) -> None:
         """Refuse networks that this objective cannot train.
@@ -173,6 +175,7 @@ class Objective(ABC):
         network: OCPruner,
         tokens: VisualTokens,
         num_slots: int,
+        objects: Tensor | None = None,
     ) -> Outcome:
         """The loss of one batch.
 
@@ -181,6 +184,8 @@ class Objective(ABC):
                 and the decoder sees no token.
             tokens: what `needs` asked for.
             num_slots: S.
+            objects: [B, N] how much of each token's patch shows annotated objects, 0..1; for
+                objectives that read it.
         """
 
 
@@ -214,8 +219,10 @@ class SlotsObjective(Objective):
         network: OCPruner,
         tokens: VisualTokens,
         num_slots: int,
+        objects: Tensor | None = None,
     ) -> Outcome:
         """See `Objective.__call__`."""
+        del objects
         features = tokens.hidden[network.config.layer]
         slots, attention = network.assign(features, num_slots, valid=tokens.valid)
         visible: Visible = "random" if network.training else "none"

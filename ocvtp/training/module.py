@@ -32,6 +32,7 @@ from ocvtp.training.metrics import (
     reconstruction_residual,
     slot_labels,
 )
+from ocvtp.training.objects import object_shares
 from ocvtp.training.statistics import measure_statistics
 
 _LOG = logging.getLogger(__name__)
@@ -157,7 +158,8 @@ class OCPrunerModule(pl.LightningModule):
 
     def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
         tokens = self.encoder(batch["pixel_values"], batch["image_sizes"])
-        return tokens, self.objective(self.network, tokens, num_slots)
+        objects = object_shares(batch, tokens) if self.objective.reads_objects else None
+        return tokens, self.objective(self.network, tokens, num_slots, objects)
 
     def _score_masks(self, masks: list[Tensor], instances: Tensor | list[Tensor]) -> None:
         """Add [S, h, w] slot masks and [H, W] instance ids to the metrics, equal sizes together."""

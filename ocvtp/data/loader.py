@@ -1,0 +1,129 @@
+"""A loader whose order is one stream that a checkpoint can continue.
+
+Batch k of a run depends on the seed and on k alone: not on how often the run was stopped, nor on
+how Lightning counts the epoch in which it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class StreamSampler(DistributedSampler[int]):
+    """This process's share of each epoch's order, which depends on seed and epoch alone.
+
+    A DistributedSampler, so that Lightning leaves it in place. Where the processes do not divide
+    the images, the last ones of an order are left out of its epoch.
+
+    Args:
+        dataset: with a length.
+        seed: of the orders, not negative.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int = 0) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        num_replicas = distributed.get_world_size() if together else 1
+        rank = distributed.get_rank() if together else 0
+        super().__init__(dataset, num_replicas, rank, seed=seed, drop_last=True)
+        self.num_images = len(dataset)  # type: ignore[arg-type]
+        self._next = (0, 0)
+
+    def seek(self, epoch: int, first: int) -> None:
+        """The next pass is over `epoch`, without the first `first` images of this process."""
+        self._next = (epoch, first)
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, first = self._next
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+        share = order[: self.total_size][self.rank :: self.num_replicas]
+        return iter(share[first:].tolist())
+
+
+class ResumableLoader(DataLoader[Any]):
+    """A loader over an endless stream of shuffled epochs that knows how far it was read.
+
+    A pass yields `len(loader)` batches from where the last one ended; the first pass after
+    `load_state_dict` ends with the epoch that was interrupted. A loader that was never read and got
+    no state starts with the epoch that `sampler.set_epoch` named, as Lightning does.
+
+    Args:
+        dataset: with a length.
+        batch_size: per process; what is left over at the end of an epoch is dropped.
+        seed: of the orders, not negative.
+        options: of `torch.utils.data.DataLoader`.
+
+    Raises:
+        ValueError: if there is not one whole batch.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], batch_size: int, seed: int = 0, **options: Any
+    ) -> None:
+        self.stream = StreamSampler(dataset, seed)
+        if not 1 <= batch_size <= len(self.stream):
+            raise ValueError(
+                f"batch_size={batch_size} does not fit the {len(self.stream)} training images of a "
+                "process; pass more images, or a batch_size from 1 to their number."
+            )
+        options.setdefault("sampler", self.stream)
+        options.setdefault("generator", own_generator(seed))
+        super().__init__(dataset, batch_size, **{"drop_last": True, **options})
+        self._batches: int | None = None
+        self._loaded = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands, and what that number depends on."""
+        epoch, batch = divmod(self._batches or 0, len(self))
+        return {"epoch": epoch, "batch": batch, **self._layout()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where the loader of `state_dict` stood.
+
+        Raises:
+            ValueError: if that was inside an epoch that other settings made.
+        """
+        layout = self._layout()
+        saved = {name: state[name] for name in layout}
+        if state["batch"] and saved != layout:
+            raise ValueError(
+                f"the checkpoint was written inside an epoch with {saved}, but now there is "
+                f"{layout}, so the batches that were left do not exist; resume with the same data "
+                "settings, or from a checkpoint written at the end of an epoch."
+            )
+        self._batches = state["epoch"] * len(self) + state["batch"]
+        self._loaded = True
+
+    def _layout(self) -> dict[str, int]:
+        return {
+            "num_images": self.stream.num_images,
+            "batch_size": self.batch_size or 0,
+            "num_processes": self.stream.num_replicas,
+            "seed": self.stream.seed,
+        }
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """One pass; reads nothing before the first batch, as Lightning names the epoch late."""
+        if self._batches is None:
+            self._batches = self.stream.epoch * len(self)
+        left = len(self) - (self._batches % len(self) if self._loaded else 0)
+        self._loaded = False
+        while left:
+            epoch, batch = divmod(self._batches, len(self))
+            self.stream.seek(epoch, batch * (self.batch_size or 0))
+            for item in super().__iter__():
+                self._batches += 1
+                left -= 1
+                yield item
+                if not left:
+                    break
+
+
+def own_generator(seed: int) -> torch.Generator:
+    """Seeds workers without a draw from the global generator, which belongs to the model."""
+    return torch.Generator().manual_seed(seed)
