@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
+SCENE := outputs/data/demo_kept/val2017/000000000001.jpg
 
 .PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench accuracy hosts readme clean
 
@@ -17,15 +18,18 @@ $(STAMP): pyproject.toml
 # One thread: models this small gain little from more, and lose much beside other work.
 demo: export OMP_NUM_THREADS := 1
 demo: install
-	$(BIN)/ocvtp train --config configs/train/scenes.yaml
-	$(BIN)/ocvtp export --checkpoint outputs/train/scenes/checkpoints/best.ckpt --output $(DEMO)/oc-pruner
-	$(BIN)/ocvtp answer --model random:tiny-llava --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
-		--num-keep 16 --image outputs/data/scenes/val2017/000000000001.jpg --prompt "What is in the picture?"
-	$(BIN)/ocvtp show --model random:tiny-llava --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
-		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope trim zspaprune ridge \
-		tome "fastv:stages=[[1,16]]" random \
-		--prompt "What is in the picture?" --text-tower random:tiny \
-		--image outputs/data/scenes/val2017/000000000001.jpg --output $(DEMO)/kept.png
+	$(BIN)/ocvtp train --config configs/train/demo_kept.yaml --trainer.max_epochs 4
+	$(BIN)/ocvtp export --checkpoint outputs/train/demo_kept/checkpoints/best.ckpt --output $(DEMO)/oc-pruner
+	$(BIN)/ocvtp answer --model checkpoints/demo-vlm --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
+		--num-keep 16 --image $(SCENE) --prompt "How many circles are there in the image?"
+	rm -rf $(DEMO)/accuracy
+	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --num-images 40 \
+		--pruners ocvtp divprune fopru visionzip ridge --checkpoint $(DEMO)/oc-pruner \
+		--num-keep 16 --batch-size 64 --output $(DEMO)/accuracy
+	$(BIN)/ocvtp show --model checkpoints/demo-vlm --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
+		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope zspaprune ridge \
+		trim tome "fastv:stages=[[1,16]]" random --text-tower checkpoints/demo-vlm/clip \
+		--prompt "How many circles are there in the image?" --image $(SCENE) --output $(DEMO)/kept.png
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
