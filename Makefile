@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
-SCENE := outputs/data/demo_kept/val2017/000000000001.jpg
+SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
 .PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench accuracy hosts readme clean
 
