@@ -6,6 +6,7 @@ Drawn on an Agg canvas of their own: nothing touches pyplot or matplotlib's glob
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -36,8 +37,8 @@ _GREY, _FAINT, _INK = "#707070", "#d8d8d8", "#222222"
 def accuracy(facts: Facts) -> Figure | None:
     """Every metric against the share of tokens kept, a panel each; fewer tokens to the right.
 
-    The best pruners at the smallest budget but one have colours and intervals, controls are
-    dashed, the others faint.
+    The best pruners at the smallest budget but one have colours, the same in all panels, and
+    intervals; controls are dashed, the others faint.
 
     Args:
         facts: see `ocvtp.evaluation.report.results`.
@@ -49,8 +50,9 @@ def accuracy(facts: Facts) -> Figure | None:
         return None
     metrics = facts["metrics"]
     drawing, panels = _canvas(len(metrics), width=6.4, height=5.2)
+    colours = _colours(facts)
     for panel, metric in zip(panels, metrics, strict=True):
-        _draw_lines(panel, facts, metric)
+        _draw_lines(panel, facts, metric, colours)
     return drawing
 
 
@@ -95,15 +97,26 @@ def _canvas(panels: int, width: float, height: float) -> tuple[Figure, Sequence[
     return drawing, axes
 
 
-def _draw_lines(axis: Any, facts: Facts, metric: str) -> None:
+def _best_first(facts: Facts, metric: str) -> dict[str, bool]:
+    """Labels that have figures, best first, and which are controls."""
+    budgets = (focus(facts), *pruned_budgets(facts))
+    ordered = [row for budget in budgets for row in ranked(facts, metric, budget)]
+    return {row["label"]: row["control"] for row in ordered if _has(row, metric)}
+
+
+def _colours(facts: Facts) -> dict[str, str]:
+    """Colours of the best pruners: of every metric the best, of every metric the second, ..."""
+    orders = [_best_first(facts, metric) for metric in facts["metrics"]]
+    pruners = [[label for label, control in order.items() if not control] for order in orders]
+    turns = [label for turn in zip_longest(*pruners) for label in turn if label is not None]
+    return dict(zip(dict.fromkeys(turns), _COLOURS, strict=False))
+
+
+def _draw_lines(axis: Any, facts: Facts, metric: str, colours: dict[str, str]) -> None:
     """One metric against the budget."""
     columns, scale = pruned_budgets(facts), _scale(facts)
-    ordered = [row for b in (focus(facts), *columns) for row in ranked(facts, metric, b)]
-    control = {row["label"]: row["control"] for row in ordered}  # best first
+    control = _best_first(facts, metric)
     lines = {label: _line(facts, metric, label) for label in control}
-    lines = {label: line for label, line in lines.items() if len(line)}
-    best = [label for label in lines if not control[label]][: len(_COLOURS)]
-    colours = dict(zip(best, _COLOURS, strict=False))
     ends = []
     for label, line in reversed(lines.items()):  # the best on top
         x, value, low, high = line.T

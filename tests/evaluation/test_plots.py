@@ -107,6 +107,21 @@ def test_a_panel_a_metric():
         assert len(drawing.axes) == 2
 
 
+def test_a_pruner_has_one_colour_in_all_panels_and_the_best_of_each_are_named():
+    rows = [row("random", 0.5, 0, 400, figures={"a": share(5, 400), "b": share(5, 400)})]
+    for i in range(12):  # p0 is the best of a, p11 of b
+        figures = {"a": share(380 - 10 * i, 400), "b": share(200 + 10 * i, 400)}
+        rows.append(row(f"p{i}", 0.5, 0, 400, figures=figures))
+    left, right = accuracy(results(report(*rows, metrics=["a", "b"]))).axes
+    names = [
+        {text.get_text(): text.get_color() for text in axis.texts if text.get_text()[0] == "p"}
+        for axis in (left, right)
+    ]
+    assert set(names[0]) == {"p0", "p1", "p2", "p3", "p8", "p9", "p10", "p11"}
+    assert names[0] == names[1]
+    assert len(set(names[0].values())) == 8
+
+
 def test_nothing_to_draw_is_no_drawing():
     unpruned = results(report(row("unpruned", 1.0, 9)))
     assert accuracy(unpruned) is None
