@@ -1,4 +1,5 @@
-"""The demo VLM that is shipped sees drawn scenes, and goes on seeing them when it is pruned."""
+"""The demo VLM that is shipped sees drawn scenes, and goes on seeing them when it is pruned; the
+pruners that are shipped keep its objects."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from ocvtp.evaluation.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
+PRUNERS = [str(FOLDER.parent / "demo-pruner" / str(seed)) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,14 @@ def figures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shipped")
     controls = ("random", "oracle")
     report, _ = evaluate(
-        subject, task, ["divprune"], [Budget(num_keep=8)], folder, seeds=[0], controls=controls
+        subject,
+        task,
+        ["divprune", "ocvtp"],
+        [Budget(num_keep=8)],
+        folder,
+        checkpoints=PRUNERS,
+        seeds=[0],
+        controls=controls,
     )
     return {
         row.label: {name: ratio.value for name, ratio in row.figures.items()} for row in report.rows
@@ -40,6 +49,10 @@ def test_it_bears_pruning_of_the_background(figures):
     assert figures["oracle"]["easy/all"] > whole - 0.1
     assert figures["divprune"]["easy/all"] > whole - 0.15
     assert figures["random"]["easy/all"] < figures["oracle"]["easy/all"] - 0.1
+
+
+def test_the_trained_pruners_keep_what_it_answers_by(figures):
+    assert figures["ocvtp"]["easy/all"] > figures["random"]["easy/all"] + 0.15
 
 
 def test_it_is_small_and_holds_no_pickle():
