@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ocvtp.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, batches, collate
@@ -25,6 +24,7 @@ from ocvtp.demo_vlm.learner import Learner
 from ocvtp.demo_vlm.processor import word_tokenizer
 from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
 from ocvtp.files import replacing
+from ocvtp.progress import progress_bar
 
 STATE_FOLDER = "training"
 LOG_EVERY = 10
@@ -117,7 +117,7 @@ def _run_stage(
         optimizer.load_state_dict(state["optimizer"])
     rows: list[dict[str, float]] = state["rows"]
     stream = batches(scenes, stage.batch_size, state["step"], settings.num_workers)
-    with _progress() as progress:
+    with progress_bar("{task.fields[loss]}") as progress:
         task = progress.add_task(stage.name, total=stage.steps, completed=state["step"], loss="")
         for step, batch in enumerate(stream, start=state["step"]):
             generator = _generator(settings.seed, number, step)
@@ -219,14 +219,3 @@ def _save(
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["step"])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=Console(stderr=True),
-    )

@@ -201,7 +201,8 @@ class LayerPruner(Pruner):
             )
         layers = [layer for layer, _ in self.stages]
         counts = [count for _, count in self.stages]
-        if not layers or layers != sorted(set(layers)) or min(counts) <= 0:
+        numbers = all(isinstance(number, int | float) for number in (*layers, *counts))
+        if not numbers or not layers or layers != sorted(set(layers)) or min(counts) <= 0:
             raise ValueError(
                 f"stages={self.stages!r}; pass (layer, K) pairs with ascending layers and K above"
                 " 0, e.g. ((2, 128), (16, 64))."

@@ -7,6 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from ocvtp.pruners import plugins
 from ocvtp.pruners.base import Pruner
 from ocvtp.structures import Stage
 
@@ -33,6 +34,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 def list_pruners(stage: Stage | None = None) -> list[str]:
     """Names of all registered pruners, sorted; or of those of one `Pruner.stage`."""
+    plugins.load_installed()
     return sorted(name for name, cls in _REGISTRY.items() if stage in (None, cls.stage))
 
 
@@ -42,6 +44,7 @@ def pruner_class(name: str) -> type[Pruner]:
     Raises:
         ValueError: if there is none; names close ones.
     """
+    plugins.load_installed()
     if name not in _REGISTRY:
         close = get_close_matches(name, _REGISTRY, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see `ocvtp list`."

@@ -12,6 +12,8 @@ from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class
 
+_BUDGET = re.compile(r"\bK\b")
+
 
 def known_settings(spec: str) -> set[str]:
     """The settings that the pruner of a spec takes.
@@ -44,18 +46,34 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     return name, settings
 
 
+def names_budget(spec: str) -> bool:
+    """Whether a K in the settings stands for the budget, e.g. `fastv:stages=[[2,K]]`."""
+    return _BUDGET.search(spec.partition(":")[2]) is not None
+
+
+def with_budget(spec: str, num_keep: int) -> str:
+    """The spec, a number in place of the K in its settings."""
+    name, colon, settings = spec.partition(":")
+    return name + colon + _BUDGET.sub(str(num_keep), settings)
+
+
 def build_spec(spec: str, **shared: Any) -> Pruner:
     """The pruner of a spec.
 
     Args:
-        spec: `NAME:KEY=VALUE,...`.
+        spec: `NAME:KEY=VALUE,...`; a K in the settings stands for `num_keep`.
         shared: settings for any pruner, e.g. `num_keep`: those that are None or that this one does
             not know are left out, and those of the spec go first; for a pruner of stage
             `llm_layers` alone, `stages` is a budget of its own.
 
     Raises:
-        ValueError: for a spec that does not parse, and what `build_pruner` refuses.
+        ValueError: for a spec that does not parse, a K without `num_keep`, and what `build_pruner`
+            refuses.
     """
+    if names_budget(spec):
+        if shared.get("num_keep") is None:
+            raise ValueError(f"pruner {spec!r} has a K, which stands for num_keep; pass that.")
+        spec = with_budget(spec, shared["num_keep"])
     name, settings = parse_spec(spec)
     known = known_settings(spec)
     if "stages" in settings and issubclass(pruner_class(name), LayerPruner):

@@ -66,6 +66,7 @@ def test_budgets_above_the_image_keep_it_whole():
     [
         ({"stages": ((2, 5),), "num_keep": 3}, "got stages and a budget; pass stages, or one of"),
         ({"stages": ()}, "pairs with ascending layers"),
+        ({"stages": ((2, "many"),)}, "pairs with ascending layers"),
         ({"stages": ((2, 0),)}, "K above 0, e.g."),
         ({"stages": ((2, 5), (3, 4))}, "fastv drops tokens once"),
         ({"num_keep": 3, "keep_ratio": 0.5}, "pass exactly one of them"),

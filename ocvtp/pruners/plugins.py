@@ -1,0 +1,60 @@
+"""Pruners of others: of installed packages, by the entry-point group `ocvtp.pruners`, and of files.
+
+A package names its module in its pyproject.toml, which registers its pruners when it is imported:
+
+    [project.entry-points."ocvtp.pruners"]
+    mine = "my_package.my_pruner"
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+
+GROUP = "ocvtp.pruners"
+
+
+@cache
+def load_installed() -> None:
+    """Import what installed packages name, once.
+
+    Raises:
+        ValueError: if one cannot be imported.
+    """
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:
+            raise ValueError(
+                f"the pruners of {point.value!r} cannot be loaded ({error}); mend or uninstall the"
+                " package that names it as an entry point of ocvtp.pruners."
+            ) from error
+
+
+def import_file(path: str) -> None:
+    """Import a Python file that registers pruners, under its own name.
+
+    Raises:
+        ValueError: if there is no such file, or another module has its name.
+    """
+    file = Path(path).resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"{path!r} is no Python file; pass one that registers pruners.")
+    known = sys.modules.get(file.stem)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(file):
+            return
+        raise ValueError(f"a module {file.stem!r} is loaded already; give {path} another name.")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise

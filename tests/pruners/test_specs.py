@@ -1,0 +1,25 @@
+"""Pruners as they are written on a command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from ocvtp.pruners.specs import build_spec, names_budget, with_budget
+
+
+def test_a_k_in_the_settings_is_the_budget():
+    pruner = build_spec("fastv:stages=[[2,K]]", num_keep=64)
+    assert [tuple(stage) for stage in pruner.stages] == [(2, 64)]
+    assert pruner.num_keep is None
+    assert with_budget("fastv:stages=[[2,K],[3,K]]", 7) == "fastv:stages=[[2,7],[3,7]]"
+
+
+@pytest.mark.parametrize("spec", ["fastv", "fopru:strategy=row", "K", "fastv:stages=[[2,KK]]"])
+def test_other_specs_have_none(spec):
+    assert not names_budget(spec)
+    assert with_budget(spec, 5) == spec
+
+
+def test_a_k_without_a_budget_is_refused():
+    with pytest.raises(ValueError, match="has a K, which stands for num_keep"):
+        build_spec("fastv:stages=[[2,K]]", num_keep=None)
