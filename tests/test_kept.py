@@ -222,7 +222,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 
 def test_an_unknown_choice_is_refused():
-    with pytest.raises(ValueError, match="choice='best'; pass 'winners' or 'one_to_one'"):
+    with pytest.raises(ValueError, match="choice='best'; pass one of winners, one_to_one, restore"):
         network(choice="best")
 
 

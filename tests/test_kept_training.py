@@ -161,7 +161,7 @@ def test_a_tower_without_a_cls_has_received_attention(tmp_path, scenes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"choice": "winners"}, "network.choice to one_to_one"),
+        ({"choice": "winners"}, "network.choice to one_to_one or restore"),
         ({"truncation": "bilevel"}, "network.truncation to none"),
         ({"num_iterations": 1}, "num_iterations to at least 2"),
     ],

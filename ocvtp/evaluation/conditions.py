@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,13 @@ from numpy.typing import NDArray
 
 from ocvtp.evaluation.oracle import Oracle
 from ocvtp.pruners import Pruner, build_pruner
-from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
+from ocvtp.pruners.specs import (
+    build_spec,
+    known_settings,
+    names_budget,
+    parse_spec,
+    with_budget,
+)
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
@@ -127,15 +132,14 @@ def pruner_conditions(
     Raises:
         ValueError: for what `build_spec` refuses.
     """
-    known, (name, own) = known_settings(spec), parse_spec(spec)
-    pattern = re.compile(r"\bK\b")
-    of_budget = bool(pattern.search(spec.removeprefix(name)))
+    known, (_, own) = known_settings(spec), parse_spec(spec)
+    of_budget = names_budget(spec)
     made: list[Condition] = []
     once = "stages" in own and not of_budget
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:
-            exact = name + pattern.sub(str(budget.count(num_tokens)), spec.removeprefix(name))
+            exact = with_budget(spec, budget.count(num_tokens))
         variants: list[dict[str, Any]] = [{}]
         if "checkpoint" in known and not {"checkpoint", "network"} & set(own):
             variants = [{"checkpoint": path} for path in checkpoints] or variants
@@ -190,8 +194,9 @@ def untrained_conditions(
         about = {"untrained": dataclasses.asdict(own)}
         for seed in seeds:
             network = random_network(own, seed)
-            if network.inputs is not None and like.inputs is not None:
-                network.inputs.load_state_dict(like.inputs.state_dict())
+            for own_part, part in ((network.inputs, like.inputs), (network.targets, like.targets)):
+                if own_part is not None and part is not None:
+                    own_part.load_state_dict(part.state_dict())
             for budget in budgets:
                 pruner = build_pruner("ocvtp", network=network, **budget.settings())
                 settings = about | budget.settings() | {"seed": seed}

@@ -15,7 +15,7 @@ from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, fill_up
 from ocvtp.slots import OCPruner
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.matching import one_to_one
+from ocvtp.slots.choosing import Choice, choose, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 
@@ -28,7 +28,7 @@ class OCVTP(Pruner):
     Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
 
     Slots that share a token leave room; it is filled by the attention of one block of the tower.
-    Those of a network with `choice: one_to_one` (the objective `kept`) never share one.
+    Those of a network with the choice `one_to_one` or `restore` (the objective `kept`) share none.
     With `early`, the stage is `encoder`: what is not kept is left out of the blocks behind the
     network's layer too, so that the tower gets faster as well; the CLS stays.
 
@@ -43,8 +43,7 @@ class OCVTP(Pruner):
         early: whether dropped tokens are left out of the tower's remaining blocks.
     Deviations: the query noise is the table that was saved with the weights, not drawn anew at
         every call, so that selections are reproducible; exactly K tokens in any batch (the official
-        code keeps K + 1 with the CLS, at batch 1). `early` is ours: it fills up by what
-        is known at the network's layer.
+        code keeps K + 1 with the CLS, at batch 1). `early` is ours: it fills up by its layer.
     """
 
     checkpoint: str | None = None
@@ -70,14 +69,15 @@ class OCVTP(Pruner):
             self.stage = "encoder"  # type: ignore[misc]
         if self.checkpoint is not None:
             self.network = OCPruner.from_pretrained(self.checkpoint)
+        if self.early and self._choice == "restore":
+            raise ValueError("early=True needs a network whose choice is not 'restore'.")
 
     @property
     def needs(self) -> Needs:
         """One layer, and one mean of one block's attention where there is room to fill."""
         assert self.network is not None
-        layer = self.network.config.layer
-        fill = () if self._is_one_to_one else (self._fill_attention,)
-        return Needs(hidden=(layer,), attention=fill)
+        fill = (self._fill_attention,) if self._choice == "winners" else ()
+        return Needs(hidden=layers_read(self.network.config), attention=fill)
 
     @property
     def tower_needs(self) -> Needs:
@@ -85,9 +85,9 @@ class OCVTP(Pruner):
         return Needs() if self.early else self.needs
 
     @property
-    def _is_one_to_one(self) -> bool:
+    def _choice(self) -> Choice:
         assert self.network is not None
-        return self.network.config.choice == "one_to_one"
+        return self.network.config.choice
 
     @property
     def _fill_attention(self) -> AttentionKey:
@@ -104,8 +104,9 @@ class OCVTP(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         attention = self._attend(tokens, num_keep)
-        if self._is_one_to_one:
-            chosen = one_to_one(attention, num_keep, tokens.valid)[1]
+        if self._choice != "winners":
+            assert self.network is not None
+            chosen = choose(self.network, tokens, attention, num_keep)
             return ascending(chosen, tokens.valid, tokens.num_tokens)
         winners = slot_winners(attention)
         scores = tokens.attention[self._fill_attention]

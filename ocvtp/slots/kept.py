@@ -32,8 +32,9 @@ class KeptObjective(Objective):
     solver of the same problem picks are raised too: `L = ridge L_ridge + teacher L_CE`,
     `L_CE = -mean log w` at the solver's tokens, matched to slots greedily.
 
-    The network needs `choice: one_to_one` and `truncation: none`; `standardize: true` and
-    `frozen_queries: true` belong to the recipe.
+    The network needs `choice: one_to_one` or `restore` and `truncation: none`; `standardize: true`
+    and `frozen_queries: true` belong to the recipe. In training the choice is `one_to_one` either
+    way; `restore` is how the pruner then chooses.
 
     Args:
         target_layer: the tower's layer whose tokens are restored: the one that the host reads.
@@ -89,10 +90,10 @@ class KeptObjective(Objective):
 
     def check(self, sizes: NetworkSizes) -> None:
         """See `Objective.check`."""
-        if sizes.choice != "one_to_one":
+        if sizes.choice == "winners":
             raise ValueError(
-                f"the objective `kept` trains slots that choose tokens one to one, the network's"
-                f" choice is {sizes.choice!r}; set network.choice to one_to_one."
+                "the objective `kept` trains slots that never share a token, the network's choice"
+                " is 'winners'; set network.choice to one_to_one or restore."
             )
         if sizes.truncation != "none" or sizes.num_iterations < 2:
             raise ValueError(

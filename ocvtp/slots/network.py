@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -15,15 +15,12 @@ from torch import Tensor, nn
 
 from ocvtp.slots import artifact
 from ocvtp.slots.attention import SlotAttention, Truncation
+from ocvtp.slots.choosing import Choice, check_choice
 from ocvtp.slots.decoder import Decoder, DecoderConfig, Visible, build_decoder
 from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
 from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import Layout
-
-Choice = Literal["winners", "one_to_one"]
-"""How slots choose tokens: each the one that it attends to most, so that some share a token and the
-pruner fills up; or greedily one to one, see `ocvtp.slots.matching`, so that K slots keep K."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class NetworkSizes:
         frozen_queries: whether the table is the noise in training too; paper: no.
         standardize: whether the tokens are read at mean 0 and scale 1 per feature, by statistics of
             the training images that are saved with the weights; paper: no.
-        choice: how slots choose tokens; paper: `winners`.
+        choice: how slots choose tokens, see `ocvtp.slots.choosing.Choice`; paper: `winners`.
     """
 
     hidden_dim: int = 2048
@@ -152,14 +149,13 @@ class OCPruner(
         targets: statistics of the tokens of `target_layer`.
 
     Raises:
-        ValueError: for an unknown `choice`.
+        ValueError: for a `choice` that is unknown or lacks what it reads.
     """
 
     def __init__(self, config: OCPrunerConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or OCPrunerConfig()
-        if config.choice not in ("winners", "one_to_one"):
-            raise ValueError(f"choice={config.choice!r}; pass 'winners' or 'one_to_one'.")
+        check_choice(config)
         self.inputs = FeatureStatistics(config.feature_dim) if config.standardize else None
         has_targets = config.target_layer is not None
         self.targets = FeatureStatistics(config.feature_dim) if has_targets else None

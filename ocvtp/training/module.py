@@ -180,7 +180,7 @@ class OCPrunerModule(pl.LightningModule):
         features = tokens.hidden[self.encoder.layer]
         won = slot_winners(outcome.attention)  # [B, N]
         chosen = won
-        if self.network.config.choice == "one_to_one":
+        if self.network.config.choice != "winners":
             chosen = slot_choices(outcome.attention, tokens.valid)
         order = chosen.int().sort(dim=1, descending=True, stable=True).indices
         keep = order[:, : self.val_num_slots]

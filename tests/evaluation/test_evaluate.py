@@ -241,13 +241,15 @@ def test_untrained_networks_differ_by_seed_and_leave_random_numbers_alone(networ
 
 
 def test_an_untrained_network_standardises_as_the_trained_one(network):
-    like = made.random_network(replace(network.config, standardize=True), 3)
+    like = made.random_network(replace(network.config, standardize=True, target_layer=-2), 3)
     like.inputs.mean.fill_(2.0)
+    like.targets.mean.fill_(3.0)
     found = made.untrained_conditions(BUDGETS[:1], [0], like)
     networks = {c.label: c.make(Place(0, list)).network for c in found}
     assert set(networks) == {"untrained", "untrained:standardize=true"}
     assert networks["untrained"].inputs is None
     assert torch.equal(networks["untrained:standardize=true"].inputs.mean, like.inputs.mean)
+    assert all(torch.equal(some.targets.mean, like.targets.mean) for some in networks.values())
 
 
 def test_the_paper_layer_in_towers_of_any_depth():

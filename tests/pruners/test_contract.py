@@ -41,11 +41,13 @@ VARIANTS = {
     "vprune": {"group_side": 3, "bins": 4},
 }
 CASES = [(name, {}) for name in NAMES] + sorted(VARIANTS.items())
+CASES.append(("ocvtp", {"choice": "restore"}))
 
 
 def build(name, num_keep, grid_hw=(4, 4), **settings):
     if name == "ocvtp":
         torch.manual_seed(0)
+        choice = settings.pop("choice", "winners")
         config = OCPrunerConfig(
             feature_dim=WIDTH,
             hidden_dim=16,
@@ -53,7 +55,8 @@ def build(name, num_keep, grid_hw=(4, 4), **settings):
             ffn_dim=8,
             grid_hw=grid_hw,
             layer=3,
-            choice=settings.pop("choice", "winners"),
+            choice=choice,
+            target_layer=-2 if choice == "restore" else None,
         )
         settings["network"] = OCPruner(config).eval()
     return ocvtp.build_pruner(name, num_keep=num_keep, **settings)

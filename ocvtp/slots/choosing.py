@@ -1,0 +1,94 @@
+"""How a trained OC-pruner chooses tokens by its slots.
+
+B images, N visual tokens, S slots, K kept, M candidates, D width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from ocvtp.slots.matching import one_to_one, token_shares
+from ocvtp.slots.ridge import greedy_ridge
+from ocvtp.slots.statistics import centred
+from ocvtp.structures import VisualTokens, take
+
+if TYPE_CHECKING:
+    from ocvtp.slots.network import OCPruner, OCPrunerConfig
+
+Choice = Literal["winners", "one_to_one", "restore"]
+"""How slots choose tokens. `winners`: each the one that it attends to most, so that some share a
+token and the pruner fills up. The others keep K at any time: `one_to_one` greedily, the largest
+share first, see `ocvtp.slots.matching`; `restore` those from which the tokens with a large share
+can be restored, see `restore`."""
+CHOICES: tuple[Choice, ...] = ("winners", "one_to_one", "restore")
+
+CANDIDATES = 3
+"""`restore` looks at this many tokens for each one that it keeps."""
+PENALTY = 0.3
+"""Of its ridge, as in the recipe of the objective `kept`."""
+
+
+def restore(attention: Tensor, targets: Tensor, num: int, valid: Tensor | None = None) -> Tensor:
+    """Take the tokens from which those that slots hold can be restored; ours.
+
+    A token weighs as much as its largest share in a slot, `omega_n = max_s w[s, n]`. Among the
+    `3 num` tokens that weigh most, the greedy solver of the ridge (`greedy_ridge`) takes those that
+    restore these candidates best. The slots learnt what matters, the solver sees to it that two
+    slots on one object do not keep it twice. It costs (M / N)^2 of the solver on all tokens.
+
+    Args:
+        attention: [B, S, N], a softmax over slots, 0 on padding tokens.
+        targets: [B, N, D], the tokens to restore.
+        num: K, at most N; it need not be S.
+        valid: [B, N] bool, False on padding tokens, which are taken when no others are left.
+
+    Returns:
+        [B, num] tokens in the order of taking, unique.
+    """
+    weights = token_shares(attention.detach()).amax(dim=1)
+    if valid is not None:
+        weights = weights.masked_fill(~valid, -1.0)
+    weights, candidates = weights.topk(min(CANDIDATES * num, weights.shape[1]), dim=1)
+    weights = weights.clamp(min=0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    own = None if valid is None else valid.gather(1, candidates)
+    held = take(centred(targets, valid), candidates)  # [B, M, D]
+    picks = greedy_ridge(held, weights.to(held.dtype), num, PENALTY, own)
+    return candidates.gather(1, picks)
+
+
+def choose(network: OCPruner, tokens: VisualTokens, attention: Tensor, num: int) -> Tensor:
+    """Tokens [B, num] that slots of attention [B, S, N] keep; for choices other than `winners`."""
+    if network.config.choice != "restore":
+        return one_to_one(attention, num, tokens.valid)[1]
+    layer = network.config.target_layer
+    assert network.targets is not None, "see check_choice"
+    assert layer is not None
+    with torch.autocast(attention.device.type, enabled=False):
+        targets = network.targets(tokens.hidden[layer].float())
+        return restore(attention, targets, num, tokens.valid)
+
+
+def layers_read(config: OCPrunerConfig) -> tuple[int, ...]:
+    """The tower's layers that the network and its choice read."""
+    if config.choice != "restore" or config.target_layer is None:
+        return (config.layer,)
+    return tuple({config.layer: 0, config.target_layer: 0})
+
+
+def check_choice(config: OCPrunerConfig) -> None:
+    """Refuse what is unknown or lacks what it reads.
+
+    Raises:
+        ValueError: for an unknown choice; for `restore` without statistics of a target layer.
+    """
+    if config.choice not in CHOICES:
+        raise ValueError(f"choice={config.choice!r}; pass one of {', '.join(CHOICES)}.")
+    if config.choice == "restore" and config.target_layer is None:
+        raise ValueError(
+            "choice='restore' restores the tokens of a target layer, and this OC-pruner has none;"
+            " train it with the objective `kept`, or set choice to one_to_one."
+        )
