@@ -7,16 +7,13 @@ in a ContextVar, so that threads do not see each other.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
-
 from ocvtp.hosts import calls, layers
-from ocvtp.hosts.base import Host, Separators, TileBudget, Tiling
+from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.internvl import InternVLHost
@@ -28,9 +25,12 @@ from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
+from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.wrapping import Removable, Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
+from ocvtp.structures import Needs
 
 HOSTS: tuple[type[Host], ...] = (
     LlavaHost,
@@ -41,57 +41,41 @@ HOSTS: tuple[type[Host], ...] = (
     Qwen3VLHost,
     InternVLHost,
 )
-_WRAPPED = ("forward", "generate")
 
 
 class Handle:
-    """An attached pruner; `remove()` takes it out, and may be called more than once."""
+    """An attached pruner; `remove()` takes it out, and may be called more than once.
 
-    def __init__(self, model: Any, state: State, hooks: list[RemovableHandle]) -> None:
+    Args:
+        model: that it is attached to.
+        state: what the model carries.
+        hooks: what was put into it.
+        savings: see below.
+    """
+
+    def __init__(self, model: Any, state: State, hooks: list[Removable], savings: Savings) -> None:
         self._model = model
         self._state = state
         self._hooks = hooks
+        self.savings = savings
+        """Which of the savings asked for leave out anything with this pruner in this model."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
         for hook in self._hooks:
             hook.remove()
         attributes = self._model.__dict__
-        if attributes.get(STATE) is not self._state:  # removed before
-            return
-        del attributes[STATE]
-        for name in _WRAPPED:
-            # If somebody wrapped ours meanwhile, leave theirs: ours passes through without state.
-            if isinstance(wrapper := attributes.get(name), _Wrapper):
-                del attributes[name]
-                if wrapper.before is not None:
-                    attributes[name] = wrapper.before
+        if attributes.get(STATE) is self._state:  # not removed before
+            del attributes[STATE]
 
 
-class _Wrapper(partial):  # type: ignore[type-arg]
-    """`partial(function, model, before)` with the signature of the method it stands for.
-
-    generate() inspects forward's parameters; and a partial copies and pickles with its model.
-    """
-
-    @property
-    def before(self) -> Callable[..., Any] | None:
-        """What stood in the model's `__dict__` before, e.g. of accelerate."""
-        before: Callable[..., Any] | None = self.args[1]
-        return before
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        model = self.args[0]
-        return inspect.signature(getattr(type(model), self.func.__name__).__get__(model))
-
-
-def find_host(model: Any, tiling: Tiling | None = None) -> Host:
+def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None = None) -> Host:
     """The adapter of a (possibly wrapped) model.
 
     Args:
         model: a supported transformers VLM.
         tiling: how to prune images that the model cuts into tiles.
+        savings: what need not run.
 
     Raises:
         ValueError: if its `model_type` is not supported.
@@ -100,7 +84,7 @@ def find_host(model: Any, tiling: Tiling | None = None) -> Host:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for host in HOSTS:
         if kind in host.model_types and hasattr(model, "generate"):
-            return host(model, tiling)
+            return host(model, tiling, savings)
     supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
     raise ValueError(
         f"{type(model).__name__} (model_type={kind!r}) is not supported; pass a transformers"
@@ -132,6 +116,7 @@ def attach(
     separators: Separators = "rows",
     on_prune: Callable[[Prompt], None] | None = None,
     shared: SharedEncodings | None = None,
+    savings: Savings | None = None,
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
@@ -154,6 +139,7 @@ def attach(
         on_prune: called with every shortened prompt, e.g. to count tokens.
         shared: reuses what the vision tower made of the same images under other pruners; those
             that act before or inside the tower pass it by. None encodes in every call.
+        savings: what need not run while a pruner is attached; None is `Savings()`.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
@@ -170,33 +156,39 @@ def attach(
         )
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
-    host = find_host(model, Tiling(budget, separators))
+    host = find_host(model, Tiling(budget, separators), savings)
     check(host, pruner)
+    needs = pruner.tower_needs
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
-    host.set_stages(in_tower, pruner.tower_needs, processor)
+    host.set_stages(in_tower, needs, processor)
     by_stage = {part.stage: part for part in pruner.parts}
     inside = by_stage.get("llm_layers")
     assert inside is None or isinstance(inside, LayerPruner)
-    needs = pruner.tower_needs
     encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
+    chosen = by_stage.get("llm_input", build_pruner("none"))
+    compiles = host.savings.compile_select and "llm_input" in by_stage
     state = State(
         host=host,
-        pruner=by_stage.get("llm_input", build_pruner("none")),
+        pruner=chosen,
         needs=needs,
         positions=positions,
         on_prune=on_prune,
         reader=make_reader(host, needs, processor, text_tower),
         layers=inside,
         encode=encode,
+        select=compiled(chosen) if compiles else select,
     )
-    hooks = host.install(looked_for)
-    if inside is not None:
-        hooks += layers.install(host.language_model, inside)
-    attributes = model.__dict__
-    attributes[STATE] = state
-    for name in _WRAPPED:
-        attributes[name] = _Wrapper(getattr(calls, name), model, attributes.get(name))
-    return Handle(model, state, hooks)
+    savings = replace(host.savings_for(looked_for), compile_select=compiles)
+    return Handle(model, state, _install(model, state, looked_for), savings)
+
+
+def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
+    """Put everything into a model that is read for `needs`."""
+    hooks: list[Removable] = [*state.host.install(needs)]
+    if state.layers is not None:
+        hooks += layers.install(state.host.language_model, state.layers)
+    model.__dict__[STATE] = state
+    return [*hooks, Wrapped(calls.forward, model), Wrapped(calls.generate, model)]
 
 
 def check(host: Host, pruner: Pruner | Compose) -> None:

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from ocvtp.hosts.later_rows import Rows
+from ocvtp.hosts.savings import Savings as Savings
+from ocvtp.hosts.wrapping import Removable
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
 
@@ -63,7 +65,7 @@ class Encoded:
     """
 
     tokens: VisualTokens
-    embeddings: Tensor
+    embeddings: Rows
     starts: Tensor | None = None
     deepstack: Tensor | None = None
     num_given: Tensor | None = None
@@ -101,6 +103,7 @@ class Host(ABC):
     Args:
         model: the transformers `...ForConditionalGeneration`.
         tiling: how to prune images in tiles.
+        savings: what to leave out; see `savings_for`.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -110,9 +113,12 @@ class Host(ABC):
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
 
-    def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
+    def __init__(
+        self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
+    ) -> None:
         self.model = model
         self.tiling = Tiling() if tiling is None else tiling
+        self.savings = Savings() if savings is None else savings
 
     @property
     @abstractmethod
@@ -148,8 +154,13 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def install(self, needs: Needs) -> list[RemovableHandle]:
-        """Put inert hooks where `needs` looks."""
+    def install(self, needs: Needs) -> Sequence[Removable]:
+        """Put inert hooks where `needs` looks, and where there is something to save."""
+
+    def savings_for(self, needs: Needs) -> Savings:
+        """Which of `savings` leave out anything for a pruner of these needs."""
+        del needs
+        return replace(self.savings, cut_tower=False, project_kept=False)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """Let pruners act before and inside the tower from `install` on.
@@ -232,8 +243,10 @@ class Host(ABC):
         del deltas
 
     def describe(self) -> dict[str, Any]:
-        """Facts for tables and reports."""
-        return {"model_type": self.model.config.model_type, "stages": list(self.stages)}
+        """Facts for tables and reports; `savings` are those for a pruner that needs nothing."""
+        savings = asdict(self.savings_for(Needs()))
+        kind = self.model.config.model_type
+        return {"model_type": kind, "stages": list(self.stages), "savings": savings}
 
     def eager_tower(self, needs: Needs, acts: bool = False) -> AbstractContextManager[Any]:
         """Run a compiled tower eagerly if hooks look into it, or act: dynamo ignores them."""

@@ -20,6 +20,7 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
+from ocvtp.hosts.selecting import Select, select
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -39,11 +40,13 @@ class State:
     reader: Reader | None = None
     layers: LayerPruner | None = None
     encode: Encode = encode_anew
+    select: Select = select
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
         seen = look(self.host, self.needs, inputs, self.reader, self.encode)
-        short, prompt = shorten(self.host, self.pruner, inputs, seen, self.positions, self.layers)
+        settings = (self.positions, self.layers, self.select)
+        short, prompt = shorten(self.host, self.pruner, inputs, seen, *settings)
         if self.on_prune is not None:
             self.on_prune(prompt)
         return short, prompt

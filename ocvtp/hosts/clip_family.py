@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
-from ocvtp.hosts.base import Encoded, Host, Kept, Tiling, merge, on_device
+from ocvtp.hosts import unread
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, is_compiled, merge, on_device
+from ocvtp.hosts.later_rows import LaterRows, Rows
 from ocvtp.hosts.patches import TowerStages
 from ocvtp.hosts.pixels import scale_of
 from ocvtp.hosts.templates import find_processor
+from ocvtp.hosts.wrapping import Removable
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 
@@ -53,8 +56,10 @@ class ClipFamilyHost(Host):
 
     _tower_stages: TowerStages | None = None
 
-    def __init__(self, model: Any, tiling: Tiling | None = None) -> None:
-        super().__init__(model, tiling)
+    def __init__(
+        self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
+    ) -> None:
+        super().__init__(model, tiling, savings)
         kind = self.tower.config.model_type
         if kind not in self.towers:
             raise ValueError(
@@ -106,7 +111,7 @@ class ClipFamilyHost(Host):
         view = self._view()
         for layer in self._inside(needs).hidden:
             view.layer(layer)
-        for block in [*needs.keys, *(block for block, _ in needs.attention)]:
+        for block in unread.blocks_of(needs):
             view.block(block)
 
     def _check_clip(self, needs: Needs) -> None:
@@ -123,13 +128,46 @@ class ClipFamilyHost(Host):
                 f" several: vision_feature_layer={layer}; use a pruner that does not."
             )
 
-    def install(self, needs: Needs) -> list[RemovableHandle]:
+    def install(self, needs: Needs) -> list[Removable]:
         """See `Host.install`."""
-        handles = taps.install(self._view(), self._inside(needs))
+        handles: list[Removable] = [*taps.install(self._view(), self._inside(needs))]
         handles.append(taps.keep_input_of(self._projector, "features"))
         if self._tower_stages is not None:
             handles += self._tower_stages.install(self.tower)
+        if self._may_cut:
+            handles += unread.install(self._view().blocks, self._behind_blocks())
+        if self._may_project_later:
+            handles += unread.install_projector(self._projector)
         return handles
+
+    def savings_for(self, needs: Needs) -> Savings:
+        """See `Host.savings_for`; for the layers that the model's config selects."""
+        last = 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
+        return replace(
+            self.savings,
+            cut_tower=self._may_cut and self._first_unread({}, needs) <= last,
+            project_kept=self._may_project_later and not needs.projected,
+        )
+
+    @property
+    def _may_cut(self) -> bool:
+        return self.savings.cut_tower and not any(map(is_compiled, self.tower.modules()))
+
+    @property
+    def _may_project_later(self) -> bool:
+        return self.savings.project_kept and not any(map(is_compiled, self._projector.modules()))
+
+    def _behind_blocks(self) -> list[nn.Module]:
+        """The tower's norm, and the head that pools what it gives."""
+        names = ("post_layernorm", "head")
+        return [getattr(self.tower, name) for name in names if hasattr(self.tower, name)]
+
+    def _first_unread(self, images: dict[str, Any], needs: Needs) -> int:
+        """From where on nobody reads the tower, see `unread.first_unread`."""
+        readers = [self._inside(needs)]
+        if self._tower_stages is not None and self._tower_stages.dropper is not None:
+            readers.append(self._tower_stages.dropper.needs)
+        return unread.first_unread(self._view(), self._layers_read(images), readers)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`."""
@@ -147,14 +185,20 @@ class ClipFamilyHost(Host):
         self._tower_stages = stages
 
     def _look_inside(
-        self, images: dict[str, Any], needs: Needs
-    ) -> tuple[list[Tensor], dict[str, Any]]:
+        self, images: dict[str, Any], needs: Needs, per_token: bool = True
+    ) -> tuple[list[Tensor], dict[str, Any], bool]:
         """Run the model's own image encoding.
+
+        Args:
+            images: the arguments that `image_keys` names.
+            needs: as given to `install`.
+            per_token: whether every row that is read is one token, or none.
 
         Returns:
             of each image what the language model would read, and arguments of `VisualTokens` for
             the U views: `features` [U, N, D] and what `needs` names of the tower; `valid` where
-            only some of the tokens ran: the others are not there.
+            only some of the tokens ran: the others are not there. Last, whether zeros stand for
+            tokens in the first, because the projector has not run yet.
 
         Raises:
             ValueError: for settings of the call that the pruner cannot work with.
@@ -166,6 +210,9 @@ class ClipFamilyHost(Host):
         with taps.recording() as record, on_device(self.model.model), eager:
             if stages is not None:
                 stages.begin(record, self._layers_read(images))
+            unread.leave_out(record, self._first_unread(images, needs))
+            if per_token and not needs.projected:
+                unread.project_later(record, self.model.config.get_text_config().hidden_size)
             output = self.model.model.get_image_features(**images, return_dict=True)
         features = record.other.get("features")
         if features is None:
@@ -178,7 +225,16 @@ class ClipFamilyHost(Host):
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:
             found["valid"] = ran
-        return list(output.pooler_output), {"features": features, **found}
+        rows = list(output.pooler_output)
+        return rows, {"features": features, **found}, unread.is_projected_later(record)
+
+    def _rows(
+        self, rows: list[Tensor], later: bool, features: Tensor, source: Tensor | None = None
+    ) -> Rows:
+        """What the language model would read of the images, see `LaterRows`; `later` if zeros."""
+        if not later and not self._may_project_later:
+            return torch.cat(rows)
+        return LaterRows.of(features, self._projector, source, None if later else rows)
 
     def _layers_read(self, images: dict[str, Any]) -> list[int]:
         """Layers that go to the projector."""
@@ -233,9 +289,12 @@ class ClipFamilyHost(Host):
             places: [I, K] where the kept tokens are among all rows that the language model reads.
         """
         if selection.merge is None:
-            rows = encoded.embeddings[places.to(encoded.embeddings.device)]  # [I, K, D']
-        else:
-            rows = self._projector(merge(encoded.tokens, selection.merge))
+            places = places if selection.valid is None else places[selection.valid]
+            rows = encoded.embeddings[
+                places.to(encoded.embeddings.device)
+            ]  # [I, K, D'] or [.., D']
+            return Kept(places.flatten(), rows.view(-1, rows.shape[-1]))
+        rows = self._projector(merge(encoded.tokens, selection.merge))
         if selection.valid is None:
             return Kept(places.flatten(), rows.flatten(0, 1))
         return Kept(places[selection.valid], rows[selection.valid])

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost
 from ocvtp.hosts.views import seen_of_tiles
+from ocvtp.hosts.wrapping import Removable
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -77,28 +77,31 @@ class InternVLHost(ClipFamilyHost):
                 " the prompt (see `ocvtp list`)."
             )
 
-    def install(self, needs: Needs) -> list[RemovableHandle]:
+    def _behind_blocks(self) -> list[nn.Module]:
+        return [self.tower.layernorm]
+
+    def install(self, needs: Needs) -> list[Removable]:
         """See `Host.install`."""
         return [*super().install(needs), taps.keep_output_of(self.tower.layernorm, "last")]
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`: tiles as images of their own."""
-        rows, found = self._look_inside(images, needs)
-        embeddings = torch.stack(rows)  # [T, N, D']
-        num_tiles, num_tokens = embeddings.shape[:2]
+        rows, found, later = self._look_inside(images, needs)
+        features = found["features"]
+        num_tiles, num_tokens = features.shape[:2]
         for name in ("hidden", "attention", "keys"):
             found[name] = {key: self._by_unit(values) for key, values in found[name].items()}
         if needs.cls:
             found["cls"] = found["cls"].repeat(1, self._side**2)
         tokens = VisualTokens(
             grid_hw=self._grid(images["pixel_values"], num_tokens),
-            projected=embeddings if needs.projected else None,
+            projected=torch.stack(rows) if needs.projected else None,
             **found,
         )
         places = torch.arange(num_tiles * num_tokens, device=tokens.features.device)
         return Tiled(
             tokens,
-            embeddings.flatten(0, 1),
+            self._rows(rows, later, features),
             places=places.view(num_tiles, num_tokens),
             pixels=images["pixel_values"],
             num_tiles=[1] * num_tiles,

@@ -8,97 +8,19 @@ pruners see (images, or tiles), M tokens of a view, K kept of each, D width of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
-from ocvtp.hosts.views import left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.hosts.later_rows import Rows
+from ocvtp.hosts.token_map import TokenMap, newline_of
+from ocvtp.hosts.views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
-
-
-@dataclass(frozen=True)
-class TokenMap:
-    """Where the tokens of the tiles stand among the rows that the language model reads.
-
-    Args:
-        source: [R] number of the token, counted over all tiles (tile * N + token); -1 for newlines.
-        line: [R] number of the row of the image, counted over all images, that a token of the
-            tiles stands in or that a newline ends; -1 for tokens of base views, which have no ends
-            (an image that is not cut into tiles is one row).
-        lengths: rows of each image, I in all.
-        num_tiles: of each image, the base view included.
-        num_tokens: N.
-        mixed: whether some of the rows are means of tokens; then `source` only tells which are
-            newlines, until `by_rows`.
-    """
-
-    source: Tensor
-    line: Tensor
-    lengths: list[int]
-    num_tiles: list[int]
-    num_tokens: int
-    mixed: bool = False
-
-    def by_rows(self) -> TokenMap:
-        """Images as single tiles, whose tokens are the rows that are read, newlines apart."""
-        images = [image >= 0 for image in self.source.split(self.lengths)]
-        most = max(int(image.sum()) for image in images)
-        source = [
-            torch.where(image, i * most + image.cumsum(dim=0) - 1, -1)
-            for i, image in enumerate(images)
-        ]
-        return replace(self, source=torch.cat(source), num_tiles=[1] * len(images), num_tokens=most)
-
-    def places(self) -> Tensor:
-        """[T, N] the row of every token; -1 for those that unpadding removes."""
-        places = torch.full((sum(self.num_tiles) * self.num_tokens,), -1)
-        rows = (self.source >= 0).nonzero()[:, 0]
-        places[self.source[rows]] = rows
-        return places.view(-1, self.num_tokens)
-
-    def base_tiles(self) -> Tensor:
-        """[I] the number of each image's base view."""
-        counts = torch.tensor(self.num_tiles)
-        return counts.cumsum(dim=0) - counts
-
-    def starts(self) -> Tensor:
-        """[I] the first row of each image."""
-        lengths = torch.tensor(self.lengths)
-        return lengths.cumsum(dim=0) - lengths
-
-    def views(self, per_tile: bool, there: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """What pruners see.
-
-        Args:
-            per_tile: whether they see every tile as an image of its own.
-            there: [T, N] bool, which tokens the tower left; None for all.
-
-        Returns:
-            [U, M] numbers of the tokens, in the order in which the language model reads them, -1
-            where there is none; [U] the tile whose CLS speaks for each view; [U] first row of the
-            image that each is of.
-        """
-        source = self.source
-        if there is not None:
-            source = torch.where((source >= 0) & there.flatten()[source], source, -1)
-        if per_tile:
-            places = replace(self, source=source).places()
-            tiles = (places >= 0).any(dim=1).nonzero()[:, 0]  # unpadding may remove a whole one
-            numbers = torch.arange(places.numel()).view_as(places).masked_fill(places < 0, -1)
-            starts = self.starts().repeat_interleave(torch.tensor(self.num_tiles))
-            numbers = numbers[tiles]
-            if there is not None:
-                left, _ = left_over(numbers >= 0)
-                numbers = numbers.gather(1, left)
-            return numbers, tiles, starts[tiles]
-        images = [image[image >= 0] for image in source.split(self.lengths)]
-        index = nn.utils.rnn.pad_sequence(images, batch_first=True, padding_value=-1)
-        return index, self.base_tiles(), self.starts()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +29,11 @@ class Packed(Placed):
 
     Args:
         token_map: of the call.
+        newline: [D'] the row that ends lines; None where there is none.
     """
 
     token_map: TokenMap
+    newline: Tensor | None
 
 
 class LlavaNextHost(ClipFamilyHost):
@@ -140,15 +64,18 @@ class LlavaNextHost(ClipFamilyHost):
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
-        rows, found = self._look_inside(images, needs)
+        rows, found, later = self._look_inside(images, needs)
         num_tokens = found["features"].shape[1]
         token_map = self._token_map(images, num_tokens)
         grid = self._grid(images["pixel_values"], num_tokens)
-        return self._packed(rows, found, token_map, grid, needs)
+        embeddings = self._rows(rows, later, found["features"], token_map.source)
+        newline = newline_of(rows, token_map)
+        return self._packed(embeddings, newline, found, token_map, grid, needs)
 
     def _packed(
         self,
-        rows: list[Tensor],
+        embeddings: Rows,
+        newline: Tensor | None,
         found: dict[str, Any],
         token_map: TokenMap,
         grid: tuple[int, int],
@@ -157,14 +84,14 @@ class LlavaNextHost(ClipFamilyHost):
         """What pruners see.
 
         Args:
-            rows: of each image what the language model would read.
+            embeddings: what the language model would read.
+            newline: among that, see `Packed`.
             found: arguments of `VisualTokens` for the T tiles.
             token_map: from tiles to rows.
             grid: of one tile.
             needs: of the pruner.
         """
-        assert [len(image) for image in rows] == token_map.lengths
-        embeddings, num_tokens = torch.cat(rows), token_map.num_tokens
+        num_tokens = token_map.num_tokens
         device = found["features"].device
         per_tile = self.tiling.budget == "per_tile"
         ran, given = found.pop("valid", None), None
@@ -182,7 +109,13 @@ class LlavaNextHost(ClipFamilyHost):
             **seen_of_tiles(found, index, tiles.to(device)),
         )
         return Packed(
-            tokens, embeddings, starts, num_given=given, places=places, token_map=token_map
+            tokens,
+            embeddings,
+            starts,
+            num_given=given,
+            places=places,
+            token_map=token_map,
+            newline=newline,
         )
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
@@ -191,9 +124,11 @@ class LlavaNextHost(ClipFamilyHost):
         keep = selection.keep_indices.clamp(0, encoded.places.shape[1] - 1)
         kept = self._kept(encoded, selection.in_raster_order(), encoded.places.gather(1, keep))
         newlines = self._newlines(encoded.token_map, kept.positions).to(keep.device)
-        ends = encoded.embeddings[newlines.to(encoded.embeddings.device)]
         positions, order = torch.cat([kept.positions, newlines]).sort()
-        rows = torch.cat([kept.embeddings, ends.to(kept.embeddings)])
+        rows = kept.embeddings
+        if encoded.newline is not None:
+            ends = encoded.newline.to(rows).expand(len(newlines), -1)
+            rows = torch.cat([rows, ends])
         return Kept(positions, rows[order.to(rows.device)])
 
     def tokens_of_rows(self, encoded: Encoded) -> Tensor:

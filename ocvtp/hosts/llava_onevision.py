@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.llava_next import LlavaNextHost, Packed, sizes_of
+from ocvtp.hosts.token_map import newline_of
 from ocvtp.structures import Needs, Selection
 
 
@@ -47,19 +49,26 @@ class LlavaOnevisionHost(LlavaNextHost):
         """
         # The model's own forward() takes this argument and goes by the config all the same.
         images = {name: value for name, value in images.items() if name != "vision_aspect_ratio"}
-        rows, found = self._look_inside(images, needs)
-        num_tokens = found["features"].shape[1]
-        token_map = self._token_map(images, num_tokens)
-        grid = self._grid(images["pixel_values"], num_tokens)
+        self._check_settings(images, needs)
+        height, width = (
+            n // self.tower.config.patch_size for n in images["pixel_values"].shape[-2:]
+        )
+        token_map = self._token_map(images, height * width)
+        rows, found, later = self._look_inside(images, needs, per_token=not token_map.mixed)
+        grid = self._grid(images["pixel_values"], found["features"].shape[1])
+        newline = newline_of(rows, token_map)
         if token_map.mixed:
             self._check_resized(needs)
             if "valid" in found:
                 raise _no_tower("drops tokens before or inside the tower")
             is_token = (token_map.source >= 0).split(token_map.lengths)
             tokens = [row[real.to(row.device)] for row, real in zip(rows, is_token, strict=True)]
+            embeddings: Rows = torch.cat(rows)
             found = {"features": nn.utils.rnn.pad_sequence(tokens, batch_first=True)}
             token_map = token_map.by_rows()
-        return self._packed(rows, found, token_map, grid, needs)
+        else:
+            embeddings = self._rows(rows, later, found["features"], token_map.source)
+        return self._packed(embeddings, newline, found, token_map, grid, needs)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """See `Host.apply`.

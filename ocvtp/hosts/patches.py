@@ -62,7 +62,7 @@ class TowerStages:
         self._num_prefix = num_prefix
         self._patch_size = patch_size
         self._scale = scale
-        self._at = None if self.dropper is None else _first_block(self.dropper, view)
+        self._at = None if self.dropper is None else first_block(self.dropper, view)
         if self.merger is not None and self.pixels is not None and not self.pixels.exact:
             raise ValueError(
                 f"{self.pixels.name!r} leaves images different numbers of patches, and"
@@ -251,7 +251,7 @@ class TowerStages:
         return (run.merged,)
 
 
-def _first_block(part: Pruner, view: taps.Tower) -> int:
+def first_block(part: Pruner, view: taps.Tower) -> int:
     """The first block in front of which all is known that a pruner reads."""
     needs = part.needs
     inside = Needs(hidden=needs.hidden, attention=needs.attention, keys=needs.keys)

@@ -19,6 +19,7 @@ from ocvtp.hosts.columns import gather, gather_coordinates, layout
 from ocvtp.hosts.deepstack import Deepstack
 from ocvtp.hosts.layer_plan import LayerPlan, plan_layers
 from ocvtp.hosts.reading import Reader
+from ocvtp.hosts.selecting import Select, select, select_shares
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs, Selection
@@ -109,6 +110,7 @@ def shorten(
     seen: Seen,
     positions: Positions = "contiguous",
     layers: LayerPruner | None = None,
+    run: Select = select,
 ) -> tuple[dict[str, Any], Prompt]:
     """Let the pruner choose, and drop the other placeholders from the prompt.
 
@@ -120,6 +122,7 @@ def shorten(
         positions: `contiguous` numbers what is left from 0; `original` leaves the gaps. Where
             tokens have coordinates, they always keep them.
         layers: what drops further tokens inside the language model.
+        run: what runs `pruner.select`.
 
     Returns:
         the inputs without image arguments, shortened, and the prompt with its embeddings.
@@ -133,7 +136,7 @@ def shorten(
     coordinates = host.rope_positions(inputs, seen.images)
     if coordinates is not None:
         inputs["position_ids"] = coordinates
-    selection = pruner.select(encoded.tokens)
+    selection = select_shares(pruner, encoded.tokens, run)
     check_selection(pruner, encoded, selection)
     if positions == "original" or inputs.get("position_ids") is not None:
         selection = selection.in_raster_order()  # every row has the position of its place

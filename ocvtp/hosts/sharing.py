@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
+from ocvtp.hosts.later_rows import LaterRows
 from ocvtp.hosts.rewrite import Encode, encode_anew
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
@@ -159,7 +160,10 @@ class SharedEncodings:
         if found is None:
             last, found = self._add(last, host, images, needs)
         self._last = last
-        return replace(found, tokens=_only(found.tokens, needs))
+        found = replace(found, tokens=_only(found.tokens, needs))
+        if isinstance(found.embeddings, LaterRows) and not needs.projected:
+            return replace(found, embeddings=found.embeddings.unmade())
+        return found
 
     def _add(
         self, last: _Last, host: Host, images: dict[str, Any], needs: Needs
@@ -240,7 +244,7 @@ def _call(host: Host, images: dict[str, Any]) -> _Call | None:
     kinds = {tensor.device.type for tensor in tensors.values()}
     kinds = {kind for kind in kinds if torch.is_autocast_enabled(kind)}
     precisions = {kind: torch.get_autocast_dtype(kind) for kind in kinds}
-    state = (changes, rest, precisions, host.tiling, *_weights(host))
+    state = (changes, rest, precisions, host.tiling, host.savings, *_weights(host))
     return _Call(tuple(tensors.values()), state)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -28,7 +29,7 @@ class Pruner(ABC):
 
     Args:
         num_keep: tokens kept per image, tiles included.
-        keep_ratio: the same as a share of the image's tokens; give one of the two.
+        keep_ratio: the same as a share of the image's own tokens; give one of the two.
     """
 
     num_keep: int | None = None
@@ -113,6 +114,19 @@ class Pruner(ABC):
                 f" pass at most {num_tokens}."
             )
         return self.num_keep
+
+    @property
+    def keeps_share(self) -> bool:
+        """Whether K depends on N."""
+        return self.num_keep is None and self.keep_ratio is not None
+
+    def of_size(self, num_tokens: int) -> Pruner:
+        """The same for images of `num_tokens` tokens alone, padding apart; K is then a number."""
+        if not self.keeps_share:
+            return self
+        changed = copy(self)
+        changed.num_keep, changed.keep_ratio = self.budget(num_tokens), None
+        return changed
 
     def masks(self, tokens: VisualTokens) -> Tensor | None:
         """Soft masks [B, S, N] worth drawing, if the method makes any."""

@@ -74,6 +74,19 @@ class Chain(Pruner):
         """What any of them reads."""
         return reduce(or_, (step.needs for step in self.steps))
 
+    @property
+    def keeps_share(self) -> bool:
+        """Whether any step does."""
+        return any(step.keeps_share for step in self.steps)
+
+    def of_size(self, num_tokens: int) -> Chain:
+        """The same for images of `num_tokens` tokens; see `Pruner.of_size`."""
+        steps = []
+        for step in self.steps:
+            steps.append(step.of_size(num_tokens))
+            num_tokens = step.budget(num_tokens)
+        return Chain(steps)
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose; see `Pruner.select`."""
         selection = self.steps[0].select(tokens)

@@ -43,6 +43,10 @@ class FirstHalf(Pruner):
         """That of the method; see `Pruner.budget`."""
         return self._whole.budget(num_tokens)
 
+    def of_size(self, num_tokens: int) -> Pruner:
+        """See `Pruner.of_size`."""
+        return self._whole.of_size(num_tokens).parts[0] if self.keeps_share else self
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         return self._choose(tokens)
 

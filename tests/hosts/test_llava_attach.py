@@ -156,7 +156,7 @@ def test_a_tower_keeps_its_fast_attention(
     with pruner(llava), torch.no_grad():
         llava(**inputs)
     assert llava.model.vision_tower.config._attn_implementation == "sdpa"
-    assert sum(shape[-2] == 17 for shape in calls) == 6
+    assert sum(shape[-2] == 17 for shape in calls) == 5  # of 6: layer -2 is read
 
 
 def test_a_second_pruner_is_refused_and_the_first_stays(
@@ -238,7 +238,11 @@ def test_weights_are_saved_as_without_a_pruner(llava: Any, pruner: Pruner, tmp_p
 def test_supported_models_describe_themselves(llava: Any, llava_siglip: Any) -> None:
     for model in (llava, llava_siglip):
         stages = ["pixels", "encoder", "llm_input", "llm_layers"]
-        assert find_host(model).describe() == {"model_type": "llava", "stages": stages}
+        assert find_host(model).describe() == {
+            "model_type": "llava",
+            "stages": stages,
+            "savings": {"cut_tower": True, "project_kept": True, "compile_select": False},
+        }
 
 
 def test_a_pipeline_prunes(pruner: Pruner) -> None:

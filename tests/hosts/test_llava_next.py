@@ -381,6 +381,7 @@ def test_the_host_describes_itself(llava_next: Any) -> None:
         "stages": ["pixels", "encoder", "llm_input", "llm_layers"],
         "budget": "per_image",
         "separators": "rows",
+        "savings": {"cut_tower": True, "project_kept": True, "compile_select": False},
     }
 
 

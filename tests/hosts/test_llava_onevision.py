@@ -410,6 +410,7 @@ def test_the_host_describes_itself(onevision: Any) -> None:
         "stages": ["pixels", "encoder", "llm_input", "llm_layers"],
         "budget": "per_image",
         "separators": "rows",
+        "savings": {"cut_tower": False, "project_kept": True, "compile_select": False},
     }
 
 

@@ -197,9 +197,9 @@ def test_the_whole_tower_runs_on_fewer_rows(llava: Any) -> None:
     ]
     inputs = make_inputs([(2, "image", 2)])
     for kind, expected in (
-        ("tome", [15, 13, 11, 9, 7, 7]),
-        ("vprune", [7] * 6),
-        ("early", [17, 17, 17, 7, 7, 7]),
+        ("tome", [15, 13, 11, 9, 7]),
+        ("vprune", [7] * NUM_READ),
+        ("early", [17, 17, 17, 7, 7]),
     ):
         lengths.clear()
         seen(llava, build(kind), inputs)

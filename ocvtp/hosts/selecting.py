@@ -1,0 +1,103 @@
+"""How a pruner in front of the language model chooses: as it is, compiled, by equally large images.
+
+I images of a call, N visual tokens, K kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import FunctionType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ocvtp.pruners import Pruner
+from ocvtp.structures import Selection, VisualTokens
+
+Select = Callable[[Pruner, VisualTokens], Selection]
+
+_COMPILED: WeakKeyDictionary[Pruner, dict[str, Select]] = WeakKeyDictionary()
+
+
+def select(pruner: Pruner, tokens: VisualTokens) -> Selection:
+    """`pruner.select`."""
+    return pruner.select(tokens)
+
+
+def compiled(pruner: Pruner, backend: str = "inductor") -> Select:
+    """`select` as one graph, made at the first call and for every new kind of tokens.
+
+    On a GPU the graph is launched as a whole, as a CUDA graph. What was compiled for a pruner is
+    kept as long as the pruner.
+
+    Args:
+        pruner: that will be run.
+        backend: of `torch.compile`.
+    """
+    made = _COMPILED.setdefault(pruner, {})
+    if backend not in made:
+        made[backend] = _compile(backend)
+    return made[backend]
+
+
+def _compile(backend: str) -> Select:
+    # A function of its own, because graphs are counted by function and there may be but a few.
+    own = FunctionType(select.__code__.replace(), globals())
+    whole = partial(torch.compile, own, fullgraph=True, backend=backend)
+    plain, graphs = whole(), whole(mode="reduce-overhead" if backend == "inductor" else None)
+
+    def run(pruner: Pruner, tokens: VisualTokens) -> Selection:
+        if not tokens.features.is_cuda:
+            return plain(pruner, tokens)
+        torch.compiler.cudagraph_mark_step_begin()
+        made = graphs(pruner, tokens)  # in memory that the next call writes to
+        copies: dict[str, Any] = {k: v.clone() for k, v in vars(made).items() if v is not None}
+        return Selection(**copies)
+
+    return run
+
+
+def select_shares(pruner: Pruner, tokens: VisualTokens, run: Select = select) -> Selection:
+    """Choose; where a share is kept and images differ in size, a share of each one's own tokens.
+
+    Args:
+        pruner: that chooses.
+        tokens: of I images. Those of equal size are chosen from together (`random` draws by the
+            place of an image among these).
+        run: what runs it.
+
+    Returns:
+        of every image, what `pruner` would keep of it alone.
+    """
+    if tokens.valid is None or not pruner.keeps_share:
+        return run(pruner, tokens)
+    counts = tokens.valid.sum(dim=1).tolist()
+    groups = [[i for i, own in enumerate(counts) if own == count] for count in sorted(set(counts))]
+    made = []
+    for images in groups:
+
+        def these(values: Tensor, images: list[int] = images) -> Tensor:
+            return values[torch.tensor(images, device=values.device)]
+
+        made.append(run(pruner.of_size(counts[images[0]]), tokens.map(these)))
+    order = torch.tensor([image for images in groups for image in images]).argsort()
+    return _together(made, order)
+
+
+def _together(made: list[Selection], order: Tensor) -> Selection:
+    """Selections of groups of images as one, of images in this order."""
+    most = max(selection.keep_indices.shape[1] for selection in made)
+    parts: dict[str, list[Tensor]] = {}
+    for selection in made:
+        keep = selection.keep_indices
+        valid = torch.ones_like(keep, dtype=torch.bool)
+        tensors = {"valid": valid} | {k: v for k, v in vars(selection).items() if v is not None}
+        for name, values in tensors.items():
+            more = (0, 0) * (values.ndim - 2) + (0, most - keep.shape[1])
+            parts.setdefault(name, []).append(pad(values, more))
+    order = order.to(made[0].keep_indices.device)
+    return Selection(**{name: torch.cat(values)[order] for name, values in parts.items()})

@@ -1,0 +1,115 @@
+"""What nobody reads of a vision tower and its projector does not run while a pruner encodes.
+
+A block is two halves, its attention and its MLP: half 2b is the attention of block b, 2b + 1 its
+MLP. From the first half on that nobody reads, the tower's modules hand on what they are given, by a
+`forward` of the instance; no class is touched. Outside of `taps.recording()`, and inside compiled
+code, they run as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocvtp.encoders import taps
+from ocvtp.hosts.wrapping import Removable, Wrapped
+from ocvtp.structures import Needs
+
+_FIRST_UNREAD = "first unread half"
+_WIDTH = "width of what is projected later"
+_IS_LATER = "is projected later"
+
+
+def first_unread(tower: taps.Tower, layers: Sequence[int], readers: Sequence[Needs]) -> int:
+    """The first half of a block that nobody reads.
+
+    Args:
+        tower: with B blocks.
+        layers: of `hidden_states` that go to the projector. Models differ in whether the last one
+            is taken in front of the tower's norm or behind it: the norm, half 2 B, is then read.
+        readers: what else is read: other layers, and the queries and keys of blocks, which their
+            attention makes.
+
+    Returns:
+        0 to 2 B + 1.
+
+    Raises:
+        ValueError: if the tower has no such layer or block.
+    """
+    count = len(tower.blocks)
+    asked = [layer for needs in readers for layer in needs.hidden]
+    numbers = [tower.layer(layer) for layer in [*layers, *asked]]
+    blocks = [tower.block(block) for needs in readers for block in blocks_of(needs)]
+    halves = [2 * layer + (layer == count) for layer in numbers]
+    return max([*halves, *(2 * block + 1 for block in blocks)], default=0)
+
+
+def blocks_of(needs: Needs) -> list[int]:
+    """Blocks whose queries and keys are read."""
+    return [*needs.keys, *(block for block, _ in needs.attention)]
+
+
+def install(blocks: Sequence[Any], behind: Sequence[nn.Module]) -> list[Removable]:
+    """Let blocks be left out, or the `mlp` of one, and what stands behind them.
+
+    Args:
+        blocks: of the tower.
+        behind: its norm, and what reads that.
+    """
+    modules = [module for block in blocks for module in (block, block.mlp)]
+    return [
+        Wrapped(forward, module, partial(_hand_on, half))
+        for half, module in enumerate([*modules, *behind])
+    ]
+
+
+def install_projector(projector: nn.Module) -> list[Removable]:
+    """Let the projector be left out."""
+    return [Wrapped(forward, projector, _zeros)]
+
+
+def leave_out(record: taps.Recording, half: int) -> None:
+    """Run nothing of the tower from this half on."""
+    record.other[_FIRST_UNREAD] = half
+
+
+def project_later(record: taps.Recording, width: int) -> None:
+    """Let the projector make zeros [..., width], which take no memory."""
+    record.other[_WIDTH] = width
+
+
+def is_projected_later(record: taps.Recording) -> bool:
+    """Whether the projector made zeros."""
+    return _IS_LATER in record.other
+
+
+def forward(
+    module: Any,
+    before: Callable[..., Any] | None,
+    instead: Callable[[taps.Recording, Tensor], Tensor | None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`module.forward`, or what stands in for it if nobody reads what it would make."""
+    record = None if torch.compiler.is_compiling() else taps.current()
+    if record is not None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        if (output := instead(record, given)) is not None:
+            return output
+    original = before or partial(type(module).forward, module)
+    return original(*args, **kwargs)
+
+
+def _hand_on(half: int, record: taps.Recording, given: Tensor) -> Tensor | None:
+    return given if half >= record.other.get(_FIRST_UNREAD, half + 1) else None
+
+
+def _zeros(record: taps.Recording, features: Tensor) -> Tensor | None:
+    if (width := record.other.get(_WIDTH)) is None:
+        return None
+    record.other[_IS_LATER] = True
+    return features.new_zeros(()).expand(*features.shape[:-1], width)
