@@ -118,7 +118,7 @@ def _budget_table(facts: Facts, metric: str, budget: float | None) -> str:
         line = [_name(row), _tokens(row["visual_tokens"]), estimate_text(figure, percent)]
         line += [_starred(figure.get(name), percent) for name in minus]
         cells.append(line + [number_text(_get(row, name, "value"), percent) for name in others])
-    return _table(head, cells)
+    return table(head, cells)
 
 
 def _short_table(facts: Facts, metric: str) -> str:
@@ -150,7 +150,7 @@ def _short_table(facts: Facts, metric: str) -> str:
     legend = (
         f"{', '.join(whole)}.{better} ±: half of the 95% interval. Bold: best without training."
     )
-    return f"{_table([metric, *map(budget_text, columns)], cells)}\n\n{legend.lstrip('. ')}\n"
+    return f"{table([metric, *map(budget_text, columns)], cells)}\n\n{legend.lstrip('. ')}\n"
 
 
 def _best(rows: Sequence[Facts], metric: str) -> Facts | None:
@@ -159,7 +159,7 @@ def _best(rows: Sequence[Facts], metric: str) -> Facts | None:
     return next((row for row in fair if _get(row, metric, "value") is not None), None)
 
 
-def _table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Markdown with padded columns, the first to the left and figures to the right."""
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from ocvtp.hosts import random_internvl, random_llava, random_qwen
+from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
@@ -21,21 +21,28 @@ _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
 }
 RANDOM_MODELS = tuple(_RANDOM)
+FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
     """A vision-language model in evaluation mode, and its processor.
 
     Args:
-        name: folder or hub id, or one of `RANDOM_MODELS` (random weights, meaningless answers).
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        name: folder or hub id; or random weights, whose answers mean nothing: one of
+            `RANDOM_MODELS` (tiny) or of `FULL_SIZE_MODELS` (real sizes, for times and FLOPs).
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Of the weights: buffers keep
+            their precision (rotary frequencies in bfloat16 are wrong by whole positions).
         device: e.g. `cpu`, `cuda`.
 
     Raises:
         ValueError: if there is no such model.
     """
+    if name in FULL_SIZE_MODELS:
+        return full_size.build(name.removeprefix("random:"), dtype, device)
     if name.startswith("random:"):
         model, processor = _random_model(name)
+        if dtype != "auto":
+            _cast_weights(model, getattr(torch, dtype))
     else:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -45,11 +52,35 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
-                f" folder or hub id of a vision-language model, or one of {list(RANDOM_MODELS)}."
+                " folder or hub id of a vision-language model, or one of"
+                f" {[*RANDOM_MODELS, *FULL_SIZE_MODELS]}."
             ) from error
-    if dtype != "auto":
-        model = model.to(getattr(torch, dtype))
     return model.to(device).eval(), processor
+
+
+def load_config(name: str) -> Any:
+    """The configuration of a model of transformers: of its weights nothing is read or made.
+
+    Args:
+        name: see `load_model`; a name of `FULL_SIZE_MODELS` may stand without `random:`.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if name in full_size.FULL_SIZE_MODELS or name in FULL_SIZE_MODELS:
+        return full_size.config_of(name.removeprefix("random:"))
+    if name.startswith("random:"):
+        return _random_model(name)[0].config
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} has no configuration that can be read"
+            f" ({' '.join(str(error).split())[:300]}); pass a folder or hub id of a vision-language"
+            f" model, or one of {[*full_size.FULL_SIZE_MODELS, *RANDOM_MODELS]}."
+        ) from error
 
 
 def open_image(path: str) -> Image.Image:
@@ -67,6 +98,13 @@ def open_image(path: str) -> Image.Image:
 
 def _random_model(name: str) -> tuple[Any, Any]:
     if name not in _RANDOM:
-        raise ValueError(f"{name!r} is unknown; random models are {list(RANDOM_MODELS)}.")
+        known = [*RANDOM_MODELS, *FULL_SIZE_MODELS]
+        raise ValueError(f"{name!r} is unknown; random models are {known}.")
     build, special_tokens = _RANDOM[name]
     return build(byte_tokenizer(special_tokens))
+
+
+def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters, and leave buffers as they are."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)

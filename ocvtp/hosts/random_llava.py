@@ -28,7 +28,7 @@ def tiny_llava(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     model = _model(LlavaForConditionalGeneration, LlavaConfig, vision, tokenizer, seed, settings)
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
     images = plain_processor(vision.image_size)
-    return model, _clip_processor(LlavaProcessor, images, tokenizer, vision)
+    return model, clip_processor(LlavaProcessor, images, tokenizer, vision)
 
 
 def tiny_llava_next(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
@@ -52,7 +52,7 @@ def tiny_llava_next(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
         LlavaNextForConditionalGeneration, LlavaNextConfig, vision, tokenizer, seed, settings
     )
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
-    return model, _clip_processor(LlavaNextProcessor, images, tokenizer, vision)
+    return model, clip_processor(LlavaNextProcessor, images, tokenizer, vision)
 
 
 def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
@@ -147,7 +147,7 @@ def _model(
     return model.eval()
 
 
-def _clip_processor(processor_class: Any, images: Any, tokenizer: Any, vision: Any) -> Any:
+def clip_processor(processor_class: Any, images: Any, tokenizer: Any, vision: Any) -> Any:
     """A family's own processor around a tokenizer, for a tower of these settings."""
     return processor_class(
         image_processor=images,

@@ -59,7 +59,7 @@ def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     windows = {"window_size": 112, "fullatt_block_indexes": [2, 5]}
     classes = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
     model = _model(classes, vision | windows, {}, tokenizer, seed)
-    return model, _processor(Qwen2_5_VLProcessor, tokenizer, patch=14)
+    return model, processor(Qwen2_5_VLProcessor, tokenizer, patch=14)
 
 
 def tiny_qwen2(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def tiny_qwen2(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     vision = {"patch_size": 14, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 3}
     classes = (Qwen2VLForConditionalGeneration, Qwen2VLConfig)
     model = _model(classes, vision, {}, tokenizer, seed)
-    return model, _processor(Qwen2VLProcessor, tokenizer, patch=14)
+    return model, processor(Qwen2VLProcessor, tokenizer, patch=14)
 
 
 def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
@@ -80,8 +80,8 @@ def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     deepstack = {"num_position_embeddings": 12**2, "deepstack_visual_indexes": [1, 3]}
     classes = (Qwen3VLForConditionalGeneration, Qwen3VLConfig)
     model = _model(classes, vision | deepstack, {"head_dim": 24}, tokenizer, seed)
-    colours = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return model, _processor(Qwen3VLProcessor, tokenizer, patch=16, **colours)
+    colours: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return model, processor(Qwen3VLProcessor, tokenizer, patch=16, **colours)
 
 
 def _model(
@@ -93,31 +93,50 @@ def _model(
 ) -> Any:
     """A model of these classes (its own and of its settings)."""
     model_class, config_class = classes
-    ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in SPECIAL_TOKENS.items()}
-    ends = {"eos_token_id": ids["turn_eos_token"], "pad_token_id": tokenizer.pad_token_id}
-    begin = {"bos_token_id": tokenizer.bos_token_id}
+    ids = token_ids(tokenizer)
     config = config_class(
         vision_config=_VISION | vision,
-        text_config={**_TEXT, **text, **ends, **begin, "vocab_size": len(tokenizer)},
-        image_token_id=ids["image_token"],
-        video_token_id=ids["video_token"],
-        vision_start_token_id=ids["vision_bos_token"],
-        vision_end_token_id=ids["vision_eos_token"],
+        text_config={**_TEXT, **text, **ids["text"], "vocab_size": len(tokenizer)},
+        **ids["whole"],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = model_class(config)
-    model.generation_config.eos_token_id = ends["eos_token_id"]
-    model.generation_config.pad_token_id = ends["pad_token_id"]
+    model.generation_config.eos_token_id = ids["text"]["eos_token_id"]
+    model.generation_config.pad_token_id = ids["text"]["pad_token_id"]
     return model.eval()
 
 
-def _processor(processor_class: Any, tokenizer: Any, patch: int, **colours: Any) -> Any:
-    """A family's own processor around a tokenizer."""
+def token_ids(tokenizer: Any) -> dict[str, dict[str, int]]:
+    """Ids of special tokens by the setting that names them: of the `text` model, of the `whole`."""
+    ids = {name: tokenizer.convert_tokens_to_ids(t) for name, t in SPECIAL_TOKENS.items()}
+    return {
+        "text": {
+            "eos_token_id": ids["turn_eos_token"],
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+        },
+        "whole": {
+            "image_token_id": ids["image_token"],
+            "video_token_id": ids["video_token"],
+            "vision_start_token_id": ids["vision_bos_token"],
+            "vision_end_token_id": ids["vision_eos_token"],
+        },
+    }
+
+
+def processor(
+    processor_class: Any,
+    tokenizer: Any,
+    patch: int,
+    most_tokens: int = _MOST_TOKENS,
+    **colours: Any,
+) -> Any:
+    """A family's own processor around a tokenizer, for images of 4 to `most_tokens` tokens."""
     from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     unit = 2 * patch
-    size = {"shortest_edge": 4 * unit**2, "longest_edge": _MOST_TOKENS * unit**2}
+    size = {"shortest_edge": 4 * unit**2, "longest_edge": most_tokens * unit**2}
     settings = {"size": size, "merge_size": 2, "patch_size": patch, "temporal_patch_size": 2}
     return processor_class(
         image_processor=Qwen2VLImageProcessor(**settings, **colours),

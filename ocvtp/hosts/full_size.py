@@ -1,0 +1,196 @@
+"""Models of real size with random weights: true times, memory and FLOPs without a download.
+
+Their sizes are those of the public checkpoints; only the ids of special tokens differ, because the
+tokenizer reads bytes. Their answers mean nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ocvtp.encoders.clip import plain_processor, vision_config
+from ocvtp.hosts import random_llava, random_qwen
+from ocvtp.hosts.random_tokenizer import byte_tokenizer
+
+DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-vlm"
+_CLIP = "random:clip-vit-large-patch14-336"
+_LLAMA = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+
+
+def _llama(layers: int, width: int, ffn: int, heads: int) -> dict[str, int | float]:
+    shape = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ffn}
+    return {**_LLAMA, **shape, "num_attention_heads": heads, "num_key_value_heads": heads}
+
+
+_VICUNA_7B = _llama(32, 4096, 11008, 32)
+_VICUNA_13B = _llama(40, 5120, 13824, 40)
+_QWEN_7B_TEXT = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+}
+_QWEN_7B_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+    "out_hidden_size": 3584,
+    "tokens_per_second": 2,
+}
+_QWEN_7B_MOST_TOKENS = 16384  # of an image: 12,845,056 pixels
+_NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+_LLAVA: dict[str, tuple[dict[str, Any], str]] = {
+    "llava-1.5-7b": (_VICUNA_7B, "float16"),
+    "llava-1.5-13b": (_VICUNA_13B, "float16"),
+    "llava-mid": (_llama(4, 2048, 5504, 16), "float32"),
+}
+FULL_SIZE_MODELS = (*_LLAVA, "llava-next-7b", "qwen2.5-vl-7b", "demo")
+
+
+def config_of(name: str) -> Any:
+    """The configuration of a model, of transformers; builds no weights.
+
+    Args:
+        name: one of `FULL_SIZE_MODELS`. `llava-mid` has LLaVA-1.5's whole tower and 4 layers of
+            width 2048 behind it, for a CPU; `demo` is the VLM in `checkpoints/demo-vlm`.
+
+    Raises:
+        ValueError: for another name, or `demo` without its folder.
+    """
+    from transformers import AutoConfig, LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig
+
+    if name == "demo":
+        return AutoConfig.from_pretrained(_demo_folder())
+    if name == "qwen2.5-vl-7b":
+        ids = random_qwen.token_ids(_tokenizer(name))
+        text = _QWEN_7B_TEXT | ids["text"]
+        return Qwen2_5_VLConfig(
+            vision_config=_QWEN_7B_VISION, text_config=text, dtype="bfloat16", **ids["whole"]
+        )
+    if name == "llava-next-7b":
+        pinpoints = {"image_grid_pinpoints": _NEXT_PINPOINTS}
+        return _llava_config(LlavaNextConfig, _VICUNA_7B, "float16", **pinpoints)
+    if name in _LLAVA:
+        return _llava_config(LlavaConfig, *_LLAVA[name])
+    raise ValueError(f"{name!r} is unknown; models of real size are {list(FULL_SIZE_MODELS)}.")
+
+
+def build(name: str, dtype: str = "auto", device: str = "cpu", seed: int = 0) -> tuple[Any, Any]:
+    """A model of random weights, made in its dtype on its device, and its processor.
+
+    Args:
+        name: one of `FULL_SIZE_MODELS`.
+        dtype: of the weights; `auto` for the public checkpoint's (float32 for `llava-mid`).
+        device: e.g. `cpu`, `cuda`; `meta` takes no memory and holds no numbers.
+        seed: of the weights; torch's own random numbers are left as they are.
+
+    Raises:
+        ValueError: as `config_of`.
+    """
+    config = config_of(name)
+    model = materialise(config, dtype, device, seed)
+    return model, _processor(name, config)
+
+
+def materialise(config: Any, dtype: str = "auto", device: str = "cpu", seed: int = 0) -> Any:
+    """A model of a configuration with random weights, in evaluation mode.
+
+    Weights are drawn on the device in `dtype`; buffers keep the precision that loading a checkpoint
+    gives them (rotary frequencies stay in float32).
+
+    Args:
+        config: of a vision-language model, of transformers.
+        dtype, device, seed: see `build`; `auto` is the configuration's dtype.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    name = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    kind = name if isinstance(name, torch.dtype) else getattr(torch, name)
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config, dtype=kind)
+    text = config.get_text_config()
+    model.generation_config.eos_token_id = text.eos_token_id
+    model.generation_config.pad_token_id = text.pad_token_id
+    return model.eval()
+
+
+def _llava_config(config_class: Any, text: dict[str, Any], dtype: str, **settings: Any) -> Any:
+    from transformers import LlamaConfig
+
+    tokenizer = _tokenizer("llava")
+    vision = vision_config(_CLIP)
+    return config_class(
+        vision_config=vision,
+        text_config=LlamaConfig(**text, **_ends(tokenizer)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+        dtype=dtype,
+        **settings,
+    )
+
+
+def _ends(tokenizer: Any) -> dict[str, int]:
+    return {
+        key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+
+
+def _tokenizer(name: str) -> Any:
+    family = random_qwen if name.startswith("qwen") else random_llava
+    return byte_tokenizer(family.SPECIAL_TOKENS)
+
+
+def _processor(name: str, config: Any) -> Any:
+    """The family's own processor around a tokenizer that reads bytes."""
+    from transformers import (
+        AutoProcessor,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+        LlavaProcessor,
+        Qwen2_5_VLProcessor,
+    )
+
+    if name == "demo":
+        return AutoProcessor.from_pretrained(_demo_folder())
+    tokenizer = _tokenizer(name)
+    if name == "qwen2.5-vl-7b":
+        most = _QWEN_7B_MOST_TOKENS
+        return random_qwen.processor(Qwen2_5_VLProcessor, tokenizer, patch=14, most_tokens=most)
+    vision = config.vision_config
+    if name == "llava-next-7b":
+        side = vision.image_size
+        images = LlavaNextImageProcessor(
+            size={"shortest_edge": side},
+            crop_size={"height": side, "width": side},
+            image_grid_pinpoints=_NEXT_PINPOINTS,
+        )
+        return random_llava.clip_processor(LlavaNextProcessor, images, tokenizer, vision)
+    images = plain_processor(vision.image_size)
+    return random_llava.clip_processor(LlavaProcessor, images, tokenizer, vision)
+
+
+def _demo_folder() -> str:
+    if not (DEMO / "config.json").is_file():
+        raise ValueError(
+            f"the demo model is not at {DEMO}: it comes with the repository, not with the package;"
+            " work in a checkout, or name another model."
+        )
+    return str(DEMO)

@@ -1,0 +1,182 @@
+"""Operations by three conventions: published figures, and what torch itself counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ocvtp import Compose, build_pruner
+from ocvtp.flops import count
+from ocvtp.flops.count import NOTHING_SAVED
+from ocvtp.hosts import full_size
+
+# model, convention -> visual tokens: 10^12 operations of the language model; from the papers
+PUBLISHED = {
+    ("llava-1.5-7b", "oc-vtp"): {576: 6.31, 192: 2.28, 128: 1.62, 64: 0.97},
+    ("llava-1.5-7b", "macs"): {576: 3.82, 192: 1.25, 128: 0.83, 64: 0.42},
+    ("llava-1.5-7b", "true"): {576: 8.07, 192: 2.93, 128: 2.09, 64: 1.25},
+    ("llava-next-7b", "oc-vtp"): {2880: 33.76, 640: 7.00, 320: 3.61, 160: 1.95},
+    ("llava-next-7b", "macs"): {2880: 20.83, 640: 4.25, 320: 2.10, 160: 1.04},
+    ("llava-next-7b", "true"): {2880: 42.16, 640: 8.94, 320: 4.62, 160: 2.51},
+}
+# arguments of get_image_features
+IMAGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "llava-1.5-7b": ((1, 3, 336, 336), {}),
+    "llava-mid": ((1, 3, 336, 336), {}),
+    "llava-next-7b": ((1, 5, 3, 336, 336), {"image_sizes": torch.tensor([[672, 672]])}),
+    "qwen2.5-vl-7b": ((24 * 28, 1176), {"image_grid_thw": torch.tensor([[1, 24, 28]])}),
+}
+
+
+@pytest.mark.parametrize(("name", "convention"), PUBLISHED)
+def test_published_figures(name, convention):
+    config = full_size.config_of(name)
+    for tokens, expected in PUBLISHED[name, convention].items():
+        found = count(config, num_keep=tokens).conventions[convention]
+        assert round(found / 1e12, 2) == expected, tokens
+
+
+@pytest.fixture(scope="module", params=list(IMAGES))
+def whole(request):
+    """A model without memory, and its name."""
+    return request.param, full_size.build(request.param, device="meta")[0]
+
+
+def test_the_language_model_as_torch_counts_it(whole):
+    (name, model), text_length = whole, 200
+    expected = count(model, text_length=text_length)
+    length = expected.visual[0] + text_length
+    # A mask of four dimensions: that of others would be looked at, and there is nothing to see.
+    inputs = {
+        "inputs_embeds": torch.empty(
+            1, length, model.config.get_text_config().hidden_size, dtype=model.dtype, device="meta"
+        ),
+        "attention_mask": torch.empty(1, 1, length, length, dtype=torch.bool, device="meta"),
+    }
+    if name.startswith("qwen"):
+        inputs["position_ids"] = torch.arange(length, device="meta").expand(3, 1, length)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        states = model.model.language_model(**inputs).last_hidden_state
+        model.lm_head(states[:, -1:])
+    assert expected.language_model == pytest.approx(counter.get_total_flops(), rel=0.001)
+    assert expected.conventions["true"] == expected.language_model
+
+
+def test_towers_and_projectors_as_torch_counts_them(whole):
+    name, model = whole
+    shape, arguments = IMAGES[name]
+    pixels = torch.empty(shape, dtype=model.dtype, device="meta")
+    hooks = []
+    if name.startswith("qwen"):  # positions come from the grid, which is real
+
+        def on_meta(module, args):
+            return tuple(value.to("meta") for value in args)
+
+        hooks.append(model.model.visual.rotary_pos_emb.register_forward_pre_hook(on_meta))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.model.get_image_features(pixels, **arguments)
+    for hook in hooks:
+        hook.remove()
+    found = count(model, num_visual=12 * 14 if name.startswith("qwen") else None)
+    assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
+    assert found.select == 0
+    assert found.total == found.tower + found.projector + found.language_model
+
+
+def test_parts_of_llava_as_its_sizes_say():
+    found = count(full_size.config_of("llava-1.5-7b"))
+    block = 2 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096)
+    assert found.tower == 2 * 576 * 588 * 1024 + 24 * block
+    assert found.projector == 2 * 576 * (1024 * 4096 + 4096**2)
+    assert found.lm_head == 2 * 4096 * 32064
+
+
+def test_grouped_query_attention_counts_keys_with_their_own_width():
+    found = count(full_size.config_of("qwen2.5-vl-7b"), num_keep=64)
+    n, d, k, m = 96, 3584, 512, 18944
+    assert found.layers[0] == 2 * (2 * n * d * (d + k) + 2 * n**2 * d + 3 * n * d * m)
+    per_layer = 2 * 64 * d * (d + k) + 2 * 64**2 * d + 3 * 64 * d * m
+    assert found.conventions["macs"] == 28 * per_layer
+
+
+def test_several_images_and_newlines():
+    config = full_size.config_of("llava-next-7b")
+    one, two = count(config), count(config, num_images=2, num_newlines=48)
+    assert two.visual == (2 * (2880 + 48),) * 32
+    assert (two.tower, two.projector) == (2 * one.tower, 2 * one.projector)
+    longer = count(config, text_length=32 + 48 + 2928)
+    assert two.layers == longer.layers
+    assert count(config, num_keep=160, num_newlines=48).visual == (208,) * 32
+
+
+def test_savings_can_be_left_out():
+    config = full_size.config_of("llava-1.5-7b")
+    pruner = build_pruner("fastervlm", num_keep=64)
+    plain, saving = count(config), count(config, pruner=pruner)
+    without = count(config, pruner=pruner, savings=NOTHING_SAVED)
+    assert (without.tower, without.projector) == (plain.tower, plain.projector)
+    assert saving.tower < plain.tower  # the last block does not run
+    assert saving.projector * 9 == plain.projector
+    assert saving.select == without.select > 0
+
+
+def test_the_bound_of_a_pruner_is_of_its_whole_way():
+    config = full_size.config_of("llava-1.5-7b")
+    early, late = (
+        count(config, pruner=build_pruner(name, num_keep=64)) for name in ("vprune", "divprune")
+    )
+    assert early.language_model == late.language_model
+    assert early.tower < late.tower / 5
+    assert late.projector == count(config).projector  # it reads all projected tokens
+
+
+def test_composed_pruners_act_one_after_the_other():
+    pruners = [build_pruner("vprune", num_keep=288), build_pruner("fastv", stages=((2, 72),))]
+    found = count(full_size.config_of("llava-1.5-7b"), pruner=Compose(pruners))
+    assert found.visual == (288,) * 2 + (72,) * 30
+
+
+REFUSED = {
+    "600 tokens are no whole number of views": (
+        {"num_visual": 600}, r"num_visual=600.*multiple of 576"),
+    "more kept than there are": ({"num_keep": 577}, "0 to the 576"),
+    "no text": ({"text_length": 0}, "text_length=0"),
+    "a budget and a pruner": (
+        {"num_keep": 5, "pruner": build_pruner("random", num_keep=5)}, "has its own"),
+    "a budget that hangs on the image": (
+        {"pruner": build_pruner("prumerge")}, "hangs on what is in the image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case):
+    arguments, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        count(full_size.config_of("llava-1.5-7b"), **arguments)
+
+
+def test_tiles_one_by_one_have_no_budget_of_an_image():
+    config = full_size.config_of("llava-next-7b")
+    with pytest.raises(ValueError, match="one tile at a time"):
+        count(config, pruner=build_pruner("vprune", num_keep=640))
+    found = count(config, pruner=build_pruner("vprune", keep_ratio=0.25))
+    assert found.visual[0] == 5 * 144
+
+
+def test_other_families_are_refused_with_those_that_are_known():
+    from ocvtp.hosts.loading import load_config
+
+    with pytest.raises(ValueError, match=r"internvl.*llava_next.*qwen2_5_vl"):
+        count(load_config("random:tiny-internvl"))
+
+
+def test_words_that_ask_and_what_they_attend_to_are_part_of_the_choice():
+    stages = ((3, 300), (7, 200), (16, 110))
+    pruner = build_pruner("sparsevlm", plus=True, stages=stages)
+    found = count(full_size.config_of("llava-1.5-7b"), pruner=pruner, text_length=32)
+    raters = 2 * 576 * 32 * 4096  # products of image and text embeddings
+    scores = sum(2 * 32 * (n + 32) * 4096 + 2 * 32 * n for n in (576, 300, 200))
+    assert found.select == raters + scores
