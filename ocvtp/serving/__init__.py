@@ -1,0 +1,1 @@
+"""Pruners in inference servers."""
