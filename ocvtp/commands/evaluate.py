@@ -25,7 +25,7 @@ from ocvtp.pruners.specs import known_settings
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of this command."""
     options.add_model(parser)
-    parser.add_argument("--task", required=True, choices=list(_TASKS), help="what is asked")
+    parser.add_argument("--task", required=True, choices=list(TASKS), help="what is asked")
     parser.add_argument(
         "--pruners",
         nargs="+",
@@ -58,11 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of results.json, report.md, plots and answers; the same command continues what"
         " it holds (default: outputs/evaluate/TASK)",
     )
-    _add_task(parser)
+    add_task(parser)
     output.add_json(parser)
 
 
-def _add_task(parser: argparse.ArgumentParser) -> None:
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """What makes a task."""
     scenes = parser.add_argument_group("scenes")
     scenes.add_argument("--levels", nargs="+", choices=list(LEVELS), default=list(LEVELS))
     scenes.add_argument("--split", choices=get_args(Split), default="test")
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
     subject = Subject(model, processor, arguments.model, arguments.text_tower)
-    task = _TASKS[arguments.task](arguments, processor, folder)
+    task = TASKS[arguments.task](arguments, processor, folder)
     budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
     budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
     report, records = evaluate(
@@ -108,6 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         controls=() if arguments.no_controls else CONTROLS,
         skip_unfit=arguments.skip_unfit,
+        command=output.command(),
     )
     paths = write(report, folder, answers_of(task, records))
     found = results(report)
@@ -158,12 +160,13 @@ def _coverage(arguments: argparse.Namespace, processor: Any, folder: Path) -> Ta
     return CoverageTask(images[0], instances, processor, limit=arguments.num_images)
 
 
-_TASKS: dict[str, Callable[[argparse.Namespace, Any, Path], Task]] = {
+TASKS: dict[str, Callable[[argparse.Namespace, Any, Path], Task]] = {
     "scenes": _scenes,
     "pope": _pope,
     "vqa": _vqa,
     "coverage": _coverage,
 }
+"""By name: from the flags of `add_task`, the model's processor and the folder to write to."""
 
 
 def _given(arguments: argparse.Namespace, name: str, what: str) -> Any:

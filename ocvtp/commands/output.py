@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from typing import Any
 
@@ -11,6 +12,11 @@ from typing import Any
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The flag --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def command() -> str:
+    """The command that runs."""
+    return shlex.join(["ocvtp", *sys.argv[1:]])
 
 
 def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ def evaluate(
     batch_size: int = 32,
     controls: Sequence[str] = CONTROLS,
     skip_unfit: bool = False,
+    command: str | None = None,
 ) -> tuple[Report, dict[str, list[Record]]]:
     """Run pruners at budgets, and the controls beside them.
 
@@ -56,6 +55,7 @@ def evaluate(
             masks of objects are known and tokens are one grid. Unpruned and shuffled images always
             do.
         skip_unfit: whether pruners that cannot run at a budget are left out, with a note.
+        command: what to type for the same, for the report.
 
     Returns:
         the report, and the records of every condition.
@@ -76,8 +76,7 @@ def evaluate(
         "batch_size": batch_size,
         "seeds": list(seeds),
         "checkpoints": list(checkpoints),
-        "command": shlex.join(["ocvtp", *sys.argv[1:]]),
-    }
+    } | ({} if command is None else {"command": command})
     report = Report(
         task=task.name,
         model=subject.name,

@@ -7,7 +7,6 @@ condition lacks.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ocvtp.evaluation.cells import at_pixels, source_pixels
 from ocvtp.evaluation.conditions import Condition, Place, weights_hash
@@ -28,6 +25,7 @@ from ocvtp.hosts.attach import attached, find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.templates import with_template
+from ocvtp.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def run(
     ]
     pruners = [condition.make(Place(0, list)) for condition in conditions]
     shared = SharedEncodings.of(subject.model, pruners)
-    with _progress() as progress:
+    with progress_bar() as progress:
         bar = progress.add_task("", total=len(conditions) * len(batches))
         start = 0
         for items in batches:
@@ -164,7 +162,7 @@ def _observe(
             except Exception as error:
                 error.add_note(f"while {condition.key!r} ran on items {start} and following")
                 raise
-            counts = _counts(prompts[0], host)
+            counts = visual_token_counts(prompts[0], host)
             yield (
                 condition,
                 [{**record, **count} for record, count in zip(found, counts, strict=True)],
@@ -190,8 +188,8 @@ def _ask(
     return [{"answer": text.strip()} for text in texts]
 
 
-def _counts(prompt: Prompt, host: Any) -> list[dict[str, float]]:
-    """Visual tokens of each row's image before pruning, and on average over the layers after."""
+def visual_token_counts(prompt: Prompt, host: Any) -> list[dict[str, float]]:
+    """Visual tokens of each image: `given` before pruning, `kept` on average over the layers."""
     summary = prompt.summary()
     given, left = summary["visual_tokens"], np.array(summary["visual_tokens_kept"], float)
     num_layers = len(host.language_model.layers)
@@ -210,13 +208,3 @@ def _seen(subject: Subject, task: Task, owners: Sequence[int]) -> list[NDArray[n
     """The objects of each row's image, as the tower sees them."""
     by_owner = {owner: subject.seen(task, owner) for owner in set(owners)}
     return [by_owner[owner] for owner in owners]
-
-
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-        console=Console(file=sys.stderr),
-    )

@@ -35,6 +35,7 @@ def test_it_prints_a_table_and_writes_what_it_found(tmp_path, capsys):
     assert facts["schema"] == 1
     assert facts["settings"]["task"]["name"] == "scenes"
     assert set(facts["environment"]) >= {"device", "torch", "transformers"}
+    assert facts["settings"]["command"].startswith("ocvtp ")
     asked = facts["answers"]["items"]
     assert set(asked[0]) == {"key", "question", "answers"}
     assert {len(some) for some in facts["answers"]["conditions"].values()} == {len(asked)}

@@ -1,0 +1,78 @@
+"""Any task of this package as one of lmms-eval: a YAML file, its rows and its images."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+
+import yaml
+
+from ocvtp.evaluation.tasks import Task
+from ocvtp.files import replacing
+
+_ROWS = "questions.jsonl"
+
+
+def shipped_tasks() -> list[str]:
+    """Names of the tasks that lmms-eval can be given."""
+    folder = files("ocvtp.evaluation").joinpath("lmms_tasks")
+    names = (Path(entry.name) for entry in folder.iterdir())
+    return sorted(
+        name.stem.removeprefix("ocvtp_").removesuffix("_local")
+        for name in names
+        if name.suffix == ".yaml"
+    )
+
+
+def export_task(task: Task, folder: str | Path) -> Path:
+    """Write a task for `lmms-eval --include_path FOLDER --tasks ocvtp_NAME_local`.
+
+    The folder gets the images as PNG, `questions.jsonl` with their absolute paths, and the YAML
+    file; what is there is written over. Questions, their order and the length of answers are those
+    of `ocvtp evaluate`.
+
+    Args:
+        task: of scenes, POPE or VQA.
+        folder: made where absent.
+
+    Returns:
+        the YAML file.
+
+    Raises:
+        ValueError: if lmms-eval has no such task.
+    """
+    if task.name not in shipped_tasks():
+        raise ValueError(
+            f"task {task.name!r} is none that lmms-eval can ask; pass one of"
+            f" {', '.join(shipped_tasks())}."
+        )
+    folder = Path(folder).absolute()
+    images: dict[int, str] = {}
+    for owner in dict.fromkeys(item.owner for item in task.items):
+        path = folder / "images" / f"{owner:06}.png"
+        with replacing(path) as temporary:
+            task.image(owner).save(temporary, format="PNG")
+        images[owner] = str(path)
+    rows = [
+        {
+            "image": images[item.owner],
+            "question": item.question,
+            "answers": list(item.answers),
+            "kind": item.kind,
+        }
+        for item in task.items
+    ]
+    with replacing(folder / _ROWS) as temporary:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        temporary.write_text(text, encoding="utf-8")
+    name = f"ocvtp_{task.name}_local"
+    shipped = Path(str(files("ocvtp.evaluation"))) / "lmms_tasks" / f"{name}.yaml"
+    config = {
+        "include": str(shipped),
+        "task": name,
+        "dataset_kwargs": {"data_files": {"test": _ROWS}},
+    }
+    with replacing(folder / f"{name}.yaml") as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return folder / f"{name}.yaml"
