@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest lint format type-check all-checks bench accuracy hosts readme clean
+.PHONY: install demo test test-fast test-oldest test-lmms test-vllm lint format type-check all-checks bench accuracy hosts readme clean
 
 install: $(STAMP)
 
@@ -37,18 +37,44 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
-# The oldest transformers that is supported, in an environment of its own on top of the other one.
-OLDEST := $(VENV)/oldest
+# Environments on top of the other one: the oldest transformers that is supported; lmms-eval, which
+# pins what others need newer.
 
-$(OLDEST)/.installed: $(STAMP)
-	$(PYTHON) -m venv $(OLDEST)
+OLDEST := $(VENV)/oldest
+LMMS := $(VENV)/lmms
+$(OLDEST)/.installed: EXTRA := "transformers==5.17.*"
+$(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3"
+
+$(OLDEST)/.installed $(LMMS)/.installed: $(STAMP)
+	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check "transformers==5.17.*"
+		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(EXTRA)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
+
+# vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
+VLLM := $(VENV)/vllm
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[vllm]" pytest pytest-timeout
+	touch $@
+
+test-vllm: export OMP_NUM_THREADS := 1
+test-vllm: export VLLM_TARGET_DEVICE := cpu
+test-vllm: export VLLM_ENABLE_V1_MULTIPROCESSING := 0
+test-vllm: export VLLM_CPU_KVCACHE_SPACE := 1
+test-vllm: export VLLM_CPU_OMP_THREADS_BIND := nobind
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serving
+
+test-lmms: export OMP_NUM_THREADS := 1
+test-lmms: $(LMMS)/.installed
+	$(LMMS)/bin/python -m pytest tests/lmms
 
 lint: install
 	$(BIN)/ruff format --check .
@@ -61,7 +87,7 @@ format: install
 type-check: install
 	$(BIN)/mypy
 
-all-checks: lint type-check test test-oldest
+all-checks: lint type-check test test-oldest test-lmms
 
 bench: install
 	$(BIN)/python -m benchmarks.road

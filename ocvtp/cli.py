@@ -16,6 +16,10 @@ _COMMANDS = {
     "answer": "one answer, tokens before and after",
     "show": "draw kept tokens and slot masks",
     "evaluate": "accuracy against budget, of any pruners on any task",
+    "lmms-task": "a task of evaluate, written for lmms-eval",
+    "bench": "time and memory of pruners, side by side with the bare model",
+    "compare": "two benchmarks, and what changed beyond noise",
+    "flops": "operations of a prompt, by three conventions, with any pruner",
     "demo-vlm": "train a small VLM from nothing on drawn scenes (--config YAML [--resume])",
 }
 
@@ -25,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        words = _import_pruners(words)
         if words[:1] == ["train"]:  # LightningCLI has a parser of its own
             from ocvtp.commands.train import run_words
 
@@ -37,9 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _import_pruners(words: list[str]) -> list[str]:
+    """The words without `--import FILE` in front of the command; the files are imported."""
+    while words[:1] == ["--import"] and len(words) > 1:
+        from ocvtp.pruners.plugins import import_file
+
+        import_file(words[1])
+        words = words[2:]
+    return words
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ocvtp", description="Train, export, plug in and measure visual-token pruners."
+    )
+    parser.add_argument(
+        "--import", metavar="FILE", help="a Python file that registers pruners of your own"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
