@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.run import evaluate
@@ -53,6 +54,11 @@ def test_it_bears_pruning_of_the_background(figures):
 
 def test_the_trained_pruners_keep_what_it_answers_by(figures):
     assert figures["ocvtp"]["easy/all"] > figures["random"]["easy/all"] + 0.15
+
+
+def test_its_half_precision_weights_run_in_single_precision_on_a_cpu_unless_asked():
+    assert load_model(str(FOLDER))[0].dtype == torch.float32
+    assert load_model(str(FOLDER), "float16")[0].dtype == torch.float16
 
 
 def test_it_is_small_and_holds_no_pickle():

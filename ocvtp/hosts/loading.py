@@ -30,8 +30,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     Args:
         name: folder or hub id; or random weights, whose answers mean nothing: one of
             `RANDOM_MODELS` (tiny) or of `FULL_SIZE_MODELS` (real sizes, for times and FLOPs).
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. Of the weights: buffers keep
-            their precision (rotary frequencies in bfloat16 are wrong by whole positions).
+        dtype: `auto` (as saved; float16 becomes float32 on a CPU, which is slow at it), `float32`,
+            `bfloat16` or `float16`. Of the weights: buffers keep their precision (rotary
+            frequencies in bfloat16 are wrong by whole positions).
         device: e.g. `cpu`, `cuda`.
 
     Raises:
@@ -44,10 +45,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         if dtype != "auto":
             _cast_weights(model, getattr(torch, dtype))
     else:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
         try:
             processor = AutoProcessor.from_pretrained(name)
+            if dtype == "auto" and torch.device(device).type == "cpu":
+                saved = AutoConfig.from_pretrained(name).dtype
+                dtype = "float32" if saved == torch.float16 else dtype
             model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
