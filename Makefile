@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-lmms test-vllm lint format type-check all-checks bench accuracy hosts readme clean
+.PHONY: install demo test test-fast test-oldest test-lmms test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts readme clean
 
 install: $(STAMP)
 
@@ -54,7 +54,7 @@ $(OLDEST)/.installed $(LMMS)/.installed: $(STAMP)
 	touch $@
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/bench tests/evaluation tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
 VLLM := $(VENV)/vllm
@@ -93,6 +93,10 @@ bench: install
 	$(BIN)/python -m benchmarks.road
 	$(BIN)/python -m benchmarks.select
 	$(BIN)/python -m benchmarks.stages
+
+# On a CUDA device: the models of 7 B with random weights, and a training step.
+bench-gpu: install
+	$(BIN)/python -m benchmarks.gpu
 
 # Every pruner on the shipped demo VLM, then the README's table.
 PRUNERS := ocvtp divprune scope fopru fopru:strategy=row visionzip hiprune:object_block=2 fastervlm \

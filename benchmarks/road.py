@@ -2,6 +2,7 @@
 
     python -m benchmarks.road                      # about 15 minutes
     python -m benchmarks.road --only pruner        # one part
+    python -m benchmarks.road --only training --device cuda --dtype bfloat16 --batch-size 64
 
 Goals: the cut tower <= 0.45 x the full tower; encode + assign + select <= 1.3 x the bare matrix
 products it cannot avoid; a model that keeps everything under a pruner <= 1.03 x the bare model.
@@ -14,6 +15,8 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from torch import Tensor
 
 import ocvtp
 from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
+from ocvtp.bench.marks import synchronize
 from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
+from ocvtp.hosts.loading import load_model
 from ocvtp.slots import OCPruner
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.structures import Needs, VisualTokens
@@ -105,19 +110,9 @@ def pruner() -> dict[str, Any]:
 
 def attached() -> dict[str, Any]:
     """Prefill with every token kept under a pruner against the bare model (4 x 2048 LLM layers)."""
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    text = LlamaConfig(
-        vocab_size=32064,
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    config = LlavaConfig(vision_config=vision_config(TOWER), text_config=text, image_token_id=32000)
-    model = LlavaForConditionalGeneration(config).eval()
-    ids = torch.cat([torch.tensor([1]), torch.full((576,), 32000), torch.arange(100, 140)])[None]
+    model, _ = load_model("random:llava-mid")
+    image = model.config.image_token_id
+    ids = torch.cat([torch.tensor([1]), torch.full((576,), image), torch.arange(100, 140)])[None]
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -148,54 +143,81 @@ def attached() -> dict[str, Any]:
     return {"ms": medians_ms(seconds), **ratios, "goal": {"keep all / bare": 1.03}}
 
 
-def training(batch: int = 4) -> dict[str, Any]:
-    """One full training step: tower, network, decoder, backward, AdamW. fp32, S = 64."""
-    encoder = CLIPEncoder(TOWER, layer=LAYER).load(Needs(hidden=(LAYER,)))
-    objective = SlotsObjective()
-    from dataclasses import replace
+def training(batch: int = 4, device: str = "cpu", dtype: Any = "float32") -> dict[str, Any]:
+    """One full training step: tower, network, decoder, backward, AdamW. S = 64.
 
-    network = OCPruner(replace(OCPruner().config, decoder=objective.decoder)).train()
+    Args:
+        batch: images; configs/train/clip_l14_336.yaml has 12, and fp32.
+        device: e.g. cuda.
+        dtype: of the tower; if not float32, the step runs under autocast to it.
+    """
+    on_gpu, kind = device != "cpu", getattr(torch, dtype)
+    encoder = CLIPEncoder(TOWER, layer=LAYER, dtype=dtype).load(Needs(hidden=(LAYER,))).to(device)
+    objective = SlotsObjective()
+    network = OCPruner(replace(OCPruner().config, decoder=objective.decoder)).train().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
-    pixels = torch.randn(batch, 3, 336, 336)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = torch.randn(batch, 3, 336, 336, device=device, dtype=kind)
+    before, place = _peak_gib(device), torch.device(device)
     parts: dict[str, Any] = {}
 
     def encode() -> None:
-        parts["tokens"] = encoder(pixels)
+        with torch.no_grad():
+            parts["tokens"] = encoder(pixels)
+        synchronize(place)
 
     def learn() -> None:
-        loss = objective(network, parts["tokens"], 64).loss
+        with torch.autocast(place.type, kind, enabled=dtype != "float32"):
+            loss = objective(network, parts["tokens"], 64).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
+        synchronize(place)
 
-    seconds = interleaved({"tower": encode, "network, decoder, AdamW": learn}, rounds=3)
-    medians = medians_ms(seconds)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rounds, warmups = (30, 5) if on_gpu else (3, 1)
+    steps = {"tower": encode, "network, decoder, AdamW": learn}
+    medians = medians_ms(interleaved(steps, rounds, warmups))
     return {
         "batch": batch,
+        "dtype": dtype,
         "ms": medians,
         "images per second": round(1e3 * batch / sum(medians.values()), 3),
-        "peak resident GiB": round(peak / 2**20, 2),
-        "of which before the first step GiB": round(before / 2**20, 2),
+        f"peak {'allocated' if on_gpu else 'resident'} GiB": round(_peak_gib(device), 2),
+        "of which before the first step GiB": round(before, 2),
     }
 
 
-PARTS = {"tower": tower, "pruner": pruner, "attached": attached, "training": training}
+def _peak_gib(device: str) -> float:
+    """The most memory so far: of a GPU's allocator, or resident."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "tower": tower,
+    "pruner": pruner,
+    "attached": attached,
+    "training": training,
+}
 
 
 def main() -> None:
     """Run each part in a process of its own, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--device", default="cpu", help="of the training step, with --only")
+    parser.add_argument("--batch-size", type=int, default=4, help="of the training step")
+    parser.add_argument("--dtype", default="float32", help="of the training step")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     arguments = parser.parse_args()
     if arguments.only:
         torch.set_num_threads(1)
         torch.manual_seed(0)
+        settings = (arguments.batch_size, arguments.device, arguments.dtype)
+        settings = settings if arguments.only == "training" else ()
         with torch.set_grad_enabled(arguments.only == "training"):
-            print(json.dumps(PARTS[arguments.only]()))
+            print(json.dumps(PARTS[arguments.only](*settings)))
         return
     torch.set_num_threads(1)
     results: dict[str, Any] = {"command": "python benchmarks/road.py", **environment()}

@@ -3,25 +3,32 @@
     python -m benchmarks.stages                    # about 7 minutes
 
 A LLaVA of random weights (CLIP ViT-L/14-336, 8 layers of width 2048, prompt of 40 text tokens)
-reads one image of 576 tokens. Beside each measured time stands the bound: the share of its floating
-point operations that is left. Goal at K = 64: the saving is 80% of what the bound allows, at least.
+reads one image of 576 tokens. `whole` is the time to the first token, tower and pruner included
+(`ocvtp.bench`). Beside it stands the bound: the share of its floating point operations that is
+left. Goal at K = 64: the saving is 80% of what the bound allows, at least.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import ocvtp
 from benchmarks.timing import environment, write
+from ocvtp.bench import marks
+from ocvtp.bench.figures import series
+from ocvtp.bench.measure import Bench
+from ocvtp.bench.variants import Variant
+from ocvtp.bench.workload import Request
 from ocvtp.encoders.clip import vision_config
+from ocvtp.evaluation.runner import Subject
+from ocvtp.hosts.savings import Savings
 from ocvtp.slots import OCPruner
 
 TOWER = "random:clip-vit-large-patch14-336"
@@ -52,7 +59,6 @@ def build_model() -> tuple[Any, dict[str, Any]]:
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": torch.randn(1, 3, 336, 336),
-        "logits_to_keep": 1,
     }
     return model, inputs
 
@@ -80,66 +86,58 @@ def candidates() -> dict[str, Any]:
     return found
 
 
-class Clock:
-    """Times the vision tower inside a forward."""
+@dataclass(frozen=True)
+class Prompt(Request):
+    """A prompt that is tensors already.
 
-    def __init__(self, tower: Any) -> None:
-        self.seconds, self.start = 0.0, 0.0
-        tower.register_forward_pre_hook(self._before)
-        tower.register_forward_hook(self._behind)
+    Args:
+        tensors: the model's inputs.
+    """
 
-    def _before(self, *_: Any) -> None:
-        self.start = time.perf_counter()
+    tensors: dict[str, Any] = field(default_factory=dict)
 
-    def _behind(self, *_: Any) -> None:
-        self.seconds = time.perf_counter() - self.start
+    def prepare(self, processor: Any, model: Any) -> dict[str, Any]:
+        """The tensors."""
+        del processor, model
+        return self.tensors
 
 
-@torch.no_grad()
 def measure(rounds: int) -> dict[str, Any]:
     """Times and operations of every candidate, all of them once in every round."""
     model, inputs = build_model()
-    pruners, clock = candidates(), Clock(model.model.vision_tower)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in pruners}
-    flops: dict[str, tuple[int, int]] = {}
-    for index in range(1 + rounds):
-        for name, pruner in pruners.items():
-            handle = None if pruner is None else ocvtp.attach(model, pruner)
-            if index == 0:  # also warms up
-                with FlopCounterMode(model, display=False) as counter:
-                    model(**inputs)
-                flops[name] = _operations(counter)
-            else:
-                start = time.perf_counter()
-                model(**inputs)
-                times[name].append((clock.seconds, time.perf_counter() - start))
-            if handle is not None:
-                handle.remove()
-    return {name: _row(times, flops, name) for name in pruners}
+    timer = Bench(Subject(model, None, "random"), new_tokens=2)
+    rows = [
+        Variant(name) if pruner is None else Variant(name, None, pruner, Savings())
+        for name, pruner in candidates().items()
+    ]
+    seen = {row.key: timer.look(row, inputs)["operations"] for row in rows}
+    prompt = Prompt([], [], inputs)
+    times = timer.rounds(prompt, rows, warmup=0, repetitions=rounds, tick=lambda _: None)
+    return {row.key: _row(times, seen, row.key) for row in rows}
 
 
-def _operations(counter: FlopCounterMode) -> tuple[int, int]:
-    """Of the tower, and of everything."""
-    counts = counter.get_flop_counts()
-    tower = next(c for name, c in counts.items() if name.endswith("vision_tower"))
-    return sum(tower.values()), counter.get_total_flops()
+def _operations(of_stages: dict[str, int]) -> tuple[int, int]:
+    """Of the tower, and of everything before the first token."""
+    prompt = sum(count for stage, count in of_stages.items() if stage != marks.DECODE)
+    return of_stages[marks.TOWER], prompt
 
 
 def _row(
-    times: dict[str, list[tuple[float, float]]], flops: dict[str, tuple[int, int]], name: str
+    times: dict[str, dict[str, list[float]]], seen: dict[str, dict[str, int]], name: str
 ) -> dict[str, Any]:
     """Milliseconds, shares of the bare model, and how much of the possible saving was reached."""
-    tower, whole = ([pair[i] for pair in times[name]] for i in (0, 1))
-    bare = [pair[1] for pair in times["bare"]]
-    shares = [own / other for own, other in zip(whole, bare, strict=True)]
+    tower = times[name]["tower"]
+    whole, bare = (series(times[key], "ttft", 2) for key in (name, "bare"))
+    flops, all_flops = _operations(seen[name]), _operations(seen["bare"])
+    shares = (whole / bare).tolist()
     low, middle, high = statistics.quantiles(shares, n=4)
-    bound = flops[name][1] / flops["bare"][1]
+    bound = flops[1] / all_flops[1]
     row = {
         "ms": {
-            "tower": round(1e3 * statistics.median(tower), 1),
-            "whole": round(1e3 * statistics.median(whole), 1),
+            "tower": round(statistics.median(tower), 1),
+            "whole": round(statistics.median(whole), 1),
         },
-        "GFLOPs": {"tower": flops[name][0] / 1e9, "whole": flops[name][1] / 1e9},
+        "GFLOPs": {"tower": flops[0] / 1e9, "whole": flops[1] / 1e9},
         "share of time": {"median": middle, "q25": low, "q75": high},
         "share of operations": bound,
     }

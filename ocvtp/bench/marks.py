@@ -1,0 +1,142 @@
+"""Cut a request into spans, each of one stage, without gaps between them.
+
+A stage that begins inside another one takes its time away from it: a pruner that chooses inside the
+vision tower is not the tower's time. So all spans together are the whole request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER = (
+    "around",
+    "tower",
+    "select",
+    "project",
+    "model",
+    "decode",
+    "after",
+)
+SPANS = (AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER)
+"""`around`: what generate() and the rewriting of the prompt do before the first token, outside of
+all modules. `model`: the language model's pass over the prompt, and its head. `after`: behind the
+last token."""
+
+
+class Marks:
+    """Readings of a clock, or of memory, wherever a stage begins or ends.
+
+    Args:
+        read: what is noted at every mark: a time, a CUDA event, or the peak since the last mark.
+    """
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
+        self._stages: list[str] = []
+        self.first: Any = None
+        self.readings: list[tuple[str, Any]] = []
+        """Of every span its stage, and the reading at its end."""
+        self.reads_prompt = False
+        """False once there is a token: every further pass is `decode`."""
+
+    @property
+    def stage(self) -> str:
+        """What runs now."""
+        return self._stages[-1] if self._stages else AROUND
+
+    def start(self) -> None:
+        """A request begins."""
+        self.readings.clear()
+        self._stages, self.reads_prompt = [AROUND], True
+        self.first = self._read()
+
+    def enter(self, stage: str) -> None:
+        """A stage begins, inside the one that runs."""
+        if self.reads_prompt:
+            self._cut()
+            self._stages.append(stage)
+
+    def leave(self) -> None:
+        """The innermost stage ends."""
+        if self.reads_prompt:
+            self._cut()
+            self._stages.pop()
+
+    def token(self, is_last: bool) -> None:
+        """A token is there: what follows is `decode`, or `after` the last one."""
+        self._cut()
+        self._stages, self.reads_prompt = [AFTER if is_last else DECODE], False
+
+    def stop(self) -> None:
+        """The request is answered."""
+        self._cut()
+
+    def _cut(self) -> None:
+        self.readings.append((self._stages[-1], self._read()))
+
+
+def seconds(marks: Marks) -> dict[str, float]:
+    """Seconds of every stage of a request; CUDA events must have happened."""
+    found = dict.fromkeys(SPANS, 0.0)
+    before = marks.first
+    for stage, reading in marks.readings:
+        found[stage] += _between(before, reading)
+        before = reading
+    return found
+
+
+def peaks(marks: Marks) -> dict[str, int]:
+    """The largest reading of every stage, 0 for stages that did not run."""
+    found = dict.fromkeys(SPANS, 0)
+    for stage, reading in marks.readings:
+        found[stage] = max(found[stage], reading)
+    return found
+
+
+def clock(device: torch.device) -> Callable[[], Any]:
+    """What to read for times on a device: CUDA events, which do not wait, or the wall clock."""
+    return _event if device.type == "cuda" else time.perf_counter
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def wall_clock(device: torch.device, into: list[float]) -> Iterator[None]:
+    """Add the seconds of a block to a list, the device idle before and behind it."""
+    synchronize(device)
+    begin = time.perf_counter()
+    yield
+    synchronize(device)
+    into.append(time.perf_counter() - begin)
+
+
+def cost_of_a_mark(device: torch.device, repeats: int = 1000) -> float:
+    """Seconds that a mark takes of the host's time."""
+    marks = Marks(clock(device))
+    marks.start()
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        marks.enter(TOWER)
+        marks.leave()
+    return (time.perf_counter() - begin) / (2 * repeats)
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, torch.cuda.Event):
+        return float(start.elapsed_time(end)) / 1e3
+    return float(end - start)

@@ -1,0 +1,197 @@
+"""What is timed side by side: the bare model, and pruners at budgets, with work left out or not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+
+from ocvtp.evaluation.conditions import (
+    UNPRUNED,
+    Budget,
+    Place,
+    default_layer,
+    pruner_conditions,
+    random_network,
+)
+from ocvtp.evaluation.runner import Subject
+from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.rewrite import look
+from ocvtp.hosts.savings import Savings
+from ocvtp.pruners import Compose, Pruner
+from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
+from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.structures import Needs
+
+SavingRows = Literal["default", "all", "none", "each"]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One row of a cell.
+
+    Args:
+        label: the pruner as it was asked for; `unpruned` for the bare model.
+        num_keep: tokens kept per image; None where the pruner has a budget of its own.
+        pruner: None for the bare model.
+        savings: what hosts leave out; None for the bare model, which leaves out nothing.
+        changed: the one setting in which `savings` differ from attach's own, or "", `all`, `none`.
+        random_weights: whether it is a network that was never trained.
+    """
+
+    label: str
+    num_keep: int | None = None
+    pruner: Pruner | Compose | None = None
+    savings: Savings | None = None
+    changed: str = ""
+    random_weights: bool = False
+
+    @property
+    def key(self) -> str:
+        """Names it among the others."""
+        budget = "" if self.num_keep is None else f" K={self.num_keep}"
+        return f"{self.label}{budget}" + (f" [{self.changed}]" if self.changed else "")
+
+    @property
+    def parts(self) -> tuple[Pruner, ...]:
+        """The pruners of all stages."""
+        return () if self.pruner is None else self.pruner.parts
+
+    def facts(self) -> dict[str, Any]:
+        """What it is, as JSON."""
+        return {
+            "key": self.key,
+            "label": self.label,
+            "num_keep": self.num_keep,
+            "changed": self.changed,
+            "random_weights": self.random_weights,
+            "stages": sorted({part.stage for part in self.parts}),
+        }
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """Networks that the pruners hold."""
+        held = (value for part in self.parts for value in vars(part).values())
+        return [value for value in held if isinstance(value, torch.nn.Module)]
+
+    @contextmanager
+    def installed(self, subject: Subject, **options: Any) -> Iterator[Any]:
+        """The model under this pruner; gives attach's handle, None for the bare model."""
+        if self.pruner is None:
+            yield None
+            return
+        assert self.savings is not None
+        with attached(
+            subject.model,
+            self.pruner,
+            processor=subject.processor,
+            text_tower=subject.text_tower,
+            savings=self.savings,
+            **options,
+        ) as handle:
+            yield handle
+
+
+def variants(
+    specs: Sequence[str],
+    num_keep: Sequence[int],
+    num_tokens: int,
+    *,
+    checkpoint: str | None = None,
+    network: OCPruner | None = None,
+    rows: SavingRows = "default",
+) -> list[Variant]:
+    """The bare model, and every pruner at every budget.
+
+    Args:
+        specs: see `build_spec`; a K in their settings stands for the budget.
+        num_keep: budgets.
+        num_tokens: of an image.
+        checkpoint: exported OC-pruner, for pruners that take one.
+        network: what they get in place of it.
+        rows: which settings of `Savings` there are rows for: `default` (attach's own), `all` or
+            `none` of them on, or `each`: attach's own, and beside it one row a setting with that
+            one turned round.
+
+    Raises:
+        ValueError: for what `build_spec` refuses, and for rows that double.
+    """
+    found = [Variant(UNPRUNED)]
+    budgets = [Budget(num_keep=count) for count in dict.fromkeys(num_keep)]
+    for spec in dict.fromkeys(specs):
+        for budget, pruner, is_random in _pruners(spec, budgets, num_tokens, checkpoint, network):
+            if len(pruner.parts) > 1:  # the same objects at every look, see `watching`
+                pruner = Compose(list(pruner.parts))
+            count = None if budget is None else budget.num_keep
+            found += [
+                Variant(spec, count, pruner, savings, changed, is_random)
+                for changed, savings in _savings(rows).items()
+            ]
+    return found
+
+
+def needs_network(specs: Sequence[str], checkpoint: str | None) -> bool:
+    """Whether some pruner takes a trained network and gets none."""
+    return checkpoint is None and any(map(_lacks_network, specs))
+
+
+@torch.no_grad()
+def network_for(subject: Subject, inputs: Any) -> OCPruner:
+    """An OC-pruner of the paper's sizes that fits a model, with random weights.
+
+    Args:
+        subject: the model.
+        inputs: the processor's tensors, of any prompt with an image.
+    """
+    host = find_host(subject.model)
+    needs = Needs(hidden=(layer := default_layer(host.num_tower_blocks),))
+    hooks = host.install(needs)
+    try:
+        tokens = look(host, needs, dict(inputs)).encoded.tokens
+    finally:
+        for hook in hooks:
+            hook.remove()
+    width = tokens.hidden[layer].shape[-1]
+    config = OCPrunerConfig(feature_dim=width, layer=layer, tower=None)
+    if (most := tokens.num_tokens) > config.noise_rows:
+        config = replace(config, noise_rows=most)
+    return random_network(config, seed=0).to(subject.model.device)
+
+
+def _pruners(
+    spec: str,
+    budgets: Sequence[Budget],
+    num_tokens: int,
+    checkpoint: str | None,
+    network: OCPruner | None,
+) -> Iterator[tuple[Budget | None, Pruner | Compose, bool]]:
+    if checkpoint is None and _lacks_network(spec):
+        for budget in budgets:
+            yield budget, build_spec(spec, network=network, **budget.settings()), True
+        return
+    checkpoints = [] if checkpoint is None else [checkpoint]
+    for condition in pruner_conditions(spec, budgets, [0], checkpoints, num_tokens):
+        yield condition.budget, condition.make(Place(0, list)), False
+
+
+def _lacks_network(spec: str) -> bool:
+    takes = {"network", "checkpoint"}
+    return takes <= known_settings(spec) and not takes & set(parse_spec(spec)[1])
+
+
+def _savings(rows: SavingRows) -> dict[str, Savings]:
+    """By what is changed."""
+    names = [field.name for field in fields(Savings)]
+    if rows in ("all", "none"):
+        return {rows: Savings(**dict.fromkeys(names, rows == "all"))}
+    found = {"": Savings()}
+    if rows == "each":
+        for name in names:
+            is_on = getattr(Savings(), name)
+            changed = dataclasses.replace(Savings(), **{name: not is_on})
+            found[f"without {name}" if is_on else f"with {name}"] = changed
+    return found

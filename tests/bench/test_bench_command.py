@@ -1,0 +1,238 @@
+"""`ocvtp bench` and `ocvtp compare`, as they are called."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from ocvtp import cli
+from ocvtp.bench.compare import compare
+from ocvtp.pruners.fopru import FoPru
+
+FLAGS = ("--model", "random:tiny-llava", "--threads", "1", "--image-size", "96", "96",
+         "--text-length", "32", "--new-tokens", "3", "--warmup", "1")  # fmt: skip
+
+
+def bench(folder, *more, repetitions=5):
+    words = ["bench", *FLAGS, "--repetitions", str(repetitions), "--output", str(folder), *more]
+    return cli.main(words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    words = ("--pruners", "fopru", "random", "--num-keep", "16", "64", "--batch-size", "1", "2")
+    assert bench(folder, *words) == 0
+    return folder
+
+
+def load(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def changed(results, **facts):
+    return json.loads(json.dumps(results)) | facts
+
+
+def test_everything_is_on_record(made):
+    found = load(made)
+    assert (found["kind"], found["schema"]) == ("ocvtp bench", 1)
+    assert found["settings"]["attention"]["tower"] == "sdpa"
+    assert found["settings"]["attention"]["language_model"] == "sdpa"
+    assert {"device", "threads", "dtype", "torch", "ocvtp"} <= set(found["environment"])
+    assert [cell["batch_size"] for cell in found["cells"]] == [1, 2]
+    for cell in found["cells"]:
+        keys = [row["key"] for row in cell["rows"]]
+        assert keys == ["unpruned", "fopru K=16", "fopru K=64", "random K=16", "random K=64"]
+        for row in cell["rows"]:
+            assert all(len(values) == 5 for values in row["samples"].values())
+            ttft = row["figures"]["ttft"]
+            assert ttft["low"] <= ttft["median"] <= ttft["high"]
+            assert ttft["p10"] <= ttft["median"] <= ttft["p90"]
+            assert 0.9 < row["accounted"] <= 1
+            tokens = row["throughput"]["tokens_per_second"]
+            request = row["figures"]["request"]["median"]
+            assert tokens == pytest.approx(3e3 * cell["batch_size"] / request, rel=1e-4)
+            parts = row["samples"]
+            first = sum(parts[name][0] for name in ("tower", "select", "project", "prefill"))
+            assert first + parts["decode"][0] <= parts["whole"][0]
+        shares = [row["operations_left"]["ttft"] for row in cell["rows"]]
+        assert shares[0] == 1
+        assert shares[1] < shares[2] < 1
+    kept = [row["kept"]["visual_tokens_kept"] for row in found["cells"][1]["rows"][1:]]
+    assert kept == [[16, 16], [64, 64]] * 2
+
+
+def test_the_report_says_what_was_measured(made):
+    text = (made / "report.md").read_text()
+    for words in ("Batch 2, 144 image tokens, 32 text tokens", "fopru K=16", "95% intervals",
+                  "sdpa in the tower", "flash_attention_for_cpu", "KV, prompt"):  # fmt: skip
+        assert words in text
+    for name in ("ttft.png", "stages.png"):
+        assert min(Image.open(made / name).size) > 300
+
+
+def test_a_run_that_was_stopped_goes_on(made, capsys):
+    before = load(made)["cells"]
+    (made / "cells" / "batch2-text32-images1.json").unlink()
+    words = ("--pruners", "fopru", "random", "--num-keep", "16", "64", "--batch-size", "1", "2")
+    assert bench(made, *words, "--json") == 0
+    after = json.loads(capsys.readouterr().out)["cells"]
+    assert after[0] == before[0]
+    assert after[1]["rows"][0]["samples"] != before[1]["rows"][0]["samples"]
+
+
+def test_cells_of_other_settings_are_refused(made, capsys):
+    assert bench(made, "--pruners", "fopru", "--num-keep", "16") == 2
+    error = capsys.readouterr().err
+    assert "was timed under other settings (num_keep, pruners); pass another --output" in error
+
+
+def test_accuracy_is_drawn_against_time(made, tmp_path, capsys):
+    rows = [
+        {"label": label, "num_keep": keep, "figures": {"accuracy": {"value": value}}}
+        for label, keep, value in (("unpruned", None, 0.9), ("fopru", 16, 0.7), ("fopru", 64, 0.8))
+    ]
+    facts = {"task": "scenes", "metrics": ["accuracy"], "rows": rows}
+    path = tmp_path / "accuracy.json"
+    path.write_text(json.dumps(facts))
+    words = ("--pruners", "fopru", "random", "--num-keep", "16", "64", "--batch-size", "1", "2")
+    before = (made / "ttft.png").read_bytes()
+    assert bench(made, *words, "--accuracy", str(path)) == 0
+    assert (made / "ttft.png").read_bytes() != before
+    path.write_text(json.dumps({**facts, "rows": []}))
+    capsys.readouterr()
+    assert bench(made, *words, "--accuracy", str(path)) == 2
+    assert "of no pruner and budget that was timed" in capsys.readouterr().err
+
+
+def test_what_cannot_run_is_refused_before_it_is_timed(tmp_path, capsys):
+    words = ("--pruners", "fastv", "fopru", "--num-keep", "16")
+    assert bench(tmp_path / "a", *words) == 2
+    error = capsys.readouterr().err
+    assert "fastv K=16: an average of 16 tokens cannot be had" in error
+    assert "--skip-unfit" in error
+    assert bench(tmp_path / "a", *words, "--skip-unfit") == 0
+    assert "- fastv K=16 could not be run: an average" in (tmp_path / "a/report.md").read_text()
+    for flags, message in (
+        (("--repetitions", "2"), "repetitions=2; pass at least 5"),
+        (("--new-tokens", "1"), "new_tokens=1; pass at least 2"),
+        (("--batch-size", "0"), "--batch-size 0; pass at least 1"),
+    ):
+        assert bench(tmp_path / "b", *words, *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_equal_files_do_not_differ(made, capsys):
+    path = str(made / "results.json")
+    assert cli.main(["compare", path, path, "--fail-on-regression"]) == 0
+    assert "0 slower, 0 faster" in capsys.readouterr().out
+
+
+def slowed(results, row, factor):
+    found = changed(results)
+    for cell in found["cells"]:
+        for one in cell["rows"]:
+            if row in (one["key"], None):
+                samples = one["samples"]
+                for part in samples:
+                    samples[part] = [factor * value for value in samples[part]]
+    return found
+
+
+@pytest.fixture
+def steady(made):
+    """The same results, hardly any noise."""
+    found = load(made)
+    for cell in found["cells"]:
+        for row in cell["rows"]:
+            samples = row["samples"]
+            for part, values in samples.items():
+                samples[part] = [values[0] * (1 + 0.002 * (i % 5)) for i in range(20)]
+    return found
+
+
+def test_ten_percent_are_found(steady, tmp_path, capsys):
+    found = compare(steady, slowed(steady, "fopru K=16", 1.1))
+    flagged = {(c["row"], c["metric"], c["flag"]) for c in found["changes"] if c["flag"]}
+    assert flagged == {("fopru K=16", m, "slower") for m in ("ttft", "tpot", "request")}
+    ratio = next(c for c in found["changes"] if c["row"] == "fopru K=16")["plain"]
+    assert ratio["low"] < 1.1 < ratio["high"] or ratio["value"] == pytest.approx(1.1)
+    paths = [tmp_path / name for name in ("a.json", "b.json")]
+    for path, results in zip(paths, (steady, slowed(steady, "fopru K=16", 1.1)), strict=True):
+        path.write_text(json.dumps(results))
+    words = ["compare", *map(str, paths)]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--fail-on-regression"]) == 1
+    assert cli.main(["compare", *map(str, reversed(paths)), "--fail-on-regression"]) == 0
+    assert "6 faster" in capsys.readouterr().out
+
+
+def test_a_slower_machine_is_the_bare_models_alone(steady):
+    found = compare(steady, slowed(steady, None, 1.2))
+    assert {c["row"] for c in found["changes"] if c["flag"]} == {"unpruned"}
+
+
+def test_small_changes_are_not_flagged(steady):
+    assert compare(steady, slowed(steady, "fopru K=16", 1.02))["slower"] == 0
+    assert compare(steady, slowed(steady, "fopru K=16", 1.02), tolerance=0.01)["slower"] == 6
+
+
+def test_files_that_cannot_be_compared(steady, tmp_path, capsys):
+    other = changed(steady)
+    other["cells"][0]["rows"] = other["cells"][0]["rows"][:-1]
+    with pytest.raises(ValueError, match=r"b lacks Batch 1, .*: random K=64. Time both"):
+        compare(steady, other)
+    with pytest.raises(ValueError, match="new_tokens is 3 in a and 4 in b"):
+        compare(steady, changed(steady, settings={**steady["settings"], "new_tokens": 4}))
+    path = tmp_path / "other.json"
+    for results, message in (
+        (changed(steady, schema=0), "has schema 0, this version reads 1"),
+        ({"task": "pope"}, "is no result of `ocvtp bench`"),
+    ):
+        path.write_text(json.dumps(results))
+        assert cli.main(["compare", str(path), str(path)]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["compare", str(tmp_path / "absent.json"), str(path)]) == 2
+
+
+def test_another_device_is_a_warning(steady):
+    environment = {**steady["environment"], "device": "cuda: H200"}
+    found = compare(steady, changed(steady, environment=environment))
+    assert found["warnings"] == [
+        f"device: {steady['environment']['device']} in a, cuda: H200 in b."
+    ]
+
+
+@pytest.mark.slow
+def test_two_runs_agree_and_a_planted_slowdown_is_found(tmp_path, monkeypatch):
+    """On a machine that may be busy: three attempts."""
+    words, many = ("--pruners", "fopru", "random", "--num-keep", "16"), 150
+    choose = FoPru._select
+    for attempt in range(3):
+        runs = [tmp_path / f"{name}{attempt}" for name in "abc"]
+        for folder in runs[:2]:
+            assert bench(folder, *words, repetitions=many) == 0
+        row = next(r for r in load(runs[0])["cells"][0]["rows"] if r["label"] == "fopru")
+        seconds = 0.1 * row["figures"]["ttft"]["median"] / 1e3
+
+        def slow(self, tokens, num_keep, seconds=seconds):
+            end = time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                pass
+            return choose(self, tokens, num_keep)
+
+        monkeypatch.setattr(FoPru, "_select", slow)
+        assert bench(runs[2], *words, repetitions=many) == 0
+        monkeypatch.setattr(FoPru, "_select", choose)
+        a, b, c = map(load, runs)
+        same = [x for x in compare(a, b)["changes"] if x["flag"] and x["relative"]]
+        planted = [
+            (x["row"], x["metric"]) for x in compare(a, c)["changes"] if x["flag"] == "slower"
+        ]
+        if not same and ("fopru K=16", "ttft") in planted:
+            return
+    pytest.fail(f"same: {same}; planted: {planted}")
