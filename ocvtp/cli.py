@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_words(words[1:])
         arguments = _parser(words).parse_args(words)
+        arguments.words = words
         return int(arguments.run(arguments))
     except ValueError as error:
         sys.stdout.flush()

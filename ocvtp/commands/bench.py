@@ -119,7 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     folder = Path(arguments.output)
-    found = bench(_subject(arguments), plan, folder, output.command())
+    found = bench(_subject(arguments), plan, folder, output.command(arguments))
     paths = report.write(found, folder, accuracy)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{report.short(found)}\nwrote {wrote}", arguments.json)

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         controls=() if arguments.no_controls else CONTROLS,
         skip_unfit=arguments.skip_unfit,
-        command=output.command(),
+        command=output.command(arguments),
     )
     paths = write(report, folder, answers_of(task, records))
     found = results(report)

@@ -14,9 +14,9 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
-def command() -> str:
-    """The command that runs."""
-    return shlex.join(["ocvtp", *sys.argv[1:]])
+def command(arguments: argparse.Namespace) -> str:
+    """The command that these arguments are of."""
+    return shlex.join(["ocvtp", *arguments.words])
 
 
 def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:

@@ -6,6 +6,7 @@ tokenizer reads bytes. Their answers mean nothing.
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,13 @@ def config_of(name: str) -> Any:
         return AutoConfig.from_pretrained(_demo_folder())
     if name == "qwen2.5-vl-7b":
         ids = random_qwen.token_ids(_tokenizer(name))
-        text = _QWEN_7B_TEXT | ids["text"]
+        text, vision = deepcopy((_QWEN_7B_TEXT, _QWEN_7B_VISION))  # a config keeps what it gets
+        text |= ids["text"]
         return Qwen2_5_VLConfig(
-            vision_config=_QWEN_7B_VISION, text_config=text, dtype="bfloat16", **ids["whole"]
+            vision_config=vision, text_config=text, dtype="bfloat16", **ids["whole"]
         )
     if name == "llava-next-7b":
-        pinpoints = {"image_grid_pinpoints": _NEXT_PINPOINTS}
+        pinpoints = {"image_grid_pinpoints": deepcopy(_NEXT_PINPOINTS)}
         return _llava_config(LlavaNextConfig, _VICUNA_7B, "float16", **pinpoints)
     if name in _LLAVA:
         return _llava_config(LlavaConfig, *_LLAVA[name])

@@ -92,7 +92,7 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_the_demo_is_the_shipped_configuration_with_other_weights():
-    shipped, _ = load_model(str(full_size.DEMO))
+    shipped, _ = load_model(str(full_size.DEMO), "float16")
     model, _ = load_model("random:demo")
     ignored = {"transformers_version", "_name_or_path"}
     for part in ("text_config", "vision_config"):
@@ -103,6 +103,12 @@ def test_the_demo_is_the_shipped_configuration_with_other_weights():
     weight = "model.language_model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(model.get_parameter(weight), shipped.get_parameter(weight))
     assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_a_configuration_that_is_changed_changes_no_other():
+    full_size.config_of("qwen2.5-vl-7b").text_config.rope_parameters["mrope_section"][0] = 1
+    sections = full_size.config_of("qwen2.5-vl-7b").text_config.rope_parameters["mrope_section"]
+    assert sections == [16, 24, 24]
 
 
 def test_a_missing_demo_folder_is_said(monkeypatch, tmp_path):

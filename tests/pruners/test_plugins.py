@@ -21,6 +21,7 @@ class Mine(Uniform):
     """Mine: a pruner of mine.
 
     Paper: none.
+    Stage: llm_input.  Needs: -.  Deterministic: yes.
     """
 '''
 
