@@ -20,7 +20,7 @@ from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.variants import SavingRows, Variant, needs_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
-from ocvtp.evaluation.conditions import weights_hash
+from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
 from ocvtp.files import replacing
@@ -67,7 +67,7 @@ class Plan:
         """All but the cells, as JSON."""
         found = {name: value for name, value in asdict(self).items() if name != "cells"}
         if self.checkpoint is not None:
-            found["weights"] = weights_hash(self.checkpoint)
+            found["weights"] = content_hash(self.checkpoint)
         plain: dict[str, Any] = json.loads(json.dumps(found))
         return plain
 
@@ -88,7 +88,7 @@ def bench(subject: Subject, plan: Plan, folder: Path, command: str = "") -> dict
         ValueError: if a pruner does not fit the model, or `folder` holds cells of another plan.
     """
     model = subject.model
-    shared = {"model": subject.name, "weights": weights_hash(subject.name), **plan.settings()}
+    shared = {"model": subject.name, "weights": content_hash(subject.name), **plan.settings()}
     environment = environment_of(model)
     shared |= {key: environment[key] for key in ("device", "threads", "dtype")}
     shared["attention"] = attention_of(model)

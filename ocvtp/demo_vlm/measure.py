@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.demo_vlm.settings import DemoSettings
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, weights_hash
+from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, content_hash
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
@@ -42,7 +42,7 @@ def measure(settings: DemoSettings, folder: Path) -> dict[str, Any]:
         settings.seed,
         model.image_size,
     )
-    about = json.dumps([weights_hash(settings.output), asdict(shown)])
+    about = json.dumps([content_hash(settings.output), asdict(shown)])
     report, _ = evaluate(
         Subject(*load_model(settings.output, "float32", settings.device), settings.output),
         task,

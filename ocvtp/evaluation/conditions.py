@@ -23,6 +23,7 @@ from ocvtp.pruners.specs import (
     with_budget,
 )
 from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.slots.artifact import CONFIG_NAME, WEIGHTS_NAME
 
 UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
     "unpruned",
@@ -149,7 +150,7 @@ def pruner_conditions(
             settings = {"pruner": exact, **shared, **variant}
             path = variant.get("checkpoint", own.get("checkpoint"))
             if path is not None:
-                settings["weights"] = weights_hash(path)
+                settings["weights"] = content_hash(path)
             is_control = build_spec(exact, **shared, **variant).status == "control"
             make = _maker(exact, shared, variant)
             trained = path is not None
@@ -220,7 +221,15 @@ def default_layer(num_blocks: int) -> int:
     return max(1, round(_LAYER_SHARE * num_blocks))
 
 
-def weights_hash(path: str) -> str:
-    """Of the weights in a folder; a hub id, and weights in many files, stand for themselves."""
-    file = Path(path) / "model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else path
+def content_hash(path: str) -> str:
+    """Of the weights and the configuration in a folder; other names stand for themselves.
+
+    So do folders whose weights are in many files.
+    """
+    folder = Path(path)
+    if not (folder / WEIGHTS_NAME).is_file():
+        return path
+    found = hashlib.sha256((folder / WEIGHTS_NAME).read_bytes())
+    if (folder / CONFIG_NAME).is_file():
+        found.update((folder / CONFIG_NAME).read_bytes())
+    return found.hexdigest()

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ocvtp.evaluation.cells import at_pixels, source_pixels
-from ocvtp.evaluation.conditions import Condition, Place, weights_hash
+from ocvtp.evaluation.conditions import Condition, Place, content_hash
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks import Item, Record, Task, TokenTask
 from ocvtp.hosts.attach import attached, find_host
@@ -97,7 +97,7 @@ def run(
     """
     shared_settings = {
         "model": subject.name,
-        "model_weights": weights_hash(subject.name),
+        "model_weights": content_hash(subject.name),
         "dtype": str(subject.model.dtype),
         "task": {"name": task.name, **task.describe()},
         "batch_size": batch_size,

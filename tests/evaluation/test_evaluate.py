@@ -252,6 +252,15 @@ def test_an_untrained_network_standardises_as_the_trained_one(network):
     assert all(torch.equal(some.targets.mean, like.targets.mean) for some in networks.values())
 
 
+def test_answers_depend_on_the_weights_and_the_configuration(tmp_path):
+    assert made.content_hash("someone/model") == "someone/model"
+    found = set()
+    for name, text in (("model.safetensors", b"1"), ("config.json", b"{}"), ("config.json", b"{ }")):
+        (tmp_path / name).write_bytes(text)
+        found.add(made.content_hash(str(tmp_path)))
+    assert len(found) == 3
+
+
 def test_the_paper_layer_in_towers_of_any_depth():
     assert made.default_layer(24) == 9
     assert made.default_layer(5) == 2
