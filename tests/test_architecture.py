@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,9 +54,15 @@ def part(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -98,7 +105,7 @@ def test_sizes_and_forbidden_things(path):
     assert path.name != "utils.py"
     for word in ("os.environ", "__class__ =", ".forward = "):
         assert word not in text, f"{path}: {word}"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(path):
         if isinstance(node, ast.Call) and "load_state_dict" in ast.unparse(node.func):
             assert "strict=False" not in ast.unparse(node), f"{path}: {ast.unparse(node)}"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -121,6 +128,6 @@ def test_no_method_is_named_in_hosts():
 
     names = set(ocvtp.list_pruners()) - {"none", "random", "uniform", "ocvtp"}
     for path in (ROOT / "hosts").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node.value not in names, f"{path} names {node.value}"

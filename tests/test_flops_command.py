@@ -34,7 +34,7 @@ def test_published_figures_are_what_the_command_shows(capsys):
 
 
 def test_json_report_and_plot_of_pruners(tmp_path, capsys):
-    specs = ["ocvtp", "ocvtp:early=true", "fastv:stages=[[1,40]]", "vprune"]
+    specs = ["ocvtp", "ocvtp:early=true,choice=one_to_one", "fastv:stages=[[1,40]]", "vprune"]
     words = ["flops", "--model", str(DEMO), "--num-keep", "64", "32", "--checkpoint", str(PRUNER)]
     assert main([*words, "--output", str(tmp_path), "--json", "--pruners", *specs]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -46,7 +46,7 @@ def test_json_report_and_plot_of_pruners(tmp_path, capsys):
         assert row["total"] == sum(parts)
         assert row["language_model"] == sum(row["layers"]) + row["lm_head"]
         assert row["language_model"] == row["conventions"]["true"]
-    assert rows["ocvtp:early=true", 32]["tower"] < rows["ocvtp", 32]["tower"]
+    assert rows[specs[1], 32]["tower"] < rows["ocvtp", 32]["tower"]
     assert rows["vprune", 32]["select"] == 0 < rows["ocvtp", 32]["select"]
     assert rows["fastv:stages=[[1,40]]", 32]["visual"] == [144, 40, 40]
     report = (tmp_path / "report.md").read_text()

@@ -84,5 +84,25 @@ def test_restore_without_what_it_reads_is_refused():
     with pytest.raises(ValueError, match="choice='restore'.*this OC-pruner has none"):
         network(choice="restore", target_layer=None)
     net = network(choice="restore")
-    with pytest.raises(ValueError, match="early=True"):
+    with pytest.raises(ValueError, match="early=True.*choice='one_to_one'"):
         ocvtp.build_pruner("ocvtp", num_keep=4, network=net, early=True)
+
+
+def test_the_choice_of_a_pruner_goes_before_that_of_its_network():
+    net, other = network(choice="restore"), network(choice="one_to_one")
+    tokens = draw([16, 16])
+    pruners = [
+        ocvtp.build_pruner("ocvtp", num_keep=5, network=net, choice="one_to_one"),
+        ocvtp.build_pruner("ocvtp", num_keep=5, network=other),
+    ]
+    assert (
+        pruners[0].needs
+        == pruners[1].needs
+        != ocvtp.build_pruner("ocvtp", num_keep=5, network=net).needs
+    )
+    one, two = (pruner.select(tokens).keep_indices for pruner in pruners)
+    assert torch.equal(one, two)
+    early = ocvtp.build_pruner("ocvtp", num_keep=5, network=net, choice="one_to_one", early=True)
+    assert early.stage == "encoder"
+    with pytest.raises(ValueError, match="pass one of winners"):
+        ocvtp.build_pruner("ocvtp", num_keep=5, network=net, choice="best")

@@ -15,7 +15,7 @@ from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, fill_up
 from ocvtp.slots import OCPruner
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.choosing import Choice, choose, layers_read
+from ocvtp.slots.choosing import Choice, check_choice, choose, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 
@@ -27,10 +27,9 @@ class OCVTP(Pruner):
     Paper: https://arxiv.org/abs/2511.20439, section 3.
     Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
 
-    Slots that share a token leave room; it is filled by the attention of one block of the tower.
-    Those of a network with the choice `one_to_one` or `restore` (the objective `kept`) share none.
-    With `early`, the stage is `encoder`: what is not kept is left out of the blocks behind the
-    network's layer too, so that the tower gets faster as well; the CLS stays.
+    Slots that share a token leave room; it is filled by the attention of one block of the tower. By
+    the choice `one_to_one` or `restore` (of the objective `kept`) they share none.
+    With `early`, the stage is `encoder`: blocks behind that layer run on the kept tokens alone.
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128 or 64 of 576.
@@ -38,12 +37,13 @@ class OCVTP(Pruner):
         network: an OC-pruner in memory, instead of `checkpoint`. It moves to the tokens' device.
         num_slots: S; None for `num_keep` slots, as in the paper.
         fill: which attention fills up: `received` (paper) or the `cls` row.
-        fill_block: block of the tower that it is read from; None for the second to last (paper: 22
-            of 24, LLaVA's selected one), with `early` for the one whose output the network reads.
+        fill_block: of the tower, where it is read; None for the second to last (paper), with
+            `early` for the one whose output the network reads.
         early: whether dropped tokens are left out of the tower's remaining blocks.
-    Deviations: the query noise is the table that was saved with the weights, not drawn anew at
-        every call, so that selections are reproducible; exactly K tokens in any batch (the official
-        code keeps K + 1 with the CLS, at batch 1). `early` is ours: it fills up by its layer.
+        choice: how slots choose, see `ocvtp.slots.choosing`; None for the network's own.
+    Deviations: the query noise is a table saved with the weights, so that selections are
+        reproducible; exactly K tokens in any batch (the official code keeps K + 1 with the CLS, at
+        batch 1). `early`, which fills up by its layer, and `choice` are ours.
     """
 
     checkpoint: str | None = None
@@ -52,6 +52,7 @@ class OCVTP(Pruner):
     fill: Literal["received", "cls"] = "received"
     fill_block: int | None = None
     early: bool = False
+    choice: Choice | None = None
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2511.20439"
@@ -65,19 +66,24 @@ class OCVTP(Pruner):
             )
         if self.fill not in ("received", "cls"):
             raise ValueError(f"fill={self.fill!r}; pass 'received' or 'cls'.")
-        if self.early:
-            self.stage = "encoder"  # type: ignore[misc]
         if self.checkpoint is not None:
             self.network = OCPruner.from_pretrained(self.checkpoint)
+        check_choice(self._trained.config, self._choice)
         if self.early and self._choice == "restore":
-            raise ValueError("early=True needs a network whose choice is not 'restore'.")
+            raise ValueError("early=True cannot 'restore' a later layer; pass choice='one_to_one'.")
+        if self.early:
+            self.stage = "encoder"  # type: ignore[misc]
+
+    @property
+    def _trained(self) -> OCPruner:
+        assert self.network is not None
+        return self.network
 
     @property
     def needs(self) -> Needs:
         """One layer, and one mean of one block's attention where there is room to fill."""
-        assert self.network is not None
         fill = (self._fill_attention,) if self._choice == "winners" else ()
-        return Needs(hidden=layers_read(self.network.config), attention=fill)
+        return Needs(hidden=layers_read(self._trained.config, self._choice), attention=fill)
 
     @property
     def tower_needs(self) -> Needs:
@@ -86,15 +92,13 @@ class OCVTP(Pruner):
 
     @property
     def _choice(self) -> Choice:
-        assert self.network is not None
-        return self.network.config.choice
+        return self.choice or self._trained.config.choice
 
     @property
     def _fill_attention(self) -> AttentionKey:
-        assert self.network is not None
         if self.fill_block is not None:
             return self.fill_block, self.fill
-        layer = self.network.config.layer
+        layer = self._trained.config.layer
         before = layer - 1 if layer > 0 else layer  # hidden_states[-2] is what block -2 gives
         return (before if self.early else -2), self.fill
 
@@ -105,16 +109,12 @@ class OCVTP(Pruner):
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         attention = self._attend(tokens, num_keep)
         if self._choice != "winners":
-            assert self.network is not None
-            chosen = choose(self.network, tokens, attention, num_keep)
+            chosen = choose(self._trained, tokens, attention, num_keep, self._choice)
             return ascending(chosen, tokens.valid, tokens.num_tokens)
-        winners = slot_winners(attention)
         scores = tokens.attention[self._fill_attention]
-        return fill_up(winners, scores, num_keep, tokens.valid)
+        return fill_up(slot_winners(attention), scores, num_keep, tokens.valid)
 
     def _attend(self, tokens: VisualTokens, num_keep: int) -> Tensor:
-        assert self.network is not None
-        network = self.network.eval().to(tokens.features.device)
+        network = self._trained.eval().to(tokens.features.device)
         features = tokens.hidden[network.config.layer].to(network.queries.mean.dtype)
-        _, attention = network.assign(features, self.num_slots or num_keep, valid=tokens.valid)
-        return attention.detach()
+        return network.assign(features, self.num_slots or num_keep, valid=tokens.valid)[1].detach()

@@ -60,9 +60,11 @@ def restore(attention: Tensor, targets: Tensor, num: int, valid: Tensor | None =
     return candidates.gather(1, picks)
 
 
-def choose(network: OCPruner, tokens: VisualTokens, attention: Tensor, num: int) -> Tensor:
+def choose(
+    network: OCPruner, tokens: VisualTokens, attention: Tensor, num: int, choice: Choice
+) -> Tensor:
     """Tokens [B, num] that slots of attention [B, S, N] keep; for choices other than `winners`."""
-    if network.config.choice != "restore":
+    if choice != "restore":
         return one_to_one(attention, num, tokens.valid)[1]
     layer = network.config.target_layer
     assert network.targets is not None, "see check_choice"
@@ -72,22 +74,22 @@ def choose(network: OCPruner, tokens: VisualTokens, attention: Tensor, num: int)
         return restore(attention, targets, num, tokens.valid)
 
 
-def layers_read(config: OCPrunerConfig) -> tuple[int, ...]:
-    """The tower's layers that the network and its choice read."""
-    if config.choice != "restore" or config.target_layer is None:
+def layers_read(config: OCPrunerConfig, choice: Choice) -> tuple[int, ...]:
+    """The tower's layers that the network and a choice read."""
+    if choice != "restore" or config.target_layer is None:
         return (config.layer,)
     return tuple({config.layer: 0, config.target_layer: 0})
 
 
-def check_choice(config: OCPrunerConfig) -> None:
+def check_choice(config: OCPrunerConfig, choice: Choice) -> None:
     """Refuse what is unknown or lacks what it reads.
 
     Raises:
         ValueError: for an unknown choice; for `restore` without statistics of a target layer.
     """
-    if config.choice not in CHOICES:
-        raise ValueError(f"choice={config.choice!r}; pass one of {', '.join(CHOICES)}.")
-    if config.choice == "restore" and config.target_layer is None:
+    if choice not in CHOICES:
+        raise ValueError(f"choice={choice!r}; pass one of {', '.join(CHOICES)}.")
+    if choice == "restore" and config.target_layer is None:
         raise ValueError(
             "choice='restore' restores the tokens of a target layer, and this OC-pruner has none;"
             " train it with the objective `kept`, or set choice to one_to_one."

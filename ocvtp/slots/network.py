@@ -155,7 +155,7 @@ class OCPruner(
     def __init__(self, config: OCPrunerConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or OCPrunerConfig()
-        check_choice(config)
+        check_choice(config, config.choice)
         self.inputs = FeatureStatistics(config.feature_dim) if config.standardize else None
         has_targets = config.target_layer is not None
         self.targets = FeatureStatistics(config.feature_dim) if has_targets else None
