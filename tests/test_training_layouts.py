@@ -113,6 +113,7 @@ def test_every_configuration_is_trained_here():
     assert {path.stem for path in Path("configs/train").glob("*.yaml")} <= CASES.keys() | apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_each_configuration_trains(tmp_path, shapes, case):
     encoder, kind, layout = CASES[case]
@@ -207,6 +208,7 @@ def test_the_objective_kept_on_a_variable_grid(tmp_path, shapes):
             assert other[name] == pytest.approx(value, rel=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["masked_transformer", "mlp"])
 @pytest.mark.parametrize("layout", ["variable", "joint", "per_tile"])
 def test_the_loss_falls(tmp_path, shapes, layout, decoder):

@@ -97,7 +97,7 @@ class KilledError(Exception):
     """In place of the signal that ends a process."""
 
 
-@pytest.mark.parametrize("after", [1, 9, 22])
+@pytest.mark.parametrize("after", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 22))])
 def test_a_killed_run_continues_and_ends_alike(whole, subject, task, tmp_path, monkeypatch, after):
     calls = []
 

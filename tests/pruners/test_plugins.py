@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 
+import ocvtp
 from ocvtp.cli import main
-from ocvtp.pruners import plugins
+from ocvtp.pruners import plugins, registry
 
 PRUNER = '''
 from dataclasses import dataclass
@@ -26,34 +26,40 @@ class Mine(Uniform):
 '''
 
 
-def run(*words):
-    code = "import sys; from ocvtp.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+@pytest.fixture
+def mine(monkeypatch):
+    """No pruner of this name, before and after."""
+    assert "mine" not in registry.list_pruners()
+    yield "mine"
+    registry._REGISTRY.pop("mine", None)
+    plugins.load_installed.cache_clear()
 
 
-def test_a_file_given_to_the_command_line(tmp_path):
-    (tmp_path / "my_pruner.py").write_text(PRUNER)
-    listed = run("--import", str(tmp_path / "my_pruner.py"), "list", "--json")
-    assert listed.returncode == 0, listed.stderr
-    assert '"mine"' in listed.stdout
-    assert '"mine"' not in run("list", "--json").stdout
+def test_a_file_given_to_the_command_line(tmp_path, capsys, mine, monkeypatch):
+    path = tmp_path / "my_pruner.py"
+    path.write_text(PRUNER)
+    monkeypatch.setitem(sys.modules, "my_pruner", None)
+    monkeypatch.delitem(sys.modules, "my_pruner")
+    assert main(["--import", str(path), "--import", str(path), "list", "--json"]) == 0
+    assert '"mine"' in capsys.readouterr().out
 
 
-def test_an_installed_package(tmp_path):
-    (tmp_path / "my_package.py").write_text(PRUNER)
-    facts = tmp_path / "my_package-1.0.dist-info"
+def test_an_installed_package(tmp_path, mine, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "package_of_mine.py").write_text(PRUNER)
+    facts = tmp_path / "package_of_mine-1.0.dist-info"
     facts.mkdir()
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = my_package\n")
-    code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import ocvtp;"
-        "print(ocvtp.build_pruner('mine', num_keep=2).name, 'mine' in ocvtp.list_pruners())"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout.split() == ["mine", "True"], found.stderr
-    (tmp_path / "my_package.py").write_text("raise RuntimeError('broken')")
-    broken = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "'my_package' cannot be loaded (broken)" in broken.stderr
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: package_of_mine\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = package_of_mine\n")
+    plugins.load_installed.cache_clear()
+    assert mine in ocvtp.list_pruners()
+    assert ocvtp.build_pruner(mine, num_keep=2).name == mine
+
+    (facts / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = broken_package\n")
+    plugins.load_installed.cache_clear()
+    with pytest.raises(ValueError, match="'broken_package' cannot be loaded"):
+        ocvtp.list_pruners()
+    (facts / "entry_points.txt").write_text("")
 
 
 def test_files_that_cannot_be_imported_are_refused(tmp_path, capsys):

@@ -152,6 +152,7 @@ def test_other_models_are_refused(changes, message):
         read_plan(config(settings={"pruner": "divprune", "num_keep": 4}, **changes))
 
 
+@pytest.mark.slow
 def test_the_plugin_imports_neither_vllm_nor_transformers():
     code = (
         "import sys, ocvtp.serving.vllm_plugin, ocvtp.serving.plan;"
