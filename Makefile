@@ -31,6 +31,9 @@ demo: install
 		trim tome "fastv:stages=[[1,16]]" random --text-tower checkpoints/demo-vlm/clip \
 		--prompt "How many circles are there in the image?" --image $(SCENE) --output $(DEMO)/kept.png
 
+# One thread a process: there are two.
+test test-fast test-oldest: export OMP_NUM_THREADS := 1
+
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 

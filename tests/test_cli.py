@@ -91,6 +91,7 @@ def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
     assert picture.std() > 10
 
 
+@pytest.mark.slow
 def test_a_model_that_cuts_images_into_tiles(capsys, photo, artifact, tmp_path):
     words = ["--model", "random:tiny-llava-next", "--image", photo, "--num-keep", "40", "--json"]
     asked = ["--pruner", "visionzip", "--prompt", "What is it?", "--max-new-tokens", "2"]

@@ -74,6 +74,7 @@ def killed_after(settings, steps, monkeypatch, resume=False):
             train(settings, resume)
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_to_the_same_weights(tmp_path, monkeypatch):
     """Killed twice: inside a stage between two checkpoints, and in the first step of another."""
     whole = weights(train(tiny_settings(tmp_path / "whole", steps=3)))

@@ -130,6 +130,7 @@ def test_a_batch_of_any_grids_is_what_the_host_shows(model_and_processor, folder
         assert_close(single.features[0], own, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_network_trains_on_it_and_prunes(tmp_path, coco_folder, monkeypatch):
     from ocvtp.training.run import train
 

@@ -82,6 +82,7 @@ def test_models_without_a_pruner(models, family):
     assert count(model, **sizes).total == pytest.approx(_run(model, inputs), rel=REL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "spec"), CASES)
 def test_models_with_a_pruner(models, family, spec):
     model, inputs, sizes, processor = models[family]

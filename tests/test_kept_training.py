@@ -39,6 +39,7 @@ def val_loss(model, scenes, tmp_path):
     return trainer(tmp_path).validate(model, data(scenes, model), verbose=False)[0]["val/loss"]
 
 
+@pytest.mark.slow
 def test_fifty_steps_lower_the_loss_and_export_what_was_trained(tmp_path, scenes):
     model = kept_module(statistics_images=30)
     images = data(scenes, model)

@@ -40,11 +40,13 @@ def figures(tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_it_answers_by_what_it_sees(figures):
     assert figures["unpruned"]["easy/existence"] > 0.8
     assert figures["unpruned"]["easy/all"] > figures["shuffled"]["easy/all"] + 0.2
 
 
+@pytest.mark.slow
 def test_it_bears_pruning_of_the_background(figures):
     whole = figures["unpruned"]["easy/all"]
     assert figures["oracle"]["easy/all"] > whole - 0.1
@@ -52,6 +54,7 @@ def test_it_bears_pruning_of_the_background(figures):
     assert figures["random"]["easy/all"] < figures["oracle"]["easy/all"] - 0.1
 
 
+@pytest.mark.slow
 def test_the_trained_pruners_keep_what_it_answers_by(figures):
     assert figures["ocvtp"]["easy/all"] > figures["random"]["easy/all"] + 0.15
 

@@ -144,6 +144,7 @@ def test_without_annotations_there_are_no_mask_metrics(tmp_path, scenes):
     assert "val/fg_ari" not in result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["masked_transformer", "mlp"])
 def test_the_loss_falls(tmp_path, scenes, decoder):
     config = DecoderConfig(kind=decoder, num_layers=1, num_heads=2, ffn_dim=64)

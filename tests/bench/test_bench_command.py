@@ -75,6 +75,7 @@ def test_the_report_says_what_was_measured(made):
         assert min(Image.open(made / name).size) > 300
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(made, capsys):
     before = load(made)["cells"]
     (made / "cells" / "batch2-text32-images1.json").unlink()

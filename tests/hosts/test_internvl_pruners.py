@@ -143,6 +143,7 @@ def shortened(
     return shorten_internvl(model, inputs, kept, side, rows)
 
 
+@pytest.mark.slow
 @shown
 @pytest.mark.parametrize(("name", "settings"), CASES)
 @torch.no_grad()
@@ -179,6 +180,7 @@ def single(inputs: Any, row: int) -> Any:
     return alone | ({"pixel_values": inputs["pixel_values"][own[row]]} if row in own else {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"random", "pool"}))
 def test_a_batch_answers_as_its_rows_do(random_internvl: Any, budget: Any, name: str) -> None:

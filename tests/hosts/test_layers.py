@@ -193,6 +193,7 @@ def test_keeping_all_is_the_bare_model(family: Family) -> None:
 # ------------------------------------------------------------------------------- what pruners see
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["last", "text", "visual"])
 @pytest.mark.parametrize("when", ["before", "coming"])
 def test_attention_is_that_of_the_layers(family: Family, kind: str, when: str) -> None:
@@ -430,6 +431,7 @@ def test_prompt_lookup(llava: Family, kind: Any) -> None:
             assert answer(llava, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3).equal(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Layered, Renumbering])
 @pytest.mark.parametrize("copied", [False, True])
 def test_a_later_turn(family: Family, kind: Any, copied: bool) -> None:

@@ -252,6 +252,7 @@ def places_of(
 # -------------------------------------------------------------------------- as if they were masked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_equals_masked_columns(family: Family, method: str, rows: Any) -> None:

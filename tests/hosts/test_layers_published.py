@@ -160,6 +160,7 @@ def answer(family: Family, inputs: Inputs) -> Tensor:
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_equals_masked_columns(family: Family, method: str, rows: Any) -> None:

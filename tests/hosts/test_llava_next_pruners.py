@@ -123,6 +123,7 @@ def read_by_hand(
     return kept, rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
 @pytest.mark.parametrize(("name", "settings"), CASES)
 @torch.no_grad()
@@ -160,6 +161,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
     assert answer.equal(short.greedy(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
 @pytest.mark.parametrize(
     "name", [n for n in ocvtp.list_pruners("llm_input") if n not in ("random", "pool")]

@@ -35,6 +35,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
         yield family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("title", FEATURE_PARAMS)
 def test_feature(family: Family, title: str, record_property: Record) -> None:
     exclusion = find_exclusion(family.host, title)

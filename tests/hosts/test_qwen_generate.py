@@ -122,6 +122,7 @@ def without_images(inputs: Any) -> Any:
     return {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
 
 
+@pytest.mark.slow
 @prompts
 @pytest.mark.parametrize("images_again", [False, True])
 @pytest.mark.parametrize("own_cache", [None, DynamicCache, StaticCache])

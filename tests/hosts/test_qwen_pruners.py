@@ -120,6 +120,7 @@ def tokens_by_hand(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("sizes", [SAME, MIXED], ids=["same", "mixed"])
 @pytest.mark.parametrize(("name", "settings"), CASES)

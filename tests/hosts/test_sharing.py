@@ -266,6 +266,7 @@ def test_other_images_are_encoded_anew(llava: Any, uniform: Pruner) -> None:
     assert shared.num_encoded == 7
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_only_the_last_images_are_kept(llava: Any, uniform: Pruner) -> None:
     shared = SharedEncodings.of(llava, [uniform])

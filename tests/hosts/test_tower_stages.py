@@ -302,6 +302,7 @@ def test_half_precision(llava: Any, kind: str) -> None:
         assert ask(model, inputs).shape == (3, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tome", "vprune"])
 def test_a_compiled_tower_runs_eagerly(llava: Any, kind: str) -> None:
     model, inputs = deepcopy(llava), make_inputs()

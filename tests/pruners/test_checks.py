@@ -22,6 +22,7 @@ GOOD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GOOD)
 def test_what_is_shipped_passes(name):
     check_pruner(ocvtp.build_pruner(name, num_keep=4), grid_hw=(4, 3))

@@ -395,6 +395,7 @@ def test_no_host_sync(name, settings, ragged):
         pruner.select(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_no_host_sync_where_the_method_counts(name):
     pruner = ocvtp.build_pruner(name)

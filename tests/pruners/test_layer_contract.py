@@ -168,6 +168,7 @@ def test_tokens_of_low_rank(case):
         check_merge(pruner, selection, 64)
 
 
+@pytest.mark.slow
 def test_one_graph(case):
     """The choice compiles whole: nothing in it depends on values."""
     pruner = build(case, 9)
