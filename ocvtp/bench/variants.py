@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -192,6 +191,6 @@ def _savings(rows: SavingRows) -> dict[str, Savings]:
     if rows == "each":
         for name in names:
             is_on = getattr(Savings(), name)
-            changed = dataclasses.replace(Savings(), **{name: not is_on})
+            changed = replace(Savings(), **{name: not is_on})
             found[f"without {name}" if is_on else f"with {name}"] = changed
     return found

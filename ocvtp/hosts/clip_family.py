@@ -288,13 +288,9 @@ class ClipFamilyHost(Host):
             selection: of their tokens.
             places: [I, K] where the kept tokens are among all rows that the language model reads.
         """
+        valid = selection.valid
+        positions = places.flatten() if valid is None else places[valid]
         if selection.merge is None:
-            places = places if selection.valid is None else places[selection.valid]
-            rows = encoded.embeddings[
-                places.to(encoded.embeddings.device)
-            ]  # [I, K, D'] or [.., D']
-            return Kept(places.flatten(), rows.view(-1, rows.shape[-1]))
-        rows = self._projector(merge(encoded.tokens, selection.merge))
-        if selection.valid is None:
-            return Kept(places.flatten(), rows.flatten(0, 1))
-        return Kept(places[selection.valid], rows[selection.valid])
+            return Kept(positions, encoded.embeddings[positions.to(encoded.embeddings.device)])
+        rows = self._projector(merge(encoded.tokens, selection.merge))  # [I, K, D']
+        return Kept(positions, rows.flatten(0, 1) if valid is None else rows[valid])
