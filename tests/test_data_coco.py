@@ -254,6 +254,40 @@ def test_unreadable_masks(folder, shape):
     assert "error" in open_images(folder, with_instances=True, on_error="skip")[0]
 
 
+BOX = {"id": 9, "image_id": 3, "bbox": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("segmentation", [[], [[]], None, "missing"])
+def test_objects_with_a_box_alone_have_no_mask(folder, segmentation, caplog):
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    alone = {key: value for key, value in BOX.items() if segmentation == "missing"}
+    content["annotations"] += [alone or {**BOX, "segmentation": segmentation}]
+    content["annotations"] += [{**BOX, "id": 10, "image_id": 9, "segmentation": []}]
+    path.write_text(json.dumps(content))
+    for with_instances in (True, None):
+        images = open_images(folder, with_instances=with_instances)
+        assert [int(item["instances"].max()) for item in images] == [0, 1, 3]
+    assert "2 of 6 objects have no mask" in caplog.text
+
+
+def test_a_file_of_boxes_alone(folder, caplog):
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": [BOX]}))
+    assert "instances" not in open_images(folder, with_instances=None)[0]
+    assert not open_images(folder, with_instances=True)[0]["instances"].any()
+    assert "1 of 1 objects have no mask" in caplog.text
+    Image.new("RGB", (30, 40)).save(folder / "images/a.jpg")  # of another shape than the file says
+    assert open_images(folder, with_instances=True)[0]["instances"].shape == (40, 30)
+
+
+def test_an_image_that_is_listed_twice_is_refused(folder):
+    write_json(folder / "instances.json", [(9, "c.jpg"), (9, "a.jpg")], [])
+    with pytest.raises(ValueError, match=r"two images have the id 9, c\.jpg and a\.jpg"):
+        open_images(folder)
+
+
 GOOD = {"id": 1, "file_name": "a.jpg", "width": 1, "height": 1}
 CAPTION = {"id": 1, "image_id": 1, "caption": "a cat"}
 NO_INSTANCES = {
