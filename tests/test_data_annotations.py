@@ -97,13 +97,13 @@ REFUSED = {
     "images 7 and 9 are one file, 7.jpg; list": again("images", id=9),
     "images 7 and 9 are one file, ./7.jpg; list": again("images", id=9, file_name="./7.jpg"),
     "two annotations have the id 1; list": again("annotations"),
-    "annotation 1 is of image '3', which the file does not list": first(
-        "annotations", image_id="3"
+    "annotation 1 has the image_id '3'; ids are whole": first("annotations", image_id="3"),
+    "annotation 1 has the image_id 3.0; ids are": first("annotations", image_id=3.0),
+    "annotation 1 is of image 4, which the file does not list; list it": first(
+        "annotations", image_id=4
     ),
-    "annotation 1 is of image 3.0, which": first("annotations", image_id=3.0),
-    "annotation 1 is of image 4, which": first("annotations", image_id=4),
-    "annotation 1 is of image None, which": first("annotations", image_id=None),
-    r"annotation 1 is of image \[3\], which": first("annotations", image_id=[3]),
+    "annotation 1 has the image_id None; ids are": first("annotations", image_id=None),
+    r"annotation 1 has the image_id \[3\]; ids are": first("annotations", image_id=[3]),
     "entry 1 of 'annotations' lacks image_id": drop("annotations", "image_id"),
     "entry 1 of 'annotations' has the id 'a'; ids are whole": first("annotations", id="a"),
     "entry 1 of 'annotations' has the id -1; ids are whole": first("annotations", id=-1),
@@ -132,8 +132,8 @@ REFUSED = {
 }
 NAMES_REFUSED = {
     "annotation 1 is of category 9, which": first("annotations", category_id=9),
-    "annotation 1 is of category '1', which": first("annotations", category_id="1"),
-    "annotation 1 is of category None, which": drop("annotations", "category_id"),
+    "annotation 1 has the category_id '1'; ids are": first("annotations", category_id="1"),
+    "annotation 1 has the category_id None; ids are": drop("annotations", "category_id"),
     "two categories have the id 2, 'hat' and 'cap'": again("categories", name="cap"),
     "two categories have the id 2, 'hat' and 'hat'": again("categories"),
     "categories 2 and 4 are both called 'hat'": again("categories", id=4),

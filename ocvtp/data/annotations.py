@@ -236,9 +236,10 @@ class CocoFile:
     def _check_refers(self, entry: Entry, number: int, key: str, listed: Mapping[int, Any]) -> None:
         there = entry.get(key)
         if type(there) is not int or there not in listed:
+            self._check_id(there, f"{_name(number)} has the {key}")
             what = key.removesuffix("_id")
             self._refuse(
-                f"{_name(number)} is of {what} {shortened(there)}, which the file does not list; "
+                f"{_name(number)} is of {what} {there}, which the file does not list; "
                 f"list it, correct the {key}, or take the annotation out"
             )
 

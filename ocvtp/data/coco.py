@@ -146,11 +146,11 @@ class CocoImages(Dataset[dict[str, Any]]):
         """[h, w] ids at the stored image's `size` (w, h); None without instances."""
         if self._coco is None:
             return None
-        masks = [self._coco.mask(entry) for entry in self._coco.masked(image_id)]
-        if not masks:
+        objects = self._coco.masked(image_id)
+        if not objects:
             return np.zeros(size[::-1], np.uint8)
         self._coco.check_shape(image_id, size)
-        ids = _draw_instances(masks)
+        ids = _draw_instances([self._coco.mask(entry) for entry in objects])
         if ids.shape == size[::-1]:
             return ids
         return np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
