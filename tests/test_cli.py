@@ -65,6 +65,27 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
 
 
+def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (60, 96)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.rot90(levels).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", exif=exif)
+    Image.fromarray(levels).save(tmp_path / "plain.png")
+    Image.fromarray(np.rot90(levels)).save(tmp_path / "sideways.png")
+    said, drawn = {}, {}
+    for name in ("plain", "deep", "sideways"):
+        words = [*MODEL, "--num-keep", "140", "--image", str(tmp_path / f"{name}.png"), "--json"]
+        more = ["--prompt", "What?", "--max-new-tokens", "12"]
+        assert main(["answer", *words, "--pruner", "fastervlm", *more]) == 0
+        said[name] = json.loads(capsys.readouterr().out)["answer"]
+        assert main(["show", *words, "--pruner", "none", "--output", str(tmp_path / "o.png")]) == 0
+        capsys.readouterr()
+        drawn[name] = (tmp_path / "o.png").read_bytes()
+    assert said["deep"] == said["plain"] != said["sideways"]
+    assert drawn["deep"] == drawn["plain"] != drawn["sideways"]
+
+
 def test_answer_with_several_images_and_a_ratio(capsys, photo):
     words = ["answer", *MODEL, "--pruner", "uniform", "--keep-ratio", "0.25", "--json"]
     words += ["--image", photo, photo, "--prompt", "Same?", "--max-new-tokens", "2"]

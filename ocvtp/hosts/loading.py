@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.images import open_image as open_image  # to be found beside `load_model`
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-llava": (random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
@@ -85,19 +85,6 @@ def load_config(name: str) -> Any:
             f" ({' '.join(str(error).split())[:300]}); pass a folder or hub id of a vision-language"
             f" model, or one of {[*full_size.FULL_SIZE_MODELS, *RANDOM_MODELS]}."
         ) from error
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        ValueError: if it is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {path!r} cannot be read ({error}); pass a JPEG or PNG.") from error
 
 
 def _random_model(name: str) -> tuple[Any, Any]:
