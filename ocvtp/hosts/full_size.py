@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from ocvtp.choices import FullSizeModel
 from ocvtp.encoders.clip import plain_processor, vision_config
 from ocvtp.hosts import random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
@@ -58,7 +59,7 @@ _LLAVA: dict[str, tuple[dict[str, Any], str]] = {
     "llava-1.5-13b": (_VICUNA_13B, "float16"),
     "llava-mid": (_llama(4, 2048, 5504, 16), "float32"),
 }
-FULL_SIZE_MODELS = (*_LLAVA, "llava-next-7b", "qwen2.5-vl-7b", "demo")
+FULL_SIZE_MODELS = get_args(FullSizeModel)
 
 
 def config_of(name: str) -> Any:

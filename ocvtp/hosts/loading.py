@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from ocvtp.choices import TinyModel
 from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
 
@@ -20,7 +21,7 @@ _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-qwen2.5-vl": (random_qwen.tiny_qwen, random_qwen.SPECIAL_TOKENS),
     "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
 }
-RANDOM_MODELS = tuple(_RANDOM)
+RANDOM_MODELS = get_args(TinyModel)
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
 
 
