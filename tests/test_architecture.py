@@ -20,6 +20,7 @@ ALLOWED = {
     "progress": set(),
     "lazy": set(),
     "choices": set(),
+    "shipped": set(),
     "slots": {"structures"},
     "export": {"structures", "slots"},
     "pruners": {"structures", "slots", "export"},
@@ -42,7 +43,13 @@ ALLOWED = {
     "cli": {"commands", "pruners", "__version__"},
     "__init__": {"structures", "slots", "pruners", "hosts"},
 }  # fmt: skip
-BELOW = ("files", "progress", "lazy", "choices")  # everything; they import nothing of the package
+BELOW = (
+    "files",
+    "progress",
+    "lazy",
+    "choices",
+    "shipped",
+)  # everything; they import nothing of the package
 # `with pruner(model):` is the one call that goes up, when it is made
 UPWARD = {("pruners/base.py", "hosts"), ("pruners/compose.py", "hosts")}
 LIGHTNING = {"training", "data/module.py"}

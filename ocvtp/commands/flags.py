@@ -12,6 +12,7 @@ from typing import get_args
 
 from ocvtp import choices
 from ocvtp.commands import options
+from ocvtp.shipped import config_names
 
 
 def export(parser: argparse.ArgumentParser) -> None:
@@ -234,7 +235,10 @@ def flops(parser: argparse.ArgumentParser) -> None:
 
 def demo_vlm(parser: argparse.ArgumentParser) -> None:
     """A recipe, and where the model goes."""
-    parser.add_argument("--config", required=True, help="e.g. configs/demo_vlm/cpu.yaml")
+    names = ", ".join(config_names("demo_vlm"))
+    parser.add_argument(
+        "--config", required=True, help=f"a YAML file, or what comes with ocvtp: {names}"
+    )
     parser.add_argument("--output", help="folder of the model (default: the config's)")
     parser.add_argument(
         "--resume", action="store_true", help="continue what the output folder holds"
