@@ -132,7 +132,8 @@ def test_sizes_and_forbidden_things(path):
 
 def test_inference_imports_neither_lightning_nor_transformers():
     code = (
-        "import sys, ocvtp; heavy = {'pytorch_lightning', 'transformers', 'timm', 'matplotlib'};"
+        "import sys; from ocvtp import *;"
+        "heavy = {'pytorch_lightning', 'transformers', 'timm', 'matplotlib', 'scipy'};"
         "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
