@@ -78,7 +78,7 @@ def cache_in(arguments: dict[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """The KV cache in what a model or `generate()` returned; None without one."""
-    return getattr(output, cache_name(), None)
+    return cache_in(getattr(output, "__dict__", {}))
 
 
 def encoded_images(arguments: dict[str, Any]) -> Any:

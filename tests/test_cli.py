@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -276,6 +277,26 @@ def test_resize(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["written"] == 3
     sizes = {Image.open(p).size for p in output.glob("*.jpg")}
     assert sizes == {(48, 48)}
+
+
+def test_files_of_pruners_come_before_the_command(capsys, tmp_path):
+    file = tmp_path / "kept_by_chance.py"
+    file.write_text(
+        "from ocvtp.pruners.random import Random\n"
+        "from ocvtp.pruners.registry import register\n"
+        "register('by_chance')(type('ByChance', (Random,), {'__doc__': Random.__doc__}))\n"
+    )
+    try:
+        for flag in (["--import", str(file)], [f"--import={file}"], [f"--import={file}", "--"]):
+            assert main([*flag, "list"]) == 0
+            assert "by_chance" in capsys.readouterr().out
+    finally:
+        registry._REGISTRY.pop("by_chance", None)
+        sys.modules.pop("kept_by_chance", None)
+    for words in (["--import"], ["--imp", str(file), "list"], []):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "ocvtp: error: " in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):

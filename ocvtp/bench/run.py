@@ -18,8 +18,9 @@ from rich.progress import Progress
 from ocvtp.bench import figures, marks
 from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
-from ocvtp.bench.variants import SavingRows, Variant, needs_network, network_for, variants
+from ocvtp.bench.variants import Variant, needs_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
+from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject

@@ -9,11 +9,6 @@ import sys
 from typing import Any
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The flag --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
 def command(arguments: argparse.Namespace) -> str:
     """The command that these arguments are of."""
     return shlex.join(["ocvtp", *arguments.words])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from ocvtp.choices import TinyModel
 from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
 from ocvtp.images import open_image as open_image  # to be found beside `load_model`
+from ocvtp.shipped import find_folder
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-llava": (random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
@@ -20,7 +22,7 @@ _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-qwen2.5-vl": (random_qwen.tiny_qwen, random_qwen.SPECIAL_TOKENS),
     "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
 }
-RANDOM_MODELS = tuple(_RANDOM)
+RANDOM_MODELS = get_args(TinyModel)
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
 
 
@@ -47,12 +49,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     else:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+        source = find_folder(name)
         try:
-            processor = AutoProcessor.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(source)
             if dtype == "auto" and torch.device(device).type == "cpu":
-                saved = AutoConfig.from_pretrained(name).dtype
+                saved = AutoConfig.from_pretrained(source).dtype
                 dtype = "float32" if saved == torch.float16 else dtype
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
@@ -78,7 +81,7 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(find_folder(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model={name!r} has no configuration that can be read"
