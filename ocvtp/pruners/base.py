@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ocvtp.pruners.budgets import check_count, check_share
 from ocvtp.pruners.merging import keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
@@ -154,21 +155,20 @@ class Pruner(ABC):
         return height, width
 
     def _check_budget(self) -> None:
+        """Refuse a budget that is none."""
         if (self.num_keep is None) == (self.keep_ratio is None):
             raise ValueError(
                 f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
                 f" keep_ratio={self.keep_ratio}; pass exactly one of them."
             )
-        if self.num_keep is not None and (
-            isinstance(self.num_keep, bool) or int(self.num_keep) != self.num_keep
-        ):
-            raise ValueError(f"num_keep={self.num_keep!r}; pass a whole number of tokens.")
-        if self.num_keep is not None and self.num_keep < 1:
-            raise ValueError(f"num_keep={self.num_keep}; pass at least 1 token.")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ValueError(
-                f"keep_ratio={self.keep_ratio}; pass the share of tokens KEPT, above 0, at most 1."
-            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse what is no count or share, and hold the others as plain numbers."""
+        if self.num_keep is not None:
+            self.num_keep = check_count("num_keep", self.num_keep)
+        if self.keep_ratio is not None:
+            self.keep_ratio = check_share("keep_ratio", self.keep_ratio)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.budgets import StagePairs, check_stages
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
 
@@ -71,7 +72,7 @@ class LaterHalf(LayerPruner):
 
 def later_settings(
     whole: Pruner,
-    stages: Sequence[tuple[int, float]] | None,
+    stages: StagePairs | None,
     share_before: Callable[[float], float],
 ) -> dict[str, Any]:
     """Budget of a later half: that of the method, or explicit stages.
@@ -80,8 +81,17 @@ def later_settings(
         whole: the method.
         stages: `((layer, K), ...)`, or None.
         share_before: budget as a share -> share that the first half leaves.
+
+    Raises:
+        ValueError: if the first stage is to keep more than the first half leaves.
     """
     if stages is not None:
+        layer, kept = check_stages(stages)[0]
+        if isinstance(kept, int) and whole.num_keep is not None and kept > whole.num_keep:
+            raise ValueError(
+                f"stages={stages!r} keep {kept} in front of layer {layer}, but {whole.name} leaves"
+                f" num_keep={whole.num_keep} before the language model; pass K that do not grow."
+            )
         return {"stages": stages}
     ratio = whole.keep_ratio
     before = 1.0 if ratio is None else min(1.0, share_before(ratio))

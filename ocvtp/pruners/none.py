@@ -30,7 +30,8 @@ class NoPruning(Pruner):
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:
-        """Any budget will do."""
+        """Any budget will do, and none."""
+        self._check_numbers()
 
     def budget(self, num_tokens: int) -> int:
         """N."""

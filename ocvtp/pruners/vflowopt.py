@@ -5,7 +5,6 @@ B images, N visual tokens on a grid of H x W, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.budgets import StagePairs
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VFlowOptLater
 from ocvtp.pruners.merging import merge_rows, merged
@@ -49,7 +49,7 @@ class VFlowOpt(Pruner):
 
     cell: int = 4
     block: int = -2
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"

@@ -5,11 +5,11 @@ B images, N visual tokens, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.budgets import StagePairs, check_count
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VisionDropLater
 from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
@@ -46,7 +46,7 @@ class VisionDrop(Pruner):
     num_contextual: int | None = None
     block: int = -2
     later: bool = False
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
@@ -54,6 +54,8 @@ class VisionDrop(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_contextual is not None:
+            self.num_contextual = check_count("num_contextual", self.num_contextual, least=0)
         if self.stages is not None and not self.later:
             raise ValueError(f"stages={self.stages!r} are those inside; pass later=True with them.")
         self.parts  # noqa: B018 - checks the stages

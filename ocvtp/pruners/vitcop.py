@@ -5,11 +5,11 @@ B images, N visual tokens, K kept, R of them inside the language model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.budgets import StagePairs
 from ocvtp.pruners.halves import FirstHalf, later_settings, needs_of
 from ocvtp.pruners.later_halves import ViTCoPLater
 from ocvtp.pruners.registry import register
@@ -47,7 +47,7 @@ class ViTCoP(Pruner):
     guidance: Literal["cls", "received"] = "cls"
     cluster_share: float | None = None
     block: int = -2
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
