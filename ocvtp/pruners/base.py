@@ -6,6 +6,7 @@ B images, N visual tokens, K kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control"]
 Budget = Literal["exact", "adaptive", "average"]
+NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,6 +47,9 @@ class Pruner(ABC):
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
     """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps;
     `average` if the budget is one over the layers of the language model."""
+    named_settings: ClassVar[NamedSettings] = {}
+    """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
+    budget among them (none where the paper's own holds without one)."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True

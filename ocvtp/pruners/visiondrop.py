@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs, check_count
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VisionDropLater
@@ -31,7 +31,8 @@ class VisionDrop(Pruner):
     Args:
         num_keep: tokens kept per image before the language model. With `later` their average over
             its layers: K = 32 of 576 is the paper's 42 + 6 before it, and 30 + 5, 22 + 4 and 16 + 3
-            in front of layers 8, 16 and 24 of 32; others are in proportion.
+            in front of layers 8, 16 and 24 of 32, also as `setting="paper-32"`; others are in
+            proportion.
         num_contextual: merged tokens among those before the language model; None for the paper's
             share of 6 / 48.
         block: block of the tower that is read; paper: 22 of 24, LLaVA's selected one.
@@ -51,6 +52,9 @@ class VisionDrop(Pruner):
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
     merging: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {
+        "paper-32": {"later": True, "num_keep": 48, "stages": ((8, 35), (16, 26), (24, 19))}
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
