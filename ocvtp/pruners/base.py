@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ocvtp.pruners.budgets import check_count, check_share
-from ocvtp.pruners.merging import keep_short_images
+from ocvtp.pruners.merging import keep_all, keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control"]
@@ -85,17 +85,19 @@ class Pruner(ABC):
             tokens: with everything that `needs` names.
 
         Returns:
-            exactly K ascending indices per image (fewer, marked by `valid`, where an image has
-            fewer tokens or the method is adaptive).
+            exactly K ascending indices per image; fewer, marked by `valid`, where an image has
+            fewer tokens (it stays as it is, alone or in a batch) or the method is adaptive.
 
         Raises:
-            ValueError: if the budget exceeds N, or something in `needs` is missing.
+            ValueError: if something in `needs` is missing.
         """
         if missing := tokens.missing(self.needs):
             raise ValueError(
                 f"pruner {self.name!r} needs {', '.join(missing)}, which the given visual tokens do"
                 " not hold; put it there, or pass it through a host that supplies it."
             )
+        if self.spares(tokens.num_tokens):
+            return keep_all(tokens)
         selection = self._select(tokens, self.budget(tokens.num_tokens))
         if tokens.valid is not None and self.merging and self.exact:
             return keep_short_images(selection, tokens)
@@ -106,20 +108,19 @@ class Pruner(ABC):
         """The method itself; `num_keep` is K, 1 <= K <= N."""
 
     def budget(self, num_tokens: int) -> int:
-        """K for an image of N tokens.
-
-        Raises:
-            ValueError: if `num_keep` exceeds N.
-        """
+        """K for an image of N tokens: all of them where `num_keep` is more."""
         if self.num_keep is None:
             assert self.keep_ratio is not None
             return max(1, round(num_tokens * self.keep_ratio))
-        if self.num_keep > num_tokens:
-            raise ValueError(
-                f"num_keep={self.num_keep} exceeds the {num_tokens} visual tokens of this image;"
-                f" pass at most {num_tokens}."
-            )
-        return self.num_keep
+        return min(self.num_keep, num_tokens)
+
+    def exceeds(self, num_tokens: int) -> bool:
+        """Whether `num_keep` is more than an image of N tokens has."""
+        return self.num_keep is not None and self.num_keep > num_tokens
+
+    def spares(self, num_tokens: int) -> bool:
+        """Whether an image of N tokens stays as it is, because it has fewer than it may keep."""
+        return self.exact and self.exceeds(num_tokens)
 
     @property
     def keeps_share(self) -> bool:

@@ -26,11 +26,17 @@ class FirstHalf(Pruner):
     Args:
         whole: the method; its needs are those of this half.
         choose: what it keeps before the language model, which is not its own budget.
+        before: how many tokens that are for a budget of K, where an image has as many.
     """
 
-    def __init__(self, whole: Pruner, choose: Callable[[VisualTokens], Selection]) -> None:
+    def __init__(
+        self,
+        whole: Pruner,
+        choose: Callable[[VisualTokens], Selection],
+        before: Callable[[int], int] = lambda num_keep: num_keep,
+    ) -> None:
         super().__init__(num_keep=whole.num_keep, keep_ratio=whole.keep_ratio)
-        self._whole, self._choose = whole, choose
+        self._whole, self._choose, self._before = whole, choose, before
         self.name = whole.name  # type: ignore[misc]
         self.status = whole.status  # type: ignore[misc]
         self.merging = whole.merging  # type: ignore[misc]
@@ -43,6 +49,10 @@ class FirstHalf(Pruner):
     def budget(self, num_tokens: int) -> int:
         """That of the method; see `Pruner.budget`."""
         return self._whole.budget(num_tokens)
+
+    def spares(self, num_tokens: int) -> bool:
+        """See `Pruner.spares`."""
+        return self.num_keep is not None and num_tokens < self._before(self.num_keep)
 
     def of_size(self, num_tokens: int) -> Pruner:
         """See `Pruner.of_size`."""

@@ -113,7 +113,8 @@ class LayerPruner(Pruner):
         """
         if self.stages is None:
             return self._schedule(num_layers, num_tokens)
-        return tuple(LayerStage(*stage) for stage in count_stages(self.stages, num_tokens))
+        stages = count_stages(check_stages(self.stages), num_tokens)
+        return tuple(LayerStage(*stage) for stage in stages)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """In front of which of L layers tokens are dropped, ascending.
@@ -194,7 +195,7 @@ class LayerPruner(Pruner):
                 f"{self.name} got stages and a budget; pass stages, or one of num_keep and"
                 " keep_ratio."
             )
-        self.stages = check_stages(self.stages)
+        check_stages(self.stages)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -37,5 +37,9 @@ class NoPruning(Pruner):
         """N."""
         return num_tokens
 
+    def exceeds(self, num_tokens: int) -> bool:
+        """No."""
+        return False
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         return keep_all(tokens)

@@ -70,7 +70,7 @@ class VisionDrop(Pruner):
         if not self.later:
             return (self,)
         later = VisionDropLater(**later_settings(self, self.stages, lambda ratio: 1.5 * ratio))
-        return FirstHalf(self, self._first), later
+        return FirstHalf(self, self._first, self._before), later
 
     @property
     def needs(self) -> Needs:
@@ -89,7 +89,9 @@ class VisionDrop(Pruner):
         )
 
     def _first(self, tokens: VisualTokens) -> Selection:
-        num_keep = self.budget(tokens.num_tokens)
-        if self.stages is None:
-            num_keep = min(round(1.5 * num_keep), tokens.num_tokens)
-        return self._select(tokens, num_keep)
+        num_keep = self._before(self.budget(tokens.num_tokens))
+        return self._select(tokens, min(num_keep, tokens.num_tokens))
+
+    def _before(self, num_keep: int) -> int:
+        """Tokens that stay before the language model, for a budget of K."""
+        return num_keep if self.stages is not None else round(1.5 * num_keep)
