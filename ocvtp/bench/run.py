@@ -26,6 +26,7 @@ from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
 from ocvtp.files import replacing
 from ocvtp.hosts.attach import find_host
+from ocvtp.hosts.checks import beyond_all
 from ocvtp.progress import progress_bar
 
 SCHEMA = 1
@@ -180,6 +181,8 @@ def _first_look(
     unfit: dict[str, str] = {}
     for variant in rows:
         try:
+            if variant.pruner and (why := beyond_all(timer.host, variant.pruner)):
+                raise ValueError(why)
             seen[variant.key] = timer.look(variant, inputs)
         except ValueError as error:
             unfit[variant.key] = str(error)

@@ -19,6 +19,7 @@ from ocvtp.pruners.specs import (
     build_spec,
     known_settings,
     names_budget,
+    names_setting,
     parse_spec,
     with_budget,
 )
@@ -126,7 +127,7 @@ def pruner_conditions(
 
     Args:
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
-            `fastv:stages=[[1,K]]`. With other `stages` it runs once.
+            `fastv:stages=[[1,K]]`. With other `stages`, or a published `setting`, it runs once.
         budgets: see `Budget`. seeds: of what is random. checkpoints: exported OC-pruners.
         num_tokens: of an image.
 
@@ -136,7 +137,7 @@ def pruner_conditions(
     known, (_, own) = known_settings(spec), parse_spec(spec)
     of_budget = names_budget(spec)
     made: list[Condition] = []
-    once = "stages" in own and not of_budget
+    once = ("stages" in own or names_setting(spec)) and not of_budget
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:

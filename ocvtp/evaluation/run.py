@@ -17,6 +17,7 @@ from ocvtp.evaluation.report import Report, Row
 from ocvtp.evaluation.runner import Subject, run
 from ocvtp.evaluation.tasks import Record, Task, TokenTask
 from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.checks import beyond_all
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPruner, OCPrunerConfig
@@ -175,7 +176,11 @@ def _refusals(
     pruners = [condition.make(place) for condition in found]
     shared = SharedEncodings.of(subject.model, pruners)
     problems: dict[tuple[str, Budget | None], str] = {}
+    host = find_host(subject.model)
     for condition, pruner in zip(found, pruners, strict=True):
+        if why := beyond_all(host, pruner):  # a row like the unpruned one's, under a false name
+            problems[condition.label, condition.budget] = why
+            continue
         try:
             with attached(
                 subject.model,

@@ -7,6 +7,7 @@ in a ContextVar, so that threads do not see each other.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +16,7 @@ from typing import Any
 from ocvtp.hosts import calls, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
+from ocvtp.hosts.checks import beyond_all
 from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.internvl import InternVLHost
 from ocvtp.hosts.llava import LlavaHost
@@ -123,7 +125,8 @@ def attach(
 
     Args:
         model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
-        pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages.
+        pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages. An image of fewer
+            tokens than `num_keep` stays as it is; where all images are so small, a warning says it.
         processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
             the prompt: it tells the user's words from the chat template; and for those that read
             pixels: it says how they were normalised. None looks for the one saved with the model.
@@ -160,6 +163,8 @@ def attach(
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     host = find_host(model, Tiling(budget, separators), savings)
     check(host, pruner)
+    if why := beyond_all(host, pruner):
+        warnings.warn(why, stacklevel=2)
     needs = pruner.tower_needs
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
     host.set_stages(in_tower, needs, processor)

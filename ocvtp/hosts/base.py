@@ -135,6 +135,11 @@ class Host(ABC):
         """Blocks of the vision tower."""
 
     @property
+    def image_tokens(self) -> int | None:
+        """Visual tokens of every image; None where images differ."""
+        return None
+
+    @property
     def num_deepstack_layers(self) -> int:
         """Layers of the language model, the first ones, that add rows of the tower."""
         return 0
@@ -166,8 +171,7 @@ class Host(ABC):
 
         Args:
             parts: those of stages `pixels` and `encoder`, none for hosts that serve neither.
-            needs: of what reads the tower behind them.
-            processor: that makes the model's inputs; None if it is not given.
+            needs: of what reads the tower after them. processor: of the model, None if not given.
 
         Raises:
             ValueError: if they do not fit the model or each other.
@@ -228,8 +232,7 @@ class Host(ABC):
         """The coordinates of a whole prompt, for hosts that turn tokens in several dimensions.
 
         Args:
-            inputs: what the processor returned, images apart; `input_ids` are there.
-            images: the arguments that `image_keys` names.
+            inputs: what the processor returned. images: those of it that `image_keys` names.
 
         Returns:
             [C, B, L] of C dimensions; None where positions are plain numbers of columns.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.pruners import Pruner
+from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection
 from ocvtp.transformers_names import encoded_images
 
@@ -67,6 +67,18 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
             " the pruner sees them."
         )
+
+
+def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
+    """Why a pruner drops nothing of any image of a model; None if it may, or if images differ."""
+    count = host.image_tokens
+    for part in pruner.parts:
+        if count is not None and part.exact and part.exceeds(count):
+            return (
+                f"num_keep={part.num_keep} exceeds the {count} visual tokens that every image of"
+                f" this model has, so that {part.name!r} drops none; pass at most {count}."
+            )
+    return None
 
 
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:

@@ -118,6 +118,8 @@ def test_what_cannot_run_is_refused_before_it_is_timed(tmp_path, capsys):
     assert "--skip-unfit" in error
     assert bench(tmp_path / "a", *words, "--skip-unfit") == 0
     assert "- fastv K=16 could not be run: an average" in (tmp_path / "a/report.md").read_text()
+    assert bench(tmp_path / "b", "--pruners", "fopru", "--num-keep", "16", "1000") == 2
+    assert "fopru K=1000: num_keep=1000 exceeds the" in capsys.readouterr().err
     for flags, message in (
         (("--repetitions", "2"), "repetitions=2; pass at least 5"),
         (("--new-tokens", "1"), "new_tokens=1; pass at least 2"),

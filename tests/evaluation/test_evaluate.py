@@ -168,6 +168,19 @@ def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, tas
     assert not row.figures
 
 
+def test_budgets_beyond_every_image_are_named_before_anything_is_asked(subject, task, tmp_path):
+    budgets = [Budget(num_keep=1000), Budget(num_keep=16)]
+    message = "random @ 1000: num_keep=1000 exceeds the 144 visual tokens that every image"
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(subject, task, ["random"], budgets, tmp_path)
+    assert "@ 16" not in str(error.value)
+    options = {"controls": (), "seeds": [0], "batch_size": 4, "skip_unfit": True}
+    report, _ = evaluate(subject, task, ["random"], budgets, tmp_path, **options)
+    kept = {row.num_keep: (row.visual_tokens, bool(row.note)) for row in report.rows}
+    assert kept[1000] == (None, True)
+    assert kept[16] == (16.0, False)
+
+
 def test_equal_budgets_are_refused(subject, task, tmp_path):
     twice = [Budget(num_keep=18), Budget(keep_ratio=0.125)]
     with pytest.raises(ValueError, match="pass each count once"):
