@@ -40,15 +40,17 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
-# Environments on top of the other one: the oldest transformers that is supported; lmms-eval, which
-# pins what others need newer.
+# Environments on top of the other one: the oldest transformers that is supported; the last one before
+# `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer.
 
 OLDEST := $(VENV)/oldest
+BEFORE := $(VENV)/before
 LMMS := $(VENV)/lmms
 $(OLDEST)/.installed: EXTRA := "transformers==5.17.*"
+$(BEFORE)/.installed: EXTRA := "transformers==5.23.*"
 $(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3"
 
-$(OLDEST)/.installed $(LMMS)/.installed: $(STAMP)
+$(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth

@@ -18,6 +18,7 @@ ALLOWED = {
     "structures": set(),
     "files": set(),
     "progress": set(),
+    "transformers_names": set(),
     "slots": {"structures"},
     "export": {"structures", "slots"},
     "pruners": {"structures", "slots", "export"},
@@ -40,13 +41,22 @@ ALLOWED = {
     "cli": {"commands", "pruners"},
     "__init__": {"structures", "slots", "pruners", "hosts"},
 }  # fmt: skip
-BELOW = ("files", "progress")  # everything; they import nothing of the package
+BELOW = (
+    "files",
+    "progress",
+    "transformers_names",
+)  # everything; they import nothing of the package
 # `with pruner(model):` is the one call that goes up, when it is made
 UPWARD = {("pruners/base.py", "hosts"), ("pruners/compose.py", "hosts")}
 LIGHTNING = {"training", "data/module.py"}
 TRANSFORMERS = {
     "encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation", "flops",
-    "bench", "demo_vlm",
+    "bench", "demo_vlm", "transformers_names.py",
+}  # fmt: skip
+# What differs between the versions of transformers that are supported: one file knows it.
+MOVING_NAMES = {
+    "past_key_values", "mm_encoder_outputs", "image_outputs", "image_hidden_states",
+    "create_causal_mask", "masking_utils",
 }  # fmt: skip
 
 
@@ -131,3 +141,35 @@ def test_no_method_is_named_in_hosts():
         for node in nodes(path):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert node.value not in names, f"{path} names {node.value}"
+
+
+def looked_up(path: Path) -> set[str]:
+    """Names of attributes, arguments and imports, and words that are used as one."""
+    found = {part for name in imports(path) for part in name.split(".")}
+    for node in nodes(path):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif isinstance(node, ast.keyword | ast.arg):
+            found.add(str(node.arg))
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_one_file_knows_what_differs_by_version_of_transformers(path):
+    found = MOVING_NAMES & looked_up(path)
+    assert not found or path.name == "transformers_names.py", f"{path} looks up {sorted(found)}"
+
+
+def test_names_that_differ_by_version_are_found(tmp_path):
+    spellings = {
+        "keyword.py": "f(past_key_values=1)",
+        "attribute.py": "output.image_outputs",
+        "string.py": "kwargs.get('mm_encoder_outputs')",
+        "argument.py": "def f(past_key_values): ...",
+        "imported.py": "from transformers.masking_utils import create_causal_mask",
+    }
+    for name, code in spellings.items():
+        (tmp_path / name).write_text(code)
+        assert MOVING_NAMES & looked_up(tmp_path / name), name

@@ -29,6 +29,7 @@ from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.rewrite import Prompt
+from ocvtp.transformers_names import cache_of
 
 PARTS = (
     "preprocess",
@@ -170,7 +171,7 @@ class Bench:
         caches: list[int] = []
 
         def note(module: Any, args: Any, output: Any) -> None:
-            caches.append(cache_bytes(getattr(output, "past_key_values", None)))
+            caches.append(cache_bytes(cache_of(output)))
 
         marks: Marks
         eagerly = torch.compiler.set_stance("force_eager")  # graphs would hide what they do

@@ -31,6 +31,7 @@ from ocvtp.hosts.wrapping import Removable, Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
+from ocvtp.transformers_names import warn_if_untested
 
 HOSTS: tuple[type[Host], ...] = (
     LlavaHost,
@@ -148,6 +149,7 @@ def attach(
         ValueError: if the model is not supported, has a pruner already, or cannot supply what the
             pruner needs; or if `shared` was made for another model or other pruners.
     """
+    warn_if_untested()
     model = unwrap(model)
     if STATE in model.__dict__:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from ocvtp.hosts.selecting import Select, select
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
+from ocvtp.transformers_names import cache_name, encoded_images, name_cache
 
 STATE = "_ocvtp_state"
 
@@ -41,6 +42,7 @@ class State:
     layers: LayerPruner | None = None
     encode: Encode = encode_anew
     select: Select = select
+    cache_name: str = field(default_factory=cache_name)
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
@@ -81,6 +83,7 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
     original = before or partial(type(model).forward, model)
     if state is None:  # removed, but somebody kept this function
         return original(*args, **kwargs)
+    kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
         kwargs = turns.next_step(kwargs, ids)
@@ -120,7 +123,7 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
     original = before or partial(type(model).generate, model)
     if state is None:
         return original(*args, **kwargs)
-    kwargs = _by_name(model, "generate", args, kwargs)
+    kwargs = name_cache(_by_name(model, "generate", args, kwargs), state.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
@@ -161,7 +164,7 @@ def _by_name(
 
 def _brings_images(kwargs: dict[str, Any]) -> bool:
     given = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-    return any(given) or bool(kwargs.get("mm_encoder_outputs"))
+    return any(given) or bool(encoded_images(kwargs))
 
 
 def _splice(running: _Running, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Deepstack | None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Selection
+from ocvtp.transformers_names import encoded_images
 
 
 def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -61,7 +62,7 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
     """
     if inputs.get("pixel_values_videos") is not None:
         raise ValueError("videos are not pruned; call the model without the pruner for them.")
-    if inputs.get("mm_encoder_outputs"):
+    if encoded_images(inputs):
         raise ValueError(
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
             " the pruner sees them."

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocvtp.transformers_names import cache_in
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -34,7 +36,7 @@ class Shown:
 
 def cache_length(kwargs: dict[str, Any]) -> int:
     """Tokens in the cache that a call was given."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     return int(cache.get_seq_length()) if cache is not None else 0
 
 

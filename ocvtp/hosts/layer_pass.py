@@ -15,6 +15,7 @@ from torch import Tensor
 from ocvtp.hosts.base import merge
 from ocvtp.hosts.layer_plan import LayerPlan, Stayed
 from ocvtp.hosts.layer_tokens import Current, Place, tokens_at, with_tail
+from ocvtp.transformers_names import causal_mask
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,6 @@ def prepare(
     run: Pass, stage: int, number: int, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
 ) -> tuple[Tensor | None, Any]:
     """Mask and position embeddings of a pass behind a stage."""
-    from transformers.masking_utils import create_causal_mask
-
     left = run.note.stages[stage]
     mask, tail = left.mask, run.tail
     if mask is not None or tail is not None:
@@ -153,14 +152,7 @@ def prepare(
             length = cache.get_seq_length(number) + hidden.shape[1] - run.num_tail
             mask = torch.ones((len(hidden), length), dtype=torch.bool, device=hidden.device)
         mask = torch.cat([mask.to(hidden.device), tail.to(hidden.device)], dim=1)
-    causal = create_causal_mask(
-        config=run.model.config,
-        inputs_embeds=hidden,
-        attention_mask=mask,
-        past_key_values=cache,
-        position_ids=None,
-        layer_idx=number,
-    )
+    causal = causal_mask(run.model.config, hidden, mask, cache, number)
     if run.current is not None:
         return causal, run.current.rope
     if left.lost is None:

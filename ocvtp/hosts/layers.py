@@ -27,6 +27,7 @@ from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import take
+from ocvtp.transformers_names import cache_in
 
 _ON_CACHE = "_ocvtp_layers"
 
@@ -99,7 +100,7 @@ def install(model: Any, pruner: LayerPruner) -> list[RemovableHandle]:
 
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """In front of the language model: begin a pass, if tokens are or were dropped."""
-    plan, cache = _PLAN.get(), kwargs.get("past_key_values")
+    plan, cache = _PLAN.get(), cache_in(kwargs)
     past = 0 if cache is None else cache.get_seq_length()
     note: Note | None = getattr(cache, _ON_CACHE, None)
     if not past and note is not None:  # emptied, and filled with another prompt
@@ -171,7 +172,7 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
     if run is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    cache, current = kwargs.get("past_key_values"), run.current
+    cache, current = cache_in(kwargs), run.current
     if cache is None:
         raise ValueError(
             "tokens can be dropped inside the language model only with a cache; leave"

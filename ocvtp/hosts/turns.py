@@ -16,6 +16,7 @@ from ocvtp.hosts.checks import check_mask
 from ocvtp.hosts.columns import continue_positions
 from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
 from ocvtp.hosts.rewrite import Prompt
+from ocvtp.transformers_names import cache_in, cache_of
 
 _ON_CACHE = "_ocvtp_prompt"
 
@@ -51,7 +52,7 @@ def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
         prompt.positions,
         prompt.rope_deltas,
     )
-    for cache in (getattr(output, "past_key_values", None), kwargs.get("past_key_values")):
+    for cache in (cache_of(output), cache_in(kwargs)):
         if cache is not None and not isinstance(cache, tuple):
             setattr(cache, _ON_CACHE, note)
 
@@ -63,10 +64,10 @@ def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
         ValueError: if images come with a cache that was filled without one.
     """
     if not cache_length(kwargs):
-        if kwargs.get("past_key_values") is not None:  # emptied, perhaps
-            vars(kwargs["past_key_values"]).pop(_ON_CACHE, None)
+        if (cache := cache_in(kwargs)) is not None:  # emptied, perhaps
+            vars(cache).pop(_ON_CACHE, None)
         return None
-    found: Remembered | None = getattr(kwargs["past_key_values"], _ON_CACHE, None)
+    found: Remembered | None = getattr(cache_in(kwargs), _ON_CACHE, None)
     if found is None and kwargs.get("pixel_values") is not None:
         raise ValueError(
             "generate() got images and a cache that was filled without the pruner; pass an empty"
@@ -148,7 +149,7 @@ def next_step(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
     Raises:
         ValueError: for a mask of the caller's length, or gapped positions without position_ids.
     """
-    first: Remembered | None = getattr(kwargs.get("past_key_values"), _ON_CACHE, None)
+    first: Remembered | None = getattr(cache_in(kwargs), _ON_CACHE, None)
     if first is None or ids is None:
         return kwargs
     mask = kwargs.get("attention_mask")

@@ -1,0 +1,107 @@
+"""What transformers calls things, in every version that is supported.
+
+Arguments, output fields, functions and attributes that differ by version, or that a version may
+change without notice, are named here and nowhere else in the package. Importing this file does not
+import transformers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import version
+from inspect import signature
+from typing import Any
+
+from torch import Tensor
+
+TESTED = ("5.17", "5.24")
+"""The oldest and the newest minor version that the tests run on."""
+
+_CACHE = ("cache", "past_key_values")  # since 5.24, before it
+_ENCODED_IMAGES = "mm_encoder_outputs"  # since 5.20
+
+
+@cache
+def warn_if_untested() -> None:
+    """Say once that the installed version is newer than those that were tested."""
+    installed = version("transformers")
+    newest = tuple(map(int, TESTED[1].split(".")))
+    if tuple(map(int, installed.split(".")[:2])) > newest:
+        warnings.warn(
+            f"transformers {installed} is newer than what ocvtp was tested on"
+            f" ({TESTED[0]} to {TESTED[1]}); compare answers with the unpruned model's"
+            " (pruner 'none' must give the same), or install a version of that range.",
+            stacklevel=3,
+        )
+
+
+@cache
+def cache_name() -> str:
+    """What the installed version calls the KV cache among arguments and outputs."""
+    from transformers.masking_utils import create_causal_mask
+
+    return next(name for name in _CACHE if name in signature(create_causal_mask).parameters)
+
+
+def name_cache(arguments: dict[str, Any], own: str) -> dict[str, Any]:
+    """The arguments of a call with its KV cache under one name, whichever the caller used.
+
+    Args:
+        arguments: of `forward()` or `generate()`; not changed.
+        own: what `cache_name` returns.
+
+    Raises:
+        ValueError: if there are two caches.
+    """
+    for other in _CACHE:
+        if other != own and other in arguments:
+            arguments = dict(arguments)
+            given = arguments.pop(other)
+            if given is not None and arguments.get(own) is not None:
+                raise ValueError(
+                    f"{own} and {other} are two names of the KV cache; pass one of them."
+                )
+            if given is not None:
+                arguments[own] = given
+    return arguments
+
+
+def cache_in(arguments: dict[str, Any]) -> Any:
+    """The KV cache among arguments of a model, a language model or a layer; None without one."""
+    for name in _CACHE:
+        if (found := arguments.get(name)) is not None:
+            return found
+    return None
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in what a model or `generate()` returned; None without one."""
+    return getattr(output, cache_name(), None)
+
+
+def encoded_images(arguments: dict[str, Any]) -> Any:
+    """What the vision tower made of the images already, where a caller hands that over."""
+    return arguments.get(_ENCODED_IMAGES)
+
+
+def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+    """The attention mask of a decoder layer, in the form that its attention kernel wants.
+
+    Args:
+        config: of the language model.
+        hidden: [B, q, D'], what the layer reads.
+        mask: [B, L] bool, False on padding, of the cache's columns and these; None if all count.
+        cache: of the call.
+        layer: its number.
+    """
+    from transformers.masking_utils import create_causal_mask
+
+    return create_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=mask,
+        position_ids=None,
+        layer_idx=layer,
+        **{cache_name(): cache},
+    )
