@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.pruners import plugins, registry
+from ocvtp.pruners.base import Status
+from ocvtp.pruners.catalog import entry
+from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.pruners.uniform import Uniform
 
 PRUNER = '''
 from dataclasses import dataclass
@@ -41,7 +48,40 @@ def test_a_file_given_to_the_command_line(tmp_path, capsys, mine, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_pruner", None)
     monkeypatch.delitem(sys.modules, "my_pruner")
     assert main(["--import", str(path), "--import", str(path), "list", "--json"]) == 0
-    assert '"mine"' in capsys.readouterr().out
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["pruners"]}
+    assert found["mine"]["status"] == "yours"
+    assert found["uniform"]["status"] == "control"
+
+
+def test_a_method_is_yours_unless_it_says_what_it_is():
+    class Bare(ocvtp.Pruner):
+        def _select(self, tokens, num_keep):
+            raise NotImplementedError
+
+    class OfAnOfficialOne(FasterVLM):
+        pass
+
+    @dataclass(kw_only=True, eq=False)
+    class OfAControl(Uniform):
+        power: float = 1.0
+
+    class Yardstick(Uniform):
+        status: ClassVar[Status] = "control"
+
+    for made in (Bare, OfAnOfficialOne, OfAControl):
+        assert made.status == made(num_keep=1).status == "yours"
+    assert Yardstick(num_keep=1).status == "control"
+    assert FasterVLM.status == "official"
+
+
+def test_a_pruner_without_a_docstring_is_listed(mine):
+    @registry.register("mine")
+    @dataclass(kw_only=True, eq=False)
+    class Mine(FasterVLM):
+        pass
+
+    found = entry("mine")
+    assert (found.stage, found.needs, found.status) == ("llm_input", "not said", "yours")
 
 
 def test_an_installed_package(tmp_path, mine, monkeypatch):
