@@ -24,8 +24,12 @@ _COMMANDS = {
 }
 
 
+_CONTINUES = ("evaluate", "bench")
+"""Commands that write down what is done as they go."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input)."""
+    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -37,10 +41,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser(words).parse_args(words)
         arguments.words = words
         return int(arguments.run(arguments))
+    except BrokenPipeError:  # whoever read stdout has seen enough
+        sys.stdout = None  # nothing is left to be flushed there
+        return 1
+    except OSError as error:
+        return _refuse(_of_a_file(error))
     except ValueError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"ocvtp: error: {error}\n")
-        return 2
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        again = "; the same command continues after what is done" if _continues(words) else ""
+        sys.stderr.write(f"ocvtp: stopped{again}\n")
+        return 130
+
+
+def _refuse(problem: str) -> int:
+    sys.stdout.flush()
+    sys.stderr.write(f"ocvtp: error: {problem}\n")
+    return 2
+
+
+def _of_a_file(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}; pass a file or folder that can be used so."
+
+
+def _continues(words: Sequence[str]) -> bool:
+    return bool(words) and words[0] in _CONTINUES
 
 
 def _import_pruners(words: list[str]) -> list[str]:

@@ -101,6 +101,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Time, write and print."""
+    folder = output.folder(arguments.output)
     plan = Plan(
         pruners=arguments.pruners,
         num_keep=arguments.num_keep,
@@ -117,8 +118,9 @@ def run(arguments: argparse.Namespace) -> int:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     accuracy = None if arguments.accuracy is None else _accuracy(arguments.accuracy)
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads}; pass at least 1.")
         torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.output)
     found = bench(_subject(arguments), plan, folder, output.command(arguments))
     paths = report.write(found, folder, accuracy)
     wrote = ", ".join(str(path) for path in paths)

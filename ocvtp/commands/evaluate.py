@@ -88,7 +88,7 @@ def add_task(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write and print."""
-    folder = Path(arguments.output or f"outputs/evaluate/{arguments.task}")
+    folder = output.folder(arguments.output or f"outputs/evaluate/{arguments.task}")
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was written."""
+    output.folder(arguments.output)
     if arguments.official:
         network = export_official(
             arguments.official,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ocvtp.commands import evaluate, output
 from ocvtp.evaluation.lmms_export import export_task, shipped_tasks
@@ -23,12 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the task and say how to run it."""
-    processor = None
+    folder, processor = output.folder(arguments.output), None
     if arguments.task == "scenes":
         if arguments.model is None:
             raise ValueError("--task scenes needs --model; pass the VLM whose image size to draw.")
         _, processor = load_model(arguments.model)
-    folder = Path(arguments.output)
     task = evaluate.TASKS[arguments.task](arguments, processor, folder)
     path = export_task(task, folder)
     facts = {"task": path.stem, "yaml": str(path), "questions": len(task.items)}

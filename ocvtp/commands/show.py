@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
+    printing.file(arguments.output)
     result = show(
         arguments.model,
         [options.build(spec, arguments) for spec in arguments.pruner],

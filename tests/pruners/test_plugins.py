@@ -108,8 +108,30 @@ def test_files_that_cannot_be_imported_are_refused(tmp_path, capsys):
     (tmp_path / "json.py").write_text(PRUNER)
     with pytest.raises(ValueError, match="a module 'json' is loaded already"):
         plugins.import_file(str(tmp_path / "json.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("\nraise KeyError('x')", ":2 fails with KeyError: 'x'; mend it."),
+        ("import ocvtp\ndef broken(:\n    pass", ":2 fails with SyntaxError"),
+        ("import nothing_of_this_name", ":1 fails with ModuleNotFoundError"),
+        ("import json\n\njson.loads('{')", ":3 fails with JSONDecodeError"),
+        ("import sys\nsys.exit('bye')", ":2 fails with SystemExit: bye"),
+        ("\x00", "broken_pruner.py"),
+    ],
+)
+def test_files_that_fail_are_named_with_the_line(tmp_path, capsys, text, reason):
     broken = tmp_path / "broken_pruner.py"
-    broken.write_text("raise KeyError('x')")
-    with pytest.raises(KeyError):
-        plugins.import_file(str(broken))
+    broken.write_text(text)
+    assert main(["--import", str(broken), "list"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ocvtp: error: {broken}")
+    assert reason in line
     assert "broken_pruner" not in sys.modules
+
+
+def test_a_stop_while_a_file_is_imported_stops(tmp_path, capsys):
+    (tmp_path / "slow_pruner.py").write_text("raise KeyboardInterrupt")
+    assert main(["--import", str(tmp_path / "slow_pruner.py"), "list"]) == 130
+    assert "slow_pruner" not in sys.modules
