@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         nargs="+",
         default=[],
-        help="exported OC-pruner; several, e.g. of several training seeds, are averaged",
+        help="exported OC-pruner; several that differ in nothing but the seed are averaged",
     )
     options.add_text_tower(parser)
     parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         help="folder of results.json, report.md, plots and answers; the same command continues what"
-        " it holds (default: outputs/evaluate/TASK)",
+        " it holds, another one of the same task adds to it (default: outputs/evaluate/TASK)",
     )
     add_task(parser)
     output.add_json(parser)
@@ -113,7 +113,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     paths = write(report, folder, answers_of(task, records))
     found = results(report)
-    warnings = "".join(f"{warning['text']}\n" for warning in found["warnings"])
+    said = [*found["remarks"], *(warning["text"] for warning in found["warnings"])]
+    warnings = "".join(f"{text}\n" for text in said)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0
