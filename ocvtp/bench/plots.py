@@ -14,6 +14,10 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 Facts = Mapping[str, Any]
 
+NOTHING_IN_COMMON = (
+    "the accuracies are of no pruner and budget that was timed; pass results.json of an `ocvtp"
+    " evaluate` with the same --pruners and --num-keep."
+)
 _COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#8c6d1f",
 )  # fmt: skip
@@ -43,10 +47,7 @@ def ttft(results: Facts, accuracy: Facts | None = None) -> Figure:
     cells = results["cells"]
     drawing, panels = _canvas(len(cells), width=5.6, height=4.2)
     if accuracy is not None and not any(_shown(cell, _accuracies(accuracy)) for cell in cells):
-        raise ValueError(
-            "the accuracies are of no pruner and budget that was timed; pass results.json of an"
-            " `ocvtp evaluate` with the same --pruners and --num-keep."
-        )
+        raise ValueError(NOTHING_IN_COMMON)
     for panel, cell in zip(panels, cells, strict=True):
         if accuracy is None:
             _against_tokens(panel, cell)

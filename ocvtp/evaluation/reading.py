@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+_WHAT = "a results.json of `ocvtp evaluate`"
 _NUMBER = (int, float)
 _OR_NONE = (*_NUMBER, type(None))
 _FIGURE = {"value": _OR_NONE, "low": _OR_NONE, "high": _OR_NONE}
@@ -26,11 +27,16 @@ _RESULTS = {
     "schema": int,
     "task": str,
     "model": str,
-    "metrics": [str],
+    "metrics": [str, ...],
     "percent": bool,
     "settings": dict,
     "environment": dict,
-    "rows": [_ROW],
+    "rows": [_ROW, ...],
+}
+_VALUES = {
+    "task": str,
+    "metrics": [str, ...],
+    "rows": [{"label": str, "num_keep": (int, type(None)), "figures": dict}],
 }
 _OLD_NAMES = {"ridge": "unrestored"}
 """Figures that had another name: that one is a pruner's."""
@@ -56,8 +62,8 @@ def lack(value: Any, shape: Any, where: str = "") -> str:
 
     Args:
         value: as it was read.
-        shape: a type, or several of them; a mapping of keys to shapes, further keys being fine; a
-            list of the one shape of all items, at least one.
+        shape: a type, or several of them; a mapping of keys to shapes, further keys being fine;
+            `[shape]` of all items of a list, `[shape, ...]` where it may not be empty.
         where: name of the value.
     """
     if isinstance(shape, Mapping):
@@ -70,8 +76,10 @@ def lack(value: Any, shape: Any, where: str = "") -> str:
         )
         return next(filter(None, parts), "")
     if isinstance(shape, list):
-        if not isinstance(value, list) or not value:
-            return f"{where} is no list of anything"
+        if not isinstance(value, list):
+            return f"{where} is no list"
+        if not value and len(shape) > 1:
+            return f"{where} is empty"
         parts = (lack(item, shape[0], f"{where}[{n}]") for n, item in enumerate(value))
         return next(filter(None, parts), "")
     right = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
@@ -84,22 +92,27 @@ def read_results(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is none, or not whole, or of another schema.
     """
-    what = "a results.json of `ocvtp evaluate`"
-    found = read_json(path, what)
-    problem = lack(found, _RESULTS)
-    if not problem:
-        figures = [dict.fromkeys(row["figures"], _FIGURE) for row in found["rows"]]
-        problems = (
-            lack(row["figures"], shape, f"rows[{n}].figures")
-            for n, (row, shape) in enumerate(zip(found["rows"], figures, strict=True))
-        )
-        problem = next(filter(None, problems), "")
-    if problem:
-        raise ValueError(f"{path} is not whole: {problem}; pass {what}.")
+    found = _read(path, _RESULTS, _FIGURE)
     if found["schema"] != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found['schema']}, this version reads {SCHEMA}; pass {what} of it."
+            f"{path} has schema {found['schema']}, this version reads {SCHEMA}; pass {_WHAT} of it."
         )
+    return found
+
+
+def read_values(path: str | Path) -> dict[str, Any]:
+    """The same, of which `task`, `metrics`, and the values of rows are needed alone."""
+    return _read(path, _VALUES, {"value": _OR_NONE})
+
+
+def _read(path: str | Path, shape: Mapping[str, Any], figure: Mapping[str, Any]) -> dict[str, Any]:
+    found = read_json(path, _WHAT)
+    problem = lack(found, shape)
+    for number, row in enumerate([] if problem else found["rows"]):
+        figures = dict.fromkeys(row["figures"], figure)
+        problem = problem or lack(row["figures"], figures, f"rows[{number}].figures")
+    if problem:
+        raise ValueError(f"{path} is not whole: {problem}; pass {_WHAT}.")
     return _renamed(found)
 
 

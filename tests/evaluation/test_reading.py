@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from made_up_report import report, row, share, usual
 
-from ocvtp.evaluation.reading import current_names, lack, read_results
+from ocvtp.evaluation.reading import current_names, lack, read_results, read_values
 from ocvtp.evaluation.report import results, write
 
 
@@ -44,11 +44,11 @@ def test_a_record_of_an_old_log_has_the_new_name():
     [
         (("rows", 1, "figures"), None, "rows[1].figures is None"),
         (("rows", 1), {}, "rows[1].label is missing"),
-        (("rows",), [], "rows is no list of anything"),
+        (("rows",), [], "rows is empty"),
         (("rows", 0, "figures", "easy/all"), 5, "rows[0].figures.easy/all is no object"),
         (("rows", 0, "figures", "easy/all", "value"), "5", "easy/all.value is '5'"),
         (("rows", 2, "seeds"), True, "rows[2].seeds is True"),
-        (("metrics",), [], "metrics is no list of anything"),
+        (("metrics",), [], "metrics is empty"),
         (("task",), 3, "task is 3"),
     ],
 )
@@ -83,3 +83,20 @@ def test_shapes():
     assert lack({"a": [{"b": 1}, {"b": 2.5, "more": 0}], "c": False}, shape) == ""
     assert lack({"a": [{"b": 1}, {"b": np.nan}], "c": 0}, shape) == "c is 0"
     assert lack([], shape) == "it is no object"
+    assert lack({"a": 5, "c": True}, shape) == "a is no list"
+    assert lack({"a": [], "c": True}, shape) == ""
+    assert lack({"a": []}, {"a": [str, ...]}) == "a is empty"
+
+
+def test_values_alone_need_less(tmp_path):
+    rows = [{"label": "fopru", "num_keep": 9, "figures": {"ridge": {"value": 0.5}}}]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"task": "coverage", "metrics": ["ridge"], "rows": rows}))
+    found = read_values(path)
+    assert found["metrics"] == ["unrestored"]
+    assert found["rows"][0]["figures"] == {"unrestored": {"value": 0.5}}
+    with pytest.raises(ValueError, match="schema is missing"):
+        read_results(path)
+    path.write_text(json.dumps({"task": "coverage", "metrics": ["ridge"], "rows": [{}]}))
+    with pytest.raises(ValueError, match=r"rows\[0\].label is missing"):
+        read_values(path)
