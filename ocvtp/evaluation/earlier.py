@@ -6,7 +6,7 @@ the same ones, whichever run asked them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from ocvtp.evaluation.report import RESULTS, Row
 from ocvtp.evaluation.tables import budget_text
 from ocvtp.evaluation.tasks import Record, Task
 
+Key = tuple[str, float | None]
+"""Label and budget of a row."""
+
 
 @dataclass(frozen=True, eq=False)
 class Earlier:
@@ -28,13 +31,13 @@ class Earlier:
 
     Args:
         rows: that are kept. records: of their conditions, by key.
-        lost: names of rows whose answers are gone, or are of other settings.
+        lost: rows whose answers are gone, or are of other settings.
         typed: the commands that made the rows.
     """
 
     rows: list[Row] = field(default_factory=list)
     records: dict[str, list[Record]] = field(default_factory=dict)
-    lost: list[str] = field(default_factory=list)
+    lost: list[Key] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
 
     def joined(self, rows: Sequence[Row]) -> list[Row]:
@@ -51,10 +54,10 @@ class Earlier:
         """What a reader must know of them."""
         found = []
         if self.rows:
-            names = ", ".join(_name(row.label, row.budget) for row in self.rows)
+            names = _names(map(_key, self.rows))
             found.append(f"kept from earlier runs in this folder: {names}.")
         if self.lost:
-            names = ", ".join(self.lost)
+            names = _names(self.lost)
             found.append(f"not kept, as their answers are gone or of other settings: {names}.")
         return found
 
@@ -104,7 +107,7 @@ def kept(
         records = {key: Log(answers, key, logs[key]).records for key in keys}
         records = {key: some for key, some in records.items() if len(some) == len(task.items)}
         if row["figures"] and not records:
-            earlier.lost.append(_name(row["label"], row["budget"]))
+            earlier.lost.append((row["label"], row["budget"]))
             continue
         earlier.rows.append(_row(row, task, records))
         earlier.records.update(records)
@@ -149,9 +152,13 @@ def _row(row: Mapping[str, Any], task: Task, records: Mapping[str, list[Record]]
     )
 
 
-def _key(row: Row) -> tuple[str, float | None]:
+def _key(row: Row) -> Key:
     return row.label, row.budget
 
 
-def _name(label: str, budget: float | None) -> str:
-    return f"`{label}` at {budget_text(budget)}"
+def _names(keys: Iterable[Key]) -> str:
+    """`random` at 25%, 12.5%; ..."""
+    found: dict[str, list[str]] = {}
+    for label, budget in keys:
+        found.setdefault(label, []).append(budget_text(budget))
+    return "; ".join(f"`{label}` at {', '.join(budgets)}" for label, budgets in found.items())
