@@ -8,6 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ocvtp import __version__
+from ocvtp.commands.flags import FLAGS
+
 _COMMANDS = {
     "train": "train an OC-pruner (--config YAML [--resume CKPT])",
     "export": "checkpoint or official weights to an artifact",
@@ -40,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_words(words[1:])
         arguments = _parser(words).parse_args(words)
         arguments.words = words
-        return int(arguments.run(arguments))
+        command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
+        return int(command.run(arguments))
     except BrokenPipeError:  # whoever read stdout has seen enough
         sys.stdout = None  # nothing is left to be flushed there
         return 1
@@ -72,29 +76,33 @@ def _continues(words: Sequence[str]) -> bool:
 
 
 def _import_pruners(words: list[str]) -> list[str]:
-    """The words without `--import FILE` in front of the command; the files are imported."""
-    while words[:1] == ["--import"] and len(words) > 1:
+    """The words without `--import FILE` before the command; the files are imported."""
+    while words:
+        flag, is_one_word, file = words[0].partition("=")
+        if flag != "--import" or not (is_one_word or words[1:]):
+            break
         from ocvtp.pruners.plugins import import_file
 
-        import_file(words[1])
-        words = words[2:]
-    return words
+        import_file(file if is_one_word else words[1])
+        words = words[1 if is_one_word else 2 :]
+    return words[1:] if words[:1] == ["--"] else words
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ocvtp", description="Train, export, plug in and measure visual-token pruners."
+        prog="ocvtp",
+        description="Train, export, plug in and measure visual-token pruners.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--import", metavar="FILE", help="a Python file that registers pruners of your own"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"ocvtp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if words[:1] == [name]:  # import only what runs
-            module = importlib.import_module(f"ocvtp.commands.{name.replace('-', '_')}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+        if words[:1] == [name]:
+            FLAGS[name](command)
     return parser
 
 

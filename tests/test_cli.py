@@ -68,6 +68,27 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
 
 
+def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (60, 96)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.rot90(levels).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", exif=exif)
+    Image.fromarray(levels).save(tmp_path / "plain.png")
+    Image.fromarray(np.rot90(levels)).save(tmp_path / "sideways.png")
+    said, drawn = {}, {}
+    for name in ("plain", "deep", "sideways"):
+        words = [*MODEL, "--num-keep", "140", "--image", str(tmp_path / f"{name}.png"), "--json"]
+        more = ["--prompt", "What?", "--max-new-tokens", "12"]
+        assert main(["answer", *words, "--pruner", "fastervlm", *more]) == 0
+        said[name] = json.loads(capsys.readouterr().out)["answer"]
+        assert main(["show", *words, "--pruner", "none", "--output", str(tmp_path / "o.png")]) == 0
+        capsys.readouterr()
+        drawn[name] = (tmp_path / "o.png").read_bytes()
+    assert said["deep"] == said["plain"] != said["sideways"]
+    assert drawn["deep"] == drawn["plain"] != drawn["sideways"]
+
+
 def test_answer_with_several_images_and_a_ratio(capsys, photo):
     words = ["answer", *MODEL, "--pruner", "uniform", "--keep-ratio", "0.25", "--json"]
     words += ["--image", photo, photo, "--prompt", "Same?", "--max-new-tokens", "2"]
@@ -351,6 +372,26 @@ def test_resize(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["written"] == 3
     sizes = {Image.open(p).size for p in output.glob("*.jpg")}
     assert sizes == {(48, 48)}
+
+
+def test_files_of_pruners_come_before_the_command(capsys, tmp_path):
+    file = tmp_path / "kept_by_chance.py"
+    file.write_text(
+        "from ocvtp.pruners.random import Random\n"
+        "from ocvtp.pruners.registry import register\n"
+        "register('by_chance')(type('ByChance', (Random,), {'__doc__': Random.__doc__}))\n"
+    )
+    try:
+        for flag in (["--import", str(file)], [f"--import={file}"], [f"--import={file}", "--"]):
+            assert main([*flag, "list"]) == 0
+            assert "by_chance" in capsys.readouterr().out
+    finally:
+        registry._REGISTRY.pop("by_chance", None)
+        sys.modules.pop("kept_by_chance", None)
+    for words in (["--import"], ["--imp", str(file), "list"], []):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "ocvtp: error: " in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):

@@ -21,12 +21,10 @@ from ocvtp.bench.measure import PARTS
 from ocvtp.bench.report import cell_name, ratio_text, table
 from ocvtp.bench.run import KIND, SCHEMA
 from ocvtp.bench.statistics import Array, deviations
+from ocvtp.choices import TOLERANCE
 from ocvtp.evaluation.reading import lack, read_json
 
 Facts = Mapping[str, Any]
-TOLERANCE = 0.03
-"""Changes below are not flagged: what a new process changes, where memory lies and how fast the
-clock runs, is in the interval of no single run."""
 _SHOWN = ("ttft", "tpot", "request")
 _SURE, _LEVEL = 1.959964, 0.05
 

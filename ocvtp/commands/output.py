@@ -11,11 +11,6 @@ from pathlib import Path
 from typing import Any
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The flag --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-
-
 def folder(path: str) -> Path:
     """A folder that results can be written to; nothing is made yet.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
 from ocvtp.evaluation.cells import at_pixels, cells_on, patch_side, source_pixels
 from ocvtp.evaluation.kept_tokens import (
@@ -55,12 +56,13 @@ class CoverageTask(TokenTask):
     Args:
         images: folder of the images. annotations: COCO `instances` file; areas are read from it, or
             counted where it has none.
+            Objects without a mask do not count.
         processor: of the model (or its image processor): says where the pixels of an image went.
         question: what pruners that read the prompt are told.
         limit: use only the first `limit` images.
 
     Raises:
-        ValueError: see `CocoImages`.
+        ValueError: see `CocoImages`; and if the file has objects, but no mask of any.
     """
 
     name: ClassVar[str] = "coverage"
@@ -78,6 +80,11 @@ class CoverageTask(TokenTask):
         limit: int | None = None,
     ) -> None:
         self._folder = _Folder(images, annotations, _AsStored(), with_instances=True, limit=limit)
+        if self._folder.file.num_objects and not self._folder.file.num_masks:
+            raise ValueError(
+                f"coverage needs masks, but the objects of {annotations} have none "
+                "(`segmentation`), only boxes; pass a file with masks."
+            )
         self._processor = getattr(processor, "image_processor", processor)
         self._settings = {
             "images": str(images),
@@ -200,27 +207,35 @@ class _Folder(CocoImages):
         """Numbers of the images, in order."""
         return [number for number, _ in self._records]
 
+    @property
+    def file(self) -> CocoFile:
+        """Their annotations."""
+        assert self._coco is not None
+        return self._coco
+
     def image(self, index: int) -> Image.Image:
         """An image, as stored."""
         return Image.fromarray(self[index]["pixel_values"].permute(1, 2, 0).numpy())
 
     def masks(self, index: int) -> NDArray[np.bool_]:
         """[O, h, w] at the size that the annotation file says."""
-        assert self._coco is not None
-        entry = self._coco.imgs[self._records[index][0]]
-        masks = [self._coco.annToMask(a).astype(bool) for a in self._objects(index)]
+        number = self._records[index][0]
+        entry = self.file.images[number]
+        masks = [self.file.mask(a) for a in self.file.masked(number)]
         return np.array(masks, bool).reshape(-1, entry["height"], entry["width"])
 
     def areas(self, index: int) -> NDArray[np.float64]:
         """[O] in pixels of the original image."""
-        assert self._coco is not None
-        coco = self._coco
-        areas = [
-            a["area"] if "area" in a else coco.annToMask(a).sum() for a in self._objects(index)
-        ]
-        return np.array(areas, np.float64)
+        found = [self._area(entry) for entry in self.file.masked(self._records[index][0])]
+        return np.array(found, np.float64)
 
-    def _objects(self, index: int) -> list[dict[str, Any]]:
-        assert self._coco is not None
-        own = self._coco.imgToAnns[self._records[index][0]]
-        return [a for a in own if not a.get("iscrowd", 0)]
+    def _area(self, entry: dict[str, Any]) -> float:
+        area = entry.get("area")
+        if area is None:
+            return float(self.file.mask(entry).sum())
+        if isinstance(area, int | float) and 0 <= area < float("inf"):
+            return float(area)
+        raise ValueError(
+            f"an annotation of image {entry['image_id']} has the area {area!r} in {self.file.path};"
+            " pass its pixels, or leave it out."
+        )

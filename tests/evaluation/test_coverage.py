@@ -254,6 +254,48 @@ def test_ratios_share_objects_and_average_images(llava, two_images):
     assert task.ratios(old)["unrestored"].value == ratios["unrestored"].value
 
 
+def test_objects_without_a_mask_do_not_count(tmp_path, llava):
+    picture, corner = np.zeros((56, 56, 3), np.uint8), block(56, 56, 0, 0, 14, 14)
+    objects = [(1, corner, {}), (1, corner, {"segmentation": []}), (2, corner, {})]
+    folder, annotations = write_coco(tmp_path, [picture] * 2, objects)
+    task = CoverageTask(folder, annotations, tiny_processor())
+    assert [len(task.masks(owner)) for owner in (0, 1)] == [1, 1]
+    records, _ = run(task, llava, tiny_processor(), these((0,), (1,)), task.items)
+    assert [counts(record)[-1] for record in records] == [(1, 1), (0, 1)]
+    content = json.loads(annotations.read_text())
+    for entry in content["annotations"]:
+        entry |= {"segmentation": [], "bbox": [0, 0, 14, 14]}
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"coverage needs masks, .*instances\.json have none"):
+        CoverageTask(folder, annotations, tiny_processor())
+
+
+@pytest.mark.parametrize(
+    ("area", "size"), [(None, 0), (2000, 1), (1e5, 2), ("9", None), (-1, None)]
+)
+def test_areas_are_read_or_counted(tmp_path, llava, area, size):
+    picture, corner = np.zeros((56, 56, 3), np.uint8), block(56, 56, 0, 0, 14, 14)
+    source = write_coco(tmp_path, [picture], [(1, corner, {"area": area})])
+    task = CoverageTask(*source, tiny_processor())
+    if size is None:
+        with pytest.raises(ValueError, match=f"image 1 has the area {area!r} in"):
+            run(task, llava, tiny_processor(), these((0,)), task.items)
+        return
+    records, _ = run(task, llava, tiny_processor(), these((0,)), task.items)
+    assert counts(records[0]) == [(int(n == size), int(n == size)) for n in range(3)] + [(1, 1)]
+
+
+def test_photographs_on_their_side_stay_as_their_masks(tmp_path):
+    picture, corner = np.zeros((40, 60, 3), np.uint8), block(40, 60, 0, 0, 14, 14)
+    picture[:14, :14] = 255
+    folder, annotations = write_coco(tmp_path, [picture], [(1, corner, {})])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(folder / "1.png", exif=exif)
+    task = CoverageTask(folder, annotations, tiny_processor())
+    np.testing.assert_array_equal(np.asarray(task.image(0))[..., 0] > 0, task.masks(0)[0])
+
+
 def test_items_and_settings(two_images):
     task = CoverageTask(*two_images, tiny_processor(), question="What is there?", limit=1)
     (item,) = task.items
