@@ -45,23 +45,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.words = words
         command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
         return int(command.run(arguments))
-    except BrokenPipeError:  # whoever read stdout has seen enough
-        sys.stdout = None  # nothing is left to be flushed there
-        return 1
-    except OSError as error:
-        return _refuse(_of_a_file(error))
-    except ValueError as error:
-        return _refuse(str(error))
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if (status := _told(error, words)) is None:
+            raise
+        return status
+
+
+def _told(error: BaseException, words: Sequence[str]) -> int | None:
+    """Say what a user can mend, and the exit status of that; None for what is a fault of ours."""
+    if _is_stop(error):
         again = "; the same command continues after what is done" if _continues(words) else ""
         sys.stderr.write(f"ocvtp: stopped{again}\n")
         return 130
-
-
-def _refuse(problem: str) -> int:
+    if isinstance(error, BrokenPipeError):  # whoever read stdout has seen enough
+        sys.stdout = None  # nothing is left to be flushed there
+        return 1
+    if not isinstance(error, ValueError | OSError):
+        return None
     sys.stdout.flush()
+    problem = _of_a_file(error) if isinstance(error, OSError) else str(error)
     sys.stderr.write(f"ocvtp: error: {problem}\n")
     return 2
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what Python or a library made of that, e.g. during an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _of_a_file(error: OSError) -> str:

@@ -335,10 +335,20 @@ def test_what_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch):
     assert the_error(capsys).startswith(f"{tmp_path / 'results.json'}: No space left on device")
 
 
+@pytest.mark.parametrize("wrapped", [None, RuntimeError, ValueError])
 @pytest.mark.parametrize(("words", "continues"), [(EVALUATE, True), (BENCH, True), (FLOPS, False)])
-def test_a_stopped_command_says_how_it_goes_on(capsys, tmp_path, monkeypatch, words, continues):
+def test_a_stopped_command_says_how_it_goes_on(
+    capsys, tmp_path, monkeypatch, words, continues, wrapped
+):
+    """Also where a library made another error of it."""
+
     def stop(*_, **__):
-        raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            if wrapped is None:
+                raise
+            raise wrapped("Error calling __set_name__ on 'Field'") from error
 
     monkeypatch.setattr("ocvtp.hosts.loading.byte_tokenizer", stop)
     monkeypatch.setattr("ocvtp.hosts.full_size.config_of", stop)
@@ -346,6 +356,15 @@ def test_a_stopped_command_says_how_it_goes_on(capsys, tmp_path, monkeypatch, wo
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ocvtp: stopped")
     assert ("the same command continues" in line) == continues
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(FLOPS)
 
 
 def test_a_reader_that_goes_away_is_no_error(tmp_path):
