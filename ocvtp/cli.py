@@ -27,8 +27,12 @@ _COMMANDS = {
 }
 
 
+_CONTINUES = ("evaluate", "bench")
+"""Commands that write down what is done as they go."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input)."""
+    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -41,10 +45,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.words = words
         command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
         return int(command.run(arguments))
-    except ValueError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"ocvtp: error: {error}\n")
-        return 2
+    except (Exception, KeyboardInterrupt) as error:
+        if (status := _told(error, words)) is None:
+            raise
+        return status
+
+
+def _told(error: BaseException, words: Sequence[str]) -> int | None:
+    """Say what a user can mend, and the exit status of that; None for what is a fault of ours."""
+    if _is_stop(error):
+        again = "; the same command continues after what is done" if _continues(words) else ""
+        sys.stderr.write(f"ocvtp: stopped{again}\n")
+        return 130
+    if isinstance(error, BrokenPipeError):  # whoever read stdout has seen enough
+        sys.stdout = None  # nothing is left to be flushed there
+        return 1
+    if not isinstance(error, ValueError | OSError):
+        return None
+    sys.stdout.flush()
+    problem = _of_a_file(error) if isinstance(error, OSError) else str(error)
+    sys.stderr.write(f"ocvtp: error: {problem}\n")
+    return 2
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what Python or a library made of that, e.g. during an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _of_a_file(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}; pass a file or folder that can be used so."
+
+
+def _continues(words: Sequence[str]) -> bool:
+    return bool(words) and words[0] in _CONTINUES
 
 
 def _import_pruners(words: list[str]) -> list[str]:

@@ -68,6 +68,7 @@ class Variant:
             "changed": self.changed,
             "random_weights": self.random_weights,
             "stages": sorted({part.stage for part in self.parts}),
+            "yours": any(part.status == "yours" for part in self.parts),
         }
 
     @property

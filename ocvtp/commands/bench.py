@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ocvtp.bench import report
-from ocvtp.bench.run import Plan, bench
+from ocvtp.bench.plots import NOTHING_IN_COMMON
+from ocvtp.bench.run import CELLS, Plan, bench
 from ocvtp.bench.workload import grid
 from ocvtp.commands import output
 from ocvtp.commands.flags import bench as add_arguments
+from ocvtp.evaluation.reading import read_values
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
@@ -23,6 +24,7 @@ __all__ = ["add_arguments", "run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Time, write and print."""
+    folder = output.folder(arguments.output)
     plan = Plan(
         pruners=arguments.pruners,
         num_keep=arguments.num_keep,
@@ -37,10 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is loaded
-    accuracy = None if arguments.accuracy is None else _accuracy(arguments.accuracy)
+    accuracy = None if arguments.accuracy is None else _accuracy(arguments.accuracy, plan, folder)
     if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ValueError(f"--threads {arguments.threads}; pass at least 1.")
         torch.set_num_threads(arguments.threads)
-    folder = Path(arguments.output)
     found = bench(_subject(arguments), plan, folder, output.command(arguments))
     paths = report.write(found, folder, accuracy)
     wrote = ", ".join(str(path) for path in paths)
@@ -62,11 +65,13 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     return Subject(model, processor, name, arguments.text_tower)
 
 
-def _accuracy(path: str) -> dict[str, Any]:
+def _accuracy(path: str, plan: Plan, folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"--accuracy {path} cannot be read ({error}).") from error
-    if not isinstance(found, dict) or not {"metrics", "rows", "task"} <= set(found):
-        raise ValueError(f"--accuracy {path} is no results.json of `ocvtp evaluate`; pass one.")
+        found = read_values(path)
+    except ValueError as error:
+        raise ValueError(f"--accuracy {error}") from error
+    timed = {(spec, count) for spec in plan.pruners for count in (*plan.num_keep, None)}
+    known = {(row["label"], row["num_keep"]) for row in found["rows"]}
+    if not timed & known and not (folder / CELLS).is_dir():
+        raise ValueError(f"--accuracy {path}: {NOTHING_IN_COMMON}")
     return found

@@ -24,7 +24,7 @@ from ocvtp.pruners.specs import known_settings
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write and print."""
-    folder = Path(arguments.output or f"outputs/evaluate/{arguments.task}")
+    folder = output.folder(arguments.output or f"outputs/evaluate/{arguments.task}")
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:
@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     paths = write(report, folder, answers_of(task, records))
     found = results(report)
-    warnings = "".join(f"{warning['text']}\n" for warning in found["warnings"])
+    said = [*found["remarks"], *(warning["text"] for warning in found["warnings"])]
+    warnings = "".join(f"{text}\n" for text in said)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0

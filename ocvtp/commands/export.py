@@ -10,6 +10,7 @@ from ocvtp.export import export_checkpoint, export_official
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was written."""
+    output.folder(arguments.output)
     if arguments.official:
         network = export_official(
             arguments.official,

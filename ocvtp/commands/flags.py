@@ -86,7 +86,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         nargs="+",
         default=[],
-        help="exported OC-pruner; several, e.g. of several training seeds, are averaged",
+        help="exported OC-pruner; several that differ in nothing but the seed are averaged",
     )
     options.add_text_tower(parser)
     parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
@@ -98,7 +98,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         help="folder of results.json, report.md, plots and answers; the same command continues what"
-        " it holds (default: outputs/evaluate/TASK)",
+        " it holds, another one of the same task adds to it (default: outputs/evaluate/TASK)",
     )
     options.add_task(parser)
     options.add_json(parser)
@@ -164,7 +164,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "--output",
         default="outputs/bench",
         help="folder of results.json, report.md, plots and cells; the same command continues what"
-        " it holds (default: %(default)s)",
+        " it holds, another one of the same model adds to it (default: %(default)s)",
     )
     options.add_json(parser)
 

@@ -22,6 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Count, write and print."""
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
+    folder = None if arguments.output is None else output.folder(arguments.output)
     config = load_config(arguments.model)
     shared = {
         "num_visual": arguments.num_visual,
@@ -44,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = shared | {"num_visual": per_image, "savings": not arguments.whole_tower}
     facts = results(arguments.model, settings, counts, notes)
     text = to_markdown(facts)
-    if arguments.output:
-        written = ", ".join(map(str, _write(facts, text, Path(arguments.output))))
+    if folder is not None:
+        written = ", ".join(map(str, _write(facts, text, folder)))
         text += f"\nwrote {written}"
     output.emit(facts, text.rstrip(), arguments.json)
     return 0

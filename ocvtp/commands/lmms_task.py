@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ocvtp.commands import evaluate, output
 from ocvtp.evaluation.lmms_export import export_task
@@ -12,12 +11,11 @@ from ocvtp.hosts.loading import load_model
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the task and say how to run it."""
-    processor = None
+    folder, processor = output.folder(arguments.output), None
     if arguments.task == "scenes":
         if arguments.model is None:
             raise ValueError("--task scenes needs --model; pass the VLM whose image size to draw.")
         _, processor = load_model(arguments.model)
-    folder = Path(arguments.output)
     task = evaluate.TASKS[arguments.task](arguments, processor, folder)
     path = export_task(task, folder)
     facts = {"task": path.stem, "yaml": str(path), "questions": len(task.items)}

@@ -31,6 +31,7 @@ from ocvtp.visualize import Panel, figure, save_figure
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
+    printing.file(arguments.output)
     result = show(
         arguments.model,
         [build_spec(spec, **options.pruner_settings(arguments)) for spec in arguments.pruner],

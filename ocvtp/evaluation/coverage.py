@@ -27,6 +27,7 @@ from ocvtp.evaluation.kept_tokens import (
     nearest_kept,
     unrestored,
 )
+from ocvtp.evaluation.reading import current_names
 from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.rewrite import Prompt
@@ -36,7 +37,7 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 
 class CoverageTask(TokenTask):
-    """Object coverage, nearest-kept cosine and ridge residual on the images of a COCO file.
+    """Object coverage, nearest-kept cosine and the unrestored share on a COCO file's images.
 
     Nothing is generated: the runner shows `look` what a pruner kept. Figures:
 
@@ -44,7 +45,8 @@ class CoverageTask(TokenTask):
       them, see `cells_on`. Crowds do not count, nor objects of which the picture shows nothing
       since they were cropped away, or are smaller than a pixel of it.
     - `cosine`: mean over all N tokens of the largest cosine to a kept one, see `nearest_kept`.
-    - `ridge`: share of the tokens' energy that the kept ones do not restore, see `unrestored`.
+    - `unrestored`: share of the tokens' energy that ridge regression does not restore from the
+      kept ones, see the function of this name.
 
     All three are of places: merged tokens stand at their anchors, with the anchors' own features.
     Features are those of the selected layer of the whole tower, also where a pruner drops tokens
@@ -64,9 +66,9 @@ class CoverageTask(TokenTask):
     """
 
     name: ClassVar[str] = "coverage"
-    metrics = ("coverage/all", "cosine", "ridge")
-    lower_is_better: ClassVar[tuple[str, ...]] = ("ridge",)
-    not_judged: ClassVar[tuple[str, ...]] = ("cosine", "ridge")
+    metrics = ("coverage/all", "cosine", "unrestored")
+    lower_is_better: ClassVar[tuple[str, ...]] = ("unrestored",)
+    not_judged: ClassVar[tuple[str, ...]] = ("cosine", "unrestored")
     counts: ClassVar[str] = "images"
 
     def __init__(
@@ -120,7 +122,7 @@ class CoverageTask(TokenTask):
 
         Returns:
             of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
-            `coverage/SIZE/hits`; `cosine` and `ridge`.
+            `coverage/SIZE/hits`; `cosine` and `unrestored`.
 
         Raises:
             ValueError: if an image is not one grid of tokens, if the rows are not the items, if the
@@ -130,18 +132,19 @@ class CoverageTask(TokenTask):
         kept = kept_cells(host, prompt)  # [B, N]
         features = all_features(host, prompt, grid)  # [B, N, D]
         picture = tuple(host.picture(prompt.images).shape[-2:])
-        cosine, ridge = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
+        cosine, left = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
         records: list[Record] = []
         for number, (item, own) in enumerate(zip(items, kept.cpu().numpy(), strict=True)):
             on = self._on(host, item.owner, grid, picture if number == 0 else None)
             counts = _counts(on, own, self._folder.areas(item.owner))
-            means = {"cosine": cosine[number], "ridge": ridge[number]}
+            means = {"cosine": cosine[number], "unrestored": left[number]}
             records.append({**counts, **means})
         return records
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         """See `Task.ratios`."""
         owners = np.array([item.owner for item in self.items], np.int64)
+        records = [current_names(record) for record in records]
 
         def column(name: str) -> NDArray[np.float64]:
             return np.array([record[name] for record in records], np.float64)
@@ -149,7 +152,7 @@ class CoverageTask(TokenTask):
         found = {}
         for name in [f"coverage/{size}" for size in (*SIZES, "all")]:
             found[name] = Ratio(column(f"{name}/hits"), column(f"{name}/of"), owners)
-        for name in ("cosine", "ridge"):
+        for name in ("cosine", "unrestored"):
             found[name] = Ratio(column(name), np.ones(len(records)), owners)
         return found
 

@@ -24,6 +24,7 @@ _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
 }
 RANDOM_MODELS = get_args(TinyModel)
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -38,8 +39,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         device: e.g. `cpu`, `cuda`.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, dtype or device.
     """
+    _check_place(dtype, device)
     if name in FULL_SIZE_MODELS:
         return full_size.build(name.removeprefix("random:"), dtype, device)
     if name.startswith("random:"):
@@ -63,6 +65,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
                 f" {[*RANDOM_MODELS, *FULL_SIZE_MODELS]}."
             ) from error
     return model.to(device).eval(), processor
+
+
+def _check_place(dtype: str, device: str) -> None:
+    """Refuse what a model cannot be moved to, before it is loaded."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; pass {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"device={device!r} cannot be used ({reason}); pass {' or '.join(here)}."
+        ) from error
 
 
 def load_config(name: str) -> Any:

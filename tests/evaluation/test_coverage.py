@@ -1,4 +1,4 @@
-"""Coverage of objects, nearest-kept cosine and ridge residual, against loops and by hand."""
+"""Coverage of objects, nearest-kept cosine and the unrestored share, against loops and by hand."""
 
 from __future__ import annotations
 
@@ -236,20 +236,22 @@ def test_objects_are_counted_by_size_where_the_tower_sees_them(
     for number, record in enumerate(records):
         own = features[number : number + 1], kept[number : number + 1]
         assert record["cosine"] == pytest.approx(float(nearest_kept(*own)), abs=1e-6)
-        assert record["ridge"] == pytest.approx(float(unrestored(*own)), abs=1e-5)
+        assert record["unrestored"] == pytest.approx(float(unrestored(*own)), abs=1e-5)
 
 
 def test_ratios_share_objects_and_average_images(llava, two_images):
     task = CoverageTask(*two_images, tiny_processor())
     records, _ = run(task, llava, tiny_processor(), these((0,), (7,)), task.items)
     ratios = task.ratios(records)
-    assert list(ratios) == [*NAMES, "cosine", "ridge"]
+    assert list(ratios) == [*NAMES, "cosine", "unrestored"]
     assert set(task.metrics) < set(ratios)
     values = [ratios[name].value for name in NAMES]
     assert values == [1 / 2, 1 / 2, 1 / 1, 3 / 5]
-    for name in ("cosine", "ridge"):
+    for name in ("cosine", "unrestored"):
         assert ratios[name].value == pytest.approx(np.mean([r[name] for r in records]))
     assert ratios["coverage/all"].owners.tolist() == [0, 1]
+    old = [{"ridge" if k == "unrestored" else k: v for k, v in r.items()} for r in records]
+    assert task.ratios(old)["unrestored"].value == ratios["unrestored"].value
 
 
 def test_objects_without_a_mask_do_not_count(tmp_path, llava):
@@ -347,7 +349,7 @@ def test_all_tokens_cover_all_drawn_objects(tmp_path):
         num_objects = sum(entry["image_id"] == owner + 1 for entry in listed)
         assert record["coverage/all/hits"] == record["coverage/all/of"] == num_objects
         assert record["cosine"] == pytest.approx(1.0, abs=1e-5)
-        assert record["ridge"] < pruned["ridge"] < 1
+        assert record["unrestored"] < pruned["unrestored"] < 1
         on = cells_by_loops(task.masks(owner), (12, 12), 8)
         hits = on[:, prompt.selection.keep_indices[owner].numpy()].any(axis=1).sum()
         assert pruned["coverage/all/hits"] == hits < num_objects
@@ -407,8 +409,8 @@ def test_tokens_dropped_in_the_tower_are_to_be_restored_too(llava, two_images, n
     cosines = [record["cosine"] for record in records]
     assert cosines == pytest.approx(nearest_kept(features, kept).tolist(), abs=1e-5)
     assert max(cosines) < 0.999
-    ridges = [record["ridge"] for record in records]
-    assert ridges == pytest.approx(unrestored(features, kept).tolist(), abs=1e-5)
+    left = [record["unrestored"] for record in records]
+    assert left == pytest.approx(unrestored(features, kept).tolist(), abs=1e-5)
 
 
 def test_inside_the_language_model_the_last_layer_counts(llava, two_images):
@@ -423,7 +425,7 @@ def test_inside_the_language_model_the_last_layer_counts(llava, two_images):
     assert kept.equal(torch.zeros_like(kept).scatter(1, stages[-1].places, True))
     assert kept.sum(dim=1).tolist() == [4, 4]
     features = prompt.encoded.tokens.features
-    assert records[1]["ridge"] == pytest.approx(float(unrestored(features, kept)[1]), abs=1e-5)
+    assert records[1]["unrestored"] == pytest.approx(float(unrestored(features, kept)[1]), abs=1e-5)
 
 
 def test_a_prompt_that_is_still_to_be_read_is_refused(llava, two_images):
