@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
 from ocvtp.hosts.selecting import Select, select
+from ocvtp.hosts.wrapping import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -74,15 +74,9 @@ class _Running:
 _RUNNING: ContextVar[_Running | None] = ContextVar("ocvtp_running", default=None)
 
 
-def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """`model.forward`, images pruned; or a step of generate(), which pruned them already.
-
-    `before` is what stood in the model's `__dict__`, e.g. of accelerate.
-    """
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).forward, model)
-    if state is None:  # removed, but somebody kept this function
-        return original(*args, **kwargs)
+def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
@@ -117,12 +111,9 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
 
 
 @torch.no_grad()
-def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).generate, model)
-    if state is None:
-        return original(*args, **kwargs)
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(_by_name(model, "generate", args, kwargs), state.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:

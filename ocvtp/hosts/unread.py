@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
-from ocvtp.hosts.wrapping import Removable, Wrapped
+from ocvtp.hosts.wrapping import Original, Removable, Wrapped
 from ocvtp.structures import Needs
 
 _FIRST_UNREAD = "first unread half"
@@ -89,7 +89,7 @@ def is_projected_later(record: taps.Recording) -> bool:
 
 def forward(
     module: Any,
-    before: Callable[..., Any] | None,
+    original: Original,
     instead: Callable[[taps.Recording, Tensor], Tensor | None],
     *args: Any,
     **kwargs: Any,
@@ -100,7 +100,6 @@ def forward(
         given = args[0] if args else next(iter(kwargs.values()))
         if (output := instead(record, given)) is not None:
             return output
-    original = before or partial(type(module).forward, module)
     return original(*args, **kwargs)
 
 
