@@ -19,6 +19,8 @@ TESTED = ("5.17", "5.24")
 """The oldest and the newest minor version that the tests run on."""
 
 _CACHE = ("cache", "past_key_values")  # since 5.24, before it
+MERGE_PROCESSORS = "_merge_criteria_processor_list"
+"""The method by which generate() puts a caller's processors and criteria among its own."""
 _ENCODED_IMAGES = "mm_encoder_outputs"  # since 5.20
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ocvtp.hosts import calls, layers
+from ocvtp.hosts import callers, calls, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
@@ -31,7 +31,7 @@ from ocvtp.hosts.wrapping import Removable, Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
-from ocvtp.transformers_names import warn_if_untested
+from ocvtp.transformers_names import MERGE_PROCESSORS, warn_if_untested
 
 HOSTS: tuple[type[Host], ...] = (
     LlavaHost,
@@ -190,6 +190,8 @@ def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
     if state.layers is not None:
         hooks += layers.install(state.host.language_model, state.layers)
     model.__dict__[STATE] = state
+    if hasattr(type(model), MERGE_PROCESSORS):
+        hooks.append(Wrapped(callers.merge, model, name=MERGE_PROCESSORS))
     return [*hooks, Wrapped(calls.forward, model), Wrapped(calls.generate, model)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import generation, layers, turns
+from ocvtp.hosts import callers, generation, layers, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
@@ -136,7 +136,8 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     token = _RUNNING.set(running)
     state.host.set_rope_deltas(deltas)
     try:
-        output = original(**turn)
+        with callers.reading(turn, shown) as turn:
+            output = original(**turn)
     finally:
         _RUNNING.reset(token)
         state.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them
