@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-lmms test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts readme clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts readme clean
 
 install: $(STAMP)
 
@@ -32,7 +32,7 @@ demo: install
 		--prompt "How many circles are there in the image?" --image $(SCENE) --output $(DEMO)/kept.png
 
 # One thread a process: there are two.
-test test-fast test-oldest: export OMP_NUM_THREADS := 1
+test test-fast test-oldest test-before: export OMP_NUM_THREADS := 1
 
 test: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -60,6 +60,9 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed: $(STAMP)
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/bench tests/evaluation tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
+
+test-before: $(BEFORE)/.installed
+	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/bench
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
 VLLM := $(VENV)/vllm
@@ -92,7 +95,7 @@ format: install
 type-check: install
 	$(BIN)/mypy
 
-all-checks: lint type-check test test-oldest test-lmms
+all-checks: lint type-check test test-oldest test-before test-lmms
 
 bench: install
 	$(BIN)/python -m benchmarks.road

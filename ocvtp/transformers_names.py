@@ -7,6 +7,7 @@ import transformers.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
 from importlib.metadata import version
@@ -107,3 +108,89 @@ def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, la
         layer_idx=layer,
         **{cache_name(): cache},
     )
+
+
+# Functions and classes in a family's own files, which transformers may move as it likes.
+
+
+def rotate_heads(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[I, H, R, d] queries or keys of a language model, turned by their positions.
+
+    Args:
+        attention: the layer's module, next to which its family keeps the function.
+        heads: [I, H, R, d].
+        cos: [..., I, R, d], of the positions.
+        sin: likewise.
+    """
+    family = sys.modules[type(attention).__module__]
+    if rotate := getattr(family, "apply_multimodal_rotary_pos_emb", None):
+        section = attention.config.rope_parameters["mrope_section"]
+        turned: Tensor = rotate(heads, heads, cos, sin, section)[0]
+    else:
+        turned = family.apply_rotary_pos_emb(heads, heads, cos, sin)[0]
+    return turned
+
+
+def rotate_patches(
+    queries: Tensor, keys: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """[P, H, d] queries and keys of Qwen-VL's vision tower, turned by their positions."""
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb_vision(queries, keys, cos, sin)
+    return turned
+
+
+def qwen_vision_tower() -> Any:
+    """The class of Qwen2.5-VL's vision tower."""
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+
+    return modeling_qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
+
+
+def qwen_image_size(height: int, width: int, **rule: int) -> tuple[int, int]:
+    """Height and width to which Qwen-VL's processor resizes an image.
+
+    Args:
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        rule: `factor`, `min_pixels` and `max_pixels`.
+    """
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    size: tuple[int, int] = smart_resize(height, width, **rule)
+    return size
+
+
+def count_tiles(size: Any, pinpoints: Any, side: int) -> int:
+    """Tiles of an image of LLaVA-NeXT, the base view included.
+
+    Args:
+        size: height and width of the image, in pixels.
+        pinpoints: the sizes that the model tiles.
+        side: of a tile, in pixels.
+    """
+    from transformers.models.llava_next import modeling_llava_next
+
+    return int(modeling_llava_next.image_size_to_num_patches(size, pinpoints, side))
+
+
+def tile_grid(size: Any, pinpoints: Any, side: int) -> tuple[int, int]:
+    """Rows and columns of those tiles, the base view apart; arguments as of `count_tiles`."""
+    from transformers.models.llava_next import modeling_llava_next
+
+    grid: tuple[int, int] = modeling_llava_next.get_anyres_image_grid_shape(size, pinpoints, side)
+    return grid
+
+
+def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, H, W] of an image in tiles, without the rows or columns that only padding fills.
+
+    Args:
+        image: to cut.
+        size: height and width of the image before it was padded, in pixels.
+    """
+    from transformers.models.llava_next import modeling_llava_next
+
+    cut: Tensor = modeling_llava_next.unpad_image(image, size)
+    return cut

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("coco")
     write_scenes(root, num_train=50, num_val=20, size=160, seed=0)
     return root
+
+
+def pytest_report_header() -> str:
+    """The versions that this run is on."""
+    names = ("torch", "torchvision", "transformers", "timm", "pytorch-lightning", "peft")
+    return "on " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

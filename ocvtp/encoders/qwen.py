@@ -14,16 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VisionTransformerPretrainedModel,
-)
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.encoders.windows import Units, window_order
 from ocvtp.structures import Needs, VisualTokens
+from ocvtp.transformers_names import qwen_image_size, qwen_vision_tower
 
 RANDOM_TOWERS: dict[str, dict[str, Any]] = {
     "tiny-qwen2.5-vl": {
@@ -118,11 +115,11 @@ class QwenEncoder(FrozenEncoder):
             # Draw all blocks, so that the first ones are those of the whole tower.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
-                tower: Any = Qwen2_5_VisionTransformerPretrainedModel(config)
+                tower: Any = qwen_vision_tower()(config)
             tower.blocks = tower.blocks[:num_blocks]
         else:
             config.depth = num_blocks
-            tower, info = Qwen2_5_VisionTransformerPretrainedModel.from_pretrained(
+            tower, info = qwen_vision_tower().from_pretrained(
                 self._source,
                 config=config,
                 dtype=self.dtype,
@@ -225,7 +222,7 @@ class QwenTransform(ProcessorTransform):
         self._rule = {"factor": unit, "min_pixels": min_pixels, "max_pixels": max_pixels}
 
     def _settings(self, image: Image.Image) -> dict[str, Any]:
-        height, width = smart_resize(image.height, image.width, **self._rule)
+        height, width = qwen_image_size(image.height, image.width, **self._rule)
         return {"size": {"height": height, "width": width}}
 
     def describe(self) -> dict[str, Any]:

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaNextImageProcessor
-from transformers.models.llava_next.modeling_llava_next import (
-    get_anyres_image_grid_shape,
-    unpad_image,
-)
 
 from ocvtp.encoders.base import DType
 from ocvtp.encoders.clip import CLIPEncoder, ProcessorTransform
 from ocvtp.structures import VisualTokens
+from ocvtp.transformers_names import tile_grid, unpad
 
 Slots = Literal["joint", "per_tile"]
 
@@ -128,11 +125,11 @@ class TiledEncoder(CLIPEncoder):
         They are counted from the first token of the first tile behind the base view.
         """
         height, width = self.grid_hw
-        rows, columns = get_anyres_image_grid_shape(size, self._pinpoints, self._side)
+        rows, columns = tile_grid(size, self._pinpoints, self._side)
         assert rows * columns == num_tiles - 1, (size, rows, columns, num_tiles)
         numbers = torch.arange(rows * columns * height * width)
         image = numbers.view(rows, columns, height, width).transpose(1, 2)
-        kept: Tensor = unpad_image(image.reshape(1, rows * height, columns * width), size)[0]
+        kept: Tensor = unpad(image.reshape(1, rows * height, columns * width), size)[0]
         return kept
 
     def _jointly(

@@ -5,11 +5,12 @@ I images, N tokens of each, R query rows, S columns, H heads, d width of a head.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ocvtp.transformers_names import rotate_heads
 
 _CHUNK = 256  # rows at a time
 
@@ -29,14 +30,7 @@ def turn(attention: Any, states: Tensor, norm: str, cos: Tensor, sin: Tensor) ->
     heads = states.unflatten(-1, (-1, attention.head_dim))
     if (module := getattr(attention, norm, None)) is not None:
         heads = module(heads)
-    heads = heads.transpose(1, 2)
-    family = sys.modules[type(attention).__module__]
-    if rotate := getattr(family, "apply_multimodal_rotary_pos_emb", None):
-        section = attention.config.rope_parameters["mrope_section"]
-        turned: Tensor = rotate(heads, heads, cos, sin, section)[0]
-    else:
-        turned = family.apply_rotary_pos_emb(heads, heads, cos, sin)[0]
-    return turned
+    return rotate_heads(attention, heads.transpose(1, 2), cos, sin)
 
 
 def rows_of_attention(

@@ -21,6 +21,7 @@ from ocvtp.hosts.token_map import TokenMap, newline_of
 from ocvtp.hosts.views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
+from ocvtp.transformers_names import count_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +201,9 @@ class LlavaNextHost(ClipFamilyHost):
 
     def _num_tiles(self, images: dict[str, Any]) -> list[int]:
         """Tiles of each image, the base view included."""
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
         pinpoints = self.model.config.image_grid_pinpoints
         side = self.model.config.vision_config.image_size
-        return [image_size_to_num_patches(size, pinpoints, side) for size in sizes_of(images)]
+        return [count_tiles(size, pinpoints, side) for size in sizes_of(images)]
 
     def _pack(
         self, images: dict[str, Any], tiles: Sequence[Tensor], newline: Tensor

@@ -19,6 +19,7 @@ from ocvtp.encoders import taps
 from ocvtp.encoders.windows import Units, segment_means
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
+from ocvtp.transformers_names import rotate_patches
 
 _NO_GRID = (0, 0)
 
@@ -169,11 +170,9 @@ class QwenHost(Host):
 
     def _attention(self, record: taps.Recording, block: int, kind: AttentionKind) -> Tensor:
         """[P] of the patches, in the order in which the tower runs them."""
-        from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
-
         heads = self.tower.config.num_heads
         queries, keys, _ = record.other[f"qkv.{block}"].unflatten(1, (3, heads, -1)).unbind(1)
-        queries, keys = apply_rotary_pos_emb_vision(queries, keys, *record.other[f"rope.{block}"])
+        queries, keys = rotate_patches(queries, keys, *record.other[f"rope.{block}"])
         ends = record.other[f"cu_seqlens.{block}"].tolist()
         return segment_means(queries.flatten(1), keys.flatten(1), heads, kind, ends)
 
