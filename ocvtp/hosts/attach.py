@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from ocvtp.encoders.hooks import Removable, put
 from ocvtp.hosts import callers, calls, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
@@ -27,7 +28,7 @@ from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
-from ocvtp.hosts.wrapping import Removable, Wrapped
+from ocvtp.hosts.wrapping import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -188,7 +189,7 @@ def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
     """Put everything into a model that is read for `needs`."""
     hooks: list[Removable] = [*state.host.install(needs)]
     if state.layers is not None:
-        hooks += layers.install(state.host.language_model, state.layers)
+        hooks += put(layers.hooks(state.host.language_model, state.layers))
     model.__dict__[STATE] = state
     if hasattr(type(model), MERGE_PROCESSORS):
         hooks.append(Wrapped(callers.merge, model, name=MERGE_PROCESSORS))

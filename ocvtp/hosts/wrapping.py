@@ -7,20 +7,13 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 _METHODS = "_ocvtp_methods"
 
 Original = Callable[..., Any]
 """What a function stands for, bound to its module."""
-
-
-class Removable(Protocol):
-    """What was put into a model."""
-
-    def remove(self) -> None:
-        """Take it out; may be called more than once."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +122,14 @@ class Wrapped:
         self, function: Callable[..., Any], module: Any, *given: Any, name: str | None = None
     ) -> None:
         self._module, self._key = module, uuid4().hex
-        name = function.__name__ if name is None else name
-        before = module.__dict__.pop(name, None)
+        self._name = function.__name__ if name is None else name
+        before = module.__dict__.pop(self._name, None)
         methods = module.__dict__.setdefault(_METHODS, _Methods(module))
-        methods.put(self._key, name, function, given, before)
+        methods.put(self._key, self._name, function, given, before)
+
+    def is_lost(self) -> bool:
+        """Whether somebody has put the module's own back."""
+        return _is_own(self._module, self._name)
 
     def remove(self) -> None:
         """Put back what stood there; what somebody else has wrapped meanwhile stays, and passes."""
@@ -145,7 +142,7 @@ class Wrapped:
         standing = None if methods is None else methods.standing.get(self._key)
         if methods is None or standing is None:
             return
-        name, before = standing.name, standing.before
+        name, before = self._name, standing.before
         current = attributes.get(name)
         function = getattr(current, "__func__", None)
         if function is standing.method or function is standing.innermost:
