@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ocvtp.encoders.hooks import Removable, put
+from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import callers, calls, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
@@ -28,6 +29,7 @@ from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrapping import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
@@ -51,21 +53,18 @@ class Handle:
     Args:
         model: that it is attached to.
         state: what the model carries.
-        hooks: what was put into it.
         savings: see below.
     """
 
-    def __init__(self, model: Any, state: State, hooks: list[Removable], savings: Savings) -> None:
+    def __init__(self, model: Any, state: State, savings: Savings) -> None:
         self._model = model
         self._state = state
-        self._hooks = hooks
         self.savings = savings
         """Which of the savings asked for leave out anything with this pruner in this model."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
+        self._state.site.remove()
         attributes = self._model.__dict__
         if attributes.get(STATE) is self._state:  # not removed before
             del attributes[STATE]
@@ -182,18 +181,34 @@ def attach(
         select=compiled(chosen) if compiles else select,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
-    return Handle(model, state, _install(model, state, looked_for), savings)
-
-
-def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
-    """Put everything into a model that is read for `needs`."""
-    hooks: list[Removable] = [*state.host.install(needs)]
-    if state.layers is not None:
-        hooks += put(layers.hooks(state.host.language_model, state.layers))
+    state.site = _site(state, pruner, looked_for)
     model.__dict__[STATE] = state
-    if hasattr(type(model), MERGE_PROCESSORS):
-        hooks.append(Wrapped(callers.merge, model, name=MERGE_PROCESSORS))
-    return [*hooks, Wrapped(calls.forward, model), Wrapped(calls.generate, model)]
+    state.site.renew()
+    return Handle(model, state, savings)
+
+
+def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
+    """Where everything goes in a model that is read for `needs`."""
+    host = state.host
+    methods = [(calls.forward, "forward"), (calls.generate, "generate")]
+    if hasattr(type(host.model), MERGE_PROCESSORS):
+        methods.append((callers.merge, MERGE_PROCESSORS))
+    groups = [partial(_method, host.model, *method) for method in methods]
+    groups.append(partial(_hooks, host, needs, state.layers))
+    return Site(host.model, partial(check, host, pruner), groups)
+
+
+def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
+    """What goes into a model that is read for `needs`."""
+    hooks = host.hooks(needs)
+    if layered is not None:
+        hooks += layers.hooks(host.language_model, layered)
+    return hooks
+
+
+def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
+    """What stands for a method of a model."""
+    return [Hook(model, partial(Wrapped, function, model, name=name))]
 
 
 def check(host: Host, pruner: Pruner | Compose) -> None:

@@ -20,6 +20,7 @@ from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
 from ocvtp.hosts.selecting import Select, select
+from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrapping import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
@@ -43,9 +44,11 @@ class State:
     encode: Encode = encode_anew
     select: Select = select
     cache_name: str = field(default_factory=cache_name)
+    site: Site = field(init=False)
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
+        self.site.renew()
         seen = look(self.host, self.needs, inputs, self.reader, self.encode)
         settings = (self.positions, self.layers, self.select)
         short, prompt = shorten(self.host, self.pruner, inputs, seen, *settings)
@@ -120,6 +123,7 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         kwargs["input_ids"] = kwargs.pop("inputs")
     running, remembered = None, turns.remembered_prompt(kwargs)
     if remembered is not None:  # a later turn: the images are in the cache
+        state.site.renew()
         turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
         shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas
