@@ -13,6 +13,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import callers, calls, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
@@ -71,10 +73,10 @@ class Handle:
 
 
 def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None = None) -> Host:
-    """The adapter of a (possibly wrapped) model.
+    """The adapter of a model.
 
     Args:
-        model: a supported transformers VLM.
+        model: a supported transformers VLM, or what holds one; see `unwrap`.
         tiling: how to prune images that the model cuts into tiles.
         savings: what need not run.
 
@@ -82,10 +84,9 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
         ValueError: if its `model_type` is not supported.
     """
     model = unwrap(model)
+    if (host := _host_of(model)) is not None:
+        return host(model, tiling, savings)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    for host in HOSTS:
-        if kind in host.model_types and hasattr(model, "generate"):
-            return host(model, tiling, savings)
     supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
     raise ValueError(
         f"{type(model).__name__} (model_type={kind!r}) is not supported; pass a transformers"
@@ -93,17 +94,47 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
     )
 
 
+def _host_of(model: Any) -> type[Host] | None:
+    """What adapts a model itself, and not one that it holds: wrappers forward attributes."""
+    from transformers import PreTrainedModel
+
+    if not (isinstance(model, PreTrainedModel) and hasattr(model, "generate")):
+        return None
+    kind = model.config.model_type
+    return next((host for host in HOSTS if kind in host.model_types), None)
+
+
 def unwrap(model: Any) -> Any:
-    """The transformers model inside PEFT, DDP and torch.compile."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module") and not hasattr(model, "generation_config"):
-            model = model.module
-        else:
-            return model
+    """The one supported transformers model in a wrapper of any kind.
+
+    PEFT, DDP, FSDP, torch.compile, Fabric, DeepSpeed, a LightningModule: modules, or other objects
+    that hold one.
+
+    Returns:
+        the model itself; what was given, if it holds none.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    found, seen, queue = dict[str, Any](), set[int](), [("", model)]
+    for path, holder in queue:  # grows
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if _host_of(holder) is not None:
+            found[path] = holder
+            continue
+        held = dict(getattr(holder, "__dict__", {}))
+        held |= held.get("_modules") or {} if isinstance(holder, nn.Module) else {}
+        parts = {name: part for name, part in held.items() if isinstance(part, nn.Module)}
+        queue += [(f"{path}.{name}", part) for name, part in parts.items()]
+    if len(found) > 1:
+        names = ", ".join(f"{path} ({type(one).__name__})" for path, one in found.items())
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models that a pruner could be attached to:"
+            f" {names}; pass the one that is meant."
+        )
+    return next(iter(found.values()), model)
 
 
 def attach(
@@ -122,7 +153,8 @@ def attach(
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
     Args:
-        model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
+        model: a supported transformers VLM, or what holds one: PEFT, DDP, FSDP, torch.compile,
+            Fabric, DeepSpeed, a LightningModule.
         pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages.
         processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
             the prompt: it tells the user's words from the chat template; and for those that read
@@ -146,8 +178,9 @@ def attach(
         a handle whose `remove()` leaves the model as it was.
 
     Raises:
-        ValueError: if the model is not supported, has a pruner already, or cannot supply what the
-            pruner needs; or if `shared` was made for another model or other pruners.
+        ValueError: if the model is not supported, one of several, or has a pruner already, or
+            cannot supply what the pruner needs; or if `shared` was made for another model or other
+            pruners.
     """
     warn_if_untested()
     model = unwrap(model)
