@@ -93,7 +93,7 @@ class SharedEncodings:
         """For the pruners of a sweep.
 
         Args:
-            model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
+            model: a supported transformers VLM, or what holds one.
             pruners: those to come. What the model refuses is left out here, and refused when it is
                 attached.
 
