@@ -119,7 +119,7 @@ def test_heavy_libraries_stay_in_their_place(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_sizes_and_forbidden_things(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert path.name != "utils.py"
     for word in ("os.environ", "__class__ =", ".forward = "):
         assert word not in text, f"{path}: {word}"
