@@ -124,6 +124,8 @@ RAISES = {
     "`dola_layers`": HUB,
     "an argument that nobody knows": "`model_kwargs` are not used by the model: .'colour'",
 }
+SINCE = (5, 18)
+"""Before, beams of a batch share its images wrongly, and chunks are cut out of the wrong axis."""
 LEAVE_SOMETHING = ("cache_implementation", "prompt_lookup_num_tokens")
 """Settings of which transformers leaves something on the model."""
 
@@ -140,6 +142,8 @@ def with_settings(settings: dict[str, Any], call: Call) -> Inputs:
 
 for _title, _settings in SETTINGS.items():
     _marks = {"slow": _title not in FAST, "raises": RAISES.get(_title)}
+    if _settings.keys() & {"num_beams", "prefill_chunk_size"}:
+        _marks["since"] = SINCE
     GENERATE(_title, **_marks)(partial(with_settings, _settings))
 
 
@@ -271,7 +275,7 @@ def criterion(call: Call) -> Inputs:
     return call.inputs() | GREEDY | WHOLE | {"stopping_criteria": given, "max_new_tokens": 9}
 
 
-@GENERATE("`logits_processor`, `stopping_criteria`, beams")
+@GENERATE("`logits_processor`, `stopping_criteria`, beams", since=SINCE)
 def both_with_beams(call: Call) -> Inputs:
     given: dict[str, Any] = {"logits_processor": LogitsProcessorList([NotedProcessor(call)])}
     given |= {"stopping_criteria": StoppingCriteriaList([NotedCriterion(call)]), "num_beams": 2}
@@ -324,7 +328,8 @@ def prefixes(settings: dict[str, Any], call: Call) -> Inputs:
 
 
 for _title, _settings in PREFIXES.items():
-    GENERATE(f"`prefix_allowed_tokens_fn`{_title}")(partial(prefixes, _settings))
+    _since = SINCE if "num_beams" in _settings else (5, 17)
+    GENERATE(f"`prefix_allowed_tokens_fn`{_title}", since=_since)(partial(prefixes, _settings))
 
 
 @GENERATE("`negative_prompt_ids`", raises="mat1 and mat2 shapes cannot be multiplied", slow=True)
