@@ -207,7 +207,7 @@ class ClipFamilyHost(Host):
         self._check_settings(images, needs)
         stages = self._tower_stages
         eager = self.eager_tower(needs, acts=stages is not None)
-        with taps.recording() as record, on_device(self.model.model), eager:
+        with taps.recording(self.tower) as record, on_device(self.model.model), eager:
             if stages is not None:
                 stages.begin(record, self._layers_read(images))
             unread.leave_out(record, self._first_unread(images, needs))
