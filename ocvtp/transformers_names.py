@@ -14,6 +14,7 @@ from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor
 
 TESTED = ("5.17", "5.24")
@@ -200,3 +201,9 @@ def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     cut: Tensor = modeling_llava_next.unpad_image(image, size)
     return cut
+
+
+def is_checkpointed(block: Any) -> bool:
+    """Whether a block of a tower or a language model will run again in the backward pass."""
+    runs_again = getattr(block, "gradient_checkpointing", False) and block.training
+    return bool(runs_again and torch.is_grad_enabled())
