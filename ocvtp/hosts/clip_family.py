@@ -221,6 +221,8 @@ class ClipFamilyHost(Host):
                 " is compiled."
             )
         found = taps.gather(record, self._view(), self._inside(needs), self._num_prefix)
+        if stages is not None:
+            stages.watch(self.tower, features)
         if needs.cls:
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:
