@@ -133,7 +133,7 @@ class ClipFamilyHost(Host):
         hooks = taps.hooks_for(self._view(), self._inside(needs))
         hooks.append(taps.keep_input_of(self._projector, "features"))
         if self._tower_stages is not None:
-            hooks += self._tower_stages.hooks(self.tower)
+            hooks += self._tower_stages.hooks(self.tower, self._view())
         if self._may_cut:
             hooks += unread.hooks(self._view().blocks, self._behind_blocks())
         if self._may_project_later:
@@ -180,7 +180,7 @@ class ClipFamilyHost(Host):
         patch = self.tower.config.patch_size
         for part in parts:
             self.check(part.needs)
-        stages = TowerStages(parts, self._view, self._num_prefix, patch, scale)
+        stages = TowerStages(parts, self._view(), self._num_prefix, patch, scale)
         stages.check(needs, self.tower.config._attn_implementation)
         self._tower_stages = stages
 

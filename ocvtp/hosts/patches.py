@@ -11,7 +11,7 @@ of `taps.recording()`, where what belongs to the call is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class TowerStages:
 
     Args:
         parts: at most one of each stage.
-        look: gives the view of the tower, as it is now.
+        view: of the tower, until `hooks` is told another.
         num_prefix: tokens before the patches.
         patch_size: in pixels.
         scale: how to undo what the image processor did; for stage `pixels`.
@@ -48,7 +48,7 @@ class TowerStages:
     def __init__(
         self,
         parts: Sequence[Pruner],
-        look: Callable[[], taps.Tower],
+        view: taps.Tower,
         num_prefix: int,
         patch_size: int,
         scale: PixelScale | None,
@@ -58,21 +58,17 @@ class TowerStages:
         self.pixels = stages.get("pixels")
         self.merger = inside if isinstance(inside, BlockMerger) else None
         self.dropper = None if isinstance(inside, BlockMerger) else inside
-        self._look = look
+        self._view = view
         self._num_prefix = num_prefix
         self._patch_size = patch_size
         self._scale = scale
-        self._at = None if self.dropper is None else first_block(self.dropper, self._view)
+        self._at = None if self.dropper is None else first_block(self.dropper, view)
         if self.merger is not None and self.pixels is not None and not self.pixels.exact:
             raise ValueError(
                 f"{self.pixels.name!r} leaves images different numbers of patches, and"
                 f" {self.merger.name!r} merges equally many of each; give {self.pixels.name!r}"
                 " num_keep or keep_ratio, without adaptive."
             )
-
-    @property
-    def _view(self) -> taps.Tower:
-        return self._look()
 
     @property
     def uses_masks(self) -> bool:
@@ -136,9 +132,14 @@ class TowerStages:
             )
         return None if run.rows is None else run.rows.ran()[:, self._num_prefix :]
 
-    def hooks(self, tower: Any) -> list[Hook]:
-        """Hooks in a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks."""
-        view = self._view
+    def hooks(self, tower: Any, view: taps.Tower) -> list[Hook]:
+        """Hooks in a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks.
+
+        Args:
+            tower: as it is now. view: of it. A copy of the tower has copies of the hooks, which
+                must hold nothing outside it.
+        """
+        self._view = view
         hooks = [before(tower, self._start, with_kwargs=True)]
         if self.dropper is not None:
             hooks += taps.hooks_for(view, self.dropper.needs)
