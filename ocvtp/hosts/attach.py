@@ -20,11 +20,12 @@ from ocvtp.hosts.internvl import InternVLHost
 from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.llava_next import LlavaNextHost
 from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
+from ocvtp.hosts.looking import encode_anew
 from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.reading import make_reader
-from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
+from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.wrapping import Removable, Wrapped

@@ -112,6 +112,8 @@ class Host(ABC):
     """Arguments of forward() that belong to the images."""
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
+    plain_positions_tell: ClassVar[bool] = True
+    """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None

@@ -18,8 +18,9 @@ from torch import Tensor
 from ocvtp.hosts import generation, layers, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
+from ocvtp.hosts.looking import Encode, encode_anew, look
 from ocvtp.hosts.reading import Reader
-from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
+from ocvtp.hosts.rewrite import Positions, Prompt, shorten
 from ocvtp.hosts.selecting import Select, select
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
@@ -135,7 +136,9 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
     elif not _brings_images(kwargs):
         return original(**kwargs)
     else:
-        kwargs["attention_mask"] = generation.given_or_inferred_mask(model, kwargs)
+        kwargs["attention_mask"] = mask = generation.given_or_inferred_mask(model, kwargs)
+        if mask is None and kwargs.get("position_ids") is not None:  # no packed samples here
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         if state.layers is not None:
             generation.check_layers(model, kwargs)
         turn, prompt = state.shorten(kwargs)

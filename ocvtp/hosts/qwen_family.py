@@ -41,6 +41,7 @@ class QwenHost(Host):
     """
 
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    plain_positions_tell: ClassVar[bool] = False
     family: ClassVar[str]
     """Its name in messages."""
 
