@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ocvtp.hosts import calls, layers
+from ocvtp.hosts import calls, inner, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.clip_text import TextTower
@@ -21,6 +21,7 @@ from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.llava_next import LlavaNextHost
 from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
 from ocvtp.hosts.looking import encode_anew
+from ocvtp.hosts.outputs import Logits, check_logits
 from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
@@ -119,6 +120,7 @@ def attach(
     on_prune: Callable[[Prompt], None] | None = None,
     shared: SharedEncodings | None = None,
     savings: Savings | None = None,
+    logits: Logits = "short",
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
@@ -142,6 +144,10 @@ def attach(
         shared: reuses what the vision tower made of the same images under other pruners; those
             that act before or inside the tower pass it by. None encodes in every call.
         savings: what need not run while a pruner is attached; None is `Savings()`.
+        logits: which columns the output of `model(...)` has. `short`: those that are left, L', with
+            the labels of a call as `output.labels` [B, L']. `full`: the caller's, L, as trainers
+            expect that line them up with labels of their own; a dropped one has what the last one
+            before it that is left has. See docs/training-with-a-pruner.md.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
@@ -159,6 +165,7 @@ def attach(
         )
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
+    check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
     check(host, pruner)
     needs = pruner.tower_needs
@@ -180,6 +187,8 @@ def attach(
         layers=inside,
         encode=encode,
         select=compiled(chosen) if compiles else select,
+        logits=logits,
+        keeps_all=pruner.name == "none" and shared is None,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
     return Handle(model, state, _install(model, state, looked_for), savings)
@@ -191,6 +200,7 @@ def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
     if state.layers is not None:
         hooks += layers.install(state.host.language_model, state.layers)
     model.__dict__[STATE] = state
+    hooks.append(Wrapped(inner.forward, model.model, model))
     return [*hooks, Wrapped(calls.forward, model), Wrapped(calls.generate, model)]
 
 

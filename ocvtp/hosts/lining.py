@@ -67,7 +67,9 @@ def line_up(
         layers: what drops further tokens inside the language model.
         pad_id: of columns that hold nothing.
     """
-    at_end = packed is None and (bool(inputs.get("logits_to_keep")) or not pads_behind(real))
+    looked_at = inputs.get("logits_to_keep")
+    from_end = isinstance(looked_at, int) and looked_at > 0
+    at_end = packed is None and (from_end or not pads_behind(real))
     index, padding = layout(keep, real, at_end)
     drops, blank = not keep.equal(real), padding
     if drops:

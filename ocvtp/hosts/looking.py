@@ -15,6 +15,7 @@ from torch import Tensor
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.checks import check_inputs
 from ocvtp.hosts.packing import Packed, find_samples
+from ocvtp.hosts.read_images import asked
 from ocvtp.hosts.reading import Reader
 from ocvtp.structures import Needs
 
@@ -55,6 +56,7 @@ def look(
     inputs: dict[str, Any],
     reader: Reader | None = None,
     encode: Encode = encode_anew,
+    whole: bool = False,
 ) -> Seen:
     """Encode the images of a call, find their places, and read the prompt.
 
@@ -64,13 +66,15 @@ def look(
         inputs: what the processor returned.
         reader: for pruners that need the prompt.
         encode: what runs the tower, or remembers what it said.
+        whole: whether all that the tower says will be handed back.
 
     Raises:
         ValueError: if the prompt and the images do not fit, or the prompt says nothing.
     """
     ids, mask = check_inputs(host, inputs)
     images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}
-    encoded = encode(host, images, needs)
+    extra = asked(inputs, host.model.config.model_type, whole)
+    encoded = encode(host, images | extra, needs)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     placeholder = (ids == host.image_token_id) & real
     slots = _slots(placeholder, encoded)

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.windows import Units, segment_means
+from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.transformers_names import rotate_patches
@@ -121,6 +122,7 @@ class QwenHost(Host):
             embeddings,
             starts=sizes.cumsum(dim=0) - sizes,
             deepstack=torch.stack(layers) if layers else None,
+            output=read_images.known(output),
         )
 
     def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:

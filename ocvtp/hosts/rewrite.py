@@ -6,7 +6,7 @@ of the language model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ from ocvtp.hosts.looking import Encode as Encode
 from ocvtp.hosts.looking import Seen as Seen
 from ocvtp.hosts.looking import encode_anew as encode_anew
 from ocvtp.hosts.looking import look as look
+from ocvtp.hosts.read_images import of_kept
 from ocvtp.hosts.selecting import Select, select, select_shares
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
-from ocvtp.structures import Needs, Selection
+from ocvtp.structures import Needs, Selection, take
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,31 @@ class Prompt:
         """L'."""
         return self.short_ids.shape[1]
 
+    def shorten(self, values: Tensor, fill: int | float | bool = 0) -> Tensor:
+        """[B, L] values of the caller's columns, e.g. labels, for the short prompt's: [B, L'].
+
+        Args:
+            values: of every column of the caller's.
+            fill: what padding gets, e.g. -100 in labels.
+        """
+        columns = self.columns.to(values.device)
+        return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
+
+    def lengthen(self, values: Tensor) -> Tensor:
+        """[B, L', ...] values of the short prompt's columns, e.g. logits, for the caller's: [B, L].
+
+        A column that was dropped gets those of the last one before it that was not: what comes
+        next is told from there.
+        """
+        columns = self.columns.to(values.device)
+        here = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        if self.length == self.short_length and bool(((columns == here) | (columns < 0)).all()):
+            return values
+        places = torch.zeros_like(self.input_ids, device=columns.device)
+        is_read = columns >= 0
+        places = places.scatter_reduce(1, columns.clamp(min=0), (here + 1) * is_read, "amax")
+        return take(values, (places.cummax(dim=1).values - 1).clamp(min=0))
+
     def summary(self) -> dict[str, Any]:
         """Counts worth showing (this waits for the device)."""
         return {
@@ -84,6 +110,26 @@ class Prompt:
         }
 
 
+@dataclass(frozen=True)
+class Shortened:
+    """A call whose prompt was shortened.
+
+    Args:
+        inputs: without image arguments.
+        prompt: with its embeddings.
+        tower: what `get_image_features` returned, see `read_images.known`. kept: of its rows.
+    """
+
+    inputs: dict[str, Any]
+    prompt: Prompt
+    tower: Any
+    kept: Kept
+
+    def images(self) -> Any:
+        """What the model hands back of its images: the tower's output with the rows it read."""
+        return of_kept(self.tower, self.kept, len(self.prompt.encoded.embeddings))
+
+
 def shorten(
     host: Host,
     pruner: Pruner,
@@ -92,7 +138,7 @@ def shorten(
     positions: Positions = "contiguous",
     layers: LayerPruner | None = None,
     run: Select = select,
-) -> tuple[dict[str, Any], Prompt]:
+) -> Shortened:
     """Let the pruner choose, and drop the other placeholders from the prompt.
 
     Args:
@@ -130,7 +176,7 @@ def shorten(
     short, index, padding = lined.inputs, lined.index, lined.padding
     image_tokens = seen.placeholder.gather(1, index) & ~padding
     rows, renumber = kept.deepstack, positions == "contiguous" and not fixed
-    return short, Prompt(
+    prompt = Prompt(
         input_ids=ids,
         keep=keep,
         columns=index.masked_fill(padding, -1),
@@ -140,13 +186,14 @@ def shorten(
         positions=short.get("position_ids"),
         rope_deltas=lined.rope_deltas,
         images=seen.images,
-        encoded=encoded,
+        encoded=replace(encoded, output=None),  # prompts are kept for as long as an answer takes
         selection=selection,
         deepstack=None if rows is None else Deepstack.at(image_tokens, rows),
         layers=(
             None if layers is None else _plan(host, layers, seen, kept, index, padding, renumber)
         ),
     )
+    return Shortened(short, prompt, encoded.output, kept)
 
 
 def _plan(
