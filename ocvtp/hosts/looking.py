@@ -76,8 +76,9 @@ def look(
     extra = asked(inputs, host.model.config.model_type, whole)
     encoded = encode(host, images | extra, needs)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    placeholder = (ids == host.image_token_id) & real
-    slots = _slots(placeholder, encoded)
+    is_image = ids == host.image_token_id
+    placeholder = is_image & real
+    slots = _slots(placeholder, encoded, is_image & ~real)
     packed = find_samples(inputs, ids, host.plain_positions_tell)
     places = slots
     if packed is not None:
@@ -93,12 +94,18 @@ def look(
     return Seen(ids, mask, real, images, encoded, placeholder, slots, packed)
 
 
-def _slots(placeholder: Tensor, encoded: Encoded) -> Tensor:
+def _slots(placeholder: Tensor, encoded: Encoded, hidden: Tensor) -> Tensor:
     """[R, 2] row and column of every placeholder, in the order in which images fill them."""
-    slots = placeholder.nonzero()
-    if len(slots) != len(encoded.embeddings):
+    slots, wanted = placeholder.nonzero(), len(encoded.embeddings)
+    if len(slots) < wanted and (count := int(hidden.sum())) == wanted - len(slots):
+        raise ValueError(
+            f"attention_mask is 0 on {count} of the {wanted} image placeholders, so that parts of"
+            " images would not be read; pass a mask that is 1 on all of them, as the processor"
+            " makes it: the pruner drops tokens of images."
+        )
+    if len(slots) != wanted:
         raise ValueError(
             f"the prompt has {len(slots)} image placeholders, but the images give"
-            f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
+            f" {wanted} tokens; make both with one call of the processor."
         )
     return slots

@@ -180,3 +180,26 @@ def test_keeping_all_is_exact_with_any_padding(family: Family) -> None:
     bare = family.model(**inputs).logits
     with build_pruner("none")(family.model):
         assert family.model(**inputs).logits.equal(bare)
+
+
+@FAMILY
+@torch.no_grad()
+def test_masks_that_cannot_be_shortened_are_refused(family: Family) -> None:
+    inputs = family.make(BATCH, "left")
+    mask, image = inputs["attention_mask"], inputs["input_ids"] == IMAGE_TOKEN
+    hidden = mask.clone()
+    hidden[2, image[2].nonzero()[3]] = 0
+    whole = mask[:, None, None].bool()
+    for given, message in (
+        (hidden, "attention_mask is 0 on 1 of the .* image placeholders, so that parts of images"),
+        (whole, "attention_mask has 4 dimensions; pass the 2-D one"),
+        (
+            {"full_attention": whole},
+            "attention_mask is a dict, made for the caller's columns; pass",
+        ),
+    ):
+        changed = inputs | {"attention_mask": given}
+        with PRUNERS["by content"]()(family.model):
+            for call in (family.model, family.model.model):
+                with pytest.raises(ValueError, match=message):
+                    call(**changed)
