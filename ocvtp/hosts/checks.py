@@ -46,8 +46,8 @@ def check_mask(mask: Any, ids: Tensor) -> None:
     """
     if not isinstance(mask, Tensor):
         raise ValueError(
-            f"attention_mask is a {type(mask).__name__}, made for the caller's columns; pass the 2-D"
-            " tensor that the processor makes."
+            f"attention_mask is a {type(mask).__name__}, made for the caller's columns; pass the"
+            " 2-D tensor that the processor makes."
         )
     if mask.ndim != 2:
         raise ValueError(
