@@ -59,8 +59,8 @@ class Encoded:
             tiles; None where all have as many.
         deepstack: [E, I, N, D'], what the language model would add to its hidden states behind
             each of its first E layers; None where it adds nothing.
-        num_given: [I] tokens that each image had before any was dropped in the tower; None where
-            they are all in `tokens`.
+        num_given: [I] tokens of each image before any was dropped in the tower; None if none was.
+        output: of the model's own `get_image_features`, see `read_images.known`.
     """
 
     tokens: VisualTokens
@@ -68,6 +68,7 @@ class Encoded:
     starts: Tensor | None = None
     deepstack: Tensor | None = None
     num_given: Tensor | None = None
+    output: Any = None
 
     def counts(self) -> Tensor:
         """[I] visual tokens of each image, before any was dropped."""
@@ -111,6 +112,8 @@ class Host(ABC):
     """Arguments of forward() that belong to the images."""
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
+    plain_positions_tell: ClassVar[bool] = True
+    """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None

@@ -43,12 +43,17 @@ def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | N
     return ids, mask.to(ids.device)
 
 
-def check_mask(mask: Tensor, ids: Tensor) -> None:
+def check_mask(mask: Any, ids: Tensor) -> None:
     """Refuse other masks than the processor's.
 
     Raises:
-        ValueError: if the mask is not 2-D, or not of the shape of the ids.
+        ValueError: if the mask is no 2-D tensor, or not of the shape of the ids.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, made for the caller's columns; pass the"
+            " 2-D tensor that the processor makes."
+        )
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
