@@ -25,26 +25,17 @@ from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Prompt, look
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.specs import build_spec
 from ocvtp.structures import Needs, Selection
 from ocvtp.visualize import Panel, figure, save_figure
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    options.add_model(parser)
-    options.add_pruner(parser, several=True)
-    parser.add_argument("--image", required=True, help="image file")
-    parser.add_argument("--prompt", help="plain text, for pruners that read it")
-    options.add_budget(parser)
-    parser.add_argument("--output", required=True, help="PNG or PDF to write")
-    printing.add_json(parser)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
+    printing.file(arguments.output)
     result = show(
         arguments.model,
-        [options.build(spec, arguments) for spec in arguments.pruner],
+        [build_spec(spec, **options.pruner_settings(arguments)) for spec in arguments.pruner],
         arguments.image,
         arguments.output,
         arguments.dtype,

@@ -86,7 +86,8 @@ class Condition:
         label: of the row in tables. budget: None where nothing is pruned, or by the method itself.
         make: the pruner for a batch.
         settings: what answers depend on, as JSON.
-        control: whether it is a yardstick. seed: of what is random, or number of the checkpoint.
+        control: whether it is a yardstick. yours: whether it is a method of the user's own.
+        seed: of what is random, or number of the checkpoint.
         image: `own`, or `other`: that of the next item that has another.
         trained: whether it learned from data.
     """
@@ -99,6 +100,7 @@ class Condition:
     seed: int = 0
     image: Literal["own", "other"] = "own"
     trained: bool = False
+    yours: bool = False
 
     @property
     def key(self) -> str:
@@ -122,6 +124,7 @@ def pruner_conditions(
     seeds: Sequence[int],
     checkpoints: Sequence[str],
     num_tokens: int,
+    label: str = "",
 ) -> list[Condition]:
     """A pruner at every budget; with every seed or every checkpoint, if it takes them.
 
@@ -130,6 +133,7 @@ def pruner_conditions(
             `fastv:stages=[[1,K]]`. With other `stages`, or a published `setting`, it runs once.
         budgets: see `Budget`. seeds: of what is random. checkpoints: exported OC-pruners.
         num_tokens: of an image.
+        label: of its rows; the spec where it has none.
 
     Raises:
         ValueError: for what `build_spec` refuses.
@@ -143,7 +147,7 @@ def pruner_conditions(
         if budget is not None and of_budget:
             exact = with_budget(spec, budget.count(num_tokens))
         variants: list[dict[str, Any]] = [{}]
-        if "checkpoint" in known and not {"checkpoint", "network"} & set(own):
+        if takes_checkpoints(spec):
             variants = [{"checkpoint": path} for path in checkpoints] or variants
         elif "seed" in known and "seed" not in own:
             variants = [{"seed": seed} for seed in seeds]
@@ -152,13 +156,26 @@ def pruner_conditions(
             path = variant.get("checkpoint", own.get("checkpoint"))
             if path is not None:
                 settings["weights"] = content_hash(path)
-            is_control = build_spec(exact, **shared, **variant).status == "control"
-            make = _maker(exact, shared, variant)
-            trained = path is not None
+            status = build_spec(exact, **shared, **variant).status
             made.append(
-                Condition(spec, budget, make, settings, is_control, number, trained=trained)
+                Condition(
+                    label or spec,
+                    budget,
+                    _maker(exact, shared, variant),
+                    settings,
+                    control=status == "control",
+                    seed=number,
+                    trained=path is not None,
+                    yours=status == "yours",
+                )
             )
     return made
+
+
+def takes_checkpoints(spec: str) -> bool:
+    """Whether a pruner is run with each of the checkpoints that are given beside it."""
+    takes = "checkpoint" in known_settings(spec)
+    return takes and not {"checkpoint", "network"} & set(parse_spec(spec)[1])
 
 
 def _maker(spec: str, shared: dict[str, Any], variant: dict[str, Any]) -> Callable[[Place], Pruner]:

@@ -10,19 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ocvtp.choices import Separators as Separators
+from ocvtp.choices import TileBudget as TileBudget
+from ocvtp.encoders.hooks import Hook, Removable, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
-from ocvtp.hosts.wrapping import Removable
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
-
-TileBudget = Literal["per_image", "per_tile"]
-Separators = Literal["rows", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,12 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def install(self, needs: Needs) -> Sequence[Removable]:
-        """Put inert hooks where `needs` looks, and where there is something to save."""
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """Inert hooks where `needs` looks, and where there is something to save."""
+
+    def install(self, needs: Needs) -> list[Removable]:
+        """Put these into the model."""
+        return put(self.hooks(needs))
 
     def savings_for(self, needs: Needs) -> Savings:
         """Which of `savings` leave out anything for a pruner of these needs."""
@@ -284,7 +287,8 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile wraps a module."""
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or "_orig_mod" in module._modules or "_orig_mod" in module.__dict__
 
 
 @contextmanager

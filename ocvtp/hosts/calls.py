@@ -9,18 +9,19 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import generation, layers, turns
+from ocvtp.hosts import callers, generation, layers, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
 from ocvtp.hosts.selecting import Select, select
+from ocvtp.hosts.site import Site
+from ocvtp.hosts.wrapping import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -43,9 +44,11 @@ class State:
     encode: Encode = encode_anew
     select: Select = select
     cache_name: str = field(default_factory=cache_name)
+    site: Site = field(init=False)
 
     def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
         """The short inputs and the prompt, reported."""
+        self.site.renew()
         seen = look(self.host, self.needs, inputs, self.reader, self.encode)
         settings = (self.positions, self.layers, self.select)
         short, prompt = shorten(self.host, self.pruner, inputs, seen, *settings)
@@ -74,15 +77,9 @@ class _Running:
 _RUNNING: ContextVar[_Running | None] = ContextVar("ocvtp_running", default=None)
 
 
-def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """`model.forward`, images pruned; or a step of generate(), which pruned them already.
-
-    `before` is what stood in the model's `__dict__`, e.g. of accelerate.
-    """
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).forward, model)
-    if state is None:  # removed, but somebody kept this function
-        return original(*args, **kwargs)
+def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
@@ -117,18 +114,16 @@ def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs:
 
 
 @torch.no_grad()
-def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).generate, model)
-    if state is None:
-        return original(*args, **kwargs)
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(_by_name(model, "generate", args, kwargs), state.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
     running, remembered = None, turns.remembered_prompt(kwargs)
     if remembered is not None:  # a later turn: the images are in the cache
+        state.site.renew()
         turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
         shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas
@@ -145,7 +140,8 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
     token = _RUNNING.set(running)
     state.host.set_rope_deltas(deltas)
     try:
-        output = original(**turn)
+        with callers.reading(turn, shown) as turn:
+            output = original(**turn)
     finally:
         _RUNNING.reset(token)
         state.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them

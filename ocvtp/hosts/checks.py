@@ -15,6 +15,11 @@ from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection
 from ocvtp.transformers_names import encoded_images
 
+USE_GENERATE = (
+    "generate() of the class passes the pruner by: call model.generate(...) instead, or"
+    " model.generate.__wrapped__(model, ...) to record gradients."
+)
+
 
 def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """The prompt's ids and mask on the embedding's device.
@@ -65,7 +70,7 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
     if encoded_images(inputs):
         raise ValueError(
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
-            " the pruner sees them."
+            f" the pruner sees them. {USE_GENERATE}"
         )
 
 

@@ -18,7 +18,7 @@ from ocvtp.pruners.budgets import check_count, check_share
 from ocvtp.pruners.merging import keep_all, keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
-Status = Literal["official", "unofficial", "control"]
+Status = Literal["official", "unofficial", "control", "yours"]
 Budget = Literal["exact", "adaptive", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
 
@@ -41,8 +41,9 @@ class Pruner(ABC):
     name: ClassVar[str] = ""
     """Key in the registry; `register` sets it."""
     stage: ClassVar[Stage] = "llm_input"
-    status: ClassVar[Status]
-    """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick."""
+    status: ClassVar[Status] = "yours"
+    """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick; a
+    class that does not say so itself is `yours`, whatever it is made from."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
     """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps;
@@ -54,6 +55,11 @@ class Pruner(ABC):
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True
     """False if what is kept of an image depends on its place in the batch."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "status" not in vars(cls):
+            cls.status = "yours"
 
     def __post_init__(self) -> None:
         self._check_budget()
