@@ -91,6 +91,16 @@ def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
     return None
 
 
+def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
+    """For commands, whose rows and answers would be the unpruned model's under a false name.
+
+    Raises:
+        ValueError: if the pruner drops nothing of any image.
+    """
+    if why := beyond_all(host, pruner):
+        raise ValueError(why)
+
+
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
     """Anything but ascending indices would silently mix up tokens, or images.
 
