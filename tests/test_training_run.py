@@ -14,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from test_training import checkpoints, data, module, scenes, settings_file, trainer
+from test_training import checkpoints, damaged, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
 
 from ocvtp.cli import main
@@ -23,7 +23,7 @@ from ocvtp.export import export_checkpoint
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, train
 
-__all__ = ["scenes"]
+__all__ = ["damaged", "scenes"]
 
 QUICK = {"limit_val_batches": 1, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -196,6 +196,15 @@ def kept_words(folder, scenes):
     settings["model"]["network"] |= {"choice": "one_to_one", "truncation": "none"}
     path.write_text(yaml.safe_dump(settings))
     return ["--config", str(path)]
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_is_one_line_too(tmp_path, damaged, capsys):
+    assert main(["train", *quick(tmp_path, damaged), "--data.num_workers", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("ocvtp: error: ")
+    assert "000000000002" in error
+    assert "Traceback" not in error
 
 
 def test_the_folder_of_an_earlier_run_is_renamed_at_the_first_step(tmp_path, scenes):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from pytorch_lightning.cli import LightningArgumentParser
 
+from ocvtp.cli import main
 from ocvtp.commands.train import HELP
 from ocvtp.training.run import build
 from ocvtp.training.wrong_settings import CLASSES, explain
@@ -197,3 +200,26 @@ def test_the_short_help_names_settings_that_exist():
     assert flags - classes - known <= {
         f for f in flags if f.startswith(("--model.encoder.", "--model.n"))
     }
+
+
+def test_the_short_help_imports_no_trainer():
+    code = (
+        "import sys; from ocvtp.cli import main; status = main(['train', '--help']);"
+        "heavy = {'pytorch_lightning', 'torchmetrics', 'jsonargparse'} & sys.modules.keys();"
+        "sys.exit(', '.join(heavy) or status)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == HELP
+    assert len(HELP.splitlines()) < 60
+    assert max(map(len, HELP.splitlines())) <= 100
+
+
+def test_the_whole_help_is_there_when_asked_for(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help", "all"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: ocvtp train --config FILE [--output DIR] [--resume CKPT]")
+    assert "--trainer.accumulate_grad_batches" in text
+    assert "Raises:" not in text
