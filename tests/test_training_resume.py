@@ -39,6 +39,14 @@ def again(run, tmp_path, capsys):
     return go
 
 
+def test_the_checkpoints_of_another_run_are_not_overwritten(run, again, tmp_path):
+    folder = tmp_path / "out/checkpoints"
+    folder.mkdir(parents=True)
+    (folder / "best.ckpt").write_text("of another run")
+    assert again(run[1])[0] == 0
+    assert (tmp_path / "out/checkpoints.1/best.ckpt").read_text() == "of another run"
+
+
 def changed(checkpoint, path, change):
     """A copy of a checkpoint with another content."""
     content = torch.load(checkpoint, weights_only=True)

@@ -59,14 +59,15 @@ class LateStart(pl.Callback):
     Args:
         trainer: whose loggers wait.
         set_aside: folder of checkpoints that must not be overwritten; None if they may.
+        resumes: whether a checkpoint is continued that was asked for.
 
     Attributes:
         opened: whether the data is open. started: whether training began.
     """
 
-    def __init__(self, trainer: pl.Trainer, set_aside: Path | None) -> None:
+    def __init__(self, trainer: pl.Trainer, set_aside: Path | None, resumes: bool) -> None:
         self._loggers, trainer.loggers = trainer.loggers, []
-        self._set_aside = set_aside
+        self._set_aside, self._resumes = set_aside, resumes
         self.opened = self.started = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -79,7 +80,7 @@ class LateStart(pl.Callback):
         self.started = True
         for logger in trainer.loggers:
             getattr(logger, "experiment", None)  # makes its folder
-        if trainer.global_step:  # of a run that was requeued: they are its own
+        if trainer.global_step and not self._resumes:  # requeued by SLURM: they are its own
             self._set_aside = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -205,7 +205,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
         resume = find_checkpoint(resume, folder)
         refuse_another_run(resume, read_checkpoint(resume), cli.model)
     own = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    start = LateStart(trainer, set_aside=None if own else folder)
+    start = LateStart(trainer, None if own else folder, resumes=resume is not None)
     stop = CleanStop(checkpoint)
     callbacks: list[pl.Callback] = trainer.callbacks
     callbacks.insert(0, start)
