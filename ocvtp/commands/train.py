@@ -11,8 +11,8 @@ from ocvtp.shipped import with_configs
 HELP = """\
 usage: ocvtp train --config FILE|NAME [--output DIR] [--resume CKPT] [--SETTING VALUE ...]
 
-Train an OC-pruner. Settings come first: a YAML file, or the name of one in configs/train; every other
-word changes one of them.
+Train an OC-pruner. Settings come first: a YAML file, or the name of one in configs/train; every
+other word changes one of them.
 
 the run
   --config FILE|NAME             settings: a YAML file, or a name of configs/train, e.g. scenes;
@@ -75,9 +75,10 @@ def run_words(words: Sequence[str]) -> int:
 
 
 def _train(words: Sequence[str]) -> int:
+    words = with_configs(words, "train")
     from ocvtp.training.run import train
 
-    result = train(with_configs(words, "train"))
+    result = train(words)
     lines = [result.note] if result.note else []
     if result.best:
         lines += [f"best checkpoint: {result.best}", f"last checkpoint: {result.last}"]
