@@ -203,9 +203,7 @@ def attach(
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
-    check(host, pruner)
-    if why := beyond_all(host, pruner):
-        warnings.warn(why, stacklevel=2)
+    _check_all(host, pruner)
     needs = pruner.tower_needs
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
     host.set_stages(in_tower, needs, processor)
@@ -263,6 +261,13 @@ def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
 def _inner_method(model: Any) -> list[Hook]:
     """What stands for the forward() of the model without a head, inside of `model`."""
     return [Hook(model.model, partial(Wrapped, inner.forward, model.model, model))]
+
+
+def _check_all(host: Host, pruner: Pruner | Compose) -> None:
+    """`check`, and a warning where the pruner would drop nothing."""
+    check(host, pruner)
+    if why := beyond_all(host, pruner):
+        warnings.warn(why, stacklevel=3)
 
 
 def check(host: Host, pruner: Pruner | Compose) -> None:
