@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
-from ocvtp.encoders.hooks import Hook, Removable, put
+from ocvtp.encoders.hooks import Hook, Removable, is_compiled, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
@@ -286,12 +286,6 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
     alone = (weights != 0).sum(dim=2, keepdim=True) == 1
     alone &= weights.gather(2, chosen) == 1
     return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile wraps a module."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or "_orig_mod" in module._modules or "_orig_mod" in module.__dict__
 
 
 @contextmanager

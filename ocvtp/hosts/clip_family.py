@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook
+from ocvtp.encoders.hooks import Hook, is_compiled
 from ocvtp.hosts import read_images, unread
-from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, is_compiled, merge, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
 from ocvtp.hosts.later_rows import LaterRows, Rows
 from ocvtp.hosts.patches import TowerStages
 from ocvtp.hosts.pixels import scale_of
