@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts readme clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots readme clean
 
 install: $(STAMP)
 
@@ -135,6 +135,10 @@ accuracy: install
 # What every host can do, on the newest transformers and the oldest.
 hosts: install $(OLDEST)/.installed
 	$(BIN)/python -m benchmarks.hosts $(BIN)/python $(OLDEST)/bin/python
+
+# The plots of docs/results, from the results.json beside them.
+plots: install
+	$(BIN)/python -m benchmarks.plots
 
 readme: install
 	$(BIN)/python -m benchmarks.readme

@@ -22,6 +22,8 @@ TESTED = ("5.17", "5.24")
 """The oldest and the newest minor version that the tests run on."""
 
 _CACHE = ("cache", "past_key_values")  # since 5.24, before it
+MERGE_PROCESSORS = "_merge_criteria_processor_list"
+"""The method by which generate() puts a caller's processors and criteria among its own."""
 _ENCODED_IMAGES = "mm_encoder_outputs"  # since 5.20
 _ASKING = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # since 5.24
 _TOWER, _ROWS = "image_outputs", "image_hidden_states"  # of outputs: since 5.24, before it
@@ -82,7 +84,7 @@ def cache_in(arguments: dict[str, Any]) -> Any:
 
 def cache_of(output: Any) -> Any:
     """The KV cache in what a model or `generate()` returned; None without one."""
-    return getattr(output, cache_name(), None)
+    return cache_in(getattr(output, "__dict__", {}))
 
 
 def encoded_images(arguments: dict[str, Any]) -> Any:
@@ -157,13 +159,19 @@ def rotate_heads(attention: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Ten
         cos: [..., I, R, d], of the positions.
         sin: likewise.
     """
-    family = sys.modules[type(attention).__module__]
-    if rotate := getattr(family, "apply_multimodal_rotary_pos_emb", None):
-        section = attention.config.rope_parameters["mrope_section"]
-        turned: Tensor = rotate(heads, heads, cos, sin, section)[0]
-    else:
-        turned = family.apply_rotary_pos_emb(heads, heads, cos, sin)[0]
-    return turned
+    families = (sys.modules[type(part).__module__] for part in attention.modules())
+    for family in families:  # the first, unless another library's wrapper is around the module
+        if rotate := getattr(family, "apply_multimodal_rotary_pos_emb", None):
+            section = attention.config.rope_parameters["mrope_section"]
+            turned: Tensor = rotate(heads, heads, cos, sin, section)[0]
+            return turned
+        if rotate := getattr(family, "apply_rotary_pos_emb", None):
+            turned = rotate(heads, heads, cos, sin)[0]
+            return turned
+    raise ValueError(
+        f"nothing next to {type(attention).__name__} turns its heads by their positions; use a"
+        " pruner that acts before the language model (see `ocvtp list`)."
+    )
 
 
 def rotate_patches(

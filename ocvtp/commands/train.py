@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ocvtp.commands import output
+from ocvtp.shipped import with_configs
 from ocvtp.training.run import train
 
 
 def run_words(words: Sequence[str]) -> int:
     """Train and say where the checkpoints are."""
-    result = train(words)
+    result = train(with_configs(words, "train"))
     text = (
         f"best checkpoint: {result.best}\nlast checkpoint: {result.last}\n"
         f"export it with:  ocvtp export --checkpoint {result.best} --output DIR"

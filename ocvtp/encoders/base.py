@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ocvtp.data.coco import ImageTransform
 from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import put
 from ocvtp.structures import Layout, Needs, VisualTokens
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -88,7 +89,7 @@ class FrozenEncoder(nn.Module, ABC):
             attention=tuple((self._block(b), kind) for b, kind in needs.attention),
             keys=tuple(self._block(b) for b in needs.keys),
         )
-        taps.install(self._view(self.tower), self._asked)
+        put(taps.hooks_for(self._view(self.tower), self._asked))
         self.eval()
         return self
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.hooks import RemovableHandle
 
+from ocvtp.encoders.hooks import Hook, after, before
 from ocvtp.encoders.rows import Rows
 from ocvtp.structures import AttentionKind, Needs
 
@@ -112,40 +112,39 @@ def resolve(number: int, count: int, what: str) -> int:
     return number % count
 
 
-def install(tower: Tower, needs: Needs) -> list[RemovableHandle]:
-    """Hook what `needs` names; returns the handles."""
-    handles = []
+def hooks_for(tower: Tower, needs: Needs) -> list[Hook]:
+    """Hooks that record what `needs` names."""
+    hooks = []
     for layer in sorted({tower.layer(i) for i in needs.hidden}):
         if layer == 0:
             pre = partial(_keep_input, layer)
-            handles.append(tower.blocks[0].register_forward_pre_hook(pre, with_kwargs=True))
+            hooks.append(before(tower.blocks[0], pre, with_kwargs=True))
         else:
             hook = partial(_keep_output, "hidden", layer)
-            handles.append(tower.blocks[layer - 1].register_forward_hook(hook))
+            hooks.append(after(tower.blocks[layer - 1], hook))
     blocks = {tower.block(number) for number, _ in needs.attention} | {
         tower.block(number) for number in needs.keys
     }
     for block in sorted(blocks):
         query, key = tower.query_key(tower.blocks[block])
-        handles.append(query.register_forward_hook(partial(_keep_output, "queries", block)))
-        handles.append(key.register_forward_hook(partial(_keep_output, "keys", block)))
-    return handles
+        hooks.append(after(query, partial(_keep_output, "queries", block)))
+        hooks.append(after(key, partial(_keep_output, "keys", block)))
+    return hooks
 
 
-def keep_input_of(module: nn.Module, name: str) -> RemovableHandle:
+def keep_input_of(module: nn.Module, name: str) -> Hook:
     """Record the first input of any module under `recording.other[name]`."""
-    return module.register_forward_pre_hook(partial(_keep_other, name))
+    return before(module, partial(_keep_other, name))
 
 
-def keep_output_of(module: nn.Module, name: str) -> RemovableHandle:
+def keep_output_of(module: nn.Module, name: str) -> Hook:
     """Record the output of any module under `recording.other[name]`."""
-    return module.register_forward_hook(partial(_keep_other_output, name))
+    return after(module, partial(_keep_other_output, name))
 
 
-def keep_keywords_of(module: nn.Module, names: dict[str, str]) -> RemovableHandle:
+def keep_keywords_of(module: nn.Module, names: dict[str, str]) -> Hook:
     """Record arguments of any module: those called `names[name]` under `recording.other[name]`."""
-    pre = partial(_keep_keywords, names)
-    return module.register_forward_pre_hook(pre, with_kwargs=True)
+    return before(module, partial(_keep_keywords, names), with_kwargs=True)
 
 
 def _keep_other(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -7,14 +7,20 @@ in a ContextVar, so that threads do not see each other.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from ocvtp.hosts import calls, inner, layers
+from torch import nn
+
+from ocvtp.encoders.hooks import Hook
+from ocvtp.hosts import callers, calls, inner, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
+from ocvtp.hosts.checks import beyond_all
 from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.internvl import InternVLHost
 from ocvtp.hosts.llava import LlavaHost
@@ -29,11 +35,12 @@ from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
-from ocvtp.hosts.wrapping import Removable, Wrapped
+from ocvtp.hosts.site import Site
+from ocvtp.hosts.wrapping import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
-from ocvtp.transformers_names import warn_if_untested
+from ocvtp.transformers_names import MERGE_PROCESSORS, warn_if_untested
 
 HOSTS: tuple[type[Host], ...] = (
     LlavaHost,
@@ -52,31 +59,28 @@ class Handle:
     Args:
         model: that it is attached to.
         state: what the model carries.
-        hooks: what was put into it.
         savings: see below.
     """
 
-    def __init__(self, model: Any, state: State, hooks: list[Removable], savings: Savings) -> None:
+    def __init__(self, model: Any, state: State, savings: Savings) -> None:
         self._model = model
         self._state = state
-        self._hooks = hooks
         self.savings = savings
         """Which of the savings asked for leave out anything with this pruner in this model."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        for hook in self._hooks:
-            hook.remove()
+        self._state.site.remove()
         attributes = self._model.__dict__
         if attributes.get(STATE) is self._state:  # not removed before
             del attributes[STATE]
 
 
 def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None = None) -> Host:
-    """The adapter of a (possibly wrapped) model.
+    """The adapter of a model.
 
     Args:
-        model: a supported transformers VLM.
+        model: a supported transformers VLM, or what holds one; see `unwrap`.
         tiling: how to prune images that the model cuts into tiles.
         savings: what need not run.
 
@@ -84,10 +88,9 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
         ValueError: if its `model_type` is not supported.
     """
     model = unwrap(model)
+    if (host := _host_of(model)) is not None:
+        return host(model, tiling, savings)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    for host in HOSTS:
-        if kind in host.model_types and hasattr(model, "generate"):
-            return host(model, tiling, savings)
     supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
     raise ValueError(
         f"{type(model).__name__} (model_type={kind!r}) is not supported; pass a transformers"
@@ -95,17 +98,47 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
     )
 
 
+def _host_of(model: Any) -> type[Host] | None:
+    """What adapts a model itself, and not one that it holds: wrappers forward attributes."""
+    from transformers import PreTrainedModel
+
+    if not (isinstance(model, PreTrainedModel) and hasattr(model, "generate")):
+        return None
+    kind = model.config.model_type
+    return next((host for host in HOSTS if kind in host.model_types), None)
+
+
 def unwrap(model: Any) -> Any:
-    """The transformers model inside PEFT, DDP and torch.compile."""
-    while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "module") and not hasattr(model, "generation_config"):
-            model = model.module
-        else:
-            return model
+    """The one supported transformers model in a wrapper of any kind.
+
+    PEFT, DDP, FSDP, torch.compile, Fabric, DeepSpeed, a LightningModule: modules, or other objects
+    that hold one.
+
+    Returns:
+        the model itself; what was given, if it holds none.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    found, seen, queue = dict[str, Any](), set[int](), [("", model)]
+    for path, holder in queue:  # grows
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        if _host_of(holder) is not None:
+            found[path] = holder
+            continue
+        held = dict(getattr(holder, "__dict__", {}))
+        held |= held.get("_modules") or {} if isinstance(holder, nn.Module) else {}
+        parts = {name: part for name, part in held.items() if isinstance(part, nn.Module)}
+        queue += [(f"{path}.{name}", part) for name, part in parts.items()]
+    if len(found) > 1:
+        names = ", ".join(f"{path} ({type(one).__name__})" for path, one in found.items())
+        raise ValueError(
+            f"{type(model).__name__} holds {len(found)} models that a pruner could be attached to:"
+            f" {names}; pass the one that is meant."
+        )
+    return next(iter(found.values()), model)
 
 
 def attach(
@@ -125,8 +158,10 @@ def attach(
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
     Args:
-        model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
-        pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages.
+        model: a supported transformers VLM, or what holds one: PEFT, DDP, FSDP, torch.compile,
+            Fabric, DeepSpeed, a LightningModule.
+        pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages. An image of fewer
+            tokens than `num_keep` stays as it is; where all images are so small, a warning says it.
         processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
             the prompt: it tells the user's words from the chat template; and for those that read
             pixels: it says how they were normalised. None looks for the one saved with the model.
@@ -153,8 +188,9 @@ def attach(
         a handle whose `remove()` leaves the model as it was.
 
     Raises:
-        ValueError: if the model is not supported, has a pruner already, or cannot supply what the
-            pruner needs; or if `shared` was made for another model or other pruners.
+        ValueError: if the model is not supported, one of several, or has a pruner already, or
+            cannot supply what the pruner needs; or if `shared` was made for another model or other
+            pruners.
     """
     warn_if_untested()
     model = unwrap(model)
@@ -168,6 +204,8 @@ def attach(
     check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
     check(host, pruner)
+    if why := beyond_all(host, pruner):
+        warnings.warn(why, stacklevel=2)
     needs = pruner.tower_needs
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
     host.set_stages(in_tower, needs, processor)
@@ -191,17 +229,40 @@ def attach(
         keeps_all=pruner.name == "none" and shared is None,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
-    return Handle(model, state, _install(model, state, looked_for), savings)
-
-
-def _install(model: Any, state: State, needs: Needs) -> list[Removable]:
-    """Put everything into a model that is read for `needs`."""
-    hooks: list[Removable] = [*state.host.install(needs)]
-    if state.layers is not None:
-        hooks += layers.install(state.host.language_model, state.layers)
+    state.site = _site(state, pruner, looked_for)
     model.__dict__[STATE] = state
-    hooks.append(Wrapped(inner.forward, model.model, model))
-    return [*hooks, Wrapped(calls.forward, model), Wrapped(calls.generate, model)]
+    state.site.renew()
+    return Handle(model, state, savings)
+
+
+def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
+    """Where everything goes in a model that is read for `needs`."""
+    host = state.host
+    methods = [(calls.forward, "forward"), (calls.generate, "generate")]
+    if hasattr(type(host.model), MERGE_PROCESSORS):
+        methods.append((callers.merge, MERGE_PROCESSORS))
+    groups = [partial(_method, host.model, *method) for method in methods]
+    groups.append(partial(_inner_method, host.model))
+    groups.append(partial(_hooks, host, needs, state.layers))
+    return Site(host.model, partial(check, host, pruner), groups)
+
+
+def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
+    """What goes into a model that is read for `needs`."""
+    hooks = host.hooks(needs)
+    if layered is not None:
+        hooks += layers.hooks(host.language_model, layered)
+    return hooks
+
+
+def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
+    """What stands for a method of a model."""
+    return [Hook(model, partial(Wrapped, function, model, name=name))]
+
+
+def _inner_method(model: Any) -> list[Hook]:
+    """What stands for the forward() of the model without a head, inside of `model`."""
+    return [Hook(model.model, partial(Wrapped, inner.forward, model.model, model))]
 
 
 def check(host: Host, pruner: Pruner | Compose) -> None:

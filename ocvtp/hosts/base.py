@@ -10,19 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ocvtp.choices import Separators as Separators
+from ocvtp.choices import TileBudget as TileBudget
+from ocvtp.encoders.hooks import Hook, Removable, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
-from ocvtp.hosts.wrapping import Removable
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
-
-TileBudget = Literal["per_image", "per_tile"]
-Separators = Literal["rows", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,11 @@ class Host(ABC):
         """Blocks of the vision tower."""
 
     @property
+    def image_tokens(self) -> int | None:
+        """Visual tokens of every image; None where images differ."""
+        return None
+
+    @property
     def num_deepstack_layers(self) -> int:
         """Layers of the language model, the first ones, that add rows of the tower."""
         return 0
@@ -157,8 +161,12 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def install(self, needs: Needs) -> Sequence[Removable]:
-        """Put inert hooks where `needs` looks, and where there is something to save."""
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """Inert hooks where `needs` looks, and where there is something to save."""
+
+    def install(self, needs: Needs) -> list[Removable]:
+        """Put these into the model."""
+        return put(self.hooks(needs))
 
     def savings_for(self, needs: Needs) -> Savings:
         """Which of `savings` leave out anything for a pruner of these needs."""
@@ -170,8 +178,7 @@ class Host(ABC):
 
         Args:
             parts: those of stages `pixels` and `encoder`, none for hosts that serve neither.
-            needs: of what reads the tower behind them.
-            processor: that makes the model's inputs; None if it is not given.
+            needs: of what reads the tower after them. processor: of the model, None if not given.
 
         Raises:
             ValueError: if they do not fit the model or each other.
@@ -232,8 +239,7 @@ class Host(ABC):
         """The coordinates of a whole prompt, for hosts that turn tokens in several dimensions.
 
         Args:
-            inputs: what the processor returned, images apart; `input_ids` are there.
-            images: the arguments that `image_keys` names.
+            inputs: what the processor returned. images: those of it that `image_keys` names.
 
         Returns:
             [C, B, L] of C dimensions; None where positions are plain numbers of columns.
@@ -284,7 +290,8 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile wraps a module."""
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or "_orig_mod" in module._modules or "_orig_mod" in module.__dict__
 
 
 @contextmanager

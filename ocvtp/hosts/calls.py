@@ -9,13 +9,12 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import generation, layers, outputs, turns
+from ocvtp.hosts import callers, generation, layers, outputs, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
 from ocvtp.hosts.looking import Encode, encode_anew, look
@@ -23,6 +22,8 @@ from ocvtp.hosts.outputs import Logits
 from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Positions, Prompt, Shortened, shorten
 from ocvtp.hosts.selecting import Select, select
+from ocvtp.hosts.site import Site
+from ocvtp.hosts.wrapping import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
@@ -47,9 +48,11 @@ class State:
     logits: Logits = "short"
     keeps_all: bool = False
     cache_name: str = field(default_factory=cache_name)
+    site: Site = field(init=False)
 
     def shorten(self, inputs: dict[str, Any], whole: bool = False) -> Shortened:
         """The short inputs and the prompt, reported; `whole`: see `look`."""
+        self.site.renew()
         seen = look(self.host, self.needs, inputs, self.reader, self.encode, whole)
         settings = (self.positions, self.layers, self.select)
         short = shorten(self.host, self.pruner, inputs, seen, *settings)
@@ -80,15 +83,9 @@ _TUPLE: ContextVar[bool] = ContextVar("ocvtp_tuple", default=False)
 """Whether the model around the one that prunes will hand back a tuple."""
 
 
-def forward(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
-    """`model.forward`, images pruned; or a step of generate(), which pruned them already.
-
-    `before` is what stood in the model's `__dict__`, e.g. of accelerate.
-    """
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).forward, model)
-    if state is None:  # removed, but somebody kept this function
-        return original(*args, **kwargs)
+def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
@@ -153,18 +150,16 @@ def pruned(state: State, module: Any, original: Callable[..., Any], kwargs: dict
 
 
 @torch.no_grad()
-def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs: Any) -> Any:
+def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
-    state: State | None = model.__dict__.get(STATE)
-    original = before or partial(type(model).generate, model)
-    if state is None:
-        return original(*args, **kwargs)
+    state: State = model.__dict__[STATE]
     kwargs = name_cache(by_name(model, "generate", args, kwargs), state.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
     running, remembered = None, turns.remembered_prompt(kwargs)
     if remembered is not None:  # a later turn: the images are in the cache
+        state.site.renew()
         turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
         shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas
@@ -184,7 +179,8 @@ def generate(model: Any, before: Callable[..., Any] | None, *args: Any, **kwargs
     token = _RUNNING.set(running)
     state.host.set_rope_deltas(deltas)
     try:
-        output = original(**turn)
+        with callers.reading(turn, shown) as turn:
+            output = original(**turn)
     finally:
         _RUNNING.reset(token)
         state.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.pruners import Pruner
+from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection
 from ocvtp.transformers_names import encoded_images
+
+USE_GENERATE = (
+    "generate() of the class passes the pruner by: call model.generate(...) instead, or"
+    " model.generate.__wrapped__(model, ...) to record gradients."
+)
 
 
 def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -70,8 +75,30 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
     if encoded_images(inputs):
         raise ValueError(
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
-            " the pruner sees them."
+            f" the pruner sees them. {USE_GENERATE}"
         )
+
+
+def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
+    """Why a pruner drops nothing of any image of a model; None if it may, or if images differ."""
+    count = host.image_tokens
+    for part in pruner.parts:
+        if count is not None and part.exact and part.exceeds(count):
+            return (
+                f"num_keep={part.num_keep} exceeds the {count} visual tokens that every image of"
+                f" this model has, so that {part.name!r} drops none; pass at most {count}."
+            )
+    return None
+
+
+def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
+    """For commands, whose rows and answers would be the unpruned model's under a false name.
+
+    Raises:
+        ValueError: if the pruner drops nothing of any image.
+    """
+    if why := beyond_all(host, pruner):
+        raise ValueError(why)
 
 
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:

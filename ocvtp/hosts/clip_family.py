@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import read_images, unread
 from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, is_compiled, merge, on_device
 from ocvtp.hosts.later_rows import LaterRows, Rows
 from ocvtp.hosts.patches import TowerStages
 from ocvtp.hosts.pixels import scale_of
 from ocvtp.hosts.templates import find_processor
-from ocvtp.hosts.wrapping import Removable
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 
@@ -128,17 +128,17 @@ class ClipFamilyHost(Host):
                 f" several: vision_feature_layer={layer}; use a pruner that does not."
             )
 
-    def install(self, needs: Needs) -> list[Removable]:
-        """See `Host.install`."""
-        handles: list[Removable] = [*taps.install(self._view(), self._inside(needs))]
-        handles.append(taps.keep_input_of(self._projector, "features"))
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
+        hooks = taps.hooks_for(self._view(), self._inside(needs))
+        hooks.append(taps.keep_input_of(self._projector, "features"))
         if self._tower_stages is not None:
-            handles += self._tower_stages.install(self.tower)
+            hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
-            handles += unread.install(self._view().blocks, self._behind_blocks())
+            hooks += unread.hooks(self._view().blocks, self._behind_blocks())
         if self._may_project_later:
-            handles += unread.install_projector(self._projector)
-        return handles
+            hooks += unread.hooks_of_projector(self._projector)
+        return hooks
 
     def savings_for(self, needs: Needs) -> Savings:
         """See `Host.savings_for`; for the layers that the model's config selects."""
@@ -186,7 +186,7 @@ class ClipFamilyHost(Host):
         patch = self.tower.config.patch_size
         for part in parts:
             self.check(part.needs)
-        stages = TowerStages(parts, self._view(), self._num_prefix, patch, scale)
+        stages = TowerStages(parts, self._view, self._num_prefix, patch, scale)
         stages.check(needs, self.tower.config._attn_implementation)
         self._tower_stages = stages
 

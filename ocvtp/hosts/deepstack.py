@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils.hooks import RemovableHandle
+
+from ocvtp.encoders.hooks import Hook, before
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,9 @@ def handing(deepstack: Deepstack | None) -> Iterator[None]:
         )
 
 
-def install(language_model: nn.Module) -> RemovableHandle:
-    """Put an inert hook on a language model, which takes what is handed to it."""
-    return language_model.register_forward_pre_hook(_take, with_kwargs=True)
+def hook(language_model: nn.Module) -> Hook:
+    """An inert hook on a language model, which takes what is handed to it."""
+    return before(language_model, _take, with_kwargs=True)
 
 
 def _take(

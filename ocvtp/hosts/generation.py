@@ -27,6 +27,11 @@ class Shown:
     input_ids: Tensor
     short_length: int
 
+    @property
+    def lost(self) -> int:
+        """L - L'."""
+        return self.input_ids.shape[1] - self.short_length
+
     def lengthen(self, sequences: Tensor) -> Tensor:
         """Swap the short prompt at the front of [B * beams, L' + n] for the caller's."""
         ids = self.input_ids.to(sequences.device)
@@ -66,45 +71,22 @@ def check_layers(model: Any, kwargs: dict[str, Any]) -> None:
 
 
 def adjust(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
-    """Keep the meaning of arguments that count or read the prompt."""
-    from transformers import (
-        LogitsProcessorList,
-        PrefixConstrainedLogitsProcessor,
-        StoppingCriteriaList,
-    )
-
+    """Keep the meaning of arguments that count the prompt; `callers` is for those that read it."""
     _shift_lengths(model, kwargs, shown)
-    processors = _as_list(kwargs.get("logits_processor"))
-    if (allowed := kwargs.pop("prefix_allowed_tokens_fn", None)) is not None:
-        beams = _setting("num_beams", kwargs, model) or 1
-        processors.append(PrefixConstrainedLogitsProcessor(allowed, beams))
-    if processors:
-        items: list[Any] = [_OnWholePrompt(p, shown) for p in processors]
-        kwargs["logits_processor"] = LogitsProcessorList(items)
-    if criteria := _as_list(kwargs.get("stopping_criteria")):
-        items = [_StopOnWholePrompt(c, shown) for c in criteria]
-        kwargs["stopping_criteria"] = StoppingCriteriaList(items)
     if kwargs.get("streamer") is not None:
         kwargs["streamer"] = _StreamWholePrompt(kwargs["streamer"], shown)
 
 
 def _shift_lengths(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
     """Lengths that count the prompt, for the short one."""
-    lost = shown.input_ids.shape[1] - shown.short_length
     for name in ("max_length", "min_length"):
         if value := _setting(name, kwargs, model):
-            _set(name, max(value - lost, 0), kwargs)
+            _set(name, max(value - shown.lost, 0), kwargs)
     if chunk := _setting("prefill_chunk_size", kwargs, model):
         size = max(chunk, 2)
         while shown.short_length % size == 1:  # a single column would pass for a decode step
             size += 1
         _set("prefill_chunk_size", size, kwargs)
-
-
-def _as_list(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _setting(name: str, kwargs: dict[str, Any], model: Any) -> Any:
@@ -124,28 +106,6 @@ def _set(name: str, value: int, kwargs: dict[str, Any]) -> None:
     else:
         kwargs["generation_config"] = config = copy(config)
         setattr(config, name, value)
-
-
-class _OnWholePrompt:
-    """A caller's logits processor, shown the caller's prompt instead of the short one."""
-
-    def __init__(self, inner: Any, shown: Shown) -> None:
-        self.inner, self.shown = inner, shown
-
-    def __getattr__(self, name: str) -> Any:  # e.g. generate() looks for eos_token_id
-        if name.startswith("__") or name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Any:
-        return self.inner(self.shown.lengthen(input_ids), scores)
-
-
-class _StopOnWholePrompt(_OnWholePrompt):
-    """The same for a stopping criterion."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Any:
-        return self.inner(self.shown.lengthen(input_ids), scores, **kwargs)
 
 
 class _StreamWholePrompt:

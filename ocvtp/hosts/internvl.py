@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost
 from ocvtp.hosts.views import seen_of_tiles
-from ocvtp.hosts.wrapping import Removable
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -80,9 +80,9 @@ class InternVLHost(ClipFamilyHost):
     def _behind_blocks(self) -> list[nn.Module]:
         return [self.tower.layernorm]
 
-    def install(self, needs: Needs) -> list[Removable]:
-        """See `Host.install`."""
-        return [*super().install(needs), taps.keep_output_of(self.tower.layernorm, "last")]
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
+        return [*super().hooks(needs), taps.keep_output_of(self.tower.layernorm, "last")]
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`: tiles as images of their own."""

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from ocvtp.encoders.hooks import Hook, after, before
 from ocvtp.hosts.base import Host, is_compiled
 from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
 from ocvtp.hosts.layer_plan import LayerPlan
@@ -73,8 +73,8 @@ def check(host: Host, pruner: LayerPruner) -> None:
         )
 
 
-def install(model: Any, pruner: LayerPruner) -> list[RemovableHandle]:
-    """Hook the language model.
+def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
+    """Hooks in the language model.
 
     Args:
         model: the language model, its `layers` in order.
@@ -85,17 +85,17 @@ def install(model: Any, pruner: LayerPruner) -> list[RemovableHandle]:
     needs = [(layer, pruner.needs_at(layer)) for layer in places]
     asked = {b for layer, need in needs for b, _ in need.attention if b != layer}
     read = asked | {b for layer, need in needs for b in need.keys if b != layer}
-    handles = [
-        model.register_forward_pre_hook(_before, with_kwargs=True),
-        model.register_forward_hook(_behind, always_call=True),
+    found = [
+        before(model, _before, with_kwargs=True),
+        after(model, _behind, always_call=True),
     ]
     for number in range(min({*read, *places}), count):
         hook = partial(_before_layer, number)
-        handles.append(model.layers[number].register_forward_pre_hook(hook, with_kwargs=True))
+        found.append(before(model.layers[number], hook, with_kwargs=True))
     for number in sorted(asked):
         query = model.layers[number].self_attn.q_proj
-        handles.append(query.register_forward_hook(partial(_keep_queries, number)))
-    return handles
+        found.append(after(query, partial(_keep_queries, number)))
+    return found
 
 
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:

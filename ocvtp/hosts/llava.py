@@ -28,6 +28,12 @@ class LlavaHost(ClipFamilyHost):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
 
+    @property
+    def image_tokens(self) -> int:
+        """See `Host.image_tokens`."""
+        config = self.tower.config
+        return int(config.image_size // config.patch_size) ** 2
+
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
         output, found, later = self._look_inside(images, needs)

@@ -11,16 +11,16 @@ of `taps.recording()`, where what belongs to the call is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import Hook, after, before
 from ocvtp.encoders.rows import Rows
 from ocvtp.hosts.pixels import PixelScale, patches
 from ocvtp.hosts.tower_run import RUN, TowerRun, add_residual, keep_keys, mask_rows, running
@@ -36,7 +36,7 @@ class TowerStages:
 
     Args:
         parts: at most one of each stage.
-        view: of the tower.
+        look: gives the view of the tower, as it is now.
         num_prefix: tokens before the patches.
         patch_size: in pixels.
         scale: how to undo what the image processor did; for stage `pixels`.
@@ -48,7 +48,7 @@ class TowerStages:
     def __init__(
         self,
         parts: Sequence[Pruner],
-        view: taps.Tower,
+        look: Callable[[], taps.Tower],
         num_prefix: int,
         patch_size: int,
         scale: PixelScale | None,
@@ -58,17 +58,21 @@ class TowerStages:
         self.pixels = stages.get("pixels")
         self.merger = inside if isinstance(inside, BlockMerger) else None
         self.dropper = None if isinstance(inside, BlockMerger) else inside
-        self._view = view
+        self._look = look
         self._num_prefix = num_prefix
         self._patch_size = patch_size
         self._scale = scale
-        self._at = None if self.dropper is None else first_block(self.dropper, view)
+        self._at = None if self.dropper is None else first_block(self.dropper, self._view)
         if self.merger is not None and self.pixels is not None and not self.pixels.exact:
             raise ValueError(
                 f"{self.pixels.name!r} leaves images different numbers of patches, and"
                 f" {self.merger.name!r} merges equally many of each; give {self.pixels.name!r}"
                 " num_keep or keep_ratio, without adaptive."
             )
+
+    @property
+    def _view(self) -> taps.Tower:
+        return self._look()
 
     @property
     def uses_masks(self) -> bool:
@@ -132,27 +136,27 @@ class TowerStages:
             )
         return None if run.rows is None else run.rows.ran()[:, self._num_prefix :]
 
-    def install(self, tower: Any) -> list[RemovableHandle]:
-        """Hook a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks."""
-        handles = [tower.register_forward_pre_hook(self._start, with_kwargs=True)]
+    def hooks(self, tower: Any) -> list[Hook]:
+        """Hooks in a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks."""
+        view = self._view
+        hooks = [before(tower, self._start, with_kwargs=True)]
         if self.dropper is not None:
-            handles += taps.install(self._view, self.dropper.needs)
-        for number, block in enumerate(self._view.blocks):
+            hooks += taps.hooks_for(view, self.dropper.needs)
+        for number, block in enumerate(view.blocks):
             modules: Any = block
             enter, leave = partial(self._enter, number), partial(self._leave, number)
-            handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+            hooks.append(before(block, enter, with_kwargs=True))
             # Before others look at the block's output: transformers', and those of `taps`.
-            handles.append(block.register_forward_hook(leave, prepend=True))
+            hooks.append(after(block, leave, prepend=True))
             if self.uses_masks:
-                mask = modules.self_attn.register_forward_pre_hook(mask_rows, with_kwargs=True)
-                handles.append(mask)
+                hooks.append(before(modules.self_attn, mask_rows, with_kwargs=True))
             if self.merger is not None:
-                _, key = self._view.query_key(block)
+                _, key = view.query_key(block)
                 merge = partial(self._merge, number)
-                handles.append(key.register_forward_hook(keep_keys))
-                handles.append(modules.layer_norm2.register_forward_pre_hook(merge))
-                handles.append(modules.mlp.register_forward_hook(add_residual))
-        return handles
+                hooks.append(after(key, keep_keys))
+                hooks.append(before(modules.layer_norm2, merge))
+                hooks.append(after(modules.mlp, add_residual))
+        return hooks
 
     def _start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The tower gets its pixels: choose among the patches."""

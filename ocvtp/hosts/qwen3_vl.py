@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
+from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import deepstack
 from ocvtp.hosts.qwen_family import QwenHost
 from ocvtp.structures import Needs
@@ -32,9 +32,9 @@ class Qwen3VLHost(QwenHost):
         """See `Host.num_deepstack_layers`."""
         return len(self.tower.config.deepstack_visual_indexes)
 
-    def install(self, needs: Needs) -> list[RemovableHandle]:
-        """See `Host.install`."""
-        return [*super().install(needs), deepstack.install(self.model.model.language_model)]
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
+        return [*super().hooks(needs), deepstack.hook(self.language_model)]
 
     def _layer_rows(self, output: Any) -> list[Tensor]:
         # transformers 5.17 leaves the images together

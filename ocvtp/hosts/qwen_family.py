@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import Hook
 from ocvtp.encoders.windows import Units, segment_means
 from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
@@ -86,16 +86,16 @@ class QwenHost(Host):
         for block in _blocks(needs):
             view.block(block)
 
-    def install(self, needs: Needs) -> list[RemovableHandle]:
-        """See `Host.install`."""
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
         view = self._view()
-        handles = taps.install(view, Needs(hidden=needs.hidden))
+        hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
         for number in sorted({view.block(block) for block in _blocks(needs)}):
             attention = self.tower.blocks[number].attn
             names = {f"cu_seqlens.{number}": "cu_seqlens", f"rope.{number}": "position_embeddings"}
-            handles.append(taps.keep_output_of(attention.qkv, f"qkv.{number}"))
-            handles.append(taps.keep_keywords_of(attention, names))
-        return handles
+            hooks.append(taps.keep_output_of(attention.qkv, f"qkv.{number}"))
+            hooks.append(taps.keep_keywords_of(attention, names))
+        return hooks
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""

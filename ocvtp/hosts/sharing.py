@@ -15,6 +15,7 @@ from torch import Tensor
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.later_rows import LaterRows
 from ocvtp.hosts.looking import Encode, encode_anew
+from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
 
@@ -92,7 +93,7 @@ class SharedEncodings:
         """For the pruners of a sweep.
 
         Args:
-            model: a supported transformers VLM, also inside PEFT, DDP or torch.compile.
+            model: a supported transformers VLM, or what holds one.
             pruners: those to come. What the model refuses is left out here, and refused when it is
                 attached.
 
@@ -233,7 +234,7 @@ def _only(tokens: VisualTokens, needs: Needs) -> VisualTokens:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _call(host: Host, images: dict[str, Any]) -> _Call | None:
     """What to compare; None for a call that cannot be shared."""
     tensors = {name: value for name, value in images.items() if isinstance(value, Tensor)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.checks import check_mask
+from ocvtp.hosts.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.columns import continue_positions
 from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
 from ocvtp.hosts.rewrite import Prompt
@@ -159,7 +159,7 @@ def next_step(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns, but the cache, whose prompt was pruned,"
             f" and input_ids have {length}; extend the short prompt's mask (`on_prune` hands it"
-            " over), or use generate()."
+            f" over), or use generate(). {USE_GENERATE}"
         )
     if first.positions is None or kwargs.get("position_ids") is not None:
         return kwargs

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
-from ocvtp.hosts.wrapping import Removable, Wrapped
+from ocvtp.encoders.hooks import Hook
+from ocvtp.hosts.wrapping import Original, Wrapped
 from ocvtp.structures import Needs
 
 _FIRST_UNREAD = "first unread half"
@@ -53,7 +54,7 @@ def blocks_of(needs: Needs) -> list[int]:
     return [*needs.keys, *(block for block, _ in needs.attention)]
 
 
-def install(blocks: Sequence[Any], behind: Sequence[nn.Module]) -> list[Removable]:
+def hooks(blocks: Sequence[Any], behind: Sequence[nn.Module]) -> list[Hook]:
     """Let blocks be left out, or the `mlp` of one, and what stands behind them.
 
     Args:
@@ -62,14 +63,14 @@ def install(blocks: Sequence[Any], behind: Sequence[nn.Module]) -> list[Removabl
     """
     modules = [module for block in blocks for module in (block, block.mlp)]
     return [
-        Wrapped(forward, module, partial(_hand_on, half))
+        Hook(module, partial(Wrapped, forward, module, partial(_hand_on, half)))
         for half, module in enumerate([*modules, *behind])
     ]
 
 
-def install_projector(projector: nn.Module) -> list[Removable]:
+def hooks_of_projector(projector: nn.Module) -> list[Hook]:
     """Let the projector be left out."""
-    return [Wrapped(forward, projector, _zeros)]
+    return [Hook(projector, partial(Wrapped, forward, projector, _zeros))]
 
 
 def leave_out(record: taps.Recording, half: int) -> None:
@@ -89,7 +90,7 @@ def is_projected_later(record: taps.Recording) -> bool:
 
 def forward(
     module: Any,
-    before: Callable[..., Any] | None,
+    original: Original,
     instead: Callable[[taps.Recording, Tensor], Tensor | None],
     *args: Any,
     **kwargs: Any,
@@ -100,7 +101,6 @@ def forward(
         given = args[0] if args else next(iter(kwargs.values()))
         if (output := instead(record, given)) is not None:
             return output
-    original = before or partial(type(module).forward, module)
     return original(*args, **kwargs)
 
 

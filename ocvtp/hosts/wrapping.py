@@ -1,57 +1,172 @@
-"""Instance attributes that stand for methods of a model or module, and their removal."""
+"""Bound methods of a model or module that stand for its own, and their removal."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any
+from uuid import uuid4
+
+_METHODS = "_ocvtp_methods"
+
+Original = Callable[..., Any]
+"""What a function stands for, bound to its module."""
 
 
-class Removable(Protocol):
-    """What was put into a model."""
+@dataclass(frozen=True)
+class _Standing:
+    """What stands for a method of one module.
 
-    def remove(self) -> None:
-        """Take it out; may be called more than once."""
-
-
-class Wrapper(partial):  # type: ignore[type-arg]
-    """`partial(function, module, before, ...)` with the signature of the method it stands for.
-
-    generate() inspects forward's parameters; and a partial copies and pickles with its model.
+    Args:
+        name: of the method.
+        function: gets the module, what it stands for, `given`, and the arguments of the call.
+        given: see there.
+        before: what stood in the module's `__dict__`, e.g. of accelerate.
+        method: what stands there now, a function of the module.
+        innermost: the same below all decorators, ours included, and below `before`.
     """
 
-    @property
-    def before(self) -> Callable[..., Any] | None:
-        """What stood in the module's `__dict__` before, e.g. of accelerate."""
-        before: Callable[..., Any] | None = self.args[1]
-        return before
+    name: str
+    function: Callable[..., Any]
+    given: tuple[Any, ...]
+    before: Original | None
+    method: Callable[..., Any] = field(repr=False)
+    innermost: Callable[..., Any] = field(repr=False)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        module = self.args[0]
-        return inspect.signature(getattr(type(module), self.func.__name__).__get__(module))
+
+class _Methods:
+    """All that stands for methods of one module; it is copied and pickled with the module.
+
+    A bound method is pickled as the name of an attribute of its module, and a module that is being
+    made again has none but its class's. So this stands before them in the module's `__dict__`, and
+    puts them there first.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.standing: dict[str, _Standing] = {}
+
+    def put(self, key: str, name: str, function: Any, given: Any, before: Any) -> None:
+        """Let `function` stand for a method."""
+        method, innermost = _functions(type(self.module), name, key)
+        standing = _Standing(name, function, given, before, method, innermost)
+        self.standing[key] = standing
+        self.module.__dict__[name] = method.__get__(self.module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Methods:
+        made = memo[id(self)] = _Methods.__new__(_Methods)
+        made.module = deepcopy(self.module, memo)
+        made.standing = deepcopy(self.standing, memo)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        found = {k: (s.name, s.function, s.given, s.before) for k, s in self.standing.items()}
+        return {"module": self.module, "found": found}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["module"])  # type: ignore[misc]
+        self.module.__dict__[_METHODS] = self
+        for key, parts in state["found"].items():
+            self.put(key, *parts)
+
+
+def _functions(cls: type, name: str, key: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`method` and `innermost` of what stands under `key`, see `_Standing`.
+
+    They hold no module: copies of a module have their own in the same functions.
+    """
+    own = getattr(cls, name)
+
+    def find(module: Any) -> _Standing | None:
+        methods: _Methods | None = module.__dict__.get(_METHODS)
+        return None if methods is None else methods.standing.get(key)
+
+    @wraps(own)
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        standing = find(self)
+        if standing is None:  # removed, but somebody kept it
+            return own(self, *args, **kwargs)
+        original = standing.before or partial(own, self)
+        return standing.function(self, original, *standing.given, *args, **kwargs)
+
+    def innermost(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        standing, original = find(self), partial(inspect.unwrap(own), self)
+        if standing is None:
+            return original(*args, **kwargs)
+        function = inspect.unwrap(standing.function)
+        return function(self, original, *standing.given, *args, **kwargs)
+
+    innermost.__name__, innermost.__doc__ = name, own.__doc__
+    innermost.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    method.__wrapped__ = innermost  # type: ignore[attr-defined]
+    return method, innermost
 
 
 class Wrapped:
     """A method of one module that a function stands for.
 
+    It is a bound method like the module's own: `__wrapped__`, to which others unwrap it, runs the
+    function too, around what is below all decorators of the module's own.
+
     Args:
-        function: named like the method; it gets the module, what stood in its `__dict__` before or
-            None, `given`, and the arguments of the call.
+        function: it gets the module, what it stands for, `given`, and the arguments of the call.
         module: whose method it is.
         given: more that the function gets.
+        name: of the method; None if it is the function's.
     """
 
-    def __init__(self, function: Callable[..., Any], module: Any, *given: Any) -> None:
-        self._attributes, self._name = module.__dict__, function.__name__
-        self._wrapper = Wrapper(function, module, self._attributes.get(self._name), *given)
-        self._attributes[self._name] = self._wrapper
+    def __init__(
+        self, function: Callable[..., Any], module: Any, *given: Any, name: str | None = None
+    ) -> None:
+        self._module, self._key = module, uuid4().hex
+        self._name = function.__name__ if name is None else name
+        before = module.__dict__.pop(self._name, None)
+        methods = module.__dict__.setdefault(_METHODS, _Methods(module))
+        methods.put(self._key, self._name, function, given, before)
+
+    def is_lost(self) -> bool:
+        """Whether somebody has put the module's own back."""
+        return _is_own(self._module, self._name)
 
     def remove(self) -> None:
         """Put back what stood there; what somebody else has wrapped meanwhile stays, and passes."""
-        if self._attributes.get(self._name) is not self._wrapper:
+        self.sweep(self._module)
+
+    def sweep(self, module: Any) -> None:
+        """Take it out of the module that it was put into, or a copy of that."""
+        attributes = module.__dict__
+        methods: _Methods | None = attributes.get(_METHODS)
+        standing = None if methods is None else methods.standing.get(self._key)
+        if methods is None or standing is None:
             return
-        del self._attributes[self._name]
-        if self._wrapper.before is not None:
-            self._attributes[self._name] = self._wrapper.before
+        name, before = self._name, standing.before
+        current = attributes.get(name)
+        function = getattr(current, "__func__", None)
+        if function is standing.method or function is standing.innermost:
+            del attributes[name]
+            if before is not None and function is standing.method:
+                attributes[name] = before
+        elif not (before is None or current is before or _is_own(module, name)):
+            methods.standing[self._key] = replace(standing, function=_pass, given=())
+            return
+        del methods.standing[self._key]
+        if not methods.standing:
+            del attributes[_METHODS]
+
+
+def has_methods(module: Any) -> bool:
+    """Whether anything stands for methods of a module."""
+    return _METHODS in module.__dict__
+
+
+def _is_own(module: Any, name: str) -> bool:
+    """Whether a module has no other method of this name than its class's."""
+    current = module.__dict__.get(name)
+    return current is None or getattr(current, "__func__", None) is getattr(type(module), name)
+
+
+def _pass(module: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+    return original(*args, **kwargs)

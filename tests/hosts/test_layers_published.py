@@ -18,8 +18,9 @@ from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
+from ocvtp.encoders.hooks import put
 from ocvtp.hosts.layer_plan import plan_layers
-from ocvtp.hosts.layers import install, reading
+from ocvtp.hosts.layers import hooks, reading
 from ocvtp.slots import OCPrunerConfig
 
 ONE = [(6, IMG, 4)]
@@ -72,7 +73,7 @@ class ByHand:
 
         handle = self.language_model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.no_grad():
-            cache = self.model(**inputs, use_cache=True).past_key_values
+            cache = self.model(**numbered(family, inputs), use_cache=True).past_key_values
         handle.remove()
         self.embeddings = caught[0]
         self.keys = [layer.keys.transpose(1, 2).flatten(2) for layer in cache.layers]
@@ -194,8 +195,7 @@ def test_states_are_compared_behind_the_last_norm() -> None:
 def test_a_batch_equals_its_rows(family: Family, method: str, side: Any) -> None:
     inputs = family.make(MIXED, side)
     with build(method)(family.model), torch.no_grad():
-        anew = METHODS[method][3]  # positions that the caller gives would stay
-        together = family.model(**(inputs if anew else numbered(family, inputs))).logits
+        together = family.model(**inputs).logits
         for row in range(len(MIXED)):
             alone = family.model(**family.single(inputs, row)).logits[0]
             real = inputs["attention_mask"][row].bool()
@@ -231,7 +231,7 @@ def test_pyramiddrop_is_the_official_one(vectors: Any) -> None:
     image, places = (is_image.long() - 1), (column - start).where(is_image, -1)
     pruner = build_pruner("pyramiddrop")
     plan = plan_layers(pruner, 4, image, places, torch.ones_like(is_image), renumber=True)
-    handles += install(model, pruner)
+    handles += put(hooks(model, pruner))
     for number, layer in enumerate(model.layers):
 
         def catch(module: Any, args: Any, kwargs: Any, number: int = number) -> None:

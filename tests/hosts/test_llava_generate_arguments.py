@@ -84,7 +84,7 @@ class Recorder(LogitsProcessor):
     def __init__(self) -> None:
         self.seen: list[torch.Tensor] = []
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         self.seen.append(input_ids.clone())
         return scores
 

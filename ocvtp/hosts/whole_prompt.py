@@ -1,0 +1,61 @@
+"""Lists of processors and criteria in which those of the caller of generate() read his prompt.
+
+B rows of the batch, L' + n tokens of the short prompt and the answer, V tokens that there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
+
+from ocvtp.hosts.callers import Callers
+
+
+class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
+    """Logits processors of generate() and its caller.
+
+    Args:
+        items: in their order.
+        callers: which of them are the caller's.
+    """
+
+    def __init__(self, items: Any, callers: Callers) -> None:
+        super().__init__(items)
+        self.callers = callers
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """[B, V] the scores, after all processors saw [B, L' + n] `input_ids`, or the caller's."""
+        whole = self.callers.shown.lengthen(input_ids)
+        for item in self:
+            ids = whole if self.callers.has(item) else input_ids
+            scores = LogitsProcessorList([item])(ids, scores, **kwargs)
+        return scores
+
+
+class CriteriaOfCallers(StoppingCriteriaList):  # type: ignore[misc]
+    """The same of stopping criteria."""
+
+    def __init__(self, items: Any, callers: Callers) -> None:
+        super().__init__(items)
+        self.callers = callers
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """[B] bool, whether one of them stops at [B, L' + n] `input_ids`, or the caller's."""
+        whole = self.callers.shown.lengthen(input_ids)
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for item in self:
+            ids = whole if self.callers.has(item) else input_ids
+            done = done | StoppingCriteriaList([item])(ids, scores, **kwargs)
+        return done
+
+    @property
+    def max_length(self) -> int | None:
+        """Of the short prompt and the answer."""
+        for item in self:
+            if isinstance(item, MaxLengthCriteria):
+                lost = self.callers.shown.lost if self.callers.has(item) else 0
+                return int(item.max_length) - lost
+        return None
