@@ -205,7 +205,8 @@ def test_the_short_help_names_settings_that_exist():
 def test_the_short_help_imports_no_trainer():
     code = (
         "import sys; from ocvtp.cli import main; status = main(['train', '--help']);"
-        "heavy = {'pytorch_lightning', 'torchmetrics', 'jsonargparse', 'torch'} & sys.modules.keys();"
+        "heavy = {'pytorch_lightning', 'torchmetrics', 'jsonargparse', 'torch'};"
+        "heavy &= sys.modules.keys();"
         "sys.exit(', '.join(heavy) or status)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

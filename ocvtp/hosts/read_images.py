@@ -67,8 +67,13 @@ def of_kept(output: Any, kept: Kept, num_rows: int) -> Any:
     sizes = [len(one) for one in rows]
     if isinstance(rows, Tensor):
         sizes = [rows.shape[1]] * len(rows)
-    sizes = _counts(sizes, kept.positions) if len(kept.positions) < num_rows else sizes
-    found: dict[str, Any] = {"pooler_output": _alike(rows, kept.embeddings.split(sizes))}
+    found: dict[str, Any] = {}
+    if len(kept.positions) < num_rows:
+        sizes = _counts(sizes, kept.positions)
+        states = output.hidden_states
+        if states is not None and any(layer is None for layer in states):
+            found["hidden_states"] = None  # what nobody asked for; Trainer cannot gather holes
+    found |= {"pooler_output": _alike(rows, kept.embeddings.split(sizes))}
     layers = getattr(output, "deepstack_features", None)
     if layers is not None and kept.deepstack is not None:
         pairs = zip(layers, kept.deepstack, strict=True)
