@@ -16,7 +16,8 @@ from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
-from torch import Tensor, cat
+import torch
+from torch import Tensor
 
 TESTED = ("5.17", "5.24")
 """The oldest and the newest minor version that the tests run on."""
@@ -120,7 +121,7 @@ def with_images(output: Any, read: Callable[[], Any], like: Tensor) -> Any:
         found[_TOWER] = read()
     elif _ROWS in names:
         rows = read().pooler_output
-        rows = rows if isinstance(rows, Tensor) else cat(list(rows))
+        rows = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
         found[_ROWS] = rows.to(like.device, like.dtype)
     return replace(output, **found) if found else output
 
@@ -237,3 +238,9 @@ def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     cut: Tensor = modeling_llava_next.unpad_image(image, size)
     return cut
+
+
+def is_checkpointed(block: Any) -> bool:
+    """Whether a block of a tower or a language model will run again in the backward pass."""
+    runs_again = getattr(block, "gradient_checkpointing", False) and block.training
+    return bool(runs_again and torch.is_grad_enabled())

@@ -213,7 +213,7 @@ class ClipFamilyHost(Host):
         self._check_settings(images, needs)
         stages = self._tower_stages
         eager = self.eager_tower(needs, acts=stages is not None)
-        with taps.recording() as record, on_device(self.model.model), eager:
+        with taps.recording(self.tower) as record, on_device(self.model.model), eager:
             if stages is not None:
                 stages.begin(record, self._layers_read(images))
             unread.leave_out(record, half := self._first_unread(images, needs))
@@ -226,6 +226,8 @@ class ClipFamilyHost(Host):
                 " is compiled."
             )
         found = taps.gather(record, self._view(), self._inside(needs), self._num_prefix)
+        if stages is not None:
+            stages.watch(self.tower, features)
         if needs.cls:
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:

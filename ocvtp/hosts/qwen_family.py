@@ -100,7 +100,11 @@ class QwenHost(Host):
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
         grids = self._grids(images)
-        with taps.recording() as record, on_device(self.model.model), self.eager_tower(needs):
+        with (
+            taps.recording(self.tower) as record,
+            on_device(self.model.model),
+            self.eager_tower(needs),
+        ):
             output = self.model.model.get_image_features(**images, return_dict=True)
         embeddings = torch.cat(list(output.pooler_output))  # [R, D']
         counts = [height * width for height, width in grids]
