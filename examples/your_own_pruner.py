@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from PIL import Image
 
@@ -20,7 +19,6 @@ import ocvtp
 from ocvtp.data.scenes import draw_scene
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.templates import with_template
-from ocvtp.pruners.base import Status
 from ocvtp.pruners.checks import check_pruner
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import top_k
@@ -41,8 +39,6 @@ class Contrast(ocvtp.Pruner):
     """
 
     power: float = 2.0
-
-    status: ClassVar[Status] = "control"
 
     @property
     def needs(self) -> ocvtp.Needs:

@@ -4,10 +4,15 @@ Use: `with ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="checkpoints/NAME
 `model.generate(**processor(...))` inside the block.
 """
 
-from ocvtp.hosts import attach
-from ocvtp.pruners import Chain, Compose, Pruner, build_pruner, list_pruners
-from ocvtp.slots import OCPruner
-from ocvtp.structures import Needs, Selection, VisualTokens
+from typing import TYPE_CHECKING
+
+from ocvtp.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ocvtp.hosts.attach import attach
+    from ocvtp.pruners import Chain, Compose, Pruner, build_pruner, list_pruners
+    from ocvtp.slots import OCPruner
+    from ocvtp.structures import Needs, Selection, VisualTokens
 
 __version__ = "0.1.0"
 
@@ -23,3 +28,20 @@ __all__ = [
     "build_pruner",
     "list_pruners",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Chain": "pruners",
+        "Compose": "pruners",
+        "Needs": "structures",
+        "OCPruner": "slots",
+        "Pruner": "pruners",
+        "Selection": "structures",
+        "VisualTokens": "structures",
+        "attach": "hosts",
+        "build_pruner": "pruners",
+        "list_pruners": "pruners",
+    },
+    parts=("encoders", "hosts", "pruners", "slots", "structures"),
+)

@@ -8,6 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from ocvtp import __version__
+from ocvtp.commands.flags import FLAGS
+
 _COMMANDS = {
     "train": "train an OC-pruner (--config YAML [--resume CKPT])",
     "export": "checkpoint or official weights to an artifact",
@@ -24,8 +27,12 @@ _COMMANDS = {
 }
 
 
+_CONTINUES = ("evaluate", "bench")
+"""Commands that write down what is done as they go."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input)."""
+    """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -36,37 +43,77 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_words(words[1:])
         arguments = _parser(words).parse_args(words)
         arguments.words = words
-        return int(arguments.run(arguments))
-    except ValueError as error:
-        sys.stdout.flush()
-        sys.stderr.write(f"ocvtp: error: {error}\n")
-        return 2
+        command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
+        return int(command.run(arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        if (status := _told(error, words)) is None:
+            raise
+        return status
+
+
+def _told(error: BaseException, words: Sequence[str]) -> int | None:
+    """Say what a user can mend, and the exit status of that; None for what is a fault of ours."""
+    if _is_stop(error):
+        again = "; the same command continues after what is done" if _continues(words) else ""
+        sys.stderr.write(f"ocvtp: stopped{again}\n")
+        return 130
+    if isinstance(error, BrokenPipeError):  # whoever read stdout has seen enough
+        sys.stdout = None  # nothing is left to be flushed there
+        return 1
+    if not isinstance(error, ValueError | OSError):
+        return None
+    sys.stdout.flush()
+    problem = _of_a_file(error) if isinstance(error, OSError) else str(error)
+    sys.stderr.write(f"ocvtp: error: {problem}\n")
+    return 2
+
+
+def _is_stop(error: BaseException | None) -> bool:
+    """Whether it is Ctrl-C, or what Python or a library made of that, e.g. during an import."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _of_a_file(error: OSError) -> str:
+    """What the system refused, and of which file."""
+    if error.filename is None or error.strerror is None:
+        return " ".join(str(error).split())
+    return f"{error.filename}: {error.strerror}; pass a file or folder that can be used so."
+
+
+def _continues(words: Sequence[str]) -> bool:
+    return bool(words) and words[0] in _CONTINUES
 
 
 def _import_pruners(words: list[str]) -> list[str]:
-    """The words without `--import FILE` in front of the command; the files are imported."""
-    while words[:1] == ["--import"] and len(words) > 1:
+    """The words without `--import FILE` before the command; the files are imported."""
+    while words:
+        flag, is_one_word, file = words[0].partition("=")
+        if flag != "--import" or not (is_one_word or words[1:]):
+            break
         from ocvtp.pruners.plugins import import_file
 
-        import_file(words[1])
-        words = words[2:]
-    return words
+        import_file(file if is_one_word else words[1])
+        words = words[1 if is_one_word else 2 :]
+    return words[1:] if words[:1] == ["--"] else words
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="ocvtp", description="Train, export, plug in and measure visual-token pruners."
+        prog="ocvtp",
+        description="Train, export, plug in and measure visual-token pruners.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--import", metavar="FILE", help="a Python file that registers pruners of your own"
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"ocvtp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
-        if words[:1] == [name]:  # import only what runs
-            module = importlib.import_module(f"ocvtp.commands.{name.replace('-', '_')}")
-            module.add_arguments(command)
-            command.set_defaults(run=module.run)
+        if words[:1] == [name]:
+            FLAGS[name](command)
     return parser
 
 

@@ -204,9 +204,10 @@ class VisualTokens:
 class LayerTokens(VisualTokens):
     """The visual tokens of B images in front of a layer of the language model.
 
-    `features` are its hidden states, `attention` and `keys` (turned by their positions) of its
-    layers, `num_heads` those of the keys, `text` the hidden states of the text behind each image
-    (of all text, where none follows). Images of one call come together where they are equally long.
+    `features` are its hidden states, `attention` and `keys` of its layers (turned by their
+    positions, counted from the row's first token), `num_heads` those of the keys, `text` the hidden
+    states of the text behind each image (of all text, where none follows). Images of one call come
+    together where they are equally long.
 
     Args:
         places: [B, N] the number of every token among those of its image in the tower, to look up

@@ -18,6 +18,10 @@ ALLOWED = {
     "structures": set(),
     "files": set(),
     "progress": set(),
+    "images": set(),
+    "lazy": set(),
+    "choices": set(),
+    "shipped": set(),
     "transformers_names": set(),
     "slots": {"structures"},
     "export": {"structures", "slots"},
@@ -38,12 +42,16 @@ ALLOWED = {
         "structures", "slots", "export", "pruners", "encoders", "hosts", "data", "training",
         "evaluation", "flops", "bench", "visualize", "demo_vlm",
     },
-    "cli": {"commands", "pruners"},
+    "cli": {"commands", "pruners", "__version__"},
     "__init__": {"structures", "slots", "pruners", "hosts"},
 }  # fmt: skip
 BELOW = (
     "files",
     "progress",
+    "images",
+    "lazy",
+    "choices",
+    "shipped",
     "transformers_names",
 )  # everything; they import nothing of the package
 # `with pruner(model):` is the one call that goes up, when it is made
@@ -111,7 +119,7 @@ def test_heavy_libraries_stay_in_their_place(path):
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_sizes_and_forbidden_things(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 300
+    assert len(text.splitlines()) <= 500
     assert path.name != "utils.py"
     for word in ("os.environ", "__class__ =", ".forward = "):
         assert word not in text, f"{path}: {word}"
@@ -126,7 +134,8 @@ def test_sizes_and_forbidden_things(path):
 
 def test_inference_imports_neither_lightning_nor_transformers():
     code = (
-        "import sys, ocvtp; heavy = {'pytorch_lightning', 'transformers', 'timm', 'matplotlib'};"
+        "import sys; from ocvtp import *;"
+        "heavy = {'pytorch_lightning', 'transformers', 'timm', 'matplotlib', 'scipy'};"
         "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

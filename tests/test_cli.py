@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -63,6 +66,27 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert main([*words[:4], "none", *words[5:], "--json"]) == 0
     unpruned = json.loads(capsys.readouterr().out)
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
+
+
+def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (60, 96)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.rot90(levels).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", exif=exif)
+    Image.fromarray(levels).save(tmp_path / "plain.png")
+    Image.fromarray(np.rot90(levels)).save(tmp_path / "sideways.png")
+    said, drawn = {}, {}
+    for name in ("plain", "deep", "sideways"):
+        words = [*MODEL, "--num-keep", "140", "--image", str(tmp_path / f"{name}.png"), "--json"]
+        more = ["--prompt", "What?", "--max-new-tokens", "12"]
+        assert main(["answer", *words, "--pruner", "fastervlm", *more]) == 0
+        said[name] = json.loads(capsys.readouterr().out)["answer"]
+        assert main(["show", *words, "--pruner", "none", "--output", str(tmp_path / "o.png")]) == 0
+        capsys.readouterr()
+        drawn[name] = (tmp_path / "o.png").read_bytes()
+    assert said["deep"] == said["plain"] != said["sideways"]
+    assert drawn["deep"] == drawn["plain"] != drawn["sideways"]
 
 
 def test_answer_with_several_images_and_a_ratio(capsys, photo):
@@ -241,6 +265,118 @@ def test_wrong_input_is_one_line_on_stderr(capsys, photo, words, message):
     assert message in errors[0]
 
 
+EVALUATE = ["evaluate", *MODEL, "--task", "scenes", "--pruners", "fopru", "--num-keep", "9"]
+BENCH = ["bench", *MODEL, "--pruners", "fopru", "--num-keep", "9"]
+FLOPS = ["flops", "--model", "llava-1.5-7b", "--num-keep", "64"]
+ANSWER = ["answer", *MODEL, "--pruner", "fopru", "--num-keep", "4", "--prompt", "?"]
+SHOW = ["show", *MODEL, "--pruner", "fopru", "--num-keep", "4", "--output", "picture.png"]
+
+
+def the_error(capsys):
+    """The one line on stderr that is an error, without its beginning."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = [line for line in captured.err.splitlines() if "error" in line.lower()]
+    assert line.startswith("ocvtp: error: ")
+    return line.removeprefix("ocvtp: error: ")
+
+
+@pytest.mark.parametrize("words", [EVALUATE, BENCH, ANSWER, SHOW], ids=lambda words: words[0])
+@pytest.mark.parametrize("device", ["cuda:77", "nowhere"])
+def test_a_device_that_is_not_there(capsys, photo, tmp_path, monkeypatch, words, device):
+    monkeypatch.chdir(tmp_path)
+    image = ["--image", photo] if words[0] in ("answer", "show") else []
+    assert main([*words, *image, "--device", device]) == 2
+    error = the_error(capsys)
+    assert error.startswith(f"device={device!r} cannot be used (")
+    assert error.endswith("; pass cpu.") or "cpu or cuda:0" in error
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dtype_that_is_none(capsys, photo):
+    assert main([*ANSWER, "--image", photo, "--dtype", "int8"]) == 2
+    assert the_error(capsys) == "dtype='int8'; pass auto, float32, bfloat16 or float16."
+
+
+@pytest.mark.parametrize(
+    "words",
+    [EVALUATE, BENCH, FLOPS, SHOW, ["lmms-task", "--task", "pope"], ["export", "--official", "x"]],
+    ids=lambda words: words[0],
+)
+def test_an_output_that_is_or_lies_in_a_file(capsys, photo, tmp_path, words):
+    (tmp_path / "file").write_text("mine")
+    image = ["--image", photo] if words[0] == "show" else []
+    name = "deep/in.png" if words[0] == "show" else "deep"
+    places = [f"file/{name}"] if words[0] == "show" else ["file", f"file/{name}"]
+    for place in places:
+        assert main([*words, *image, "--output", str(tmp_path / place)]) == 2
+        assert f"{tmp_path / 'file'} is a file; pass a folder" in the_error(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_output_that_may_not_be_written_to(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert main([*EVALUATE, "--output", str(tmp_path / "new" / "deep")]) == 2
+    assert f"{tmp_path} may not be written to; pass another place" in the_error(capsys)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_picture_that_is_a_folder(capsys, photo, tmp_path):
+    assert main([*SHOW[:-1], str(tmp_path), "--image", photo]) == 2
+    assert "is a folder; pass the name of a file" in the_error(capsys)
+
+
+def test_what_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "results.json"))
+
+    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", full)
+    assert main(FLOPS) == 2
+    assert the_error(capsys).startswith(f"{tmp_path / 'results.json'}: No space left on device")
+
+
+@pytest.mark.parametrize("wrapped", [None, RuntimeError, ValueError])
+@pytest.mark.parametrize(("words", "continues"), [(EVALUATE, True), (BENCH, True), (FLOPS, False)])
+def test_a_stopped_command_says_how_it_goes_on(
+    capsys, tmp_path, monkeypatch, words, continues, wrapped
+):
+    """Also where a library made another error of it."""
+
+    def stop(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            if wrapped is None:
+                raise
+            raise wrapped("Error calling __set_name__ on 'Field'") from error
+
+    monkeypatch.setattr("ocvtp.hosts.loading.byte_tokenizer", stop)
+    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", stop)
+    assert main([*words, "--output", str(tmp_path)]) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ocvtp: stopped")
+    assert ("the same command continues" in line) == continues
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(FLOPS)
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    words = [sys.executable, "-m", "ocvtp.cli", "list", "--json"]
+    reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
+    reader.wait()
+    found = subprocess.run(words, stdout=reader.stdin, stderr=subprocess.PIPE, check=False)
+    reader.stdin.close()
+    assert b"Traceback" not in found.stderr
+    assert b"BrokenPipe" not in found.stderr
+
+
 def test_an_unreadable_image_is_named(capsys, tmp_path):
     (tmp_path / "photo.jpg").write_text("no image")
     words = ["answer", *MODEL, "--pruner", "none", "--prompt", "?", "--image"]
@@ -255,6 +391,26 @@ def test_resize(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["written"] == 3
     sizes = {Image.open(p).size for p in output.glob("*.jpg")}
     assert sizes == {(48, 48)}
+
+
+def test_files_of_pruners_come_before_the_command(capsys, tmp_path):
+    file = tmp_path / "kept_by_chance.py"
+    file.write_text(
+        "from ocvtp.pruners.random import Random\n"
+        "from ocvtp.pruners.registry import register\n"
+        "register('by_chance')(type('ByChance', (Random,), {'__doc__': Random.__doc__}))\n"
+    )
+    try:
+        for flag in (["--import", str(file)], [f"--import={file}"], [f"--import={file}", "--"]):
+            assert main([*flag, "list"]) == 0
+            assert "by_chance" in capsys.readouterr().out
+    finally:
+        registry._REGISTRY.pop("by_chance", None)
+        sys.modules.pop("kept_by_chance", None)
+    for words in (["--import"], ["--imp", str(file), "list"], []):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "ocvtp: error: " in capsys.readouterr().err
 
 
 def test_help_names_every_command(capsys):

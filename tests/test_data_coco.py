@@ -168,6 +168,22 @@ def test_stored_orientation_is_kept(folder):
     assert item["instances"].shape == (30, 40)
 
 
+def test_without_masks_images_are_turned_upright(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(folder / "images/c.jpg", exif=exif)
+    for options in ({"annotations": None}, {}):
+        item = open_images(folder, **options)[2]
+        assert item["pixel_values"].shape == (3, 40, 30)
+        assert item["image_size"] == (40, 30)
+
+
+def test_sixteen_bits_are_scaled(folder):
+    Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)).save(folder / "images/b.png")
+    item = open_images(folder, annotations=None)[2]
+    assert item["pixel_values"].unique().tolist() == pytest.approx([128 / 255])
+
+
 def damage(path, how):
     if how == "missing":
         path.unlink()
@@ -222,16 +238,54 @@ def test_masks_of_another_shape(folder):
 
 @pytest.mark.parametrize(
     "shape",
-    [[], [[1, 2]], None, {"counts": [1], "size": "no"}, {"counts": "0`U1", "size": [40, 30]}],
+    [
+        *([[1, 2]], [[0, 0, 9, 9]], [0, 0, 9, 0, 9, 9], "all", 7),
+        *({"counts": [1], "size": "no"}, {"counts": "0`U1", "size": [40, 30]}),
+    ],
 )
 def test_unreadable_masks(folder, shape):
     write_json(folder / "instances.json", [(9, "c.jpg")], [(9, rectangle(0, 0, 9, 9)), (9, [])])
     content = json.loads((folder / "instances.json").read_text())
     content["annotations"][1]["segmentation"] = shape
     (folder / "instances.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"c\.jpg.*annotation 2 has no readable mask"):
+    message = r"c\.jpg.*annotation 2 has no readable mask.*; repair .*instances\.json, or"
+    with pytest.raises(ValueError, match=message):
         open_images(folder, with_instances=True)[0]
     assert "error" in open_images(folder, with_instances=True, on_error="skip")[0]
+
+
+BOX = {"id": 9, "image_id": 3, "bbox": [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("segmentation", [[], [[]], None, "missing"])
+def test_objects_with_a_box_alone_have_no_mask(folder, segmentation, caplog):
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    alone = {key: value for key, value in BOX.items() if segmentation == "missing"}
+    content["annotations"] += [alone or {**BOX, "segmentation": segmentation}]
+    content["annotations"] += [{**BOX, "id": 10, "image_id": 9, "segmentation": []}]
+    path.write_text(json.dumps(content))
+    for with_instances in (True, None):
+        images = open_images(folder, with_instances=with_instances)
+        assert [int(item["instances"].max()) for item in images] == [0, 1, 3]
+    assert "2 of 6 objects have no mask" in caplog.text
+
+
+def test_a_file_of_boxes_alone(folder, caplog):
+    path = folder / "instances.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": [BOX]}))
+    assert "instances" not in open_images(folder, with_instances=None)[0]
+    assert not open_images(folder, with_instances=True)[0]["instances"].any()
+    assert "1 of 1 objects have no mask" in caplog.text
+    Image.new("RGB", (30, 40)).save(folder / "images/a.jpg")  # of another shape than the file says
+    assert open_images(folder, with_instances=True)[0]["instances"].shape == (40, 30)
+
+
+def test_an_image_that_is_listed_twice_is_refused(folder):
+    write_json(folder / "instances.json", [(9, "c.jpg"), (9, "a.jpg")], [])
+    with pytest.raises(ValueError, match=r"two images have the id 9, c\.jpg and a\.jpg"):
+        open_images(folder)
 
 
 GOOD = {"id": 1, "file_name": "a.jpg", "width": 1, "height": 1}
@@ -241,10 +295,10 @@ NO_INSTANCES = {
     "no JSON object": "[]",
     "without a list 'images'": '{"annotations": []}',
     "without a list 'annotations'": json.dumps({"images": [GOOD]}),
-    "lack one of id, image_id, segmentation": json.dumps(
+    r"annotation 1 lacks segmentation or bbox \(it has id, image_id, caption\)": json.dumps(
         {"images": [GOOD], "annotations": [CAPTION]}
     ),
-    "lack one of file_name, height, id, width": json.dumps(
+    "entry 1 of 'images' lacks height, width": json.dumps(
         {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
     ),
     "the id '1'": json.dumps({"images": [GOOD | {"id": "1"}], "annotations": []}),
@@ -333,5 +387,5 @@ def test_real_images(split, count):
     for item in items:
         shown = (item["pixel_values"].shape, item["instances"].shape)
         assert shown == ((3, 20, 20), (20, 20))
-    with pytest.raises(ValueError, match="lack one of id, image_id, segmentation"):
+    with pytest.raises(ValueError, match="lacks segmentation or bbox"):
         CocoImages(COCO_TINY / split, COCO_TINY / f"annotations/captions_{split}.json", Resize())

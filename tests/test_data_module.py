@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import numpy as np
@@ -335,6 +336,19 @@ def test_training_batches_have_instances_where_asked(root):
         assert ("instances" in next(iter(data.train_dataloader()))) == asked
     with pytest.raises(ValueError, match="with_instances=True needs masks"):
         data_module(root, train_annotations=None, train_instances=True).setup("fit")
+
+
+def test_validation_on_boxes_alone_has_no_instances(root, tmp_path):
+    path = root / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    for number, thing in enumerate(content["annotations"]):
+        thing["segmentation"] = [] if number % 2 else None
+    (tmp_path / "boxes.json").write_text(json.dumps(content))
+    data = data_module(root, val_annotations=str(tmp_path / "boxes.json"), on_error="skip")
+    data.setup("validate")
+    (batch,) = data.val_dataloader()
+    assert (batch["image_ids"], batch["errors"]) == ([1, 2, 3], [])
+    assert "instances" not in batch
 
 
 def test_setup_says_what_is_missing(root, tmp_path):

@@ -9,6 +9,7 @@ from ocvtp.data.coco import CocoImages
 from ocvtp.data.resize import ResizeReport, resize_folder
 from ocvtp.data.scenes import draw_scene, write_scenes
 from ocvtp.files import replacing
+from ocvtp.images import open_image
 
 
 def save(path, width=120, height=90, index=0, **options):
@@ -93,14 +94,16 @@ def test_grey_and_transparent_images_become_rgb(tmp_path):
     assert {Image.open(p).mode for p in (tmp_path / "out").glob("*.jpg")} == {"RGB"}
 
 
-def test_orientation_stays_as_stored(tmp_path):
+def test_orientation_stays_as_stored_with_its_tag(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees to show
+    exif[0x010F] = "a camera"
     save(tmp_path / "in/turned.jpg", 120, 90, exif=exif)
     resize_folder(tmp_path / "in", tmp_path / "out", 45)
     image = Image.open(tmp_path / "out/turned.jpg")
     assert image.size == (60, 45)
-    assert 0x0112 not in image.getexif()
+    assert dict(image.getexif()) == {0x0112: 6}
+    assert open_image(tmp_path / "out/turned.jpg").size == (45, 60)
 
 
 def test_two_images_of_one_result_are_refused(source, tmp_path):

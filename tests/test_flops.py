@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from ocvtp import Compose, build_pruner
-from ocvtp.flops import count
+from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.hosts import full_size
 
@@ -58,7 +57,7 @@ def test_the_language_model_as_torch_counts_it(whole):
     }
     if name.startswith("qwen"):
         inputs["position_ids"] = torch.arange(length, device="meta").expand(3, 1, length)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operations.counter() as counter, torch.no_grad():
         states = model.model.language_model(**inputs).last_hidden_state
         model.lm_head(states[:, -1:])
     assert expected.language_model == pytest.approx(counter.get_total_flops(), rel=0.001)
@@ -76,7 +75,7 @@ def test_towers_and_projectors_as_torch_counts_them(whole):
             return tuple(value.to("meta") for value in args)
 
         hooks.append(model.model.visual.rotary_pos_emb.register_forward_pre_hook(on_meta))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operations.counter() as counter, torch.no_grad():
         model.model.get_image_features(pixels, **arguments)
     for hook in hooks:
         hook.remove()
@@ -84,6 +83,18 @@ def test_towers_and_projectors_as_torch_counts_them(whole):
     assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
     assert found.select == 0
     assert found.total == found.tower + found.projector + found.language_model
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_on_a_cpu_counts_in_every_version(masked):
+    query, key, value = torch.rand(2, 3, 5, 8), torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8)
+    mask = torch.ones(5, 7, dtype=torch.bool) if masked else None
+    with operations.counter() as counter:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * 7 * (8 + 8)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    made = operations.formulas()[kernel](query, key, value, out_val=query)
+    assert made == counter.get_total_flops()
 
 
 def test_parts_of_llava_as_its_sizes_say():

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 from ocvtp import Compose, attach, build_pruner
-from ocvtp.flops import count
+from ocvtp.flops import count, operations
 from ocvtp.hosts import full_size
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.loading import load_model
@@ -71,7 +70,7 @@ def _model(family: str) -> tuple[Any, Any, dict[str, int], Any]:
 
 
 def _run(model: Any, inputs: Any) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operations.counter() as counter, torch.no_grad():
         model(**inputs, logits_to_keep=1)
     return int(counter.get_total_flops())
 

@@ -7,7 +7,6 @@ ratio over the bare model's in the same round.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,16 +17,33 @@ from typing import Any
 import numpy as np
 
 from ocvtp.bench.figures import series
+from ocvtp.bench.measure import PARTS
 from ocvtp.bench.report import cell_name, ratio_text, table
 from ocvtp.bench.run import KIND, SCHEMA
 from ocvtp.bench.statistics import Array, deviations
+from ocvtp.choices import TOLERANCE
+from ocvtp.evaluation.reading import lack, read_json
 
 Facts = Mapping[str, Any]
-TOLERANCE = 0.03
-"""Changes below are not flagged: what a new process changes, where memory lies and how fast the
-clock runs, is in the interval of no single run."""
 _SHOWN = ("ttft", "tpot", "request")
 _SURE, _LEVEL = 1.959964, 0.05
+
+
+_SIZES = ("batch_size", "text_length", "images_per_prompt", "image_tokens", "text_tokens")
+_SERIES = [(int, float), ...]
+_ENVIRONMENT = ("device", "dtype", "threads", "torch", "transformers", "python")
+_SHAPE = {
+    "schema": int,
+    "settings": {"new_tokens": int, "model": str, "attention": dict},
+    "environment": dict.fromkeys(_ENVIRONMENT, str),
+    "cells": [
+        {
+            **dict.fromkeys((*_SIZES, "block"), int),
+            "rows": [{"key": str, "samples": dict.fromkeys(PARTS, _SERIES)}, ...],
+        },
+        ...,
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +71,12 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is none, or of another schema.
     """
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); pass a results.json.") from error
+    what = "a results.json of `ocvtp bench`"
+    found: dict[str, Any] = read_json(path, what)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise ValueError(f"{path} is no result of `ocvtp bench`; pass its results.json.")
+    if problem := lack(found, _SHAPE) or _uneven(found):
+        raise ValueError(f"{path} is not whole: {problem}; pass {what}.")
     if found["schema"] != SCHEMA:
         raise ValueError(
             f"{path} has schema {found['schema']}, this version reads {SCHEMA}; time it anew."
@@ -136,10 +152,11 @@ def _change(
     tolerance: float,
 ) -> Change:
     pairs = [(cell, cell["rows"][index], cell["rows"][0]) for cell in (cell_a, cell_b)]
-    times = [
-        (cell["block"], *(series(r["samples"], metric, new_tokens) for r in rows))
-        for cell, *rows in pairs
-    ]
+    times = []
+    for cell, row, bare in pairs:  # a row of a later sitting was timed beside another bare model
+        beside = row.get("beside", {"block": cell["block"], "samples": bare["samples"]})
+        own, other = (series(of["samples"], metric, new_tokens) for of in (row, beside))
+        times.append((beside["block"], own, other))
     plain = judged = _moved(*((own, block) for block, own, _ in times))
     relative = None
     if index > 0:
@@ -194,9 +211,16 @@ def _pairs(a: Facts, b: Facts) -> Iterator[tuple[Facts, Facts]]:
 
 
 def _sizes(cell: Facts) -> tuple[int, ...]:
-    return tuple(
-        cell[name] for name in ("batch_size", "text_length", "images_per_prompt", "image_tokens")
-    )
+    return tuple(cell[name] for name in _SIZES[:4])
+
+
+def _uneven(found: Facts) -> str:
+    """Which row has more rounds of one part than of another."""
+    for cell in found["cells"]:
+        for row in cell["rows"]:
+            if len(set(map(len, row["samples"].values()))) > 1:
+                return f"rounds of {row['key']!r} are missing"
+    return ""
 
 
 def _check(a: Facts, b: Facts) -> None:
@@ -217,7 +241,7 @@ def _check(a: Facts, b: Facts) -> None:
 
 
 def _warnings(a: Facts, b: Facts) -> Iterator[str]:
-    for name in ("device", "dtype", "threads", "torch", "transformers", "python"):
+    for name in _ENVIRONMENT:
         one, other = a["environment"][name], b["environment"][name]
         if one != other:
             yield f"{name}: {one} in a, {other} in b."

@@ -2,8 +2,7 @@
 
 On CUDA the caching allocator tells of memory. On the CPU a dispatch mode follows the storages that
 PyTorch's operations return while they live; it does not see what a kernel takes and gives back
-inside itself. Operations are those of matrix products, convolutions and attention, as PyTorch's own
-FlopCounterMode counts them: a multiplication and an addition are two, causal attention is whole.
+inside itself. Operations are as `ocvtp.flops.operations` counts them.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+
+from ocvtp.flops import operations
 
 _ATTENTION = "scaled_dot_product"
 
@@ -35,6 +35,7 @@ class Watch(TorchDispatchMode):  # type: ignore[misc]
         self.kernels: dict[str, set[str]] = {}
         self.operations: dict[str, int] = {}
         self._stage = stage
+        self._formulas = operations.formulas()
         self._references: dict[int, weakref.ref[Any]] = {}
         for tensor in known:
             self._follow(tensor, counts=False)
@@ -47,7 +48,7 @@ class Watch(TorchDispatchMode):  # type: ignore[misc]
         stage = self._stage()
         if _ATTENTION in (name := func.name()):
             self.kernels.setdefault(stage, set()).add(name.removeprefix("aten::"))
-        if (count := flop_registry.get(func.overloadpacket)) is not None:
+        if (count := self._formulas.get(func.overloadpacket)) is not None:
             made = count(*args, **(kwargs or {}), out_val=result)
             self.operations[stage] = self.operations.get(stage, 0) + made
         for item in tree_iter(result):

@@ -64,6 +64,7 @@ def write(results: Facts, folder: Path, accuracy: Facts | None = None) -> list[P
 def markdown(results: Facts) -> str:
     """The whole report."""
     parts = [f"# Time and memory of {results['model']}", _summary(results)]
+    parts += [f"> Note. {remark}" for remark in results.get("remarks", ())]
     for cell in results["cells"]:
         parts += [f"## {cell_name(cell)}", times_table(cell), "Stages, milliseconds (medians):"]
         parts += [_stages_table(cell), "The pruner's own time, and what it saves of the prefill:"]
@@ -74,8 +75,8 @@ def markdown(results: Facts) -> str:
 
 def short(results: Facts) -> str:
     """The times of every cell."""
-    parts = (f"{cell_name(cell)}\n{times_table(cell)}" for cell in results["cells"])
-    return "\n\n".join(parts) + "\n"
+    parts = [f"{cell_name(cell)}\n{times_table(cell)}" for cell in results["cells"]]
+    return "\n\n".join([*results.get("remarks", ()), *parts]) + "\n"
 
 
 def cell_name(cell: Facts) -> str:
@@ -203,6 +204,12 @@ def _notes(cell: Facts) -> Iterator[str]:
     lines = [f"- {key} could not be run: {why}" for key, why in cell["unfit"].items()]
     untrained = sorted({row["label"] for row in cell["rows"] if row["random_weights"]})
     lines += [f"- {label}: a network of random weights; times are true." for label in untrained]
+    for row in cell["rows"]:
+        if beside := row.get("beside"):
+            there = number(beside["ttft"])
+            lines.append(f"- {row['key']}: of a later run, beside an unpruned TTFT of {there} ms.")
+    if yours := sorted({row["label"] for row in cell["rows"] if row.get("yours")}):
+        lines.append(f"- Yours: {', '.join(yours)}.")
     for stage, where in (
         ("pixels", "in front of the vision tower"),
         ("encoder", "inside the vision tower"),
@@ -236,8 +243,9 @@ def _summary(results: Facts) -> str:
 
 
 def _origin(results: Facts) -> Iterator[str]:
-    """The command as code, then what else the figures depend on."""
-    yield f"    {results['command']}"
+    """The commands as code, then what else the figures depend on."""
+    commands = [results["command"], *results.get("earlier_commands", ())]
+    yield "\n".join(f"    {command}" for command in commands)
     known = {**results["settings"], **results["environment"]}
     yield "\n".join(f"- {key}: {json.dumps(value)}" for key, value in known.items())
 

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ocvtp.bench import figures, marks
+from ocvtp.bench import marks
 from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
-from ocvtp.bench.variants import SavingRows, Variant, needs_network, network_for, variants
+from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
+from ocvtp.bench.variants import Variant, needs_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
+from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
-from ocvtp.files import replacing
 from ocvtp.hosts.attach import find_host
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.progress import progress_bar
 
 SCHEMA = 1
@@ -73,7 +75,7 @@ class Plan:
 
 
 def bench(subject: Subject, plan: Plan, folder: Path, command: str = "") -> dict[str, Any]:
-    """Time all cells that `folder` does not hold yet.
+    """Time all rows that `folder` does not hold yet.
 
     Args:
         subject: the model.
@@ -82,37 +84,41 @@ def bench(subject: Subject, plan: Plan, folder: Path, command: str = "") -> dict
         command: what to type for the same, for the report.
 
     Returns:
-        what results.json holds.
+        what results.json holds: all that is in the folder.
 
     Raises:
-        ValueError: if a pruner does not fit the model, or `folder` holds cells of another plan.
+        ValueError: if a pruner does not fit the model, or `folder` holds cells that were timed
+            under other settings.
     """
     model = subject.model
     shared = {"model": subject.name, "weights": content_hash(subject.name), **plan.settings()}
     environment = environment_of(model)
     shared |= {key: environment[key] for key in ("device", "threads", "dtype")}
     shared["attention"] = attention_of(model)
-    cells = []
+    done = []
+    cells_in(folder / CELLS, shared)  # refuses those of other settings before anything is timed
     with progress_bar() as progress:
         bar = progress.add_task("", total=None)
         for number, cell in enumerate(plan.cells):
-            path = folder / CELLS / f"{cell.key}.json"
-            header = shared | asdict(cell)
-            found = _written(path, header)
-            if found is None:
-                tick = partial(_tick, progress, bar, f"{number + 1} of {len(plan.cells)}: {cell}")
-                found = {"header": header, **_measure(subject, plan, cell, tick)}
-                with replacing(path) as temporary:
-                    temporary.write_text(json.dumps(found) + "\n")
-            cells.append(found)
+            sittings = Sittings(folder / CELLS, cell.key, shared | asdict(cell))
+            tick = partial(_tick, progress, bar, f"{number + 1} of {len(plan.cells)}: {cell}")
+            asked = _sit(subject, plan, cell, sittings, tick, command)
+            done.append((cell.key, asked))
+    cells = cells_in(folder / CELLS, shared)
+    order = [key for key, _ in done]
+    cells.sort(key=lambda one: order.index(one.key) if one.key in order else len(order))
+    kept = names_of_kept(cells, dict(done))
+    typed = dict.fromkeys(f.get("command") for one in cells for f in one.found)
     return {
         "kind": KIND,
         "schema": SCHEMA,
         "model": subject.name,
         "command": command,
-        "settings": shared,
+        "earlier_commands": [one for one in typed if one and one != command],
+        "remarks": [f"kept from earlier runs in this folder: {'; '.join(kept)}."] if kept else [],
+        "settings": shared | chosen(cells),
         "environment": environment | {"timer_seconds": marks.cost_of_a_mark(_device(model))},
-        "cells": [figures.cell(found, plan.new_tokens) for found in cells],
+        "cells": [one.cell(plan.new_tokens) for one in cells],
     }
 
 
@@ -134,21 +140,27 @@ def attention_of(model: Any) -> dict[str, Any]:
     return found | {"sdpa_backends": [name for name, on in allowed.items() if on]}
 
 
-def _measure(subject: Subject, plan: Plan, cell: Cell, tick: Callable[..., None]) -> dict[str, Any]:
-    """What is found of a cell, raw."""
+def _sit(
+    subject: Subject,
+    plan: Plan,
+    cell: Cell,
+    sittings: Sittings,
+    tick: Callable[..., None],
+    command: str,
+) -> set[str]:
+    """Time what a cell lacks of the plan; returns the keys of the plan's rows."""
+    if (same := sittings.same()) is not None:
+        return {row["key"] for row in same["rows"]}
     timer = Bench(subject, plan.new_tokens)
     request = make_request(cell, subject.processor, plan.image_size)
     inputs = request.prepare(subject.processor, subject.model)
     sizes = tokens_of(timer.host, inputs)
-    lacks = needs_network(plan.pruners, plan.checkpoint)
-    rows = variants(
-        plan.pruners,
-        plan.num_keep,
-        sizes["image_tokens"] // cell.images_per_prompt,
-        checkpoint=plan.checkpoint,
-        network=network_for(subject, inputs) if lacks else None,
-        rows=plan.savings,
-    )
+    bare, *asked = _variants(subject, plan, inputs, sizes["image_tokens"] // cell.images_per_prompt)
+    keys = {bare.key, *(variant.key for variant in asked)}
+    tried = sittings.tried(plan.skip_unfit)
+    rows = [bare, *(variant for variant in asked if variant.key not in tried)]
+    if len(rows) == 1 and sittings.found:
+        return keys
     tick("a first look", total=len(rows) * (1 + plan.warmup + plan.repetitions))
     seen, unfit = _first_look(timer, rows, inputs, tick)
     if unfit and not plan.skip_unfit:
@@ -157,7 +169,8 @@ def _measure(subject: Subject, plan: Plan, cell: Cell, tick: Callable[..., None]
             f"these cannot run on {subject.name}; leave them out, or pass --skip-unfit for a report"
             f" without them:{lines}"
         )
-    fit = [variant for variant in rows if variant.key in seen and _has_effect(variant, seen)]
+    known = {**sittings.rows(), **seen}
+    fit = [variant for variant in rows if variant.key in seen and _has_effect(variant, known)]
     samples = timer.rounds(request, fit, plan.warmup, plan.repetitions, tick)
     found = [
         {
@@ -168,7 +181,23 @@ def _measure(subject: Subject, plan: Plan, cell: Cell, tick: Callable[..., None]
         }
         for variant in fit
     ]
-    return {"sizes": sizes, "unfit": unfit, "rows": found}
+    idle = [key for key in seen if key not in samples]
+    facts = {"command": command, "sizes": sizes, "unfit": unfit, "without_effect": idle}
+    sittings.add({**facts, "rows": found})
+    return keys
+
+
+def _variants(subject: Subject, plan: Plan, inputs: Any, num_tokens: int) -> list[Variant]:
+    """The rows of a plan."""
+    lacks = needs_network(plan.pruners, plan.checkpoint)
+    return variants(
+        plan.pruners,
+        plan.num_keep,
+        num_tokens,
+        checkpoint=plan.checkpoint,
+        network=network_for(subject, inputs) if lacks else None,
+        rows=plan.savings,
+    )
 
 
 def _first_look(
@@ -179,6 +208,8 @@ def _first_look(
     unfit: dict[str, str] = {}
     for variant in rows:
         try:
+            if variant.pruner is not None:
+                refuse_beyond_all(timer.host, variant.pruner)
             seen[variant.key] = timer.look(variant, inputs)
         except ValueError as error:
             unfit[variant.key] = str(error)
@@ -199,22 +230,6 @@ def _has_effect(variant: Variant, seen: Mapping[str, Mapping[str, Any]]) -> bool
         return True
     plain = variant.key.removesuffix(f" [{variant.changed}]")
     return plain in seen and seen[plain]["savings"] != seen[variant.key]["savings"]
-
-
-def _written(path: Path, header: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A cell that an earlier run has done."""
-    if not path.is_file():
-        return None
-    found: dict[str, Any] = json.loads(path.read_text())
-    if found["header"] != header:
-        differ = sorted(
-            k for k in {*header, *found["header"]} if header.get(k) != found["header"].get(k)
-        )
-        raise ValueError(
-            f"{path} was timed under other settings ({', '.join(differ)}); pass another --output,"
-            " or delete that file."
-        )
-    return found
 
 
 def _device(model: Any) -> torch.device:

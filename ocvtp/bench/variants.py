@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import (
     UNPRUNED,
     Budget,
@@ -25,8 +26,6 @@ from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
 from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import Needs
-
-SavingRows = Literal["default", "all", "none", "each"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +68,7 @@ class Variant:
             "changed": self.changed,
             "random_weights": self.random_weights,
             "stages": sorted({part.stage for part in self.parts}),
+            "yours": any(part.status == "yours" for part in self.parts),
         }
 
     @property

@@ -1,1 +1,1 @@
-"""One file per command of `ocvtp`: its flags (`add_arguments`) and what it does (`run`)."""
+"""One file per command of `ocvtp`, which says what it does (`run`); all flags are in `flags`."""

@@ -5,39 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
 from ocvtp.commands import options, output
-from ocvtp.hosts.attach import attached
-from ocvtp.hosts.base import Separators, Tiling
+from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.base import Tiling
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    options.add_model(parser)
-    options.add_pruner(parser, several=False)
-    parser.add_argument("--image", required=True, nargs="+", help="image files")
-    parser.add_argument("--prompt", required=True, help="plain text")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    options.add_budget(parser)
-    parser.add_argument(
-        "--separators",
-        choices=get_args(Separators),
-        default="rows",
-        help="which tokens that end rows of tiles stay (default: %(default)s)",
-    )
-    output.add_json(parser)
+from ocvtp.pruners.specs import build_spec
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer and print."""
     result = answer(
         arguments.model,
-        options.build(arguments.pruner, arguments),
+        build_spec(arguments.pruner, **options.pruner_settings(arguments)),
         arguments.image,
         arguments.prompt,
         arguments.max_new_tokens,
@@ -117,6 +102,7 @@ def answer(
     """
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
+    refuse_beyond_all(find_host(vlm), pruner)
     text = with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
     prompts: list[Prompt] = []

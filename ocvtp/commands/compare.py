@@ -8,22 +8,6 @@ from ocvtp.bench import compare as changes
 from ocvtp.commands import output
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    parser.add_argument("a", help="results.json of `ocvtp bench`: before")
-    parser.add_argument("b", help="results.json of `ocvtp bench`: after")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=changes.TOLERANCE,
-        help="smaller changes are not flagged (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--fail-on-regression", action="store_true", help="exit with 1 if anything is slower"
-    )
-    output.add_json(parser)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Compare and print."""
     if not arguments.tolerance >= 0:

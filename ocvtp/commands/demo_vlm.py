@@ -12,16 +12,6 @@ from ocvtp.demo_vlm.text_tower import add_text_tower
 from ocvtp.demo_vlm.training import train
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    parser.add_argument("--config", required=True, help="e.g. configs/demo_vlm/cpu.yaml")
-    parser.add_argument("--output", help="folder of the model (default: the config's)")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue what the output folder holds"
-    )
-    output.add_json(parser)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Train, save, measure and print the figures."""
     settings = load_settings(arguments.config)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from ocvtp.commands import options, output
-from ocvtp.data.scenes import LEVELS, Split
+from ocvtp.choices import Task as TaskName
+from ocvtp.commands import output
 from ocvtp.evaluation.conditions import CONTROLS, Budget
 from ocvtp.evaluation.coverage import CoverageTask
 from ocvtp.evaluation.pope import PopeTask, build_pope
@@ -22,73 +22,9 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    options.add_model(parser)
-    parser.add_argument("--task", required=True, choices=list(TASKS), help="what is asked")
-    parser.add_argument(
-        "--pruners",
-        nargs="+",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="see `ocvtp list`; controls run beside them",
-    )
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
-    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
-    parser.add_argument(
-        "--checkpoint",
-        nargs="+",
-        default=[],
-        help="exported OC-pruner; several, e.g. of several training seeds, are averaged",
-    )
-    options.add_text_tower(parser)
-    parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time")
-    parser.add_argument(
-        "--no-controls", action="store_true", help="unpruned and shuffled images alone"
-    )
-    parser.add_argument(
-        "--skip-unfit",
-        action="store_true",
-        help="leave out what cannot run on this model, with a note, instead of stopping",
-    )
-    parser.add_argument(
-        "--output",
-        help="folder of results.json, report.md, plots and answers; the same command continues what"
-        " it holds (default: outputs/evaluate/TASK)",
-    )
-    add_task(parser)
-    output.add_json(parser)
-
-
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """What makes a task."""
-    scenes = parser.add_argument_group("scenes")
-    scenes.add_argument("--levels", nargs="+", choices=list(LEVELS), default=list(LEVELS))
-    scenes.add_argument("--split", choices=get_args(Split), default="test")
-    scenes.add_argument("--questions", type=int, default=8, help="on an image (default: 8)")
-    scenes.add_argument("--seed", type=int, default=0, help="of scenes, and of pope's sets")
-    parser.add_argument(
-        "--num-images", type=int, help="of each level, or the first ones (default: 1000, or all)"
-    )
-    files = parser.add_argument_group("pope, vqa, coverage")
-    files.add_argument("--images", nargs="+", metavar="DIR", help="folders of the images")
-    files.add_argument(
-        "--questions-file", nargs="+", metavar="FILE", help="POPE's JSON lines, or a list for vqa"
-    )
-    files.add_argument(
-        "--instances",
-        metavar="FILE",
-        help="COCO's instances: masks for the oracle and for coverage; pope builds its questions"
-        " from it where there is no --questions-file",
-    )
-    files.add_argument("--suffix", default="", help="put behind every question")
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write and print."""
-    folder = Path(arguments.output or f"outputs/evaluate/{arguments.task}")
+    folder = output.folder(arguments.output or f"outputs/evaluate/{arguments.task}")
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:
@@ -113,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     paths = write(report, folder, answers_of(task, records))
     found = results(report)
-    warnings = "".join(f"{warning['text']}\n" for warning in found["warnings"])
+    said = [*found["remarks"], *(warning["text"] for warning in found["warnings"])]
+    warnings = "".join(f"{text}\n" for text in said)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0
@@ -160,7 +97,7 @@ def _coverage(arguments: argparse.Namespace, processor: Any, folder: Path) -> Ta
     return CoverageTask(images[0], instances, processor, limit=arguments.num_images)
 
 
-TASKS: dict[str, Callable[[argparse.Namespace, Any, Path], Task]] = {
+TASKS: dict[TaskName, Callable[[argparse.Namespace, Any, Path], Task]] = {
     "scenes": _scenes,
     "pope": _pope,
     "vqa": _vqa,

@@ -13,64 +13,16 @@ from ocvtp.files import replacing
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.report import ANY, UNPRUNED, bars, results, to_markdown
-from ocvtp.hosts.full_size import FULL_SIZE_MODELS
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec, known_settings
 from ocvtp.visualize import save_figure
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="folder or hub id of a VLM, of which only the configuration is read; or "
-        + ", ".join(FULL_SIZE_MODELS),
-    )
-    parser.add_argument(
-        "--num-keep", type=int, nargs="+", required=True, help="visual tokens kept per image"
-    )
-    parser.add_argument(
-        "--pruners",
-        nargs="+",
-        default=[],
-        metavar="NAME[:KEY=VALUE,...]",
-        help="see `ocvtp list`; without any, the model with so many tokens, whoever chooses them",
-    )
-    parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
-    parser.add_argument(
-        "--text-length",
-        type=int,
-        default=32,
-        help="tokens of the prompt that are no visual ones (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-visual",
-        type=int,
-        help="visual tokens of an image before pruning (default: all of a model with one number,"
-        " 2880 of LLaVA-NeXT, 576 of Qwen2.5-VL)",
-    )
-    parser.add_argument("--images", type=int, default=1, help="of the prompt (default: 1)")
-    parser.add_argument(
-        "--newlines",
-        type=int,
-        default=0,
-        help="tokens that end the rows of an image, which no published figure counts: 48 of"
-        " LLaVA-NeXT's 2880 (default: 0)",
-    )
-    parser.add_argument(
-        "--whole-tower",
-        action="store_true",
-        help="count the tower and the projector as they run without savings: all blocks, all rows",
-    )
-    parser.add_argument("--output", help="folder of results.json, report.md and flops.png")
-    output.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, write and print."""
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
+    folder = None if arguments.output is None else output.folder(arguments.output)
     config = load_config(arguments.model)
     shared = {
         "num_visual": arguments.num_visual,
@@ -93,8 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = shared | {"num_visual": per_image, "savings": not arguments.whole_tower}
     facts = results(arguments.model, settings, counts, notes)
     text = to_markdown(facts)
-    if arguments.output:
-        written = ", ".join(map(str, _write(facts, text, Path(arguments.output))))
+    if folder is not None:
+        written = ", ".join(map(str, _write(facts, text, folder)))
         text += f"\nwrote {written}"
     output.emit(facts, text.rstrip(), arguments.json)
     return 0

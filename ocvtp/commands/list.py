@@ -13,11 +13,6 @@ from ocvtp.commands import output
 from ocvtp.pruners.catalog import catalog
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    output.add_json(parser)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Print the registry."""
     entries = catalog()

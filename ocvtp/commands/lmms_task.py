@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ocvtp.commands import evaluate, output
-from ocvtp.evaluation.lmms_export import export_task, shipped_tasks
+from ocvtp.evaluation.lmms_export import export_task
 from ocvtp.hosts.loading import load_model
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    parser.add_argument("--task", required=True, choices=shipped_tasks(), help="what is asked")
-    parser.add_argument(
-        "--model", help="folder or hub id of a VLM, for scenes: they are drawn in its size"
-    )
-    parser.add_argument("--output", required=True, help="folder to write; lmms-eval's include_path")
-    evaluate.add_task(parser)
-    output.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the task and say how to run it."""
-    processor = None
+    folder, processor = output.folder(arguments.output), None
     if arguments.task == "scenes":
         if arguments.model is None:
             raise ValueError("--task scenes needs --model; pass the VLM whose image size to draw.")
         _, processor = load_model(arguments.model)
-    folder = Path(arguments.output)
     task = evaluate.TASKS[arguments.task](arguments, processor, folder)
     path = export_task(task, folder)
     facts = {"task": path.stem, "yaml": str(path), "questions": len(task.items)}

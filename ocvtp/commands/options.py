@@ -1,14 +1,16 @@
-"""Flags that commands share."""
+"""Flags that commands share; as `flags`, it imports nothing that takes long."""
 
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import Any, get_args
 
-from ocvtp.hosts.base import TileBudget
-from ocvtp.hosts.loading import RANDOM_MODELS
-from ocvtp.pruners import Pruner
-from ocvtp.pruners.specs import build_spec
+from ocvtp import choices
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The flag --json."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +18,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="folder or hub id of a VLM; random weights: " + ", ".join(RANDOM_MODELS),
+        help="folder or hub id of a VLM; random weights: " + ", ".join(get_args(choices.TinyModel)),
     )
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where a model is, and in which precision."""
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda (default: %(default)s)")
 
@@ -38,6 +45,11 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     add_text_tower(parser)
 
 
+def pruner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_pruner` asks for besides the pruner, for `build_spec`."""
+    return {name: getattr(arguments, name) for name in ("num_keep", "keep_ratio", "checkpoint")}
+
+
 def add_text_tower(parser: argparse.ArgumentParser) -> None:
     """The CLIP of pruners that read the prompt by it."""
     parser.add_argument(
@@ -51,17 +63,62 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
     """What a budget counts where a model cuts images into tiles."""
     parser.add_argument(
         "--budget",
-        choices=get_args(TileBudget),
+        choices=get_args(choices.TileBudget),
         default="per_image",
         help="what --num-keep counts for models that cut images into tiles (default: %(default)s)",
     )
 
 
-def build(spec: str, arguments: argparse.Namespace) -> Pruner:
-    """The pruner of `NAME:KEY=VALUE,...`, with the shared flags where it knows them.
+def add_skip_unfit(parser: argparse.ArgumentParser) -> None:
+    """What to do with pruners that a model cannot run."""
+    parser.add_argument(
+        "--skip-unfit",
+        action="store_true",
+        help="leave out what cannot run on this model, with a note, instead of stopping",
+    )
 
-    Raises:
-        ValueError: for a spec that does not parse, and what `build_pruner` refuses.
-    """
-    shared = {k: getattr(arguments, k) for k in ("num_keep", "keep_ratio", "checkpoint")}
-    return build_spec(spec, **shared)
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """What makes a task of `evaluate`."""
+    levels = get_args(choices.Level)
+    scenes = parser.add_argument_group("scenes")
+    scenes.add_argument("--levels", nargs="+", choices=levels, default=list(levels))
+    scenes.add_argument("--split", choices=get_args(choices.Split), default="test")
+    scenes.add_argument("--questions", type=int, default=8, help="on an image (default: 8)")
+    scenes.add_argument("--seed", type=int, default=0, help="of scenes, and of pope's sets")
+    parser.add_argument(
+        "--num-images", type=int, help="of each level, or the first ones (default: 1000, or all)"
+    )
+    files = parser.add_argument_group("pope, vqa, coverage")
+    files.add_argument("--images", nargs="+", metavar="DIR", help="folders of the images")
+    files.add_argument(
+        "--questions-file", nargs="+", metavar="FILE", help="POPE's JSON lines, or a list for vqa"
+    )
+    files.add_argument(
+        "--instances",
+        metavar="FILE",
+        help="COCO's instances: masks for the oracle and for coverage; pope builds its questions"
+        " from it where there is no --questions-file",
+    )
+    files.add_argument("--suffix", default="", help="put after every question")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """What `bench` measures: the sizes of a request, and how often."""
+    sizes = parser.add_argument_group("sizes; lists make a grid of cells")
+    sizes.add_argument("--batch-size", type=int, nargs="+", default=[1], help="default: 1")
+    sizes.add_argument(
+        "--text-length", type=int, nargs="+", default=[64], help="text tokens; default: 64"
+    )
+    sizes.add_argument("--images-per-prompt", type=int, nargs="+", default=[1], help="default: 1")
+    sizes.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=[672, 672],
+        metavar=("WIDTH", "HEIGHT"),
+        help="pixels of the pictures before preprocessing (default: 672 672)",
+    )
+    sizes.add_argument("--new-tokens", type=int, default=16, help="of an answer (default: 16)")
+    sizes.add_argument("--warmup", type=int, default=10, help="rounds (default: 10)")
+    sizes.add_argument("--repetitions", type=int, default=50, help="rounds (default: 50)")

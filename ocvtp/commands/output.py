@@ -4,14 +4,39 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The flag --json."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+def folder(path: str) -> Path:
+    """A folder that results can be written to; nothing is made yet.
+
+    Raises:
+        ValueError: if it is a file, lies in one, or may not be written to.
+    """
+    found = Path(path)
+    _check(found, path)
+    return found
+
+
+def file(path: str) -> Path:
+    """A file that can be written, as `folder`."""
+    found = Path(path)
+    if found.is_dir():
+        raise ValueError(f"--output {path} is a folder; pass the name of a file.")
+    _check(found.parent, path)
+    return found
+
+
+def _check(place: Path, given: str) -> None:
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output {given}: {there} is a file; pass a folder, or a new name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--output {given}: {there} may not be written to; pass another place.")
 
 
 def command(arguments: argparse.Namespace) -> str:
@@ -22,3 +47,4 @@ def command(arguments: argparse.Namespace) -> str:
 def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:
     """Print `facts` as one JSON object, or `text`, on stdout."""
     sys.stdout.write((json.dumps(facts, default=str) if as_json else text) + "\n")
+    sys.stdout.flush()  # here, where somebody learns that nobody reads it

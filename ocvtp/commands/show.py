@@ -19,31 +19,23 @@ from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import attached, find_host
 from ocvtp.hosts.base import Encoded, Host, Tiling
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Prompt, look
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.specs import build_spec
 from ocvtp.structures import Needs, Selection
 from ocvtp.visualize import Panel, figure, save_figure
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of this command."""
-    options.add_model(parser)
-    options.add_pruner(parser, several=True)
-    parser.add_argument("--image", required=True, help="image file")
-    parser.add_argument("--prompt", help="plain text, for pruners that read it")
-    options.add_budget(parser)
-    parser.add_argument("--output", required=True, help="PNG or PDF to write")
-    printing.add_json(parser)
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
+    printing.file(arguments.output)
     result = show(
         arguments.model,
-        [options.build(spec, arguments) for spec in arguments.pruner],
+        [build_spec(spec, **options.pruner_settings(arguments)) for spec in arguments.pruner],
         arguments.image,
         arguments.output,
         arguments.dtype,
@@ -98,6 +90,8 @@ def show(
     inputs = inputs.to(device, vlm.dtype)
     groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
     _check_prompt(pruners, prompt)
+    for pruner in pruners:
+        refuse_beyond_all(host, pruner)
     for needs, _ in groups:
         host.check(needs)
     drawn: dict[int, list[_Stage]] = {}

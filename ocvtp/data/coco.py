@@ -1,16 +1,14 @@
 """COCO images and instance masks, from a folder with or without an annotation file.
 
-B images, H x W pixels after the transform, h x w pixels as stored.
+B images, H x W pixels after the transform, h x w pixels before it.
 
-Images are used in the orientation in which their pixels are stored: COCO's masks are drawn on it,
-so an EXIF orientation tag is not applied.
+Images that are read with masks are used in the orientation in which their pixels are stored: COCO's
+masks are drawn on it. All others are turned upright, see `ocvtp.images`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,13 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ocvtp.data.annotations import CocoFile
+from ocvtp.images import IMAGE_ERRORS, read_image
+
+logger = logging.getLogger(__name__)
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises on a file that is missing, truncated or no image."""
 MAX_INSTANCES = 255
 
 
@@ -51,9 +51,9 @@ class CocoImages(Dataset[dict[str, Any]]):
     An item is a dict of `pixel_values` as `transform` makes them, `image_size` (h, w), `image_id`
     int, `file_name` str (relative to `images`) and, with instances, `instances` [H, W] int64: 0
     background, then 1 for the largest instance, 2 for the next and so on. Smaller instances lie
-    over larger ones; crowds are left out, as is all after the 255 largest. An unreadable image
-    gives `{"error": "FILE: reason"}` where `on_error` is `skip`: another image never takes its
-    place.
+    over larger ones; crowds are left out, as are objects that have a box alone, and all after the
+    255 largest. An unreadable image or mask gives `{"error": "FILE: reason"}` where `on_error` is
+    `skip`: another image never takes its place.
 
     Args:
         images: folder of the images.
@@ -61,8 +61,9 @@ class CocoImages(Dataset[dict[str, Any]]):
             None for every jpg, jpeg, png and webp file in `images` and below, numbered from 0.
         transform: the host's own image processing.
         on_error: `raise` a ValueError on an unreadable image, or `skip` it.
-        with_instances: whether items have `instances`; needs `annotations`. Images may have been
-            resized since: masks are brought to the size of the stored image.
+        with_instances: whether items have `instances`; needs `annotations`. None: where the file
+            has masks at all. Images may have been resized since: masks are brought to the size of
+            the stored image.
         limit: use only the first `limit` images.
 
     Raises:
@@ -76,7 +77,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         annotations: str | Path | None,
         transform: ImageTransform,
         on_error: Literal["raise", "skip"] = "raise",
-        with_instances: bool = False,
+        with_instances: bool | None = False,
         limit: int | None = None,
     ) -> None:
         _check_arguments(annotations, on_error, with_instances, limit)
@@ -84,16 +85,19 @@ class CocoImages(Dataset[dict[str, Any]]):
         self.annotations = None if annotations is None else Path(annotations)
         self.transform = transform
         self.on_error = on_error
-        self._coco: COCO | None = None
+        self._coco: CocoFile | None = None
         if not self.images.is_dir():
             raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
         if self.annotations is None:
             found = find_images(self.images)
             records = [(i, path.as_posix()) for i, path in enumerate(found)]
         else:
-            content = _read_instances(self.annotations)
-            records = sorted((e["id"], str(e["file_name"])) for e in content["images"])
-            self._coco = _index(content) if with_instances else None
+            coco = CocoFile(self.annotations)
+            records = sorted((number, e["file_name"]) for number, e in coco.images.items())
+            if with_instances or with_instances is None:
+                _warn_of_boxes(coco)
+            keep = coco.num_masks > 0 if with_instances is None else with_instances
+            self._coco = coco if keep else None
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
         self._records = records[:limit]
@@ -103,17 +107,15 @@ class CocoImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_id, file_name = self._records[index]
+        path = self.images / file_name
         try:
-            image = self._load(file_name)
-            ids = self._instance_ids(image_id, image.size)
+            image = self._load(path)
         except IMAGE_ERRORS as error:
-            reason = str(error) or type(error).__name__
-            if self.on_error == "skip":
-                return {"error": f"{file_name}: {reason}"}
-            raise ValueError(
-                f"image {self.images / file_name} cannot be used: {reason}; "
-                f"replace the file, or pass on_error='skip' to go on without it."
-            ) from error
+            return self._unusable(file_name, error, "replace the file")
+        try:
+            ids = self._instance_ids(image_id, image.size)
+        except ValueError as error:
+            return self._unusable(file_name, error, f"repair {self.annotations}")
         item = {
             "pixel_values": self.transform(image),
             "image_size": image.size[::-1],
@@ -124,26 +126,33 @@ class CocoImages(Dataset[dict[str, Any]]):
             item["instances"] = self.transform.instance_map(ids)
         return item
 
-    def _load(self, file_name: str) -> Image.Image:
-        """The RGB image, in the orientation in which it is stored."""
-        path = self.images / file_name
+    def _load(self, path: Path) -> Image.Image:
+        """The RGB image; upright, but where masks are drawn on it."""
         if not path.is_file():
             raise FileNotFoundError(_not_there(path))
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return read_image(path, upright=self._coco is None)
+
+    def _unusable(self, file_name: str, error: BaseException, remedy: str) -> dict[str, Any]:
+        """The item that says so, or the error."""
+        reason = str(error) or type(error).__name__
+        if self.on_error == "skip":
+            return {"error": f"{file_name}: {reason}"}
+        raise ValueError(
+            f"image {self.images / file_name} cannot be used: {reason}; {remedy}, or pass "
+            "on_error='skip' to go on without it."
+        ) from error
 
     def _instance_ids(self, image_id: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:
         """[h, w] ids at the stored image's `size` (w, h); None without instances."""
         if self._coco is None:
             return None
-        ids = _draw_instances(self._coco, image_id)
+        objects = self._coco.masked(image_id)
+        if not objects:
+            return np.zeros(size[::-1], np.uint8)
+        self._coco.check_shape(image_id, size)
+        ids = _draw_instances([self._coco.mask(entry) for entry in objects])
         if ids.shape == size[::-1]:
             return ids
-        if abs(ids.shape[0] * size[0] - ids.shape[1] * size[1]) > sum(ids.shape):
-            raise ValueError(
-                f"it is {size[0]}x{size[1]}, but {self.annotations} says "
-                f"{ids.shape[1]}x{ids.shape[0]}, which is another shape: the masks do not fit"
-            )
         return np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
 
 
@@ -188,7 +197,7 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def _check_arguments(
-    annotations: str | Path | None, on_error: str, with_instances: bool, limit: int | None
+    annotations: str | Path | None, on_error: str, with_instances: bool | None, limit: int | None
 ) -> None:
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r} is unknown; pass 'raise' or 'skip'.")
@@ -219,71 +228,21 @@ def _not_there(path: Path) -> str:
     )
 
 
-def _read_instances(path: Path) -> dict[str, Any]:
-    """The content of a COCO `instances` file."""
-    if not path.is_file():
-        raise ValueError(
-            f"annotation file {path} does not exist; pass an instances_*.json file, or None to use "
-            "every image of the folder."
+def _warn_of_boxes(coco: CocoFile) -> None:
+    """Masks were asked for, and some objects have none."""
+    if coco.num_masks < coco.num_objects:
+        logger.warning(
+            "%s: %d of %d objects have no mask (`segmentation`); their images are used without it",
+            coco.path,
+            coco.num_objects - coco.num_masks,
+            coco.num_objects,
         )
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(_no_instances_file(path, f"no JSON ({error})")) from error
-    if not isinstance(content, dict):
-        raise ValueError(_no_instances_file(path, "no JSON object"))
-    wanted = {
-        "images": {"id", "file_name", "height", "width"},
-        "annotations": {"id", "image_id", "segmentation"},
-    }
-    for name, keys in wanted.items():
-        entries = content.get(name)
-        if not isinstance(entries, list):
-            raise ValueError(_no_instances_file(path, f"without a list {name!r}"))
-        for entry in entries:
-            if not isinstance(entry, dict) or not keys <= entry.keys():
-                needed = ", ".join(sorted(keys))
-                found = f"with entries in {name!r} that lack one of {needed}"
-                raise ValueError(_no_instances_file(path, found))
-            if not isinstance(entry["id"], int):
-                found = f"with the id {entry['id']!r} in {name!r}, which is no integer"
-                raise ValueError(_no_instances_file(path, found))
-    return content
 
 
-def _no_instances_file(path: Path, found: str) -> str:
-    return (
-        f"annotation file {path} is {found}, so no COCO instances file; pass an instances_*.json "
-        "file, or None to use every image of the folder."
-    )
-
-
-def _index(content: dict[str, Any]) -> COCO:
-    """Pycocotools' index of the file, without the lines that it prints."""
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def _draw_instances(coco: COCO, image_id: int) -> NDArray[np.uint8]:
+def _draw_instances(masks: list[NDArray[np.bool_]]) -> NDArray[np.uint8]:
     """[h, w] ids, 1 for the largest instance; the smaller lie over the larger."""
-    shape = (coco.imgs[image_id]["height"], coco.imgs[image_id]["width"])
-    masks = [_mask(coco, a, shape) for a in coco.imgToAnns[image_id] if not a.get("iscrowd", 0)]
-    masks.sort(key=lambda mask: -int(mask.sum()))
-    ids = np.zeros(shape, np.uint8)
+    masks = sorted(masks, key=lambda mask: -int(mask.sum()))
+    ids = np.zeros(masks[0].shape, np.uint8)
     for number, mask in enumerate(masks[:MAX_INSTANCES], start=1):
         ids[mask] = number
     return ids
-
-
-def _mask(coco: COCO, annotation: dict[str, Any], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    number = annotation["id"]
-    try:
-        mask = np.asarray(coco.annToMask(annotation), dtype=bool)
-    except Exception as error:  # pycocotools raises bare Exception, TypeError, KeyError, ...
-        raise ValueError(f"annotation {number} has no readable mask ({error})") from error
-    if mask.shape != shape:
-        raise ValueError(f"annotation {number} has no readable mask (of {mask.shape}, not {shape})")
-    return mask

@@ -22,7 +22,8 @@ class CocoDataModule(pl.LightningDataModule):
         train_images: folder of the training images.
         train_annotations: instances file that lists them; None for every image of the folder.
         val_images: folder of the validation images; None for no validation.
-        val_annotations: instances file; with it, validation batches have `instances`.
+        val_annotations: instances file; with it, validation batches have `instances`, unless it
+            has boxes alone.
         batch_size: of training, per process.
         val_batch_size: of validation; None for `batch_size`.
         num_workers: processes that load; 0 loads in the training process.
@@ -84,11 +85,15 @@ class CocoDataModule(pl.LightningDataModule):
             masks = self.train_instances
             self.train_set = self._open(*self.train_paths, self.limit_train, instances=masks)
         if stage in (None, "fit", "validate") and self.has_validation:
-            masks = self.val_paths[1] is not None
-            self.val_set = self._open(*self.val_paths, self.limit_val, instances=masks)
+            known = None if self.val_paths[1] is not None else False  # where there are masks
+            self.val_set = self._open(*self.val_paths, self.limit_val, instances=known)
 
     def _open(
-        self, images: str | None, annotations: str | None, limit: int | None, instances: bool
+        self,
+        images: str | None,
+        annotations: str | None,
+        limit: int | None,
+        instances: bool | None,
     ) -> Dataset[Any]:
         return self._images(self.root, images, annotations, limit, instances)
 
@@ -98,7 +103,7 @@ class CocoDataModule(pl.LightningDataModule):
         images: str | None,
         annotations: str | None,
         limit: int | None,
-        instances: bool,
+        instances: bool | None,
     ) -> CocoImages:
         if self.transform is None:
             raise ValueError(
@@ -198,7 +203,11 @@ class SceneDataModule(CocoDataModule):
             write_scenes(folder, *counts, *self._scenes, level=level)
 
     def _open(
-        self, images: str | None, annotations: str | None, limit: int | None, instances: bool
+        self,
+        images: str | None,
+        annotations: str | None,
+        limit: int | None,
+        instances: bool | None,
     ) -> Dataset[Any]:
         paths = (images, annotations, limit, instances)
         parts = [self._images(folder, *paths) for folder, _ in self._folders.values()]

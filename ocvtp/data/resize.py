@@ -15,12 +15,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import track
 
-from ocvtp.data.coco import IMAGE_ERRORS, find_images
+from ocvtp.data.coco import find_images
 from ocvtp.files import replacing
+from ocvtp.images import IMAGE_ERRORS, orientation_of, to_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,9 @@ def resize_folder(
     """Write every image of a folder with a shorter edge of `size` pixels, as JPEG.
 
     Paths below the folder are kept, but for the suffix, which becomes .jpg. Smaller images keep
-    their size. Pixels keep their stored orientation (the EXIF tag is dropped), so the result goes
-    with the annotation file of the source. Images already in `output` are skipped, so an
-    interrupted call can be repeated.
+    their size. Pixels keep their stored orientation, so the result goes with the annotation file of
+    the source, and the EXIF tag that says how to turn them, but no other. Images already in
+    `output` are skipped, so an interrupted call can be repeated.
 
     Args:
         source: folder of jpg, jpeg, png and webp files, searched with all below it.
@@ -142,24 +143,27 @@ def _resize(
     if path.exists():
         return "skipped", ""
     try:
-        image = _shrink(source / name, size)
+        image, exif = _shrink(source / name, size)
     except IMAGE_ERRORS as error:
         return "failed", f"{name.as_posix()}: {error or type(error).__name__}"
     with replacing(path) as temporary:
-        image.save(temporary, format="JPEG", quality=quality)
+        image.save(temporary, format="JPEG", quality=quality, exif=exif)
     return "written", ""
 
 
-def _shrink(path: Path, size: int) -> Image.Image:
-    """The image in RGB, its shorter edge at most `size`."""
+def _shrink(path: Path, size: int) -> tuple[Image.Image, Image.Exif]:
+    """The image in RGB, its shorter edge at most `size`, and its orientation."""
     with Image.open(path) as image:
         width, height = image.size
-        scale = size / min(width, height)
-        if scale >= 1:
-            return image.convert("RGB")
+        scale = min(size / min(width, height), 1)
         target = (max(round(width * scale), size), max(round(height * scale), size))
-        image.draft("RGB", (2 * target[0], 2 * target[1]))  # decodes a JPEG at 1/2, 1/4 or 1/8
-        return image.convert("RGB").resize(target, Image.Resampling.BICUBIC)
+        if scale < 1:
+            image.draft("RGB", (2 * target[0], 2 * target[1]))  # decodes at 1/2, 1/4 or 1/8
+        rgb, orientation = to_rgb(image), orientation_of(image)
+    exif = Image.Exif()
+    if orientation != 1:
+        exif[ExifTags.Base.Orientation] = orientation
+    return (rgb.resize(target, Image.Resampling.BICUBIC) if scale < 1 else rgb), exif
 
 
 def claim_folder(folder: Path, name: str, settings: dict[str, Any]) -> None:

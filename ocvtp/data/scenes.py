@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
+from ocvtp.choices import Level as Level
+from ocvtp.choices import Split as Split
 from ocvtp.data.drawing import (
     COLOURS,
     OUTLINES,
@@ -34,8 +36,6 @@ from ocvtp.files import replacing
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
 MIN_SIZE = 48
 MAX_SEED = 2**31
-Level = Literal["easy", "hard"]
-Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from ocvtp.data.scenes import MIN_SIZE, Level, Split
+from ocvtp.shipped import find_config
 
 
 @dataclass(frozen=True)
@@ -223,17 +224,16 @@ class DemoSettings:
 
 
 def load_settings(path: str | Path) -> DemoSettings:
-    """Read a file of `configs/demo_vlm/`.
+    """Read a file of settings, or those that come with the package under a name, e.g. `cpu`.
 
     Raises:
         ValueError: if there is no such file, or if it does not hold such settings.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"--config {path} does not exist; pass e.g. configs/demo_vlm/cpu.yaml.")
+    found = find_config(str(path), "demo_vlm")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(DemoSettings)
     try:
-        values = parser.parse_path(str(path)).as_dict()
+        values = parser.parse_path(found).as_dict()
     except ArgumentError as error:
         raise ValueError(f"--config {path} does not parse: {error}") from error
     stages = [StageSettings(**stage) for stage in values["stages"]]

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
+from ocvtp.shipped import find_folder
 
 _FAMILIES = ("clip_vision_model", "siglip_vision_model")
 
@@ -68,7 +69,7 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(kind, **settings)
     else:
         try:
-            config = AutoConfig.from_pretrained(tower)
+            config = AutoConfig.from_pretrained(find_folder(tower))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
@@ -120,7 +121,7 @@ class CLIPEncoder(FrozenEncoder):
         seed: int = 0,
     ) -> None:
         super().__init__(dtype)
-        self._source = tower
+        self._source = find_folder(tower) if isinstance(tower, str) else tower
         self._seed = seed
         self._config = config = vision_config(tower)
         self._is_random = isinstance(tower, dict) or tower.startswith("random:")

@@ -10,10 +10,8 @@ on the modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,40 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ocvtp.encoders.hooks import Hook, after, before
+from ocvtp.encoders.recordings import Recording as Recording
+from ocvtp.encoders.recordings import current as current
+from ocvtp.encoders.recordings import recording as recording
 from ocvtp.encoders.rows import Rows
 from ocvtp.structures import AttentionKind, Needs
 
 _CHUNK_BYTES = 64 * 2**20  # of fp32 attention held at once
-
-
-@dataclass
-class Recording:
-    """What one forward of the tower left behind; keys are the resolved, non-negative numbers."""
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
-    queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    rows: dict[int, Rows] = field(default_factory=dict)  # block -> what it ran, where not all
-    other: dict[str, Any] = field(default_factory=dict)
-
-
-_RECORDING: ContextVar[Recording | None] = ContextVar("ocvtp_recording", default=None)
-
-
-@contextmanager
-def recording() -> Iterator[Recording]:
-    """Record every tapped tower that runs inside the block, in this thread."""
-    record = Recording()
-    token = _RECORDING.set(record)
-    try:
-        yield record
-    finally:
-        _RECORDING.reset(token)
-
-
-def current() -> Recording | None:
-    """The recording that this thread is in."""
-    return _RECORDING.get()
 
 
 @dataclass(frozen=True)
@@ -148,30 +119,32 @@ def keep_keywords_of(module: nn.Module, names: dict[str, str]) -> Hook:
 
 
 def _keep_other(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    if (record := _RECORDING.get()) is not None:
-        record.other[name] = args[0]
+    if (record := current()) is not None:
+        record.put(record.other, name, args[0])
 
 
 def _keep_other_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
-    if (record := _RECORDING.get()) is not None:
-        record.other[name] = output
+    if (record := current()) is not None:
+        record.put(record.other, name, output)
 
 
 def _keep_keywords(
     names: dict[str, str], module: nn.Module, args: Any, kwargs: dict[str, Any]
 ) -> None:
-    if (record := _RECORDING.get()) is not None:
-        record.other |= {name: kwargs[keyword] for name, keyword in names.items()}
+    if (record := current()) is not None:
+        for name, keyword in names.items():
+            record.put(record.other, name, kwargs[keyword])
 
 
 def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
-    if (record := _RECORDING.get()) is not None:
-        getattr(record, store)[number] = output[0] if isinstance(output, tuple) else output
+    if (record := current()) is not None:
+        value = output[0] if isinstance(output, tuple) else output
+        record.put(getattr(record, store), number, value)
 
 
 def _keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if (record := _RECORDING.get()) is not None:
-        record.hidden[number] = args[0] if args else kwargs["hidden_states"]
+    if (record := current()) is not None:
+        record.put(record.hidden, number, args[0] if args else kwargs["hidden_states"])
 
 
 def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> dict[str, Any]:

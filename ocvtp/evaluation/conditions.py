@@ -19,6 +19,7 @@ from ocvtp.pruners.specs import (
     build_spec,
     known_settings,
     names_budget,
+    names_setting,
     parse_spec,
     with_budget,
 )
@@ -85,7 +86,8 @@ class Condition:
         label: of the row in tables. budget: None where nothing is pruned, or by the method itself.
         make: the pruner for a batch.
         settings: what answers depend on, as JSON.
-        control: whether it is a yardstick. seed: of what is random, or number of the checkpoint.
+        control: whether it is a yardstick. yours: whether it is a method of the user's own.
+        seed: of what is random, or number of the checkpoint.
         image: `own`, or `other`: that of the next item that has another.
         trained: whether it learned from data.
     """
@@ -98,6 +100,7 @@ class Condition:
     seed: int = 0
     image: Literal["own", "other"] = "own"
     trained: bool = False
+    yours: bool = False
 
     @property
     def key(self) -> str:
@@ -121,14 +124,16 @@ def pruner_conditions(
     seeds: Sequence[int],
     checkpoints: Sequence[str],
     num_tokens: int,
+    label: str = "",
 ) -> list[Condition]:
     """A pruner at every budget; with every seed or every checkpoint, if it takes them.
 
     Args:
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
-            `fastv:stages=[[1,K]]`. With other `stages` it runs once.
+            `fastv:stages=[[1,K]]`. With other `stages`, or a published `setting`, it runs once.
         budgets: see `Budget`. seeds: of what is random. checkpoints: exported OC-pruners.
         num_tokens: of an image.
+        label: of its rows; the spec where it has none.
 
     Raises:
         ValueError: for what `build_spec` refuses.
@@ -136,13 +141,13 @@ def pruner_conditions(
     known, (_, own) = known_settings(spec), parse_spec(spec)
     of_budget = names_budget(spec)
     made: list[Condition] = []
-    once = "stages" in own and not of_budget
+    once = ("stages" in own or names_setting(spec)) and not of_budget
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:
             exact = with_budget(spec, budget.count(num_tokens))
         variants: list[dict[str, Any]] = [{}]
-        if "checkpoint" in known and not {"checkpoint", "network"} & set(own):
+        if takes_checkpoints(spec):
             variants = [{"checkpoint": path} for path in checkpoints] or variants
         elif "seed" in known and "seed" not in own:
             variants = [{"seed": seed} for seed in seeds]
@@ -151,13 +156,26 @@ def pruner_conditions(
             path = variant.get("checkpoint", own.get("checkpoint"))
             if path is not None:
                 settings["weights"] = content_hash(path)
-            is_control = build_spec(exact, **shared, **variant).status == "control"
-            make = _maker(exact, shared, variant)
-            trained = path is not None
+            status = build_spec(exact, **shared, **variant).status
             made.append(
-                Condition(spec, budget, make, settings, is_control, number, trained=trained)
+                Condition(
+                    label or spec,
+                    budget,
+                    _maker(exact, shared, variant),
+                    settings,
+                    control=status == "control",
+                    seed=number,
+                    trained=path is not None,
+                    yours=status == "yours",
+                )
             )
     return made
+
+
+def takes_checkpoints(spec: str) -> bool:
+    """Whether a pruner is run with each of the checkpoints that are given beside it."""
+    takes = "checkpoint" in known_settings(spec)
+    return takes and not {"checkpoint", "network"} & set(parse_spec(spec)[1])
 
 
 def _maker(spec: str, shared: dict[str, Any], variant: dict[str, Any]) -> Callable[[Place], Pruner]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
 from ocvtp.evaluation.cells import at_pixels, cells_on, patch_side, source_pixels
 from ocvtp.evaluation.kept_tokens import (
@@ -26,6 +27,7 @@ from ocvtp.evaluation.kept_tokens import (
     nearest_kept,
     unrestored,
 )
+from ocvtp.evaluation.reading import current_names
 from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.rewrite import Prompt
@@ -35,7 +37,7 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 
 class CoverageTask(TokenTask):
-    """Object coverage, nearest-kept cosine and ridge residual on the images of a COCO file.
+    """Object coverage, nearest-kept cosine and the unrestored share on a COCO file's images.
 
     Nothing is generated: the runner shows `look` what a pruner kept. Figures:
 
@@ -43,7 +45,8 @@ class CoverageTask(TokenTask):
       them, see `cells_on`. Crowds do not count, nor objects of which the picture shows nothing
       since they were cropped away, or are smaller than a pixel of it.
     - `cosine`: mean over all N tokens of the largest cosine to a kept one, see `nearest_kept`.
-    - `ridge`: share of the tokens' energy that the kept ones do not restore, see `unrestored`.
+    - `unrestored`: share of the tokens' energy that ridge regression does not restore from the
+      kept ones, see the function of this name.
 
     All three are of places: merged tokens stand at their anchors, with the anchors' own features.
     Features are those of the selected layer of the whole tower, also where a pruner drops tokens
@@ -53,18 +56,19 @@ class CoverageTask(TokenTask):
     Args:
         images: folder of the images. annotations: COCO `instances` file; areas are read from it, or
             counted where it has none.
+            Objects without a mask do not count.
         processor: of the model (or its image processor): says where the pixels of an image went.
         question: what pruners that read the prompt are told.
         limit: use only the first `limit` images.
 
     Raises:
-        ValueError: see `CocoImages`.
+        ValueError: see `CocoImages`; and if the file has objects, but no mask of any.
     """
 
     name: ClassVar[str] = "coverage"
-    metrics = ("coverage/all", "cosine", "ridge")
-    lower_is_better: ClassVar[tuple[str, ...]] = ("ridge",)
-    not_judged: ClassVar[tuple[str, ...]] = ("cosine", "ridge")
+    metrics = ("coverage/all", "cosine", "unrestored")
+    lower_is_better: ClassVar[tuple[str, ...]] = ("unrestored",)
+    not_judged: ClassVar[tuple[str, ...]] = ("cosine", "unrestored")
     counts: ClassVar[str] = "images"
 
     def __init__(
@@ -76,6 +80,11 @@ class CoverageTask(TokenTask):
         limit: int | None = None,
     ) -> None:
         self._folder = _Folder(images, annotations, _AsStored(), with_instances=True, limit=limit)
+        if self._folder.file.num_objects and not self._folder.file.num_masks:
+            raise ValueError(
+                f"coverage needs masks, but the objects of {annotations} have none "
+                "(`segmentation`), only boxes; pass a file with masks."
+            )
         self._processor = getattr(processor, "image_processor", processor)
         self._settings = {
             "images": str(images),
@@ -113,7 +122,7 @@ class CoverageTask(TokenTask):
 
         Returns:
             of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
-            `coverage/SIZE/hits`; `cosine` and `ridge`.
+            `coverage/SIZE/hits`; `cosine` and `unrestored`.
 
         Raises:
             ValueError: if an image is not one grid of tokens, if the rows are not the items, if the
@@ -123,18 +132,19 @@ class CoverageTask(TokenTask):
         kept = kept_cells(host, prompt)  # [B, N]
         features = all_features(host, prompt, grid)  # [B, N, D]
         picture = tuple(host.picture(prompt.images).shape[-2:])
-        cosine, ridge = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
+        cosine, left = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
         records: list[Record] = []
         for number, (item, own) in enumerate(zip(items, kept.cpu().numpy(), strict=True)):
             on = self._on(host, item.owner, grid, picture if number == 0 else None)
             counts = _counts(on, own, self._folder.areas(item.owner))
-            means = {"cosine": cosine[number], "ridge": ridge[number]}
+            means = {"cosine": cosine[number], "unrestored": left[number]}
             records.append({**counts, **means})
         return records
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         """See `Task.ratios`."""
         owners = np.array([item.owner for item in self.items], np.int64)
+        records = [current_names(record) for record in records]
 
         def column(name: str) -> NDArray[np.float64]:
             return np.array([record[name] for record in records], np.float64)
@@ -142,7 +152,7 @@ class CoverageTask(TokenTask):
         found = {}
         for name in [f"coverage/{size}" for size in (*SIZES, "all")]:
             found[name] = Ratio(column(f"{name}/hits"), column(f"{name}/of"), owners)
-        for name in ("cosine", "ridge"):
+        for name in ("cosine", "unrestored"):
             found[name] = Ratio(column(name), np.ones(len(records)), owners)
         return found
 
@@ -197,27 +207,35 @@ class _Folder(CocoImages):
         """Numbers of the images, in order."""
         return [number for number, _ in self._records]
 
+    @property
+    def file(self) -> CocoFile:
+        """Their annotations."""
+        assert self._coco is not None
+        return self._coco
+
     def image(self, index: int) -> Image.Image:
         """An image, as stored."""
         return Image.fromarray(self[index]["pixel_values"].permute(1, 2, 0).numpy())
 
     def masks(self, index: int) -> NDArray[np.bool_]:
         """[O, h, w] at the size that the annotation file says."""
-        assert self._coco is not None
-        entry = self._coco.imgs[self._records[index][0]]
-        masks = [self._coco.annToMask(a).astype(bool) for a in self._objects(index)]
+        number = self._records[index][0]
+        entry = self.file.images[number]
+        masks = [self.file.mask(a) for a in self.file.masked(number)]
         return np.array(masks, bool).reshape(-1, entry["height"], entry["width"])
 
     def areas(self, index: int) -> NDArray[np.float64]:
         """[O] in pixels of the original image."""
-        assert self._coco is not None
-        coco = self._coco
-        areas = [
-            a["area"] if "area" in a else coco.annToMask(a).sum() for a in self._objects(index)
-        ]
-        return np.array(areas, np.float64)
+        found = [self._area(entry) for entry in self.file.masked(self._records[index][0])]
+        return np.array(found, np.float64)
 
-    def _objects(self, index: int) -> list[dict[str, Any]]:
-        assert self._coco is not None
-        own = self._coco.imgToAnns[self._records[index][0]]
-        return [a for a in own if not a.get("iscrowd", 0)]
+    def _area(self, entry: dict[str, Any]) -> float:
+        area = entry.get("area")
+        if area is None:
+            return float(self.file.mask(entry).sum())
+        if isinstance(area, int | float) and 0 <= area < float("inf"):
+            return float(area)
+        raise ValueError(
+            f"an annotation of image {entry['image_id']} has the area {area!r} in {self.file.path};"
+            " pass its pixels, or leave it out."
+        )

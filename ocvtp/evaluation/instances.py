@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools.coco import COCO
 
+from ocvtp.data.annotations import CocoFile
 from ocvtp.evaluation.listed import name_of_2017
-
-_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("image_id", "category_id", "segmentation"),
-    "categories": ("id", "name"),
-}
 
 
 class CocoInstances:
@@ -34,82 +26,60 @@ class CocoInstances:
         path: of the file.
 
     Raises:
-        ValueError: if it is missing or no `instances` file.
+        ValueError: if it is missing or no `instances` file, or lists an image under two names.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        content = _read(self.path)
-        self.categories: list[str] = [entry["name"] for entry in content["categories"]]
-        self.image_ids: dict[str, int] = {e["file_name"]: e["id"] for e in content["images"]}
-        names = {entry["id"]: entry["name"] for entry in content["categories"]}
-        self._coco = COCO()
-        self._coco.imgs = {entry["id"]: entry for entry in content["images"]}
-        self._of_image: dict[int, list[dict[str, Any]]] = {n: [] for n in self._coco.imgs}
-        self._later_names = {name_of_2017(name): n for name, n in self.image_ids.items()}
-        for entry in content["annotations"]:
-            if entry["image_id"] not in self._of_image or entry["category_id"] not in names:
+        self._coco = CocoFile(path, with_categories=True)
+        names = self._coco.categories
+        self.categories: list[str] = list(names.values())
+        self.image_ids: dict[str, int] = {
+            entry["file_name"]: number for number, entry in self._coco.images.items()
+        }
+        self._later_names: dict[str, int] = {}
+        for name, number in self.image_ids.items():
+            same = self._later_names.setdefault(name_of_2017(name), number)
+            if same != number:
                 raise ValueError(
-                    f"{self.path}: an annotation is of image {entry['image_id']} and category "
-                    f"{entry['category_id']}, which the file does not list; repair the file."
+                    f"annotation file {path} cannot be used: images {same} and {number} are both "
+                    f"called {name_of_2017(name)} in 2017; list every image once."
                 )
-            self._of_image[entry["image_id"]].append(entry)
         self.present: Mapping[str, list[str]] = {
-            name: list(dict.fromkeys(names[e["category_id"]] for e in self._of_image[number]))
+            name: list(dict.fromkeys(names[e["category_id"]] for e in self._coco.objects(number)))
             for name, number in self.image_ids.items()
         }
 
-    def masks(self, name: str, size: tuple[int, int]) -> NDArray[np.bool_] | None:
-        """[O, H, W] masks of an image's objects, without crowds; None where it is not listed.
+    def knows_masks(self, name: str) -> bool:
+        """Whether an image is listed, and each of its objects has a mask; crowds do not count."""
+        number = self._later_names.get(name_of_2017(name))
+        return number is not None and self._coco.all_masked(number)
+
+    def masks(
+        self, name: str, size: tuple[int, int], turn: Image.Transpose | None = None
+    ) -> NDArray[np.bool_]:
+        """[O, H, W] masks of an image's objects, without crowds and those that have none.
 
         Args:
-            name: of the image, COCO's of 2014 or of 2017.
+            name: of an image that is listed, COCO's of 2014 or of 2017.
             size: (W, H), pixels of the image as it is stored; masks of an image that was resized
                 are brought to it.
+            turn: what turns the stored image upright, and the masks with it.
 
         Raises:
             ValueError: if a mask is unreadable, or the image has another shape.
         """
-        number = self._later_names.get(name_of_2017(name))
-        if number is None:
-            return None
-        listed = self._coco.imgs[number]
-        width, height = listed["width"], listed["height"]
-        if abs(height * size[0] - width * size[1]) > height + width:
-            raise ValueError(
-                f"image {name} is {size[0]}x{size[1]}, but {self.path} says {width}x{height}; pass "
-                "the images that the file describes."
-            )
-        objects = [e for e in self._of_image[number] if not e.get("iscrowd", 0)]
-        masks = [self._mask(entry).resize(size, Image.Resampling.NEAREST) for entry in objects]
-        return np.array(masks, np.bool_).reshape(-1, size[1], size[0])
-
-    def _mask(self, entry: dict[str, Any]) -> Image.Image:
+        number = self._later_names[name_of_2017(name)]
         try:
-            return Image.fromarray(self._coco.annToMask(entry))
-        except Exception as error:  # pycocotools raises bare Exception, TypeError, KeyError, ...
+            self._coco.check_shape(number, size)
+            masks = [self._coco.mask(entry) for entry in self._coco.masked(number)]
+        except ValueError as error:
             raise ValueError(
-                f"{self.path}: an annotation of image {entry['image_id']} has no readable mask "
-                f"({error}); repair the file."
+                f"image {name} cannot be used with {self.path}: {error}; repair the file, or pass "
+                "the one that describes the image."
             ) from error
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; pass an instances_*.json file.")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); pass an instances_*.json file.") from error
-    for part, keys in _KEYS.items():
-        entries = content.get(part) if isinstance(content, dict) else None
-        if not isinstance(entries, list):
-            raise ValueError(f"{path} has no list {part!r}; pass an instances_*.json file.")
-        for entry in entries:
-            lacking = [k for k in keys if not isinstance(entry, dict) or k not in entry]
-            if lacking:
-                raise ValueError(
-                    f"{path}: an entry of {part!r} lacks {', '.join(lacking)}; pass an "
-                    "instances_*.json file."
-                )
-    return content  # type: ignore[no-any-return]
+        blank = Image.new("1", size)  # for the size of no masks
+        found = [Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
+        if turn is not None:
+            blank, found = blank.transpose(turn), [mask.transpose(turn) for mask in found]
+        return np.array(found, np.bool_).reshape(-1, blank.height, blank.width)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ocvtp.data.coco import IMAGE_ERRORS
 from ocvtp.evaluation.tasks import Item, Record, Task
+from ocvtp.images import open_image
 
 Folders = str | Path | Sequence[str | Path]
 _OLD_NAME = re.compile(r"COCO_(?:train|val|test)\d{4}_(?=\d{12}\.)")
@@ -90,18 +90,12 @@ class ListedTask(Task):
         self._paths = locate_images([names[name] for name in order], images)
 
     def image(self, owner: int) -> Image.Image:
-        """The RGB image of that number, in the orientation in which it is stored.
+        """The RGB image of that number, upright, see `open_image`.
 
         Raises:
             ValueError: if the file is no image.
         """
-        try:
-            with Image.open(self._paths[owner]) as image:
-                return image.convert("RGB")
-        except IMAGE_ERRORS as error:
-            raise ValueError(
-                f"image {self._paths[owner]} cannot be read ({error}); replace it."
-            ) from error
+        return open_image(self._paths[owner])
 
     def describe(self) -> dict[str, Any]:
         """Numbers, and fingerprints of the questions and of the images' names and sizes."""

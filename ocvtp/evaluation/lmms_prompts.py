@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ocvtp.hosts.loading import open_image
 from ocvtp.hosts.templates import with_template
+from ocvtp.images import open_image, to_rgb
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _opened(image: Any) -> Image.Image:
     if isinstance(image, str):
         return open_image(image)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     raise ValueError(f"a prompt has an image of type {type(image).__name__}; pass PIL or a path.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,16 @@ class Log:
         with self.path.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         self.records += records
+
+
+def headers(folder: Path) -> Iterator[dict[str, Any]]:
+    """What the logs of a folder say of themselves, each with its `condition`."""
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            line = file.readline()
+        try:
+            header = json.loads(line)
+        except ValueError:  # cut off, or no log
+            continue
+        if isinstance(header, dict) and "condition" in header:
+            yield header

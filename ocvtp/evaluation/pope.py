@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ocvtp.evaluation.answers import exact_yes_no, pope_yes_no
 from ocvtp.evaluation.instances import CocoInstances
 from ocvtp.evaluation.listed import Asked, Entry, Folders, ListedTask, fingerprint, read_entries
 from ocvtp.evaluation.tasks import Item, Ratio, Record
 from ocvtp.files import replacing
+from ocvtp.images import turn_of
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 SPLITS = ("random", "popular", "adversarial")
@@ -37,7 +39,8 @@ class PopeTask(ListedTask):
             val2014, are spread over train2017 and val2017.
         suffix: put behind every question; LLaVA's own evaluation has a new line and "Answer the
             question using a single word or phrase.".
-        instances: COCO `instances` file, for `masks`.
+        instances: COCO `instances` file, for `masks`; they are known where each object of every
+            image that is asked about has one.
         limit: use only the first `limit` images.
 
     Raises:
@@ -62,6 +65,9 @@ class PopeTask(ListedTask):
         super().__init__(asked, images, suffix, limit)
         self.metrics = tuple(f"{group}/accuracy" for group in ("all", *splits))
         self._instances = None if instances is None else CocoInstances(instances)
+        self._known = self._instances is not None and all(
+            self._instances.knows_masks(name) for name in self.image_names
+        )
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         """Of `all` and each split: see `pope_ratios`."""
@@ -74,10 +80,12 @@ class PopeTask(ListedTask):
         return {**super().describe(), "instances": kept}
 
     def masks(self, owner: int) -> NDArray[np.bool_] | None:
-        """[O, H, W] masks at the image's own size, without crowds; None where none are known."""
-        if self._instances is None:
+        """[O, H, W] masks on the upright image, without crowds; None where not all are known."""
+        if self._instances is None or not self._known:
             return None
-        return self._instances.masks(self.image_names[owner], self.image(owner).size)
+        with Image.open(self._paths[owner]) as image:
+            image.load()
+            return self._instances.masks(self.image_names[owner], image.size, turn_of(image))
 
 
 def pope_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio]:

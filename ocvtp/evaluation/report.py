@@ -17,14 +17,15 @@ from typing import Any
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.reading import SCHEMA
 from ocvtp.evaluation.tasks import Ratio
 from ocvtp.files import replacing
 from ocvtp.visualize import save_figure
 
-SCHEMA = 1
+RESULTS = "results.json"
 ENOUGH = 300
 """Questions below which a figure comes with a warning."""
-_DIGITS = 6
+DIGITS = 6
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,7 @@ class Row:
         figures: by name; without the report's metrics where the condition could not be run.
         note: what a reader must know, e.g. why it could not be run.
         trained: whether it learned from data; the best of the others is set off.
+        yours: whether it is a method of the user's own.
     """
 
     label: str
@@ -56,6 +58,7 @@ class Row:
     figures: Mapping[str, Ratio]
     note: str = ""
     trained: bool = False
+    yours: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,7 @@ class Report:
         lower_is_better: which of the metrics are errors.
         not_judged: metrics by which the oracle need not win.
         counts: what items are called.
+        remarks: what a reader must know of the rows.
 
     Raises:
         ValueError: if there is no metric, no row has one of them, or rows double.
@@ -87,6 +91,7 @@ class Report:
     lower_is_better: Sequence[str] = ()
     not_judged: Sequence[str] = ()
     counts: str = "questions"
+    remarks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         known = sorted({name for row in self.rows for name in row.figures})
@@ -126,6 +131,7 @@ def results(report: Report) -> dict[str, Any]:
         "settings": dict(report.settings),
         "environment": dict(report.environment),
         "rows": rows,
+        "remarks": list(report.remarks),
         "warnings": [text for metric in report.metrics for text in _warnings(report, metric)],
     }
     plain: dict[str, Any] = _plain(facts)
@@ -154,7 +160,7 @@ def write(report: Report, folder: Path, answers: Mapping[str, Any]) -> list[Path
         `random` beside another row there.
     """
     found = results(report)
-    paths = [folder / "results.json", folder / "report.md"]
+    paths = [folder / RESULTS, folder / "report.md"]
     texts = [_lines(found | {"answers": _plain(answers)}) + "\n", tables.full(found)]
     for path, text in zip(paths, texts, strict=True):
         with replacing(path) as temporary:
@@ -252,7 +258,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+        return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
 
 

@@ -10,19 +10,32 @@ import numpy as np
 import torch
 
 from ocvtp.evaluation import conditions as made
-from ocvtp.evaluation.conditions import CONTROLS, ORACLE, UNTRAINED, Budget, Condition, Place
+from ocvtp.evaluation import earlier
+from ocvtp.evaluation.checkpoints import grouped
+from ocvtp.evaluation.conditions import (
+    CONTROLS,
+    ORACLE,
+    UNTRAINED,
+    Budget,
+    Condition,
+    Place,
+    takes_checkpoints,
+)
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.intervals import average
-from ocvtp.evaluation.report import Report, Row
-from ocvtp.evaluation.runner import Subject, run
+from ocvtp.evaluation.report import DIGITS, Report, Row
+from ocvtp.evaluation.runner import Subject, run, shared_settings
 from ocvtp.evaluation.tasks import Record, Task, TokenTask
 from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import Needs, VisualTokens
 
 ANSWERS = "answers"
+Part = tuple[str, str, Sequence[str]]
+"""Label of rows, spec of their pruner, and the checkpoints whose figures are averaged."""
 
 
 def evaluate(
@@ -47,8 +60,8 @@ def evaluate(
         pruners: specs, see `build_spec`.
         budgets: of every pruner.
         output: folder; what an earlier run has answered there is not asked again.
-        checkpoints: exported OC-pruners: a pruner that takes one is run with each, and their
-            figures are averaged, as over seeds.
+        checkpoints: exported OC-pruners: a pruner that takes one is run with each. Figures of those
+            that differ in nothing but the seed are averaged; others have rows of their own.
         seeds: of what is random.
         batch_size: items at a time.
         controls: what runs beside them, of `CONTROLS`, where it can; the oracle only where the
@@ -63,20 +76,27 @@ def evaluate(
     Raises:
         ValueError: if a pruner does not fit the model, before anything is asked.
     """
+    before = earlier.read(Path(output))
     first = _first_tokens(subject, task, Needs())
-    found = _conditions(subject, task, first, pruners, budgets, seeds, checkpoints, controls)
+    groups, remark = grouped(checkpoints)
+    chosen = [part for spec in dict.fromkeys(pruners) for part in _parts(spec, groups)]
+    found = _conditions(subject, task, first, chosen, budgets, seeds, checkpoints, controls)
     unfit = _refusals(subject, task, found, batch_size)
-    asked_for = {key: why for key, why in unfit.items() if key[0] in pruners}
-    if asked_for and not skip_unfit:
-        _refuse(subject, asked_for)
+    if not skip_unfit:
+        _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
-    records = run(subject, task, fit, Path(output) / ANSWERS, batch_size)
+    answers = Path(output) / ANSWERS
+    records = run(subject, task, fit, answers, batch_size)
+    rows = _rows(task, found, records, first.num_tokens, unfit)
+    shared = shared_settings(subject, task, batch_size)
+    kept = earlier.kept(before, task, answers, shared, rows)
     settings = {
-        "task": {"name": task.name, **task.describe()},
+        "task": shared["task"],
         "batch_size": batch_size,
         "seeds": list(seeds),
         "checkpoints": list(checkpoints),
-    } | ({} if command is None else {"command": command})
+        **kept.commands(command),
+    }
     report = Report(
         task=task.name,
         model=subject.name,
@@ -84,19 +104,32 @@ def evaluate(
         percent=task.percent,
         settings=settings,
         environment=environment_of(subject.model),
-        rows=_rows(task, found, records, first.num_tokens, unfit),
+        rows=kept.joined(rows),
         lower_is_better=task.lower_is_better,
         not_judged=task.not_judged,
         counts=task.counts,
+        remarks=[*filter(None, [remark]), *kept.remarks()],
     )
-    return report, records
+    return report, {**kept.records, **records}
+
+
+def _parts(spec: str, groups: Sequence[Sequence[str]]) -> list[Part]:
+    """A pruner, once for each group of checkpoints if it takes them.
+
+    `ocvtp` on several groups is `ocvtp:checkpoint=A`, named after the first of each.
+    """
+    if len(groups) < 2 or not takes_checkpoints(spec):
+        return [(spec, spec, groups[0])]
+    colon = "," if ":" in spec else ":"
+    named = [(f"{spec}{colon}checkpoint={group[0]}", group) for group in groups]
+    return [(name, name if len(group) == 1 else spec, group) for name, group in named]
 
 
 def _conditions(
     subject: Subject,
     task: Task,
     first: VisualTokens,
-    pruners: Sequence[str],
+    pruners: Sequence[Part],
     budgets: Sequence[Budget],
     seeds: Sequence[int],
     checkpoints: Sequence[str],
@@ -113,8 +146,10 @@ def _conditions(
     if isinstance(task, TokenTask):  # those of a wrong image are no question about this one
         found = [condition for condition in found if condition.image == "own"]
     plain = [name for name in controls if name not in (UNTRAINED, ORACLE)]
-    for spec in dict.fromkeys([*pruners, *plain]):
-        found += made.pruner_conditions(spec, budgets, seeds, checkpoints, first.num_tokens)
+    known = {label for label, _, _ in pruners}
+    controlled = [(name, name, checkpoints) for name in plain if name not in known]
+    for label, spec, own in [*pruners, *controlled]:
+        found += made.pruner_conditions(spec, budgets, seeds, own, first.num_tokens, label)
     if UNTRAINED in controls:
         found += _untrained(subject, task, budgets, seeds, checkpoints)
     one_grid = first.num_tokens == np.prod(first.grid_hw)
@@ -175,8 +210,10 @@ def _refusals(
     pruners = [condition.make(place) for condition in found]
     shared = SharedEncodings.of(subject.model, pruners)
     problems: dict[tuple[str, Budget | None], str] = {}
+    host = find_host(subject.model)
     for condition, pruner in zip(found, pruners, strict=True):
         try:
+            refuse_beyond_all(host, pruner)
             with attached(
                 subject.model,
                 pruner,
@@ -191,6 +228,8 @@ def _refusals(
 
 
 def _refuse(subject: Subject, problems: Mapping[tuple[str, Budget | None], str]) -> None:
+    if not problems:
+        return
     lines = "".join(
         f"\n  {label}{'' if budget is None else f' @ {budget}'}: {problem}"
         for (label, budget), problem in problems.items()
@@ -232,6 +271,7 @@ def _rows(
                 figures=figures,
                 note=note,
                 trained=group[0].trained,
+                yours=group[0].yours,
             )
         )
     return rows
@@ -241,4 +281,5 @@ def _share(label: str, budget: Budget | None, num_tokens: int) -> float | None:
     """Of the tokens kept, where images have `num_tokens`; None where the pruner itself decides."""
     if budget is None:
         return 1.0 if label in (made.UNPRUNED, made.SHUFFLED) else None
-    return budget.keep_ratio or budget.count(num_tokens) / num_tokens
+    share = budget.keep_ratio or budget.count(num_tokens) / num_tokens
+    return float(f"{share:.{DIGITS}g}")  # as results.json has it

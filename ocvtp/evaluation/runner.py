@@ -7,6 +7,7 @@ condition lacks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,22 +96,15 @@ def run(
     Raises:
         ValueError: if a pruner does not fit the model, or `folder` holds records of other settings.
     """
-    shared_settings = {
-        "model": subject.name,
-        "model_weights": content_hash(subject.name),
-        "dtype": str(subject.model.dtype),
-        "task": {"name": task.name, **task.describe()},
-        "batch_size": batch_size,
-    }
+    shared = shared_settings(subject, task, batch_size)
     logs = {
-        c.key: Log(folder, c.key, {**c.settings, "image": c.image, **shared_settings})
-        for c in conditions
+        c.key: Log(folder, c.key, {**c.settings, "image": c.image, **shared}) for c in conditions
     }
     batches = [
         task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)
     ]
     pruners = [condition.make(Place(0, list)) for condition in conditions]
-    shared = SharedEncodings.of(subject.model, pruners)
+    encodings = SharedEncodings.of(subject.model, pruners)
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(conditions) * len(batches))
         start = 0
@@ -118,12 +112,25 @@ def run(
             end = start + len(items)
             waiting = [c for c in conditions if len(logs[c.key]) < end]
             progress.advance(bar, len(conditions) - len(waiting))
-            for condition, records in _observe(subject, task, items, start, waiting, shared):
+            for condition, records in _observe(subject, task, items, start, waiting, encodings):
                 log = logs[condition.key]
                 log.append(records[len(log) - start :])
                 progress.update(bar, advance=1, description=condition.label)
             start = end
     return {key: log.records for key, log in logs.items()}
+
+
+def shared_settings(subject: Subject, task: Task, batch_size: int) -> dict[str, Any]:
+    """What the records of all conditions of a run depend on, as JSON."""
+    found: dict[str, Any] = {
+        "model": subject.name,
+        "model_weights": content_hash(subject.name),
+        "dtype": str(subject.model.dtype),
+        "task": {"name": task.name, **task.describe()},
+        "batch_size": batch_size,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def _observe(

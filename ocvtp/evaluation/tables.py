@@ -27,6 +27,7 @@ _LEGEND = f"""\
 def full(facts: Facts) -> str:
     """The report: warnings, a table a metric and budget, how to read them, what they depend on."""
     parts = [f"# {facts['task']} on {facts['model']}", *map(_warning, facts["warnings"])]
+    parts += [f"> Note. {remark}" for remark in facts.get("remarks", ())]
     for metric in facts["metrics"]:
         figure = next(row["figures"][metric] for row in facts["rows"] if metric in row["figures"])
         asked = f"{figure['n']} {facts['counts']} on {figure['images']} images."
@@ -130,13 +131,13 @@ def _short_table(facts: Facts, metric: str) -> str:
     order = {row["label"]: row for budget in columns for row in ranked(facts, metric, budget)}
     first = [row["label"] for row in ranked(facts, metric, focus(facts))]
     labels = list(dict.fromkeys([*first, *order]))
-    best = {budget: _best(ranked(facts, metric, budget), metric) for budget in columns}
+    best = {budget: _best(facts, metric, budget) for budget in columns}
     cells = []
     for label in labels:
         rows = [at.get((label, budget)) for budget in columns]
         line = [
             f"**{_narrow(row, metric, percent)}**"
-            if row is not None and row is best[row["budget"]]
+            if row is not None and any(row is one for one in best[row["budget"]])
             else _narrow(row, metric, percent)
             for row in rows
         ]
@@ -153,10 +154,17 @@ def _short_table(facts: Facts, metric: str) -> str:
     return f"{table([metric, *map(budget_text, columns)], cells)}\n\n{legend.lstrip('. ')}\n"
 
 
-def _best(rows: Sequence[Facts], metric: str) -> Facts | None:
-    """The first that is neither a control nor trained."""
+def _best(facts: Facts, metric: str, budget: float) -> list[Facts]:
+    """Those that are neither controls nor trained and show the best figure: all of a tie."""
+    rows = [row for row in ranked(facts, metric, budget) if has_figure(row, metric)]
     fair = [row for row in rows if not row["control"] and not row["trained"]]
-    return next((row for row in fair if _get(row, metric, "value") is not None), None)
+    shown = [number_text(_get(row, metric, "value"), facts["percent"]) for row in fair]
+    return [row for row, text in zip(fair, shown, strict=True) if text == shown[0]]
+
+
+def has_figure(row: Facts, metric: str) -> bool:
+    """Whether there is a figure, and something counted in it."""
+    return _get(row, metric, "value") is not None
 
 
 def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -174,7 +182,8 @@ def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
 def _name(row: Facts) -> str:
     """The label, and what a reader must not overlook."""
     seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else ""
-    marks = ", ".join(filter(None, ["control" if row["control"] else "", seeds]))
+    kind = "control" if row["control"] else "yours" if row.get("yours") else ""
+    marks = ", ".join(filter(None, [kind, seeds]))
     return f"`{row['label']}`" + (f" ({marks})" if marks else "")
 
 

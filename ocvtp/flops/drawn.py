@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from ocvtp.encoders import taps
 from ocvtp.encoders.windows import segment_means
+from ocvtp.flops import operations
 from ocvtp.flops.formulas import linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
 from ocvtp.flops.towers import BlockRows, window_lengths
@@ -33,7 +33,7 @@ def counted(function: Callable[[], _T]) -> tuple[int, _T]:
 
     Sorting, distances by `cdist`, softmax and the like count nothing.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with operations.counter() as counter, torch.no_grad():
         result = function()
     return int(counter.get_total_flops()), result
 

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
+from ocvtp.evaluation.canvas import INK, better, canvas, label, shortened
 from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
@@ -25,7 +24,6 @@ _PARTS = {
     "language_model": ("language model", "#9fd0ef"),
 }
 _UNITS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6}
-_INK = "#222222"
 _LEGEND = """\
 - Operations of one prompt until its first answered token (FLOPs); a product with its addition is
   two. Causal attention counts whole; norms, activations, softmax and sorting count nothing.
@@ -82,27 +80,20 @@ def bars(facts: Facts) -> Figure:
     """Operations until the first token, stacked; a bar a pruner and budget."""
     unit, scale = _unit(facts)
     rows = facts["rows"]
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
-    drawing = Figure(figsize=(7.6, 1.5 + 0.26 * len(rows)), layout=layout)
-    FigureCanvasAgg(drawing)
-    axis = drawing.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8, colors=_INK)
+    drawing, (axis,) = canvas([1.5 + 0.26 * len(rows)])
     left = [0.0] * len(rows)
-    for key, (label, colour) in _PARTS.items():
+    for key, (title, colour) in _PARTS.items():
         widths = [row[key] / scale for row in rows]
-        axis.barh(range(len(rows)), widths, left=left, color=colour, label=label, height=0.72)
+        axis.barh(range(len(rows)), widths, left=left, color=colour, label=title, height=0.72)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     for place, (row, end) in enumerate(zip(rows, left, strict=True)):
         text = f" {end:.2f}  ({row['of_unpruned']:.0%})"
-        axis.text(end, place, text, va="center", fontsize=7.5, color=_INK)
-    axis.set_yticks(range(len(rows)), [_name(row) for row in rows])
+        axis.text(end, place, text, va="center", fontsize=8, color=INK)
+    axis.set_yticks(range(len(rows)), [shortened(_name(row)) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the unpruned one on top
-    axis.set_xlim(0, 1.18 * max(left))
-    axis.set_xlabel(f"{unit}FLOPs until the first token, true count", fontsize=9)
-    axis.set_title(facts["model"], fontsize=10, loc="left")
-    axis.grid(axis="x", color="#e4e4e4", lw=0.6)
-    axis.set_axisbelow(True)
+    axis.set_xlim(0, 1.25 * max(left))
+    x = better(f"{unit}FLOPs until the first token, true count", lower=True)
+    label(axis, facts["model"], x, grid="x")
     drawing.legend(loc="outside lower center", ncols=len(_PARTS), fontsize=8, frameon=False)
     return drawing
 

@@ -10,19 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
+from ocvtp.choices import Separators as Separators
+from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.encoders.hooks import Hook, Removable, is_compiled, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
-
-TileBudget = Literal["per_image", "per_tile"]
-Separators = Literal["rows", "all", "none"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Encoded:
             tiles; None where all have as many.
         deepstack: [E, I, N, D'], what the language model would add to its hidden states behind
             each of its first E layers; None where it adds nothing.
-        num_given: [I] tokens that each image had before any was dropped in the tower; None where
-            they are all in `tokens`.
+        num_given: [I] tokens of each image before any was dropped in the tower; None if none was.
+        output: of the model's own `get_image_features`, see `read_images.known`.
     """
 
     tokens: VisualTokens
@@ -69,6 +68,7 @@ class Encoded:
     starts: Tensor | None = None
     deepstack: Tensor | None = None
     num_given: Tensor | None = None
+    output: Any = None
 
     def counts(self) -> Tensor:
         """[I] visual tokens of each image, before any was dropped."""
@@ -112,6 +112,8 @@ class Host(ABC):
     """Arguments of forward() that belong to the images."""
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
+    plain_positions_tell: ClassVar[bool] = True
+    """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
@@ -134,6 +136,11 @@ class Host(ABC):
     @abstractmethod
     def num_tower_blocks(self) -> int:
         """Blocks of the vision tower."""
+
+    @property
+    def image_tokens(self) -> int | None:
+        """Visual tokens of every image; None where images differ."""
+        return None
 
     @property
     def num_deepstack_layers(self) -> int:
@@ -171,8 +178,7 @@ class Host(ABC):
 
         Args:
             parts: those of stages `pixels` and `encoder`, none for hosts that serve neither.
-            needs: of what reads the tower behind them.
-            processor: that makes the model's inputs; None if it is not given.
+            needs: of what reads the tower after them. processor: of the model, None if not given.
 
         Raises:
             ValueError: if they do not fit the model or each other.
@@ -233,8 +239,7 @@ class Host(ABC):
         """The coordinates of a whole prompt, for hosts that turn tokens in several dimensions.
 
         Args:
-            inputs: what the processor returned, images apart; `input_ids` are there.
-            images: the arguments that `image_keys` names.
+            inputs: what the processor returned. images: those of it that `image_keys` names.
 
         Returns:
             [C, B, L] of C dimensions; None where positions are plain numbers of columns.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.pruners import Pruner
+from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection
 from ocvtp.transformers_names import encoded_images
 
@@ -43,12 +43,17 @@ def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | N
     return ids, mask.to(ids.device)
 
 
-def check_mask(mask: Tensor, ids: Tensor) -> None:
+def check_mask(mask: Any, ids: Tensor) -> None:
     """Refuse other masks than the processor's.
 
     Raises:
-        ValueError: if the mask is not 2-D, or not of the shape of the ids.
+        ValueError: if the mask is no 2-D tensor, or not of the shape of the ids.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, made for the caller's columns; pass the"
+            " 2-D tensor that the processor makes."
+        )
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
@@ -72,6 +77,28 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
             f" the pruner sees them. {USE_GENERATE}"
         )
+
+
+def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
+    """Why a pruner drops nothing of any image of a model; None if it may, or if images differ."""
+    count = host.image_tokens
+    for part in pruner.parts:
+        if count is not None and part.exact and part.exceeds(count):
+            return (
+                f"num_keep={part.num_keep} exceeds the {count} visual tokens that every image of"
+                f" this model has, so that {part.name!r} drops none; pass at most {count}."
+            )
+    return None
+
+
+def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
+    """For commands, whose rows and answers would be the unpruned model's under a false name.
+
+    Raises:
+        ValueError: if the pruner drops nothing of any image.
+    """
+    if why := beyond_all(host, pruner):
+        raise ValueError(why)
 
 
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:

@@ -7,16 +7,17 @@ tokenizer reads bytes. Their answers mean nothing.
 from __future__ import annotations
 
 from copy import deepcopy
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from ocvtp.choices import FullSizeModel
 from ocvtp.encoders.clip import plain_processor, vision_config
 from ocvtp.hosts import random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.shipped import ROOT
 
-DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-vlm"
+DEMO = ROOT / "checkpoints" / "demo-vlm"
 _CLIP = "random:clip-vit-large-patch14-336"
 _LLAMA = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
@@ -58,7 +59,7 @@ _LLAVA: dict[str, tuple[dict[str, Any], str]] = {
     "llava-1.5-13b": (_VICUNA_13B, "float16"),
     "llava-mid": (_llama(4, 2048, 5504, 16), "float32"),
 }
-FULL_SIZE_MODELS = (*_LLAVA, "llava-next-7b", "qwen2.5-vl-7b", "demo")
+FULL_SIZE_MODELS = get_args(FullSizeModel)
 
 
 def config_of(name: str) -> Any:
@@ -192,7 +193,7 @@ def _processor(name: str, config: Any) -> Any:
 def _demo_folder() -> str:
     if not (DEMO / "config.json").is_file():
         raise ValueError(
-            f"the demo model is not at {DEMO}: it comes with the repository, not with the package;"
-            " work in a checkout, or name another model."
+            f"the demo model is not at {DEMO}: it comes with the repository and with the package;"
+            " work in a whole checkout, install ocvtp again, or name another model."
         )
     return str(DEMO)

@@ -33,6 +33,22 @@ def turn(attention: Any, states: Tensor, norm: str, cos: Tensor, sin: Tensor) ->
     return rotate_heads(attention, heads.transpose(1, 2), cos, sin)
 
 
+def turn_to_start(attention: Any, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turned keys as if the column whose turn is given stood in the first position.
+
+    Args:
+        attention: the layer's module, whose own function turns them back.
+        keys: [I, H, R, d].
+        cos: [..., I, 1, d] and sin: of that column.
+
+    Returns:
+        [I, H, R, d]; the same bit for bit where the column does stand there.
+    """
+    length = (cos.float().square() + sin.float().square()).sqrt()  # 1, or the model's own scale
+    turned = rotate_heads(attention, keys.float(), cos / length, -sin / length)
+    return turned.to(keys.dtype)
+
+
 def rows_of_attention(
     queries: Tensor, keys: Tensor, scaling: float, mask: Tensor, query_columns: Tensor
 ) -> Tensor:

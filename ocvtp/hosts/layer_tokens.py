@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import on_device
 from ocvtp.hosts.layer_plan import Group, LayerPlan
-from ocvtp.hosts.layer_scores import among_each_other, rows_of_attention, turn
+from ocvtp.hosts.layer_scores import among_each_other, rows_of_attention, turn, turn_to_start
 from ocvtp.structures import LayerTokens, take
 
 
@@ -131,7 +131,6 @@ class Place:
 def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> LayerTokens:
     """What the pruner of a plan reads of a group."""
     needs = plan.pruner.needs_at(place.number)
-    rows = group.rows[:, None]
     keys = {block: _keys(current, place, block) for block in needs.keys}  # [B, H, S, d]
     tokens = _of_hidden(
         group,
@@ -142,10 +141,12 @@ def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> 
             for block, kind in needs.attention
         },
         keys={
-            block: k.transpose(1, 2)[rows, group.columns].flatten(2) for block, k in keys.items()
+            block: _from_start(current, group, place, block, k, group.columns)
+            for block, k in keys.items()
         },
         text_keys={
-            block: k.transpose(1, 2)[rows, group.text].flatten(2) for block, k in keys.items()
+            block: _from_start(current, group, place, block, k, group.text)
+            for block, k in keys.items()
         },
         num_heads=next((k.shape[1] for k in keys.values()), None),
     )
@@ -182,6 +183,23 @@ def _keys(current: Current, place: Place, block: int) -> Tensor:
     with on_device(place.layer):
         projected = attention.k_proj(place.layer.input_layernorm(place.hidden))
         return turn(attention, projected, "k_norm", *place.rope)
+
+
+def _from_start(
+    current: Current, group: Group, place: Place, block: int, keys: Tensor, columns: Tensor
+) -> Tensor:
+    """[I, R, H d] keys [B, H, S, d] at columns [I, R], by positions from their row's first column.
+
+    Without `position_ids` a model counts padding on the left too, and a row's keys would depend on
+    what is beside it in the batch.
+    """
+    rows = group.rows[:, None]
+    first = current.mask.int().argmax(dim=1)[rows]  # [I, 1]
+    rope = place.rope if block == place.number else current.ropes[block]
+    cos, sin = (_at(part.to(keys.device), rows, first) for part in rope)
+    own = keys.transpose(1, 2)[rows, columns].transpose(1, 2)
+    turned = turn_to_start(place.model.layers[block].self_attn, own, cos, sin)
+    return turned.transpose(1, 2).flatten(2)
 
 
 def _attention(current: Current, group: Group, place: Place, block: int, kind: str) -> Tensor:

@@ -27,7 +27,7 @@ from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import take
-from ocvtp.transformers_names import cache_in
+from ocvtp.transformers_names import cache_in, is_checkpointed
 
 _ON_CACHE = "_ocvtp_layers"
 
@@ -173,10 +173,12 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
     cache, current = cache_in(kwargs), run.current
-    if cache is None:
+    if cache is None or is_checkpointed(layer):
         raise ValueError(
             "tokens can be dropped inside the language model only with a cache; leave"
-            " use_cache=False out (and gradient checkpointing)."
+            " use_cache=False out, and call gradient_checkpointing_disable() where layers run again"
+            " in the backward pass, or use a pruner that acts before the language model (see"
+            " `ocvtp list`)."
         )
     if current is not None:
         assert run.plan is not None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from ocvtp.choices import TinyModel
 from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.images import open_image as open_image  # to be found beside `load_model`
+from ocvtp.shipped import find_folder
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-llava": (random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
@@ -20,8 +22,9 @@ _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
     "random:tiny-qwen2.5-vl": (random_qwen.tiny_qwen, random_qwen.SPECIAL_TOKENS),
     "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
 }
-RANDOM_MODELS = tuple(_RANDOM)
+RANDOM_MODELS = get_args(TinyModel)
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any, Any]:
@@ -36,8 +39,9 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         device: e.g. `cpu`, `cuda`.
 
     Raises:
-        ValueError: if there is no such model.
+        ValueError: if there is no such model, dtype or device.
     """
+    _check_place(dtype, device)
     if name in FULL_SIZE_MODELS:
         return full_size.build(name.removeprefix("random:"), dtype, device)
     if name.startswith("random:"):
@@ -47,12 +51,13 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     else:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+        source = find_folder(name)
         try:
-            processor = AutoProcessor.from_pretrained(name)
+            processor = AutoProcessor.from_pretrained(source)
             if dtype == "auto" and torch.device(device).type == "cpu":
-                saved = AutoConfig.from_pretrained(name).dtype
+                saved = AutoConfig.from_pretrained(source).dtype
                 dtype = "float32" if saved == torch.float16 else dtype
-            model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype)
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
@@ -60,6 +65,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
                 f" {[*RANDOM_MODELS, *FULL_SIZE_MODELS]}."
             ) from error
     return model.to(device).eval(), processor
+
+
+def _check_place(dtype: str, device: str) -> None:
+    """Refuse what a model cannot be moved to, before it is loaded."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; pass {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise ValueError(
+            f"device={device!r} cannot be used ({reason}); pass {' or '.join(here)}."
+        ) from error
 
 
 def load_config(name: str) -> Any:
@@ -78,26 +97,13 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(find_folder(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model={name!r} has no configuration that can be read"
             f" ({' '.join(str(error).split())[:300]}); pass a folder or hub id of a vision-language"
             f" model, or one of {[*full_size.FULL_SIZE_MODELS, *RANDOM_MODELS]}."
         ) from error
-
-
-def open_image(path: str) -> Image.Image:
-    """An image file in RGB.
-
-    Raises:
-        ValueError: if it is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"image {path!r} cannot be read ({error}); pass a JPEG or PNG.") from error
 
 
 def _random_model(name: str) -> tuple[Any, Any]:

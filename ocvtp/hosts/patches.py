@@ -5,13 +5,13 @@ is one), N patches, R rows that run, D width.
 
 A hook in front of each block takes the rows that are left from the T tokens, one behind it puts
 them back, with zeros in the places of all others: whatever looks at the tower between its blocks or
-behind it sees the whole grid. Nothing of the tower's forward is copied. All hooks are inert outside
-of `taps.recording()`, where what belongs to the call is kept.
+behind it sees the whole grid. Nothing of the tower's forward is copied. All hooks are inert where
+no `TowerRun` is handed to the blocks, as it is inside of `taps.recording()`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,13 +22,14 @@ from torch import Tensor
 from ocvtp.encoders import taps
 from ocvtp.encoders.hooks import Hook, after, before
 from ocvtp.encoders.rows import Rows
+from ocvtp.hosts.block_merging import BlockMerging
 from ocvtp.hosts.pixels import PixelScale, patches
-from ocvtp.hosts.tower_run import RUN, TowerRun, add_residual, keep_keys, mask_rows, running
+from ocvtp.hosts.tower_run import CARRIER, RUN, Step, TowerRun, attend, hand_to_blocks, running
 from ocvtp.hosts.views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.bipartite import first_places, means
 from ocvtp.pruners.in_blocks import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.transformers_names import is_checkpointed
 
 
 class TowerStages:
@@ -36,7 +37,7 @@ class TowerStages:
 
     Args:
         parts: at most one of each stage.
-        view: of the tower, until `hooks` is told another.
+        look: gives the view of the tower, as it is now.
         num_prefix: tokens before the patches.
         patch_size: in pixels.
         scale: how to undo what the image processor did; for stage `pixels`.
@@ -48,7 +49,7 @@ class TowerStages:
     def __init__(
         self,
         parts: Sequence[Pruner],
-        view: taps.Tower,
+        look: Callable[[], taps.Tower],
         num_prefix: int,
         patch_size: int,
         scale: PixelScale | None,
@@ -58,17 +59,23 @@ class TowerStages:
         self.pixels = stages.get("pixels")
         self.merger = inside if isinstance(inside, BlockMerger) else None
         self.dropper = None if isinstance(inside, BlockMerger) else inside
-        self._view = view
+        merging = None if self.merger is None else BlockMerging(self.merger, look, num_prefix)
+        self._merging = merging
+        self._look = look
         self._num_prefix = num_prefix
         self._patch_size = patch_size
         self._scale = scale
-        self._at = None if self.dropper is None else first_block(self.dropper, view)
+        self._at = None if self.dropper is None else first_block(self.dropper, self._view)
         if self.merger is not None and self.pixels is not None and not self.pixels.exact:
             raise ValueError(
                 f"{self.pixels.name!r} leaves images different numbers of patches, and"
                 f" {self.merger.name!r} merges equally many of each; give {self.pixels.name!r}"
                 " num_keep or keep_ratio, without adaptive."
             )
+
+    @property
+    def _view(self) -> taps.Tower:
+        return self._look()
 
     @property
     def uses_masks(self) -> bool:
@@ -132,15 +139,29 @@ class TowerStages:
             )
         return None if run.rows is None else run.rows.ran()[:, self._num_prefix :]
 
-    def hooks(self, tower: Any, view: taps.Tower) -> list[Hook]:
-        """Hooks in a tower with `self_attn`, `layer_norm2` and `mlp` in its blocks.
+    def watch(self, tower: Any, features: Tensor) -> None:
+        """Refuse a backward pass that runs blocks again without the hooks in them.
 
         Args:
-            tower: as it is now. view: of it. A copy of the tower has copies of the hooks, which
-                must hold nothing outside it.
+            tower: that made `features`, or the last of its blocks that is read.
         """
-        self._view = view
+        runs_again = any(map(is_checkpointed, self._view.blocks))
+        if runs_again and features.requires_grad:
+            features.register_hook(partial(self._check_installed, tower))
+
+    def _check_installed(self, tower: Any, gradient: Tensor) -> None:
+        if self._start not in tower._forward_pre_hooks.values():
+            raise ValueError(
+                "gradient checkpointing runs the vision tower again in the backward pass, where the"
+                " pruner of the forward pass is gone; call backward() before you remove it (inside"
+                " its `with` block)."
+            )
+
+    def hooks(self, tower: Any) -> list[Hook]:
+        """Hooks in a tower with an `encoder` of blocks of `self_attn`, `layer_norm2` and `mlp`."""
+        view = self._view
         hooks = [before(tower, self._start, with_kwargs=True)]
+        hooks.append(before(tower.encoder, hand_to_blocks, with_kwargs=True))
         if self.dropper is not None:
             hooks += taps.hooks_for(view, self.dropper.needs)
         for number, block in enumerate(view.blocks):
@@ -148,15 +169,10 @@ class TowerStages:
             enter, leave = partial(self._enter, number), partial(self._leave, number)
             hooks.append(before(block, enter, with_kwargs=True))
             # Before others look at the block's output: transformers', and those of `taps`.
-            hooks.append(after(block, leave, prepend=True))
-            if self.uses_masks:
-                hooks.append(before(modules.self_attn, mask_rows, with_kwargs=True))
-            if self.merger is not None:
-                _, key = view.query_key(block)
-                merge = partial(self._merge, number)
-                hooks.append(after(key, keep_keys))
-                hooks.append(before(modules.layer_norm2, merge))
-                hooks.append(after(modules.mlp, add_residual))
+            hooks.append(after(block, leave, prepend=True, with_kwargs=True))
+            hooks.append(before(modules.self_attn, partial(attend, number), with_kwargs=True))
+            if self._merging is not None:
+                hooks += self._merging.hooks(number, block)
         return hooks
 
     def _start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -169,33 +185,44 @@ class TowerStages:
         run.grid_hw = (height, width)
         if self.pixels is not None:
             assert self._scale is not None
-            values = patches(self._scale.undo(pixel_values), self._patch_size)
-            self._keep(run, self.pixels.select(VisualTokens(values, run.grid_hw)), None)
+            with torch.no_grad():
+                values = patches(self._scale.undo(pixel_values), self._patch_size)
+                self._keep(run, self.pixels.select(VisualTokens(values, run.grid_hw)), None)
 
-    def _enter(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
+    def _enter(self, number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """In front of a block: hand it the rows that run."""
-        if (run := running()) is None:
+        run: TowerRun | None = kwargs.get(CARRIER)
+        if run is None:
             return None
         states: Tensor = args[0]
+        if number not in run.steps:
+            with torch.no_grad():
+                run.steps[number] = self._step(run, number, states)
+        step = run.steps[number]
+        return (states if step.rows is None else step.rows.gather(states), *args[1:]), kwargs
+
+    def _leave(
+        self, number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Behind a block: put its rows back in their places."""
+        run: TowerRun | None = kwargs.get(CARRIER)
+        if run is None:
+            return None
+        run.rows = left = run.steps[number].left
+        return None if left is None else left.scatter(output[:, : left.places.shape[1]])
+
+    def _step(self, run: TowerRun, number: int, states: Tensor) -> Step:
+        """What a block does when it runs the first time, on `states` [U, T, D]."""
         if number == self._at:
             self._drop(run, states)
-        if self.merger is not None and number == 0:
-            patch_rows = states.shape[1] if run.rows is None else run.rows.places.shape[1]
-            counts = (patch_rows - self._num_prefix, len(self._view.blocks), run.num_read)
-            run.merges = self.merger.schedule(*counts)
-        if run.rows is None:
-            return None
-        record = taps.current()
-        assert record is not None
-        record.rows[number] = run.rows
-        return (run.rows.gather(states), *args[1:]), kwargs
-
-    def _leave(self, number: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
-        """Behind a block: put its rows back in their places."""
-        if (run := running()) is None or run.rows is None:
-            return None
-        rows, run.merged = output if run.merged is None else run.merged, None
-        return run.rows.scatter(rows)
+        if self._merging is not None and number == 0:
+            num_rows = states.shape[1] if run.rows is None else run.rows.places.shape[1]
+            run.merges = self._merging.schedule(num_rows, run.num_read)
+        if run.rows is not None:
+            record = taps.current()
+            assert record is not None
+            record.rows[number] = run.rows
+        return Step(run.rows, run.merges[number] if run.merges else 0)
 
     def _drop(self, run: TowerRun, states: Tensor) -> None:
         """Choose among the patches that are left, by what the tower has said so far."""
@@ -233,27 +260,6 @@ class TowerStages:
         num_tokens = self._num_prefix + height * width
         everything = Rows.all(len(keep), num_tokens, keep.device)
         run.rows = everything.keep(keep, valid, self._num_prefix)
-
-    def _merge(self, number: int, module: Any, args: tuple[Tensor, ...]) -> Any:
-        """Between attention and MLP: merge, and let the MLP run on what is left."""
-        if (run := running()) is None:
-            return None
-        states, keys, run.keys = args[0], run.keys, None
-        assert self.merger is not None
-        if not run.merges or not run.merges[number]:
-            return None
-        if keys is None:
-            raise RuntimeError("the hook on the keys of a block did not fire: is it compiled?")
-        views, count = states.shape[:2]
-        num_rows = count - run.merges[number]
-        heads, has_cls = self._view.num_heads, self._num_prefix == 1
-        row_of = self.merger.rows(keys, heads, run.merges[number], has_cls)
-        rows = Rows.all(views, count, states.device) if run.rows is None else run.rows
-        sizes = torch.ones_like(row_of, dtype=torch.float32) if rows.sizes is None else rows.sizes
-        run.merged, sizes = means(states, sizes, row_of, num_rows)
-        places = first_places(rows.places, row_of, num_rows)
-        run.rows = replace(rows, places=places, sizes=sizes)
-        return (run.merged,)
 
 
 def first_block(part: Pruner, view: taps.Tower) -> int:

@@ -17,6 +17,7 @@ from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.clip_text import ClipText, TextTower, load_clip_text
 from ocvtp.hosts.prompts import Prompts, embed_words
 from ocvtp.hosts.templates import find_processor
+from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.structures import Needs
 
 
@@ -34,7 +35,7 @@ class Reader:
     wants_text: bool
     clip: ClipText | None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     @torch.no_grad()
     def read(
         self, host: Host, encoded: Encoded, ids: Tensor, real: Tensor, rows: Tensor
@@ -44,7 +45,7 @@ class Reader:
         Args:
             host: of the model.
             encoded: the images.
-            ids: [B, L].
+            ids: [B, L]; of packed samples one a row.
             real: [B, L] bool, False on padding.
             rows: [I], in whose prompt each image (or tile of one) is.
 

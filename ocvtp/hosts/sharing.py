@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.later_rows import LaterRows
-from ocvtp.hosts.rewrite import Encode, encode_anew
+from ocvtp.hosts.looking import Encode, encode_anew
+from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
 
@@ -233,7 +234,7 @@ def _only(tokens: VisualTokens, needs: Needs) -> VisualTokens:
     )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@uncompiled
 def _call(host: Host, images: dict[str, Any]) -> _Call | None:
     """What to compare; None for a call that cannot be shared."""
     tensors = {name: value for name, value in images.items() if isinstance(value, Tensor)}

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders.hooks import Hook, Removable
+from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.hosts.wrapping import Wrapped, has_methods
 
 _HOOKS = (
@@ -47,7 +47,7 @@ class Site:
         self._groups = list(groups)
         self._put: list[list[Put]] = [[] for _ in groups]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def renew(self) -> None:
         """Put in what is not where it belongs.
 

@@ -1,10 +1,15 @@
 """One forward of a vision tower that prunes, and the hooks that look at nothing else.
 
+Gradient checkpointing runs a block a second time in the backward pass, in another thread perhaps,
+when the call is long over. So the forward goes from block to block as an argument of theirs, which
+checkpointing keeps with the others; what a block did is in its `Step`, and done again.
+
 U views of a call, T tokens of the tower, R rows that run, D width.
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,28 +19,59 @@ from ocvtp.encoders import taps
 from ocvtp.encoders.rows import Rows
 
 RUN = "tower_run"
+CARRIER = "ocvtp_tower_run"
+"""The argument of blocks and of their attention that is the `TowerRun`."""
 
 
 @dataclass
+class Step:
+    """What a block does.
+
+    Args:
+        rows: that it is given; None while all tokens run.
+        num_merged: rows that it merges away.
+        row_of: [U, R] the row that each of them goes to; None before they are matched, or if it
+            merges none.
+        merged: the rows behind that.
+        keys: [U, R, D] of the block, on their way to be matched.
+        mixed: [U, R - num_merged, D] what was merged, on its way past the MLP.
+    """
+
+    rows: Rows | None
+    num_merged: int = 0
+    row_of: Tensor | None = None
+    merged: Rows | None = None
+    keys: Tensor | None = None
+    mixed: Tensor | None = None
+
+    @property
+    def left(self) -> Rows | None:
+        """The rows that are left behind it."""
+        return self.rows if self.merged is None else self.merged
+
+
 class TowerRun:
-    """One forward of a tower that prunes.
+    """One forward of a tower that prunes. No dataclass: wrappers take arguments that are, apart.
 
     Args:
         num_read: blocks that run before the last layer that is read.
-        grid_hw: of the patches.
-        rows: that run; None while all tokens do.
-        merges: how many rows each block merges away; None where none does.
-        keys: of the block that runs, if it merges. merged: its rows behind that.
-        started: whether the tower got its pixels.
     """
 
-    num_read: int
-    grid_hw: tuple[int, int] = (0, 0)
-    rows: Rows | None = None
-    merges: tuple[int, ...] | None = None
-    keys: Tensor | None = None
-    merged: Tensor | None = None
-    started: bool = False
+    def __init__(self, num_read: int) -> None:
+        self.num_read = num_read
+        self.grid_hw = (0, 0)
+        """Of the patches."""
+        self.rows: Rows | None = None
+        """That run; None while all tokens do."""
+        self.merges: tuple[int, ...] = ()
+        """How many rows each block merges away; none where none does."""
+        self.steps: dict[int, Step] = {}
+        """Of the blocks that ran."""
+        self.started = False
+        """Whether the tower got its pixels."""
+
+
+_IN_BLOCK: ContextVar[TowerRun | None] = ContextVar("ocvtp_in_block", default=None)
 
 
 def running() -> TowerRun | None:
@@ -44,23 +80,35 @@ def running() -> TowerRun | None:
     return None if record is None else record.other.get(RUN)
 
 
-def mask_rows(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """In front of attention: what is added to the logits of every row as a key."""
-    if (run := running()) is None or run.rows is None or (bias := run.rows.bias()) is None:
+def hand_to_blocks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """In front of all blocks."""
+    run = running()
+    return None if run is None else (args, kwargs | {CARRIER: run})
+
+
+def attend(number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """In front of a block's attention: take the forward over for the hooks that get no arguments.
+
+    What is added to the logits of every row as a key goes to the attention.
+    """
+    run = kwargs.get(CARRIER)
+    _IN_BLOCK.set(run if run is not None and run.merges else None)
+    if run is None:
         return None
-    states: Tensor = args[0] if args else kwargs["hidden_states"]
-    return args, kwargs | {"attention_mask": bias[:, None, None].to(states.dtype)}
+    kwargs = {name: value for name, value in kwargs.items() if name != CARRIER}
+    rows = run.steps[number].rows
+    if rows is not None and (bias := rows.bias()) is not None:
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        kwargs["attention_mask"] = bias[:, None, None].to(states.dtype)
+    return args, kwargs
 
 
-def keep_keys(module: Any, args: Any, output: Tensor) -> None:
-    """Behind the projection of a block's keys."""
-    if (run := running()) is not None:
-        run.keys = output
+def step_of(number: int) -> Step | None:
+    """Of the block that this thread is in, between its attention and its end."""
+    run = _IN_BLOCK.get()
+    return None if run is None else run.steps[number]
 
 
-def add_residual(module: Any, args: Any, output: Tensor) -> Tensor | None:
-    """Behind the MLP of a block that merged, whose own residual has the rows from before."""
-    if (run := running()) is None or run.merged is None:
-        return None
-    run.merged = run.merged + output
-    return output.new_zeros(1)
+def leave_block() -> None:
+    """Behind the last hook in a block that asks for its step."""
+    _IN_BLOCK.set(None)

@@ -6,6 +6,7 @@ B images, N visual tokens, K kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
@@ -13,11 +14,13 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from ocvtp.pruners.merging import keep_short_images
+from ocvtp.pruners.budgets import check_count, check_share
+from ocvtp.pruners.merging import keep_all, keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
-Status = Literal["official", "unofficial", "control"]
+Status = Literal["official", "unofficial", "control", "yours"]
 Budget = Literal["exact", "adaptive", "average"]
+NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -38,16 +41,25 @@ class Pruner(ABC):
     name: ClassVar[str] = ""
     """Key in the registry; `register` sets it."""
     stage: ClassVar[Stage] = "llm_input"
-    status: ClassVar[Status]
-    """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick."""
+    status: ClassVar[Status] = "yours"
+    """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick; a
+    class that does not say so itself is `yours`, whatever it is made from."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
     """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps;
     `average` if the budget is one over the layers of the language model."""
+    named_settings: ClassVar[NamedSettings] = {}
+    """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
+    budget among them (none where the paper's own holds without one)."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True
     """False if what is kept of an image depends on its place in the batch."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "status" not in vars(cls):
+            cls.status = "yours"
 
     def __post_init__(self) -> None:
         self._check_budget()
@@ -79,17 +91,19 @@ class Pruner(ABC):
             tokens: with everything that `needs` names.
 
         Returns:
-            exactly K ascending indices per image (fewer, marked by `valid`, where an image has
-            fewer tokens or the method is adaptive).
+            exactly K ascending indices per image; fewer, marked by `valid`, where an image has
+            fewer tokens (it stays as it is, alone or in a batch) or the method is adaptive.
 
         Raises:
-            ValueError: if the budget exceeds N, or something in `needs` is missing.
+            ValueError: if something in `needs` is missing.
         """
         if missing := tokens.missing(self.needs):
             raise ValueError(
                 f"pruner {self.name!r} needs {', '.join(missing)}, which the given visual tokens do"
                 " not hold; put it there, or pass it through a host that supplies it."
             )
+        if self.spares(tokens.num_tokens):
+            return keep_all(tokens)
         selection = self._select(tokens, self.budget(tokens.num_tokens))
         if tokens.valid is not None and self.merging and self.exact:
             return keep_short_images(selection, tokens)
@@ -100,20 +114,19 @@ class Pruner(ABC):
         """The method itself; `num_keep` is K, 1 <= K <= N."""
 
     def budget(self, num_tokens: int) -> int:
-        """K for an image of N tokens.
-
-        Raises:
-            ValueError: if `num_keep` exceeds N.
-        """
+        """K for an image of N tokens: all of them where `num_keep` is more."""
         if self.num_keep is None:
             assert self.keep_ratio is not None
             return max(1, round(num_tokens * self.keep_ratio))
-        if self.num_keep > num_tokens:
-            raise ValueError(
-                f"num_keep={self.num_keep} exceeds the {num_tokens} visual tokens of this image;"
-                f" pass at most {num_tokens}."
-            )
-        return self.num_keep
+        return min(self.num_keep, num_tokens)
+
+    def exceeds(self, num_tokens: int) -> bool:
+        """Whether `num_keep` is more than an image of N tokens has."""
+        return self.num_keep is not None and self.num_keep > num_tokens
+
+    def spares(self, num_tokens: int) -> bool:
+        """Whether an image of N tokens stays as it is, because it has fewer than it may keep."""
+        return self.exact and self.exceeds(num_tokens)
 
     @property
     def keeps_share(self) -> bool:
@@ -154,21 +167,20 @@ class Pruner(ABC):
         return height, width
 
     def _check_budget(self) -> None:
+        """Refuse a budget that is none."""
         if (self.num_keep is None) == (self.keep_ratio is None):
             raise ValueError(
                 f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
                 f" keep_ratio={self.keep_ratio}; pass exactly one of them."
             )
-        if self.num_keep is not None and (
-            isinstance(self.num_keep, bool) or int(self.num_keep) != self.num_keep
-        ):
-            raise ValueError(f"num_keep={self.num_keep!r}; pass a whole number of tokens.")
-        if self.num_keep is not None and self.num_keep < 1:
-            raise ValueError(f"num_keep={self.num_keep}; pass at least 1 token.")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ValueError(
-                f"keep_ratio={self.keep_ratio}; pass the share of tokens KEPT, above 0, at most 1."
-            )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """Refuse what is no count or share, and hold the others as plain numbers."""
+        if self.num_keep is not None:
+            self.num_keep = check_count("num_keep", self.num_keep)
+        if self.keep_ratio is not None:
+            self.keep_ratio = check_share("keep_ratio", self.keep_ratio)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -7,6 +7,7 @@ N patch tokens, K left behind all blocks, L blocks, D width, d width of the metr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -154,16 +155,23 @@ def parse_r(spec: MergeSpec, num_blocks: int) -> tuple[int, ...]:
     if isinstance(spec, tuple) and len(spec) == 2:
         spec, inflect = spec
     if isinstance(spec, Sequence):
-        if len(spec) > num_blocks or any(r != int(r) or r < 0 for r in spec):
+        if len(spec) > num_blocks or not all(map(_is_whole, spec)):
             raise ValueError(
                 f"r={list(spec)}; pass whole numbers from 0 on, one for each of at most"
                 f" {num_blocks} blocks, or (r, inflect)."
             )
         return (*map(int, spec), *[0] * (num_blocks - len(spec)))
-    if spec != int(spec) or spec < 0 or not -1 <= inflect <= 1:
+    if not _is_whole(spec) or not isinstance(inflect, int | float) or not -1 <= inflect <= 1:
         raise ValueError(
-            f"r={spec}, inflect={inflect}; pass a whole r from 0 on and an inflect of -1 to 1."
+            f"r={spec!r}, inflect={inflect!r}; pass a whole r from 0 on and an inflect of -1 to 1."
         )
     low = int(spec * (1.0 - inflect))
     step = (2 * spec - 2 * low) / max(num_blocks - 1, 1)
     return tuple(int(low + step * block) for block in range(num_blocks))
+
+
+def _is_whole(r: object) -> bool:
+    """Whether it is a number of tokens, 0 or more."""
+    if isinstance(r, bool) or not isinstance(r, Real):
+        return False
+    return float(r).is_integer() and float(r) >= 0

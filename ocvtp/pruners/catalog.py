@@ -19,7 +19,7 @@ class Entry:
         name: in the registry. title: the paper's branding and one line about the method.
         stage: where it acts, e.g. `llm_input + llm_layers`. needs: what the host must supply.
         budget: `exact` or `exact or adaptive`. merges: whether kept tokens are mixtures.
-        status: `official`, `unofficial` or `control`. paper: URL.
+        status: see `Pruner.status`. paper: URL.
     """
 
     name: str
@@ -41,12 +41,14 @@ def entry(name: str) -> Entry:
     """The facts about one pruner, from its class and docstring.
 
     Raises:
-        ValueError: if the docstring lacks its line `Stage: ...  Needs: ...`, or names other stages
-            than the class.
+        ValueError: if the docstring lacks its line `Stage: ...  Needs: ...`, which a pruner of
+            status `yours` may, or names other stages than the class.
     """
     cls = pruner_class(name)
     text = inspect.getdoc(cls) or ""
     line = re.search(r"^Stage: ([\w +]+)\.  Needs: (.+?)\.  Deterministic: ", text, re.MULTILINE)
+    if line is None and cls.status == "yours":
+        return _entry(name, cls, text, cls.stage, "not said")
     if line is None:
         raise ValueError(
             f"the docstring of {cls.__name__} lacks its line"
@@ -58,13 +60,17 @@ def entry(name: str) -> Entry:
             f"the docstring of {cls.__name__} names stage {line[1]!r}, the class {cls.stage!r};"
             f" write one or several of {', '.join(STAGES)}, joined by ' + '."
         )
+    return _entry(name, cls, text, line[1], line[2])
+
+
+def _entry(name: str, cls: type[Pruner], text: str, stage: str, needs: str) -> Entry:
     return Entry(
         name=name,
-        title=text.splitlines()[0],
-        stage=line[1],
-        needs=line[2],
+        title=text.partition("\n")[0],
+        stage=stage,
+        needs=needs,
         budget=" or ".join(cls.budgets),
-        merges=cls.merging or (len(stages) > 1 and _merges_later(cls)),
+        merges=cls.merging or (" + " in stage and _merges_later(cls)),
         status=cls.status,
         paper=cls.paper,
     )

@@ -6,6 +6,7 @@ B images, N visual tokens, M of them kept by the first pruner, K by the second.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -24,8 +25,8 @@ class Chain(Pruner):
     the 64 most diverse of the 128 most attended tokens.
 
     Args:
-        pruners: two or more of one stage; only the last may merge, and a share that one keeps
-            (`keep_ratio`) is of what it is given.
+        pruners: two or more of one stage, none with a larger `num_keep` than one before it; only
+            the last may merge, and a share that one keeps (`keep_ratio`) is of what it is given.
 
     Raises:
         ValueError: if that is not so.
@@ -52,6 +53,13 @@ class Chain(Pruner):
                 raise ValueError(
                     f"{step.name!r} merges tokens, so what it leaves has no attention or keys to"
                     " choose by; put it last."
+                )
+        counts = [(step.name, step.num_keep) for step in self.steps if step.num_keep is not None]
+        for (before, fewer), (name, more) in zip(counts, counts[1:], strict=False):
+            if more > fewer:
+                raise ValueError(
+                    f"Chain got {name!r} with num_keep={more} after {before!r}, which leaves"
+                    f" {fewer}; pass budgets that do not grow."
                 )
         last = self.steps[-1]
         super().__init__(num_keep=last.num_keep, keep_ratio=last.keep_ratio)
@@ -81,11 +89,13 @@ class Chain(Pruner):
 
     def of_size(self, num_tokens: int) -> Chain:
         """The same for images of `num_tokens` tokens; see `Pruner.of_size`."""
-        steps = []
+        changed, steps = copy(self), []
         for step in self.steps:
             steps.append(step.of_size(num_tokens))
             num_tokens = step.budget(num_tokens)
-        return Chain(steps)
+        changed.steps = tuple(steps)
+        changed.num_keep, changed.keep_ratio = steps[-1].num_keep, steps[-1].keep_ratio
+        return changed
 
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose; see `Pruner.select`."""

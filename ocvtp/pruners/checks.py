@@ -35,10 +35,10 @@ _WAITS = (
 def check_pruner(pruner: Pruner, grid_hw: tuple[int, int] = (6, 3), batch_size: int = 3) -> None:
     """Hold a pruner to what hosts rely on.
 
-    Checked are, for every K from 1 to N, with images of one size and of several: exactly K unique
-    ascending indices of real tokens; that an image keeps the same alone, in a batch and beside
-    padding; that what is in is not changed, and the same comes out again; bf16; equal tokens; and
-    that the host never waits for the device.
+    Checked are, for every K from 1 to N and one more, with images of one size and of several:
+    exactly K unique ascending indices of real tokens, or all of an image that has fewer; that an
+    image keeps the same alone, in a batch and beside padding; that what is in is not changed, and
+    the same comes out again; bf16; equal tokens; and that the host never waits for the device.
 
     Args:
         pruner: of stage `encoder` or `llm_input`; its own budget does not matter.
@@ -57,7 +57,7 @@ def check_pruner(pruner: Pruner, grid_hw: tuple[int, int] = (6, 3), batch_size: 
         )
     if grid_hw[0] < 2 or batch_size < 2:
         raise ValueError(f"{grid_hw=}, {batch_size=}; pass at least 2 rows and 2 images.")
-    for num_keep in range(1, grid_hw[0] * grid_hw[1] + 1):
+    for num_keep in range(1, grid_hw[0] * grid_hw[1] + 2):
         at_k = replace(pruner, num_keep=num_keep, keep_ratio=None)
         with _explained(pruner, num_keep):
             for ragged in (False, True):
@@ -206,8 +206,7 @@ def _check_alone(
     counts = tokens.real.sum(dim=1).tolist()
     for image in range(tokens.batch_size if pruner.batch_invariant else 1):
         alone = _cut(tokens, image, counts[image], grid_hw)
-        num_keep = min(pruner.num_keep or 0, counts[image])
-        found = replace(pruner, num_keep=num_keep).select(alone).keep_indices[0]
+        found = pruner.select(alone).keep_indices[0]
         kept = together.keep_indices[image]
         kept = kept if together.valid is None else kept[together.valid[image]]
         if not torch.equal(found, kept):

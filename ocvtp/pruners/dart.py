@@ -43,8 +43,8 @@ class DART(OneStagePruner):
         legacy_start: the column of the first image token then: 35 with LLaVA-1.5's system prompt.
         stages: `((layer, K),)` in place of an average.
     Deviations: the order of the pivots, see `legacy`; the official code keeps 4 + 8 int(T / 8)
-        tokens. Tokens keep their positions. Norms of turned keys depend on absolute positions: a
-        forward() of rows padded on the left needs position_ids, as generate() makes them.
+        tokens. Tokens keep their positions, which are counted from the row's first token where
+        norms are taken, whatever padding stands before it.
     """
 
     image_pivots: int = 4

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ocvtp.pruners.base import Status
+from ocvtp.pruners.base import NamedSettings, Status
 from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import top_k
@@ -25,7 +25,8 @@ class FastV(OneStagePruner):
 
     Args:
         num_keep: tokens kept per image, on average over the layers: of 576 in 32 layers 192, 128
-            and 64 are 166, 98 and 30 behind layer 2. None for the paper's half of them there.
+            and 64 are 166, 98 and 30 behind layer 2. None, or `setting="paper"`,
+            for the paper's half of them there.
         layer: in front of which tokens are dropped; paper: 2.
         stages: `((layer, K),)` in place of an average.
     Deviations: none. Tokens keep their positions.
@@ -34,6 +35,7 @@ class FastV(OneStagePruner):
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.06764"
     published: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
     paper_share: ClassVar[float | None] = 0.5
 
     def needs_at(self, layer: int) -> LayerNeeds:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.budgets import StagePairs, check_stages
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
 
@@ -25,11 +26,17 @@ class FirstHalf(Pruner):
     Args:
         whole: the method; its needs are those of this half.
         choose: what it keeps before the language model, which is not its own budget.
+        before: how many tokens that are for a budget of K, where an image has as many.
     """
 
-    def __init__(self, whole: Pruner, choose: Callable[[VisualTokens], Selection]) -> None:
+    def __init__(
+        self,
+        whole: Pruner,
+        choose: Callable[[VisualTokens], Selection],
+        before: Callable[[int], int] = lambda num_keep: num_keep,
+    ) -> None:
         super().__init__(num_keep=whole.num_keep, keep_ratio=whole.keep_ratio)
-        self._whole, self._choose = whole, choose
+        self._whole, self._choose, self._before = whole, choose, before
         self.name = whole.name  # type: ignore[misc]
         self.status = whole.status  # type: ignore[misc]
         self.merging = whole.merging  # type: ignore[misc]
@@ -42,6 +49,10 @@ class FirstHalf(Pruner):
     def budget(self, num_tokens: int) -> int:
         """That of the method; see `Pruner.budget`."""
         return self._whole.budget(num_tokens)
+
+    def spares(self, num_tokens: int) -> bool:
+        """See `Pruner.spares`."""
+        return self.num_keep is not None and num_tokens < self._before(self.num_keep)
 
     def of_size(self, num_tokens: int) -> Pruner:
         """See `Pruner.of_size`."""
@@ -71,7 +82,7 @@ class LaterHalf(LayerPruner):
 
 def later_settings(
     whole: Pruner,
-    stages: Sequence[tuple[int, float]] | None,
+    stages: StagePairs | None,
     share_before: Callable[[float], float],
 ) -> dict[str, Any]:
     """Budget of a later half: that of the method, or explicit stages.
@@ -80,8 +91,17 @@ def later_settings(
         whole: the method.
         stages: `((layer, K), ...)`, or None.
         share_before: budget as a share -> share that the first half leaves.
+
+    Raises:
+        ValueError: if the first stage is to keep more than the first half leaves.
     """
     if stages is not None:
+        layer, kept = check_stages(stages)[0]
+        if isinstance(kept, int) and whole.num_keep is not None and kept > whole.num_keep:
+            raise ValueError(
+                f"stages={stages!r} keep {kept} in front of layer {layer}, but {whole.name} leaves"
+                f" num_keep={whole.num_keep} before the language model; pass K that do not grow."
+            )
         return {"stages": stages}
     ratio = whole.keep_ratio
     before = 1.0 if ratio is None else min(1.0, share_before(ratio))

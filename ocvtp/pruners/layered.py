@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ocvtp.pruners.base import Budget, Pruner
+from ocvtp.pruners.budgets import StagePairs, check_stages, count_stages
 from ocvtp.structures import LayerTokens, Needs, Selection, Stage, VisualTokens
 
 Norm = Literal["final", "layer"]
@@ -62,10 +63,11 @@ class LayerPruner(Pruner):
         num_keep: tokens kept per image, on average over the layers.
         keep_ratio: the same as a share of the tokens that the language model reads.
         stages: `(layer, K)` pairs that replace the method's own schedule: in front of which layer
-            how many tokens stay; below 1 it is the share of the image's tokens.
+            how many tokens stay. An int is their number, at most; a float, up to 1.0, their share
+            of the image's tokens. No stage may keep more than the one before.
     """
 
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
     budgets: ClassVar[tuple[Budget, ...]] = ("average",)
@@ -107,18 +109,12 @@ class LayerPruner(Pruner):
         """How many tokens of an image stay in front of which layer, for N tokens and L layers.
 
         Raises:
-            ValueError: if the budget cannot be met.
+            ValueError: if the budget cannot be met, or a share is of more than is left.
         """
         if self.stages is None:
-            stages = self._schedule(num_layers, num_tokens)
-        else:
-            counts = (k if k >= 1 else max(1, round(k * num_tokens)) for _, k in self.stages)
-            layers = (layer for layer, _ in self.stages)
-            stages = tuple(
-                LayerStage(layer, min(int(count), num_tokens))
-                for layer, count in zip(layers, counts, strict=True)
-            )
-        return stages
+            return self._schedule(num_layers, num_tokens)
+        stages = count_stages(check_stages(self.stages), num_tokens)
+        return tuple(LayerStage(*stage) for stage in stages)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """In front of which of L layers tokens are dropped, ascending.
@@ -199,14 +195,7 @@ class LayerPruner(Pruner):
                 f"{self.name} got stages and a budget; pass stages, or one of num_keep and"
                 " keep_ratio."
             )
-        layers = [layer for layer, _ in self.stages]
-        counts = [count for _, count in self.stages]
-        numbers = all(isinstance(number, int | float) for number in (*layers, *counts))
-        if not numbers or not layers or layers != sorted(set(layers)) or min(counts) <= 0:
-            raise ValueError(
-                f"stages={self.stages!r}; pass (layer, K) pairs with ascending layers and K above"
-                " 0, e.g. ((2, 128), (16, 64))."
-            )
+        check_stages(self.stages)
 
 
 @dataclass(kw_only=True, eq=False)

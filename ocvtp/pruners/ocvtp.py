@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ocvtp import slots
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, fill_up
-from ocvtp.slots import OCPruner
 from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.choosing import Choice, check_choice, choose, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
@@ -47,7 +47,7 @@ class OCVTP(Pruner):
     """
 
     checkpoint: str | None = None
-    network: OCPruner | None = field(default=None, repr=False)
+    network: slots.OCPruner | None = field(default=None, repr=False)
     num_slots: int | None = None
     fill: Literal["received", "cls"] = "received"
     fill_block: int | None = None
@@ -67,7 +67,7 @@ class OCVTP(Pruner):
         if self.fill not in ("received", "cls"):
             raise ValueError(f"fill={self.fill!r}; pass 'received' or 'cls'.")
         if self.checkpoint is not None:
-            self.network = OCPruner.from_pretrained(self.checkpoint)
+            self.network = slots.OCPruner.from_pretrained(self.checkpoint)
         check_choice(self._trained.config, self._choice)
         if self.early and self._choice == "restore":
             raise ValueError("early=True cannot 'restore' a later layer; pass choice='one_to_one'.")
@@ -75,7 +75,7 @@ class OCVTP(Pruner):
             self.stage = "encoder"  # type: ignore[misc]
 
     @property
-    def _trained(self) -> OCPruner:
+    def _trained(self) -> slots.OCPruner:
         assert self.network is not None
         return self.network
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -38,7 +39,7 @@ def import_file(path: str) -> None:
     """Import a Python file that registers pruners, under its own name.
 
     Raises:
-        ValueError: if there is no such file, or another module has its name.
+        ValueError: if there is no such file, another module has its name, or it fails.
     """
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
@@ -55,6 +56,21 @@ def import_file(path: str) -> None:
     sys.modules[file.stem] = module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[file.stem]
-        raise
+        if not isinstance(error, Exception | SystemExit):  # Ctrl-C
+            raise
+        raise ValueError(
+            f"{path}{_line(error, file)} fails with {type(error).__name__}:"
+            f" {' '.join(str(error).split())}; mend it."
+        ) from error
+
+
+def _line(error: BaseException, file: Path) -> str:
+    """`:12`, where in the file an error came up last."""
+    if isinstance(error, SyntaxError) and error.filename == str(file):
+        return f":{error.lineno}"
+    lines = [
+        at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)
+    ]
+    return f":{lines[-1]}" if lines else ""

@@ -61,6 +61,7 @@ class PruMerge(AdaptivePruner):
         if self.adaptive:
             num_kept = count_outliers(attention, tokens.valid).clamp(min=1)
             order, num_kept, num_rows = self._counted(attention, tokens.valid, num_kept, num_keep)
+            num_kept = num_kept.minimum(tokens.real.sum(dim=1, keepdim=True) - 1)  # and the last
         else:
             order, num_rows = self._exact(attention, tokens.valid, num_keep), num_keep
             num_kept = torch.full_like(order[:, :1], num_keep - 1)

@@ -33,7 +33,9 @@ class PruMergePlus(PruMerge):
         num_neighbours: paper: 32.
         block: whose queries and keys are read, at full width (no heads); paper: the last one.
     Deviations: an exact budget is ours; the quarter is what the adaptive rule comes to. A step
-        below 1 counts as 1, where the official code fails.
+        below 1 counts as 1, where the official code fails. Where that code keeps all N tokens and
+        the sum of no others besides, N + 1 rows (577 of 576), there are N here, as many as places:
+        the last one of its order is what is summed up.
     """
 
     status: ClassVar[Status] = "official"

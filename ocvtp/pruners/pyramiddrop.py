@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ocvtp.pruners.base import Status
+from ocvtp.pruners.base import NamedSettings, Status
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import top_k
@@ -31,7 +31,8 @@ class PyramidDrop(LayerPruner):
     Args:
         num_keep: tokens kept per image, on average over the layers; then 4 : 2 : 1 in front of
             layers L/4, L/2 and 3L/4, as far as there are so many: the first L/4 layers alone
-            make N/4. None for the paper's int(.5 N), int(.25 N) and int(.125 N).
+            make N/4. None, or `setting="paper"`, for the paper's int(.5 N), int(.25 N) and
+            int(.125 N).
         stages: `((layer, K), ...)` in place of an average.
     Deviations: none. What stays is numbered anew at every stage.
     """
@@ -39,6 +40,7 @@ class PyramidDrop(LayerPruner):
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.17247"
     published: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
     positions: ClassVar[Literal["contiguous", "original"]] = "contiguous"
 
     def needs_at(self, layer: int) -> LayerNeeds:

@@ -13,6 +13,7 @@ from ocvtp.structures import Stage
 
 _REGISTRY: dict[str, type[Pruner]] = {}
 _P = TypeVar("_P", bound=type[Pruner])
+_BUDGETS = ("num_keep", "keep_ratio", "stages")
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -57,13 +58,16 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
 
     Args:
         name: see `list_pruners()`.
-        settings: `num_keep` or `keep_ratio`, and the method's own parameters.
+        settings: `num_keep` or `keep_ratio`, and the method's own parameters; or `setting`, the
+            name of a published one in place of a budget, e.g. `paper-64` of `sparsevlm`.
 
     Raises:
         ValueError: for unknown names and settings.
     """
     cls = pruner_class(name)
     known = [f.name for f in fields(cls) if f.init]
+    if takes_named_setting(cls):
+        settings = _with_named(cls, **settings)
     for setting in settings:
         if setting not in known:
             close = get_close_matches(setting, known, n=1)
@@ -72,3 +76,33 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
                 f"pruner {name!r} has no setting {setting!r};{hint} It takes {', '.join(known)}."
             )
     return cls(**settings)
+
+
+def takes_named_setting(cls: type[Pruner]) -> bool:
+    """Whether `setting` is the name of a published one, and no parameter of a method's own."""
+    return "setting" not in (f.name for f in fields(cls))
+
+
+def _with_named(cls: type[Pruner], setting: Any = None, **given: Any) -> dict[str, Any]:
+    """The arguments of a named setting, and those given beside it."""
+    if setting is None:
+        return given
+    known = cls.named_settings
+    if not known:
+        raise ValueError(
+            f"pruner {cls.name!r} has no published settings; pass num_keep or keep_ratio in place"
+            f" of setting={setting!r}."
+        )
+    if not isinstance(setting, str) or setting not in known:
+        raise ValueError(
+            f"pruner {cls.name!r} has no published setting {setting!r}; pass one of"
+            f" {', '.join(known)}, or num_keep or keep_ratio."
+        )
+    named = dict(known[setting])
+    if twice := [k for k, v in given.items() if v is not None and k in (*_BUDGETS, *named)]:
+        passed = ", ".join(f"{k}={v!r}" for k, v in named.items()) or "the paper's own budget"
+        raise ValueError(
+            f"pruner {cls.name!r} got setting={setting!r} and {' and '.join(twice)}; pass one of"
+            f" them: the setting stands for {passed}."
+        )
+    return {k: v for k, v in given.items() if k not in _BUDGETS} | named

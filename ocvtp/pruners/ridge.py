@@ -10,11 +10,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ocvtp import slots
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending
 from ocvtp.pruners.similarity import full
-from ocvtp.slots import OCPruner
 from ocvtp.slots.ridge import WeightKind, greedy_ridge, token_weights, weight_attention
 from ocvtp.slots.statistics import FeatureStatistics, centred, standardized
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -65,7 +65,7 @@ class Ridge(Pruner):
         if self.statistics_of is not None:
             if self.statistics is not None:
                 raise ValueError("got statistics_of and statistics; pass one of them.")
-            self.statistics = OCPruner.from_pretrained(self.statistics_of).targets
+            self.statistics = slots.OCPruner.from_pretrained(self.statistics_of).targets
             if self.statistics is None:
                 raise ValueError(
                     f"the OC-pruner {self.statistics_of!r} holds no statistics of the tokens to"

@@ -46,6 +46,7 @@ class SCOPE(Pruner):
         """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
+    @torch.no_grad()
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         directions = unit(tokens.features)
         cosine = directions @ directions.transpose(1, 2)  # [B, N, N], needed by every step

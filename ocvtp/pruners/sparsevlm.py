@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.base import Status
+from ocvtp.pruners.base import NamedSettings, Status
 from ocvtp.pruners.clustering import density_peaks
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
 from ocvtp.pruners.merging import merge_rows, merged
@@ -21,8 +21,10 @@ from ocvtp.pruners.similarity import full
 from ocvtp.structures import LayerTokens, Selection, VisualTokens, take
 
 _LAYERS = (3, 7, 16)
-_PUBLISHED = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
-_PLUS = {192: (300, 200, 118), 128: (238, 108, 60), 64: (66, 34, 20)}
+_LEFT = {  # recycled ones included
+    "paper": {192: (309, 204, 113), 128: (312, 117, 39), 64: (82, 32, 18)},
+    "plus": {192: (300, 200, 118), 128: (238, 108, 60), 64: (66, 34, 20)},
+}
 
 
 @register("sparsevlm")
@@ -36,13 +38,11 @@ class SparseVLM(LayerPruner):
     Raters are the text tokens that get more than the mean share of the image's softmax over the
     text behind it, of input embeddings. Behind layers 2, 6 and 15 the tokens that they attend to
     most stay. Of the dropped ones the best .3 are clustered; the means stand behind what is kept.
+    What the paper calls 192, 128 and 64 tokens is `setting="paper-192"` etc., 206.5, 145.4 and 82.3
+    on average over 32 layers; `plus-192` etc. are SparseVLM+'s: 206.8, 144.1 and 81.8.
 
     Args:
-        num_keep: tokens per image, recycled ones included, on average over the layers. Of 576 in 32
-            layers 192, 128 and 64 are the paper's settings: kept are 300/200/110, 303/110/36 and
-            66/30/17 (plus: 300/200/118, 238/108/60, 66/34/20), with the recycled ones 309/204/113,
-            312/117/39 and 82/32/18; the true averages are 206.5, 145.4 and 82.3 (plus: 206.8,
-            144.1 and 81.8). Other budgets are true averages, in the nearest setting's proportions.
+        num_keep: tokens per image, recycled ones too, on average; in the nearest one's proportions.
         plus: whether tokens keep their positions and none is recycled.
         stages: `((layer, T), ...)` in place of an average; T counts recycled tokens too.
     Deviations: no noise of 1e-6 on the densities: of equals the first counts as the denser. If no
@@ -55,6 +55,11 @@ class SparseVLM(LayerPruner):
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.04417"
     merging: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {
+        f"{kind}-{n}": {"plus": kind == "plus", "stages": tuple(zip(_LAYERS, left, strict=True))}
+        for kind, table in _LEFT.items()
+        for n, left in table.items()
+    }
 
     @property
     def positions(self) -> Literal["contiguous", "original"]:
@@ -79,14 +84,9 @@ class SparseVLM(LayerPruner):
         return _LAYERS
 
     def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        table, average = _PLUS if self.plus else _PUBLISHED, self._average(num_tokens)
-        nearest = min(table, key=lambda setting: abs(setting / 576 - average / num_tokens))
-        totals = [576]
-        for kept in table[nearest]:
-            totals += [kept + (0 if self.plus else num_recycled(totals[-1] - kept)[1])]
-        if (num_layers, num_tokens, average) == (32, 576, nearest):
-            return tuple(map(LayerStage, _LAYERS, totals[1:]))
-        return to_average(_LAYERS, totals[1:], num_layers, num_tokens, average)
+        table, average = _LEFT["plus" if self.plus else "paper"], self._average(num_tokens)
+        nearest = min(table, key=lambda n: abs(n / 576 - average / num_tokens))
+        return to_average(_LAYERS, table[nearest], num_layers, num_tokens, average)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         self._check_unpadded(tokens)

@@ -10,7 +10,7 @@ import yaml
 
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.layered import LayerPruner
-from ocvtp.pruners.registry import build_pruner, pruner_class
+from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
 _BUDGET = re.compile(r"\bK\b")
 
@@ -21,7 +21,9 @@ def known_settings(spec: str) -> set[str]:
     Raises:
         ValueError: if there is no such pruner.
     """
-    return {f.name for f in dataclasses.fields(pruner_class(spec.partition(":")[0]))}
+    cls = pruner_class(spec.partition(":")[0])
+    named = {"setting"} if cls.named_settings and takes_named_setting(cls) else set()
+    return {f.name for f in dataclasses.fields(cls)} | named
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -57,14 +59,20 @@ def with_budget(spec: str, num_keep: int) -> str:
     return name + colon + _BUDGET.sub(str(num_keep), settings)
 
 
+def names_setting(spec: str) -> bool:
+    """Whether a spec names a published setting, e.g. `sparsevlm:setting=paper-64`."""
+    name, settings = parse_spec(spec)
+    return "setting" in settings and takes_named_setting(pruner_class(name))
+
+
 def build_spec(spec: str, **shared: Any) -> Pruner:
     """The pruner of a spec.
 
     Args:
         spec: `NAME:KEY=VALUE,...`; a K in the settings stands for `num_keep`.
         shared: settings for any pruner, e.g. `num_keep`: those that are None or that this one does
-            not know are left out, and those of the spec go first; for a pruner of stage
-            `llm_layers` alone, `stages` is a budget of its own.
+            not know are left out, and those of the spec go first. A published `setting` is a budget
+            of its own, and so are `stages` for a pruner of stage `llm_layers` alone.
 
     Raises:
         ValueError: for a spec that does not parse, a K without `num_keep`, and what `build_pruner`
@@ -76,7 +84,8 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
         spec = with_budget(spec, shared["num_keep"])
     name, settings = parse_spec(spec)
     known = known_settings(spec)
-    if "stages" in settings and issubclass(pruner_class(name), LayerPruner):
+    staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
+    if staged or names_setting(spec):
         shared |= {"num_keep": None, "keep_ratio": None}
     shared = {k: v for k, v in shared.items() if v is not None and k in known}
     return build_pruner(name, **shared | settings)

@@ -5,7 +5,6 @@ B images, N visual tokens on a grid of H x W, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.budgets import StagePairs
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VFlowOptLater
 from ocvtp.pruners.merging import merge_rows, merged
@@ -49,7 +49,7 @@ class VFlowOpt(Pruner):
 
     cell: int = 4
     block: int = -2
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
@@ -66,7 +66,9 @@ class VFlowOpt(Pruner):
     def parts(self) -> tuple[Pruner, ...]:
         """Before the language model, and inside it."""
         settings = later_settings(self, self.stages, lambda ratio: 1.75 * ratio)
-        return FirstHalf(self, self._first), VFlowOptLater(block=self.block, **settings)
+        return FirstHalf(self, self._first, self._before), VFlowOptLater(
+            block=self.block, **settings
+        )
 
     @property
     def needs(self) -> Needs:
@@ -79,10 +81,12 @@ class VFlowOpt(Pruner):
         return _recycled(kept.keep_indices, importance, tokens.real, self._cells(tokens))
 
     def _first(self, tokens: VisualTokens) -> Selection:
-        num_keep = self.budget(tokens.num_tokens)
-        if self.stages is None:
-            num_keep = min(round(1.75 * num_keep), tokens.num_tokens)
-        return self._select(tokens, num_keep)
+        num_keep = self._before(self.budget(tokens.num_tokens))
+        return self._select(tokens, min(num_keep, tokens.num_tokens))
+
+    def _before(self, num_keep: int) -> int:
+        """Tokens that stay before the language model, for a budget of K."""
+        return num_keep if self.stages is not None else round(1.75 * num_keep)
 
     def _cells(self, tokens: VisualTokens) -> Tensor:
         """[N] the cell of every token."""

@@ -5,11 +5,11 @@ B images, N visual tokens, K kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
+from ocvtp.pruners.budgets import StagePairs, check_count
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VisionDropLater
 from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
@@ -31,7 +31,8 @@ class VisionDrop(Pruner):
     Args:
         num_keep: tokens kept per image before the language model. With `later` their average over
             its layers: K = 32 of 576 is the paper's 42 + 6 before it, and 30 + 5, 22 + 4 and 16 + 3
-            in front of layers 8, 16 and 24 of 32; others are in proportion.
+            in front of layers 8, 16 and 24 of 32, also as `setting="paper-32"`; others are in
+            proportion.
         num_contextual: merged tokens among those before the language model; None for the paper's
             share of 6 / 48.
         block: block of the tower that is read; paper: 22 of 24, LLaVA's selected one.
@@ -46,14 +47,19 @@ class VisionDrop(Pruner):
     num_contextual: int | None = None
     block: int = -2
     later: bool = False
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
     merging: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {
+        "paper-32": {"later": True, "num_keep": 48, "stages": ((8, 35), (16, 26), (24, 19))}
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_contextual is not None:
+            self.num_contextual = check_count("num_contextual", self.num_contextual, least=0)
         if self.stages is not None and not self.later:
             raise ValueError(f"stages={self.stages!r} are those inside; pass later=True with them.")
         self.parts  # noqa: B018 - checks the stages
@@ -64,7 +70,7 @@ class VisionDrop(Pruner):
         if not self.later:
             return (self,)
         later = VisionDropLater(**later_settings(self, self.stages, lambda ratio: 1.5 * ratio))
-        return FirstHalf(self, self._first), later
+        return FirstHalf(self, self._first, self._before), later
 
     @property
     def needs(self) -> Needs:
@@ -83,7 +89,9 @@ class VisionDrop(Pruner):
         )
 
     def _first(self, tokens: VisualTokens) -> Selection:
-        num_keep = self.budget(tokens.num_tokens)
-        if self.stages is None:
-            num_keep = min(round(1.5 * num_keep), tokens.num_tokens)
-        return self._select(tokens, num_keep)
+        num_keep = self._before(self.budget(tokens.num_tokens))
+        return self._select(tokens, min(num_keep, tokens.num_tokens))
+
+    def _before(self, num_keep: int) -> int:
+        """Tokens that stay before the language model, for a budget of K."""
+        return num_keep if self.stages is not None else round(1.5 * num_keep)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.budgets import check_count
 from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -41,6 +42,8 @@ class VisionZip(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_contextual is not None:
+            self.num_contextual = check_count("num_contextual", self.num_contextual, least=0)
         if self.guidance not in ("cls", "received"):
             raise ValueError(f"guidance={self.guidance!r}; pass 'cls' or 'received'.")
 

@@ -5,16 +5,18 @@ B images, N visual tokens, K kept, R of them inside the language model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
+from ocvtp.pruners.budgets import StagePairs
 from ocvtp.pruners.halves import FirstHalf, later_settings, needs_of
 from ocvtp.pruners.later_halves import ViTCoPLater
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, descending, ranks, top_k
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+
+_PAPER = {192: (288, 0.18, 253, 51), 128: (230, 0.15, 165, 33), 64: (172, 0.12, 77, 15)}
 
 
 @register("vitcop")
@@ -32,7 +34,7 @@ class ViTCoP(Pruner):
 
     Args:
         num_keep: tokens per image, on average over the layers: of 576 in 32 layers 192, 128 and 64
-            are the paper's 288/253/51, 230/165/33 and 172/77/15.
+            are the paper's 288/253/51, 230/165/33 and 172/77/15, also `setting="paper-192"` etc.
         guidance: `cls` as in the paper; `received` for towers without a CLS.
         cluster_share: clusters per token; None for .09 + .27 K / N, the paper's .18, .15 and .12.
         block: of the tower; paper: 22 of 24, LLaVA's selected one.
@@ -47,11 +49,15 @@ class ViTCoP(Pruner):
     guidance: Literal["cls", "received"] = "cls"
     cluster_share: float | None = None
     block: int = -2
-    stages: Sequence[tuple[int, float]] | None = None
+    stages: StagePairs | None = None
 
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2601.17818"
+    named_settings: ClassVar[NamedSettings] = {
+        f"paper-{n}": {"num_keep": first, "cluster_share": share, "stages": ((2, r), (22, deep))}
+        for n, (first, share, r, deep) in _PAPER.items()
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

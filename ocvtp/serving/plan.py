@@ -79,6 +79,11 @@ def read_plan(config: Any) -> Plan:
     """
     tower = served_tower(config)
     pruner = served_pruner(getattr(config, KEY, None), tower)
+    if pruner.exceeds(tower.num_tokens):
+        raise ValueError(
+            f"num_keep={pruner.num_keep} exceeds the {tower.num_tokens} visual tokens that every"
+            f" image has; pass at most {tower.num_tokens}."
+        )
     return Plan(pruner, tower, pruner.budget(tower.num_tokens))
 
 

@@ -1,5 +1,12 @@
 """The OC-pruner's network and what it is trained for."""
 
-from ocvtp.slots.network import OCPruner, OCPrunerConfig
+from typing import TYPE_CHECKING
+
+from ocvtp.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from ocvtp.slots.network import OCPruner, OCPrunerConfig
 
 __all__ = ["OCPruner", "OCPrunerConfig"]
+
+__getattr__, __dir__ = lazy_names(__name__, {"OCPruner": "network", "OCPrunerConfig": "network"})

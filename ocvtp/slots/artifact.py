@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ocvtp.files import replacing
+from ocvtp.shipped import find_folder
 
 FORMAT = "ocvtp.oc-pruner"
 FORMAT_VERSION = 1
@@ -82,8 +83,9 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _locate(source: str | Path, name: str, **hub: Any) -> Path:
-    if Path(source).is_dir():
-        path = Path(source) / name
+    folder = Path(find_folder(str(source)))
+    if folder.is_dir():
+        path = folder / name
         if not path.is_file():
             raise ValueError(f"the folder has no {name}; pass one that `ocvtp export` wrote.")
         return path

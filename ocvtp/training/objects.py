@@ -30,8 +30,8 @@ def object_shares(batch: dict[str, Any], tokens: VisualTokens) -> Tensor:
     if instances is None:
         raise ValueError(
             "the objective reads the masks of annotated objects, and the images have none; set"
-            " train_instances of the data to true (with annotation files), or objects of the"
-            " objective to false."
+            " train_instances of the data to true (with annotation files that hold"
+            " masks), or objects of the objective to false."
         )
     height, width = tokens.grid_hw
     if not isinstance(instances, Tensor) or tokens.num_tokens != height * width:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from ocvtp import cli
 from ocvtp.bench.compare import compare
+from ocvtp.bench.measure import Bench
 from ocvtp.pruners.fopru import FoPru
 
 FLAGS = ("--model", "random:tiny-llava", "--threads", "1", "--image-size", "96", "96",
@@ -86,10 +89,84 @@ def test_a_run_that_was_stopped_goes_on(made, capsys):
     assert after[1]["rows"][0]["samples"] != before[1]["rows"][0]["samples"]
 
 
-def test_cells_of_other_settings_are_refused(made, capsys):
-    assert bench(made, "--pruners", "fopru", "--num-keep", "16") == 2
+@pytest.mark.parametrize("size", ["1", "4"])
+def test_cells_of_other_settings_are_refused(made, capsys, size):
+    """Also those that are not asked for: one report is of one way to time."""
+    words = ("--pruners", "fopru", "--num-keep", "16", "--batch-size", size, "--image-size", "48")
+    before = (made / "results.json").read_bytes()
+    assert bench(made, *words, "48") == 2
     error = capsys.readouterr().err
-    assert "was timed under other settings (num_keep, pruners); pass another --output" in error
+    assert "was timed under other settings (image_size); pass another --output" in error
+    assert (made / "results.json").read_bytes() == before
+
+
+def keys_of(found):
+    return [[row["key"] for row in cell["rows"]] for cell in found["cells"]]
+
+
+def test_a_narrower_run_keeps_rows_and_cells(made, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "same"
+    shutil.copytree(made, folder)
+    before = load(folder)
+    monkeypatch.setattr(Bench, "rounds", lambda *_: pytest.fail("timed again"))
+    assert bench(folder, "--pruners", "random", "--num-keep", "16", "--batch-size", "2") == 0
+    printed = capsys.readouterr().out
+    after = load(folder)
+    assert sorted(keys_of(after)) == sorted(keys_of(before))
+    assert [cell["batch_size"] for cell in after["cells"]] == [2, 1]
+    assert after["cells"][1] == before["cells"][0]
+    (remark,) = after["remarks"]
+    assert "fopru K=16, fopru K=64, random K=64 of cell batch2-text32-images1" in remark
+    assert "cell batch1-text32-images1" in remark
+    assert remark in printed
+    assert f"> Note. {remark}" in (folder / "report.md").read_text()
+    assert after["settings"]["pruners"] == ["fopru", "random"]
+    assert after["earlier_commands"]
+    assert all("--pruners fopru random" in one for one in after["earlier_commands"])
+
+
+def test_what_is_asked_joins_what_is_there(made, tmp_path, capsys):
+    folder = tmp_path / "same"
+    shutil.copytree(made, folder)
+    before = load(folder)
+    wide = ("--pruners", "uniform", "fopru", "--num-keep", "16", "9", "--batch-size", "1")
+    for _ in range(2):  # the second finds all of it
+        assert bench(folder, *wide) == 0
+    found = load(folder)
+    cell, other = found["cells"]
+    assert other == before["cells"][1]
+    assert cell["rows"][:5] == before["cells"][0]["rows"]
+    later = cell["rows"][5:]
+    assert [row["key"] for row in later] == ["uniform K=16", "uniform K=9", "fopru K=9"]
+    for row in later:
+        own = np.median(np.divide(row["samples"]["tower"], row["beside"]["samples"]["tower"]))
+        assert row["figures"]["tower"]["ratio"]["value"] == pytest.approx(own, rel=0.2)
+        assert row["beside"]["samples"] != cell["rows"][0]["samples"]
+    assert "uniform K=9: of a later run, beside an unpruned TTFT" in (
+        (folder / "report.md").read_text()
+    )
+    names = sorted(path.name for path in (folder / "cells").iterdir())
+    assert names == ["batch1-text32-images1.2.json", "batch1-text32-images1.json",
+                     "batch2-text32-images1.json"]  # fmt: skip
+    path = str(folder / "results.json")
+    assert cli.main(["compare", path, path, "--fail-on-regression"]) == 0
+    slow = slowed(found, "uniform K=9", 1.5)
+    changes = compare(found, slow)["changes"]
+    ratios = {(c["row"], c["metric"]): c["relative"] for c in changes}
+    assert ratios["uniform K=9", "ttft"]["value"] == pytest.approx(1.5, rel=0.01)
+    assert ratios["fopru K=9", "ttft"]["value"] == pytest.approx(1)
+
+
+def test_a_cell_that_cannot_be_read_is_named(made, tmp_path, capsys):
+    folder = tmp_path / "same"
+    shutil.copytree(made, folder)
+    path = folder / "cells" / "batch2-text32-images1.json"
+    for text in ("{", "[]", '{"header": {}}'):
+        path.write_text(text)
+        assert bench(folder, "--pruners", "fopru", "--num-keep", "16") == 2
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if "error" in x)
+        assert line.startswith(f"ocvtp: error: {path} ")
+        assert "delete that file, or another --output" in line
 
 
 def test_accuracy_is_drawn_against_time(made, tmp_path, capsys):
@@ -106,8 +183,15 @@ def test_accuracy_is_drawn_against_time(made, tmp_path, capsys):
     assert (made / "ttft.png").read_bytes() != before
     path.write_text(json.dumps({**facts, "rows": []}))
     capsys.readouterr()
-    assert bench(made, *words, "--accuracy", str(path)) == 2
-    assert "of no pruner and budget that was timed" in capsys.readouterr().err
+    for folder in (made, tmp_path / "new"):
+        assert bench(folder, *words, "--accuracy", str(path)) == 2
+        assert "of no pruner and budget that was timed" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()  # before anything is timed
+    for broken in ("", "{", "[]", json.dumps({**facts, "rows": [{}]})):
+        path.write_text(broken)
+        assert bench(made, *words, "--accuracy", str(path)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ocvtp: error: --accuracy {path} ")
 
 
 def test_what_cannot_run_is_refused_before_it_is_timed(tmp_path, capsys):
@@ -118,6 +202,8 @@ def test_what_cannot_run_is_refused_before_it_is_timed(tmp_path, capsys):
     assert "--skip-unfit" in error
     assert bench(tmp_path / "a", *words, "--skip-unfit") == 0
     assert "- fastv K=16 could not be run: an average" in (tmp_path / "a/report.md").read_text()
+    assert bench(tmp_path / "b", "--pruners", "fopru", "--num-keep", "16", "1000") == 2
+    assert "fopru K=1000: num_keep=1000 exceeds the" in capsys.readouterr().err
     for flags, message in (
         (("--repetitions", "2"), "repetitions=2; pass at least 5"),
         (("--new-tokens", "1"), "new_tokens=1; pass at least 2"),
@@ -198,6 +284,36 @@ def test_files_that_cannot_be_compared(steady, tmp_path, capsys):
         assert cli.main(["compare", str(path), str(path)]) == 2
         assert message in capsys.readouterr().err
     assert cli.main(["compare", str(tmp_path / "absent.json"), str(path)]) == 2
+
+
+def without(found, *path):
+    found = changed(found)
+    place = found
+    for name in path[:-1]:
+        place = place[name]
+    del place[path[-1]]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        (("schema",), "schema is missing"),
+        (("cells",), "cells is missing"),
+        (("settings", "new_tokens"), "settings.new_tokens is missing"),
+        (("environment", "torch"), "environment.torch is missing"),
+        (("cells", 0, "block"), "cells[0].block is missing"),
+        (("cells", 1, "rows", 2, "samples"), "cells[1].rows[2].samples is missing"),
+        (("cells", 0, "rows", 0, "samples", "tower"), "samples.tower is missing"),
+        (("cells", 0, "rows", 3, "samples", "tower", 0), "rounds of 'random K=16' are missing"),
+    ],
+)
+def test_results_that_are_not_whole_are_named(made, tmp_path, capsys, path, problem):
+    (tmp_path / "a.json").write_text(json.dumps(without(load(made), *path)))
+    assert cli.main(["compare", str(made / "results.json"), str(tmp_path / "a.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ocvtp: error: {tmp_path / 'a.json'} is not whole: ")
+    assert problem in line
 
 
 def test_another_device_is_a_warning(steady):

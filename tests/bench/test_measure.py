@@ -18,6 +18,7 @@ from ocvtp.bench.memory import Watch, cache_bytes, weight_bytes
 from ocvtp.bench.variants import network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.evaluation.runner import Subject
+from ocvtp.flops import operations
 from ocvtp.hosts.loading import load_model
 
 STAGES = PARTS[:5] + ("decode",)
@@ -189,8 +190,6 @@ def test_memory_of_tensors_that_live():
 
 
 def test_memory_and_operations_of_a_request(subject, inputs, rows):
-    from torch.utils.flop_counter import FlopCounterMode
-
     bench = Bench(subject, 4)
     by_name = {row.label: bench.look(row, inputs) for row in rows}
     text = subject.model.config.get_text_config()
@@ -209,7 +208,7 @@ def test_memory_and_operations_of_a_request(subject, inputs, rows):
         by_name["ocvtp"]["memory"]["pruner_weights"] > by_name["fopru"]["memory"]["pruner_weights"]
     )
     assert by_name["fopru"]["memory"]["peak"] < by_name["unpruned"]["memory"]["peak"]
-    with FlopCounterMode(display=False) as counter:
+    with operations.counter() as counter:
         subject.model(**inputs, logits_to_keep=1)
     found = by_name["unpruned"]["operations"]
     whole = sum(found[stage] for stage in ("tower", "project", "model"))

@@ -1,4 +1,4 @@
-"""Coverage of objects, nearest-kept cosine and ridge residual, against loops and by hand."""
+"""Coverage of objects, nearest-kept cosine and the unrestored share, against loops and by hand."""
 
 from __future__ import annotations
 
@@ -236,20 +236,64 @@ def test_objects_are_counted_by_size_where_the_tower_sees_them(
     for number, record in enumerate(records):
         own = features[number : number + 1], kept[number : number + 1]
         assert record["cosine"] == pytest.approx(float(nearest_kept(*own)), abs=1e-6)
-        assert record["ridge"] == pytest.approx(float(unrestored(*own)), abs=1e-5)
+        assert record["unrestored"] == pytest.approx(float(unrestored(*own)), abs=1e-5)
 
 
 def test_ratios_share_objects_and_average_images(llava, two_images):
     task = CoverageTask(*two_images, tiny_processor())
     records, _ = run(task, llava, tiny_processor(), these((0,), (7,)), task.items)
     ratios = task.ratios(records)
-    assert list(ratios) == [*NAMES, "cosine", "ridge"]
+    assert list(ratios) == [*NAMES, "cosine", "unrestored"]
     assert set(task.metrics) < set(ratios)
     values = [ratios[name].value for name in NAMES]
     assert values == [1 / 2, 1 / 2, 1 / 1, 3 / 5]
-    for name in ("cosine", "ridge"):
+    for name in ("cosine", "unrestored"):
         assert ratios[name].value == pytest.approx(np.mean([r[name] for r in records]))
     assert ratios["coverage/all"].owners.tolist() == [0, 1]
+    old = [{"ridge" if k == "unrestored" else k: v for k, v in r.items()} for r in records]
+    assert task.ratios(old)["unrestored"].value == ratios["unrestored"].value
+
+
+def test_objects_without_a_mask_do_not_count(tmp_path, llava):
+    picture, corner = np.zeros((56, 56, 3), np.uint8), block(56, 56, 0, 0, 14, 14)
+    objects = [(1, corner, {}), (1, corner, {"segmentation": []}), (2, corner, {})]
+    folder, annotations = write_coco(tmp_path, [picture] * 2, objects)
+    task = CoverageTask(folder, annotations, tiny_processor())
+    assert [len(task.masks(owner)) for owner in (0, 1)] == [1, 1]
+    records, _ = run(task, llava, tiny_processor(), these((0,), (1,)), task.items)
+    assert [counts(record)[-1] for record in records] == [(1, 1), (0, 1)]
+    content = json.loads(annotations.read_text())
+    for entry in content["annotations"]:
+        entry |= {"segmentation": [], "bbox": [0, 0, 14, 14]}
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"coverage needs masks, .*instances\.json have none"):
+        CoverageTask(folder, annotations, tiny_processor())
+
+
+@pytest.mark.parametrize(
+    ("area", "size"), [(None, 0), (2000, 1), (1e5, 2), ("9", None), (-1, None)]
+)
+def test_areas_are_read_or_counted(tmp_path, llava, area, size):
+    picture, corner = np.zeros((56, 56, 3), np.uint8), block(56, 56, 0, 0, 14, 14)
+    source = write_coco(tmp_path, [picture], [(1, corner, {"area": area})])
+    task = CoverageTask(*source, tiny_processor())
+    if size is None:
+        with pytest.raises(ValueError, match=f"image 1 has the area {area!r} in"):
+            run(task, llava, tiny_processor(), these((0,)), task.items)
+        return
+    records, _ = run(task, llava, tiny_processor(), these((0,)), task.items)
+    assert counts(records[0]) == [(int(n == size), int(n == size)) for n in range(3)] + [(1, 1)]
+
+
+def test_photographs_on_their_side_stay_as_their_masks(tmp_path):
+    picture, corner = np.zeros((40, 60, 3), np.uint8), block(40, 60, 0, 0, 14, 14)
+    picture[:14, :14] = 255
+    folder, annotations = write_coco(tmp_path, [picture], [(1, corner, {})])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(folder / "1.png", exif=exif)
+    task = CoverageTask(folder, annotations, tiny_processor())
+    np.testing.assert_array_equal(np.asarray(task.image(0))[..., 0] > 0, task.masks(0)[0])
 
 
 def test_items_and_settings(two_images):
@@ -305,7 +349,7 @@ def test_all_tokens_cover_all_drawn_objects(tmp_path):
         num_objects = sum(entry["image_id"] == owner + 1 for entry in listed)
         assert record["coverage/all/hits"] == record["coverage/all/of"] == num_objects
         assert record["cosine"] == pytest.approx(1.0, abs=1e-5)
-        assert record["ridge"] < pruned["ridge"] < 1
+        assert record["unrestored"] < pruned["unrestored"] < 1
         on = cells_by_loops(task.masks(owner), (12, 12), 8)
         hits = on[:, prompt.selection.keep_indices[owner].numpy()].any(axis=1).sum()
         assert pruned["coverage/all/hits"] == hits < num_objects
@@ -365,8 +409,8 @@ def test_tokens_dropped_in_the_tower_are_to_be_restored_too(llava, two_images, n
     cosines = [record["cosine"] for record in records]
     assert cosines == pytest.approx(nearest_kept(features, kept).tolist(), abs=1e-5)
     assert max(cosines) < 0.999
-    ridges = [record["ridge"] for record in records]
-    assert ridges == pytest.approx(unrestored(features, kept).tolist(), abs=1e-5)
+    left = [record["unrestored"] for record in records]
+    assert left == pytest.approx(unrestored(features, kept).tolist(), abs=1e-5)
 
 
 def test_inside_the_language_model_the_last_layer_counts(llava, two_images):
@@ -381,7 +425,7 @@ def test_inside_the_language_model_the_last_layer_counts(llava, two_images):
     assert kept.equal(torch.zeros_like(kept).scatter(1, stages[-1].places, True))
     assert kept.sum(dim=1).tolist() == [4, 4]
     features = prompt.encoded.tokens.features
-    assert records[1]["ridge"] == pytest.approx(float(unrestored(features, kept)[1]), abs=1e-5)
+    assert records[1]["unrestored"] == pytest.approx(float(unrestored(features, kept)[1]), abs=1e-5)
 
 
 def test_a_prompt_that_is_still_to_be_read_is_refused(llava, two_images):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,14 +12,18 @@ import torch
 from ocvtp import build_pruner
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation import runner
+from ocvtp.evaluation.checkpoints import grouped
 from ocvtp.evaluation.conditions import Budget, Place
 from ocvtp.evaluation.logs import Log
-from ocvtp.evaluation.run import evaluate
+from ocvtp.evaluation.report import write
+from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.templates import with_template
+from ocvtp.pruners import registry
+from ocvtp.pruners.uniform import Uniform
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 BUDGETS = [Budget(num_keep=4), Budget(keep_ratio=0.125)]
@@ -168,6 +172,19 @@ def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, tas
     assert not row.figures
 
 
+def test_budgets_beyond_every_image_are_named_before_anything_is_asked(subject, task, tmp_path):
+    budgets = [Budget(num_keep=1000), Budget(num_keep=16)]
+    message = "random @ 1000: num_keep=1000 exceeds the 144 visual tokens that every image"
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate(subject, task, ["random"], budgets, tmp_path)
+    assert "@ 16" not in str(error.value)
+    options = {"controls": (), "seeds": [0], "batch_size": 4, "skip_unfit": True}
+    report, _ = evaluate(subject, task, ["random"], budgets, tmp_path, **options)
+    kept = {row.num_keep: (row.visual_tokens, bool(row.note)) for row in report.rows}
+    assert kept[1000] == (None, True)
+    assert kept[16] == (16.0, False)
+
+
 def test_equal_budgets_are_refused(subject, task, tmp_path):
     twice = [Budget(num_keep=18), Budget(keep_ratio=0.125)]
     with pytest.raises(ValueError, match="pass each count once"):
@@ -207,6 +224,167 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, task, tmp_path, netw
     made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, task, tmp_path, pruners=["ocvtp"], checkpoints=folders)
+
+
+def test_a_method_of_yours_is_no_control(subject, task, tmp_path, monkeypatch):
+    @dataclass(kw_only=True, eq=False)
+    class Mine(Uniform):
+        name = "mine"
+
+    monkeypatch.setitem(registry._REGISTRY, "mine", Mine)
+    report, _ = ask(subject, task, tmp_path, pruners=["mine"], controls=("uniform",))
+    kinds = {row.label: (row.control, row.yours) for row in report.rows}
+    assert kinds["mine"] == (False, True)
+    assert kinds["uniform"] == kinds["unpruned"] == (True, False)
+
+
+def checkpoints_of(folder, network, *configs, weights=None):
+    """Networks of several seeds, and what their configs say of a training."""
+    for number, config in enumerate(configs):
+        own = made.random_network(network.config, number if weights is None else weights[number])
+        own.save_pretrained(folder / str(number))
+        path = folder / str(number) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_seed": 0, **config}))
+    return [str(folder / str(number)) for number in range(len(configs))]
+
+
+def trained(seed, **settings):
+    return {"training": {"seed": seed, "epochs": 5, "validation": {"loss": seed / 7}, **settings}}
+
+
+def test_checkpoints_that_differ_in_the_seed_alone_are_one_group(tmp_path, network):
+    paths = checkpoints_of(tmp_path, network, trained(0), trained(1), trained(2))
+    assert grouped(paths) == ([paths], "")
+    assert grouped(paths[:1]) == ([paths[:1]], "")
+    assert grouped([]) == ([[]], "")
+
+
+@pytest.mark.parametrize(
+    ("configs", "groups", "why"),
+    [
+        ([trained(0), trained(0, epochs=1)], [[0], [1]], "training.epochs: 5 and 1"),
+        ([trained(0), trained(1, epochs=1)], [[0], [1]], "training.epochs: 5 and 1"),
+        ([trained(0), trained(1, epochs=1), trained(1)], [[0, 2], [1]], "training.epochs"),
+        ([trained(0), {**trained(1), "layer": 2}], [[0], [1]], "layer: 1 and 2"),
+        ([trained(0), trained(0)], [[0], [1]], "both are of seed 0, and their weights differ"),
+        ([trained(0), {}], [[0], [1]], "training.epochs: 5 and None"),
+    ],
+)
+def test_other_checkpoints_are_told_apart(tmp_path, network, configs, groups, why):
+    paths = checkpoints_of(tmp_path, network, *configs)
+    found, said = grouped(paths)
+    assert found == [[paths[number] for number in group] for group in groups]
+    assert why in said
+
+
+def test_one_run_is_not_two_seeds(tmp_path, network):
+    paths = checkpoints_of(tmp_path, network, trained(0), trained(1), weights=[3, 3])
+    for twice in (paths, [paths[0], paths[0]]):
+        with pytest.raises(ValueError, match="hold the same weights"):
+            grouped(twice)
+
+
+def test_checkpoints_of_another_kind_are_never_averaged(tmp_path):
+    paths = []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.bin").write_text(name)
+        paths.append(str(tmp_path / name))
+    found, said = grouped(paths)
+    assert found == [[path] for path in paths]
+    assert "cannot be read" in said
+
+
+def test_checkpoints_of_other_trainings_have_rows_of_their_own(subject, task, tmp_path, network):
+    paths = checkpoints_of(tmp_path, network, trained(0), trained(1), trained(0, epochs=1))
+    given = {"controls": (), "checkpoints": paths}
+    report, records = ask(subject, task, tmp_path / "out", pruners=["ocvtp", "fopru"], **given)
+    seeds = {row.label: row.seeds for row in report.rows if row.trained}
+    assert seeds == {f"ocvtp:checkpoint={paths[0]}": 2, f"ocvtp:checkpoint={paths[2]}": 1}
+    (remark,) = report.remarks
+    assert "training.epochs: 5 and 1" in remark
+    alone = f"ocvtp:checkpoint={paths[2]}"
+    again, others = ask(subject, task, tmp_path / "out", pruners=[alone], controls=())
+    assert again.rows[-1].label in seeds
+    assert others[f"{alone} @ 4 # 0"] == records[f"{alone} @ 4 # 0"]
+
+
+def write_all(task, report, records, folder):
+    write(report, folder, answers_of(task, records))
+    return json.loads((folder / "results.json").read_text())
+
+
+def numbers(found):
+    return {(row["label"], row["budget"]): row["figures"] for row in found["rows"]}
+
+
+def test_a_narrower_run_keeps_what_is_there(subject, task, tmp_path, monkeypatch):
+    def go(pruners, budgets, **options):
+        given = {"batch_size": 4, "seeds": [0, 1], "command": " ".join(pruners), **options}
+        return write_all(
+            task, *evaluate(subject, task, pruners, budgets, tmp_path, **given), tmp_path
+        )
+
+    wide = go(["fopru", "uniform"], BUDGETS, controls=("random", "oracle"))
+    asked, plain = [], runner._ask
+    monkeypatch.setattr(runner, "_ask", lambda *a: asked.append(1) or plain(*a))
+    narrow = go(["fopru"], BUDGETS[:1], controls=())
+    assert not asked
+    assert numbers(narrow) == numbers(wide)
+    kept = [row for row in wide["rows"] if row["label"] == "random"]
+    assert [row for row in narrow["rows"] if row["label"] == "random"] == kept
+    assert narrow["answers"]["conditions"] == wide["answers"]["conditions"]
+    (remark,) = narrow["remarks"]
+    assert "`fopru` at 12.5%; `uniform` at 2.78%, 12.5%; `random` at 2.78%, 12.5%" in remark
+    assert narrow["settings"]["earlier_commands"] == ["fopru uniform"]
+    assert "`uniform`" in (tmp_path / "report.md").read_text()
+
+    other = go(["divprune"], [Budget(num_keep=9)], controls=())
+    assert numbers(wide).items() <= numbers(other).items()
+    assert ("divprune", 0.0625) in numbers(other)
+    assert other["settings"]["earlier_commands"] == ["fopru uniform", "fopru"]
+
+
+def test_rows_of_a_folder_of_other_settings_are_refused(subject, task, tmp_path):
+    write_all(task, *ask(subject, task, tmp_path, controls=()), tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    other = SceneTask(num_images=2, questions=3, size=48)
+    with pytest.raises(ValueError, match="other settings"):
+        ask(subject, other, tmp_path, pruners=["uniform"], controls=())
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_rows_whose_answers_are_gone_are_named(subject, task, tmp_path):
+    write_all(task, *ask(subject, task, tmp_path, controls=()), tmp_path)
+    for path in (tmp_path / "answers").glob("fopru*"):
+        path.unlink()
+    report, _ = ask(subject, task, tmp_path, pruners=["uniform"], controls=())
+    (remark,) = report.remarks
+    assert remark.startswith("not kept, as their answers are gone")
+    assert "`fopru` at 2.78%, 12.5%." in remark
+
+
+def test_what_cannot_be_run_this_time_keeps_its_figures(subject, task, tmp_path):
+    towered = Subject(subject.model, subject.processor, subject.name, "random:tiny")
+    wide = write_all(task, *ask(towered, task, tmp_path, pruners=["trim"], controls=()), tmp_path)
+    report, _ = ask(subject, task, tmp_path, pruners=["trim"], controls=(), skip_unfit=True)
+    rows = [row for row in report.rows if row.label == "trim"]
+    assert len(rows) == 2
+    assert all(row.figures and not row.note for row in rows)
+    (tmp_path / "new").mkdir()
+    skipped = ask(subject, task, tmp_path / "new", ["trim"], controls=(), skip_unfit=True)
+    write_all(task, *skipped, tmp_path / "new")
+    report, _ = ask(subject, task, tmp_path / "new", pruners=["uniform"], controls=())
+    assert [row.label for row in report.rows if row.note] == ["trim", "trim"]
+    assert wide["rows"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "ocvtp bench", "schema": 1}'])
+def test_results_that_cannot_be_read_are_not_written_over(subject, task, tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=r"results.json .*pass another --output"):
+        ask(subject, task, tmp_path, controls=())
+    assert (tmp_path / "results.json").read_text() == text
 
 
 def test_k_in_a_spec_is_the_budget():

@@ -79,7 +79,7 @@ def test_coverage_of_drawn_scenes(tmp_path, capsys):
     assert rows["unpruned"]["coverage/all"]["value"] == 1
     assert rows["oracle"]["coverage/all"]["value"] == 1
     assert rows["random"]["coverage/all"]["value"] < rows["divprune"]["coverage/all"]["value"]
-    assert rows["divprune"]["ridge"]["value"] < rows["random"]["ridge"]["value"]
+    assert rows["divprune"]["unrestored"]["value"] < rows["random"]["unrestored"]["value"]
     assert not any("oracle does not win" in warning["text"] for warning in facts["warnings"])
 
 

@@ -142,3 +142,88 @@ def test_matplotlib_is_left_alone():
     differences(many())
     assert dict(mpl.rcParams) == before
     assert not _pylab_helpers.Gcf.figs
+
+
+def equal(right, budgets=(0.5, 0.25), **given):
+    """Everything is as good as everything."""
+    rows = [row("unpruned", 1.0, right, 400)]
+    for budget in budgets:
+        rows += [row(name, budget, right, 400) for name in ("fopru", "scope", "random")]
+    return results(report(*rows, **given))
+
+
+@pytest.mark.parametrize(("right", "expected"), [(0, (-1, 11)), (400, (89, 101)), (200, (40, 60))])
+def test_equal_figures_are_on_an_axis_that_says_so(right, expected):
+    (axis,) = accuracy(equal(right)).axes
+    low, high = axis.get_ylim()
+    assert high - low >= 9
+    assert expected[0] <= low < high <= expected[1]
+    assert low < right / 4 < high
+    (axis,) = differences(equal(right)).axes
+    low, high = axis.get_xlim()
+    assert low <= -4
+    assert high >= 4
+
+
+def test_shares_that_are_no_percent_have_their_own_axis():
+    (axis,) = accuracy(equal(200, percent=False)).axes
+    low, high = axis.get_ylim()
+    assert high - low == pytest.approx(0.11)
+    assert axis.get_ylabel() == "share"
+
+
+def test_dots_of_one_budget_stand_side_by_side():
+    (axis,) = accuracy(equal(200, budgets=(0.25,))).axes
+    places = sorted(line.get_xdata()[0] for line in lines(axis, 1))
+    assert len(places) == 3
+    assert min(np.diff(np.log(places))) > 0.2
+    low, high = sorted(axis.get_xlim())
+    assert low < places[0] < 0.25 < places[-1] < high
+
+
+def test_lower_is_better_is_said():
+    found = equal(200, lower_is_better=["easy/all"])
+    assert accuracy(found).axes[0].get_ylabel() == "percent (lower is better)"
+    assert "points (lower is better)" in differences(found).axes[0].get_xlabel()
+    assert "lower" not in accuracy(equal(200)).axes[0].get_ylabel()
+
+
+def test_a_method_of_yours_has_a_colour_though_it_is_not_among_the_best():
+    rows = [row("random", b, 100, 400) for b in (0.5, 0.25)]
+    rows += [row(f"p{i}", b, 390 - i, 400) for i in range(12) for b in (0.5, 0.25)]
+    rows += [row("mine", b, 120, 400, yours=True) for b in (0.5, 0.25)]
+    found = results(report(*rows))
+    (axis,) = accuracy(found).axes
+    (mine,) = [text for text in axis.texts if text.get_text() == "mine"]
+    assert mine.get_fontweight() == "bold"
+    (line,) = [line for line in lines(axis, 2) if line.get_ydata()[0] == 30]
+    assert line.get_linewidth() > 2
+    assert line.get_linestyle() == "-"
+    assert same_color(line.get_color(), mine.get_color())
+    (axis,) = differences(found).axes
+    bold = [t.get_text() for t in axis.get_yticklabels() if t.get_fontweight() == "bold"]
+    assert bold == ["mine"]
+
+
+def test_panels_are_a_column_wide_and_names_stay_beside_them():
+    rows = [row(f"p{i}", b, 399, 400) for i in range(30) for b in (0.5, 0.25)]
+    rows += [row(f"c{i}", b, 398, 400, control=True) for i in range(20) for b in (0.5, 0.25)]
+    checkpoint = "ocvtp:checkpoint=outputs/train/scenes/artifacts/epoch5/0"
+    rows += [row(checkpoint, b, 400, 400) for b in (0.5, 0.25)]
+    drawing = accuracy(results(report(*rows)))
+    renderer = drawing.canvas.get_renderer()
+    drawing.draw(renderer)
+    assert drawing.get_figwidth() < 8
+    (axis,) = drawing.axes
+    panel = axis.get_window_extent()
+    assert panel.width > drawing.bbox.width / 3
+    beside = [text for text in axis.texts if text.get_text()[0] in "pco"]
+    assert len(beside) == 8 + 20
+    for text in beside:
+        box = Text.get_window_extent(text, renderer)
+        assert panel.y0 - 12 < box.y0 < box.y1 < panel.y1 + 12
+        assert box.x1 < drawing.bbox.x1
+    (short,) = [text.get_text() for text in beside if text.get_text().startswith("o")]
+    assert short.startswith("ocvtp:checkpoint=")
+    assert short.endswith("epoch5/0")
+    assert len(short) == 36

@@ -301,6 +301,65 @@ def test_masks_have_the_images_own_size(instances, tmp_path):
         task.masks(0)
 
 
+def with_boxes(path, *numbers):
+    """Take the masks out of the file, of these images."""
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        if entry["image_id"] in numbers:
+            entry["segmentation"] = []
+            entry["bbox"] = [0, 0, 3, 4]
+    path.write_text(json.dumps(content))
+
+
+def test_boxes_are_enough(instances, tmp_path):
+    masks = build_pope(instances, tmp_path / "masks")
+    with_boxes(instances, *PRESENT)
+    boxes = build_pope(instances, tmp_path / "boxes")
+    for split, path in masks.items():
+        assert boxes[split].read_bytes() == path.read_bytes()
+    images = write_images(tmp_path / "val", [f"{number:012d}.jpg" for number in (1, 2)])
+    task = PopeTask(boxes, images, instances=instances)
+    assert [task.masks(owner) for owner in (0, 1)] == [None, None]
+
+
+def test_masks_are_known_of_all_images_or_of_none(instances, tmp_path):
+    files = build_pope(instances, tmp_path)
+    images = write_images(tmp_path / "val", [f"{number:012d}.jpg" for number in (1, 2)])
+    with_boxes(instances, 2)
+    assert PopeTask(files, images, instances=instances).masks(0) is None
+    assert PopeTask(files, images, instances=instances, limit=1).masks(0).shape == (2, 8, 12)
+    content = json.loads(instances.read_text())
+    content["images"] = content["images"][:1]
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+    instances.write_text(json.dumps(content))
+    assert PopeTask(files, images, instances=instances).masks(0) is None
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_are_turned_with_the_image(instances, tmp_path, orientation):
+    """Object n of an image is its row n; here the row is red."""
+    pixels = np.zeros((8, 12, 3), np.uint8)
+    pixels[1, :, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "val").mkdir()
+    for number in (1, 2):
+        path = tmp_path / f"val/{number:012d}.jpg"
+        Image.fromarray(pixels).save(path, format="PNG", exif=exif)
+    task = PopeTask(build_pope(instances, tmp_path), tmp_path / "val", instances=instances)
+    red = np.asarray(task.image(0))[..., 0] > 0
+    assert red.shape == ((8, 12) if orientation < 5 else (12, 8))
+    assert np.array_equal(task.masks(0)[1], red)
+
+
+def test_an_image_under_two_names_is_refused(instances, tmp_path):
+    content = json.loads(instances.read_text())
+    content["images"] += [{**content["images"][0], "id": 77, "file_name": f"{1:012d}.jpg"}]
+    instances.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="images 1 and 77 are both called 000000000001.jpg"):
+        build_pope(instances, tmp_path)
+
+
 def test_images_without_masks(instances, files, folder):
     task = PopeTask(files, folder, instances=instances)
     assert task.masks(0) is None
@@ -319,10 +378,16 @@ def test_no_objects_are_no_masks(instances, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("categories"), "no list 'categories'"),
+        (lambda c: c.pop("categories"), "without a list 'categories'"),
         (lambda c: c["images"][1].pop("width"), "'images' lacks width"),
-        (lambda c: c["annotations"][0].update(image_id=99), "image 99 and category"),
-        (lambda c: c["annotations"][0].update(category_id=99), "category 99"),
+        (
+            lambda c: c["annotations"][0].update(image_id=99),
+            "entry 1 of 'annotations' is of image 99",
+        ),
+        (
+            lambda c: c["annotations"][0].update(category_id=99),
+            "entry 1 of 'annotations' is of category 99",
+        ),
         (lambda c: c["annotations"].clear(), "0 images of 3 objects"),
     ],
 )
@@ -335,7 +400,7 @@ def test_what_is_no_instances_file_is_refused(change, message, instances, tmp_pa
 
 
 def test_unreadable_instances_are_refused(instances, tmp_path):
-    for text, message in (("[]", "no list 'images'"), ("{", "is no JSON")):
+    for text, message in (("[]", "is no JSON object"), ("{", "is no JSON")):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             build_pope(tmp_path / "bad.json", tmp_path)

@@ -123,6 +123,39 @@ def test_the_short_table_reads_like_this():
     ]
 
 
+def bold(found):
+    """Labels of a short table that are bold at the first budget."""
+    return {cells(line)[0].strip("`") for line in found.splitlines() if "**" in line}
+
+
+def test_equal_figures_are_all_bold():
+    rows = [row(label, 0.5, 15) for label in ("fopru", "scope")]
+    rows += [row("tome", 0.5, 14), row("random", 0.5, 15), row("ocvtp", 0.5, 15, trained=True)]
+    assert bold(short_table(report(*rows))) == {"fopru", "scope"}
+    near = [row("fopru", 0.5, 9000, 10_000), row("scope", 0.5, 9001, 10_000)]
+    assert bold(short_table(report(*near))) == {"fopru", "scope"}  # 90.0 both
+    apart = [row("fopru", 0.5, 9000, 10_000), row("scope", 0.5, 9010, 10_000)]
+    assert bold(short_table(report(*apart))) == {"scope"}
+    lower = [*apart, row("tome", 0.5, 9000, 10_000)]
+    assert bold(short_table(report(*lower, lower_is_better=["easy/all"]))) == {"fopru", "tome"}
+
+
+def test_a_method_of_yours_is_ranked_and_called_so():
+    mine = row("mine", 0.5, 16, yours=True)
+    given = report(row("fopru", 0.5, 15), mine, row("random", 0.5, 10))
+    table = short_table(given)
+    assert "| `mine` (yours)     |" in table
+    assert bold(table) == {"mine` (yours)"}
+    assert results(given)["rows"][1]["yours"]
+    assert table_rows(to_markdown(given), "### 50% of the tokens")[1][0] == "`mine` (yours)"
+
+
+def test_remarks_are_in_the_report():
+    given = report(row("fopru", 0.5, 15), remarks=["kept: x."])
+    assert results(given)["remarks"] == ["kept: x."]
+    assert "> Note. kept: x.\n" in to_markdown(given)
+
+
 def test_the_short_table_has_one_a_metric_and_shares_in_full():
     both = {"a": share(3), "b": share(13)}
     rows = [row("fopru", 0.5, 0, figures=both)]

@@ -73,7 +73,7 @@ class ByHand:
 
         handle = self.language_model.layers[0].register_forward_pre_hook(catch, with_kwargs=True)
         with torch.no_grad():
-            cache = self.model(**inputs, use_cache=True).past_key_values
+            cache = self.model(**numbered(family, inputs), use_cache=True).past_key_values
         handle.remove()
         self.embeddings = caught[0]
         self.keys = [layer.keys.transpose(1, 2).flatten(2) for layer in cache.layers]
@@ -195,8 +195,7 @@ def test_states_are_compared_behind_the_last_norm() -> None:
 def test_a_batch_equals_its_rows(family: Family, method: str, side: Any) -> None:
     inputs = family.make(MIXED, side)
     with build(method)(family.model), torch.no_grad():
-        anew = METHODS[method][3]  # positions that the caller gives would stay
-        together = family.model(**(inputs if anew else numbered(family, inputs))).logits
+        together = family.model(**inputs).logits
         for row in range(len(MIXED)):
             alone = family.model(**family.single(inputs, row)).logits[0]
             real = inputs["attention_mask"][row].bool()

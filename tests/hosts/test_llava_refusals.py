@@ -108,11 +108,6 @@ def test_other_towers(pruner: Pruner) -> None:
 # ----------------------------------------------------------------------------------------- calls
 
 
-def test_budgets_above_the_number_of_tokens(llava: Any) -> None:
-    message = "num_keep=17 exceeds the 16 visual tokens of this image; pass at most 16"
-    both_refuse(llava, build_pruner("uniform", num_keep=17), message, make_batch(ONE))
-
-
 def test_masks_of_other_shapes(llava: Any, pruner: Pruner) -> None:
     inputs = make_batch(BATCH)
     length = inputs["input_ids"].shape[1]

@@ -100,6 +100,23 @@ def test_the_grid_is_gone_after_the_first_step():
 
 
 def test_a_budget_that_grows_is_refused():
-    chain = Chain([build_pruner("uniform", num_keep=4), build_pruner("fastervlm", num_keep=9)])
-    with pytest.raises(ValueError, match="num_keep=9 exceeds the 4 visual tokens"):
-        chain.select(make_tokens(chain.needs, 1, GRID))
+    uniform, cls = build_pruner("uniform", num_keep=4), build_pruner("fastervlm", num_keep=9)
+    half = build_pruner("uniform", keep_ratio=0.5)
+    message = "Chain got 'fastervlm' with num_keep=9 after 'uniform', which leaves 4"
+    for steps in ([uniform, cls], [uniform, half, cls]):
+        with pytest.raises(ValueError, match=message):
+            Chain(steps)
+
+
+def test_small_images_are_kept_whole():
+    first, last = build_pruner("uniform", num_keep=40), build_pruner("prumerge", num_keep=20)
+    chain = Chain([first, last])
+    tokens = make_tokens(chain.needs, 1, (4, 4))
+    selection = chain.select(tokens)
+    assert selection.keep_indices.tolist() == [list(range(16))]
+    assert selection.merge is None
+    shares = Chain([build_pruner("uniform", keep_ratio=0.5), build_pruner("fastervlm", num_keep=9)])
+    for count, kept in ((12, 6), (16, 8), (30, 9)):
+        alone = make_tokens(shares.needs, 1, (count, 1))
+        for chain in (shares, shares.of_size(count)):
+            assert chain.select(alone).counts().tolist() == [kept]

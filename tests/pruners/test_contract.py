@@ -453,13 +453,74 @@ def test_adaptive_on_equal_tokens(name, value):
     assert not pruner.merging or selection.merge.isfinite().all()
 
 
-def test_a_budget_beyond_the_image_is_refused(name):
-    if name == "none":
-        assert build(name, 17).budget(16) == 16
-        return
-    pruner = build(name, 17)
-    with pytest.raises(ValueError, match="num_keep=17 exceeds the 16 visual tokens.*at most 16"):
-        pruner.select(tokens_for(pruner, 1, (4, 4)))
+def cut(tokens, b, grid_hw):
+    """One image of a batch, without its padding."""
+    real, count = int(tokens.real[b].sum()), tokens.num_tokens
+    one = image(tokens, b).map(lambda t: t[:, :real] if t.shape[1:2] == (count,) else t)
+    return replace(one, valid=None, grid_hw=(real // grid_hw[1], grid_hw[1]))
+
+
+def rows_of(selection, b, count):
+    """What the language model reads of an image: places, and weights over CLS and tokens."""
+    valid = torch.ones_like(selection.keep_indices) if selection.valid is None else selection.valid
+    keep = selection.keep_indices[b][valid[b].bool()]
+    if selection.merge is None:
+        return keep.tolist(), torch.eye(1 + count)[1 + keep]
+    rows = selection.merge[b][valid[b].bool()]
+    assert not rows[:, 1 + count :].any(), "read padding"
+    return keep.tolist(), rows[:, : 1 + count]
+
+
+SPARED = [(name, {}) for name in NAMES] + [(name, {"adaptive": True}) for name in ADAPTIVE]
+
+
+@pytest.mark.parametrize("num_keep", [8, 9, 13, 15, 16, 17, 40])
+@pytest.mark.parametrize(("name", "settings"), SPARED)
+def test_small_images_are_kept_alone_as_in_a_batch(name, settings, num_keep):
+    """Those that have fewer tokens than `num_keep` stay as they are."""
+    pruner = build(name, num_keep, **settings)
+    tokens = tokens_for(pruner, 3, (4, 4), ragged=True)  # 16, 12 and 8 tokens
+    together = pruner.select(tokens)
+    for b in range(3):
+        alone = cut(tokens, b, (4, 4))
+        count = alone.num_tokens
+        if name == "pool" and num_keep <= count < 16:
+            continue  # its cells are those of the padded grid
+        if not pruner.batch_invariant and num_keep <= count and b:
+            continue
+        keep, rows = rows_of(pruner.select(alone), 0, count)
+        assert rows_of(together, b, count)[0] == keep
+        assert_close(rows_of(together, b, count)[1], rows)
+        assert pruner.budget(count) == (count if name == "none" else min(num_keep, count))
+        if num_keep > count and pruner.exact:
+            assert keep == list(range(count))
+            assert rows.equal(torch.eye(1 + count)[1:])
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_images_of_few_tokens_count_as_alone(name):
+    """The sum of what is not kept never stands on padding, however many the method keeps."""
+    for seed in range(20):
+        pruner = ocvtp.build_pruner(name)
+        tokens = tokens_for(pruner, 3, (3, 1), ragged=True, seed=seed)  # 3, 2 and 1 tokens
+        together = pruner.select(tokens)
+        for b in range(3):
+            keep, rows = rows_of(pruner.select(cut(tokens, b, (3, 1))), 0, 3 - b)
+            assert rows_of(together, b, 3 - b)[0] == keep
+            assert_close(rows_of(together, b, 3 - b)[1], rows)
+
+
+def test_prumerge_plus_has_no_more_rows_than_tokens():
+    """Where the official code keeps all N and adds the sum of no others, one of N is that sum."""
+    keys = torch.zeros(1, 16, WIDTH)
+    keys[0, [3, 7, 9, 15], 0] = 9.0  # outliers, a quarter of all: every token is kept beside them
+    query = torch.eye(WIDTH)[:1]
+    more = {"cls_keys": {-1: 0 * query}, "cls_queries": {-1: query}}
+    tokens = VisualTokens(torch.randn(1, 16, WIDTH), (4, 4), keys={-1: keys}, **more)
+    for cap, counted in ((None, 16), (16, 16), (40, 16), (15, 15)):
+        selection = ocvtp.build_pruner("prumerge_plus", num_keep=cap, adaptive=True).select(tokens)
+        assert selection.counts().tolist() == [counted]
+        check_merge(ocvtp.build_pruner("prumerge_plus"), selection, 16)
 
 
 def test_missing_needs_are_named(name):

@@ -115,8 +115,10 @@ def test_the_first_half_leaves_small_images_alone():
     selection = first.select(tower(3, 60, valid))
     assert selection.counts().tolist() == [48, 48, 20]
     assert selection.keep_indices[2, :20].tolist() == list(range(20))
-    with pytest.raises(ValueError, match="num_keep=61 exceeds the 60"):
-        visiondrop(num_keep=61).parts[0].select(tower(1, 60))
+    for num_keep, count, kept in ((61, 60, 60), (32, 47, 47), (32, 49, 48)):
+        alone = visiondrop(num_keep=num_keep).parts[0].select(tower(1, count))
+        assert alone.counts().tolist() == [kept]
+        assert (alone.merge is None) == (kept == count)  # as it is
     with pytest.raises(ValueError, match="'visiondrop' needs attention"):
         first.select(replace(tower(), attention={}))
 

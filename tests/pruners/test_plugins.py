@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.pruners import plugins, registry
+from ocvtp.pruners.base import Status
+from ocvtp.pruners.catalog import entry
+from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.pruners.uniform import Uniform
 
 PRUNER = '''
 from dataclasses import dataclass
@@ -41,7 +48,40 @@ def test_a_file_given_to_the_command_line(tmp_path, capsys, mine, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_pruner", None)
     monkeypatch.delitem(sys.modules, "my_pruner")
     assert main(["--import", str(path), "--import", str(path), "list", "--json"]) == 0
-    assert '"mine"' in capsys.readouterr().out
+    found = {row["name"]: row for row in json.loads(capsys.readouterr().out)["pruners"]}
+    assert found["mine"]["status"] == "yours"
+    assert found["uniform"]["status"] == "control"
+
+
+def test_a_method_is_yours_unless_it_says_what_it_is():
+    class Bare(ocvtp.Pruner):
+        def _select(self, tokens, num_keep):
+            raise NotImplementedError
+
+    class OfAnOfficialOne(FasterVLM):
+        pass
+
+    @dataclass(kw_only=True, eq=False)
+    class OfAControl(Uniform):
+        power: float = 1.0
+
+    class Yardstick(Uniform):
+        status: ClassVar[Status] = "control"
+
+    for made in (Bare, OfAnOfficialOne, OfAControl):
+        assert made.status == made(num_keep=1).status == "yours"
+    assert Yardstick(num_keep=1).status == "control"
+    assert FasterVLM.status == "official"
+
+
+def test_a_pruner_without_a_docstring_is_listed(mine):
+    @registry.register("mine")
+    @dataclass(kw_only=True, eq=False)
+    class Mine(FasterVLM):
+        pass
+
+    found = entry("mine")
+    assert (found.stage, found.needs, found.status) == ("llm_input", "not said", "yours")
 
 
 def test_an_installed_package(tmp_path, mine, monkeypatch):
@@ -68,8 +108,30 @@ def test_files_that_cannot_be_imported_are_refused(tmp_path, capsys):
     (tmp_path / "json.py").write_text(PRUNER)
     with pytest.raises(ValueError, match="a module 'json' is loaded already"):
         plugins.import_file(str(tmp_path / "json.py"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("\nraise KeyError('x')", ":2 fails with KeyError: 'x'; mend it."),
+        ("import ocvtp\ndef broken(:\n    pass", ":2 fails with SyntaxError"),
+        ("import nothing_of_this_name", ":1 fails with ModuleNotFoundError"),
+        ("import json\n\njson.loads('{')", ":3 fails with JSONDecodeError"),
+        ("import sys\nsys.exit('bye')", ":2 fails with SystemExit: bye"),
+        ("\x00", "broken_pruner.py"),
+    ],
+)
+def test_files_that_fail_are_named_with_the_line(tmp_path, capsys, text, reason):
     broken = tmp_path / "broken_pruner.py"
-    broken.write_text("raise KeyError('x')")
-    with pytest.raises(KeyError):
-        plugins.import_file(str(broken))
+    broken.write_text(text)
+    assert main(["--import", str(broken), "list"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ocvtp: error: {broken}")
+    assert reason in line
     assert "broken_pruner" not in sys.modules
+
+
+def test_a_stop_while_a_file_is_imported_stops(tmp_path, capsys):
+    (tmp_path / "slow_pruner.py").write_text("raise KeyboardInterrupt")
+    assert main(["--import", str(tmp_path / "slow_pruner.py"), "list"]) == 130
+    assert "slow_pruner" not in sys.modules

@@ -94,7 +94,7 @@ def test_three_stages_are_the_official_ones(vectors):
     reference = vectors("sparsevlm_v1_0_192")
     hidden = reference["hidden"].float()
     start, length = int(reference["v_start"]), int(reference["v_len"])
-    pruner = ocvtp.build_pruner("sparsevlm", num_keep=192)
+    pruner = ocvtp.build_pruner("sparsevlm", setting="paper-192")
     assert pruner.positions == "contiguous"
     for i, stage in enumerate(pruner.schedule(32, length)):
         image = hidden[:, start : start + length]
@@ -151,11 +151,11 @@ def _clusters(num_dropped):
     ],
 )
 def test_published_settings(num_keep, kept, left, true_average):
-    assert counts(num_keep=num_keep) == left
-    assert counts(keep_ratio=num_keep / 576) == left
+    setting = f"paper-{num_keep}"
+    assert counts(setting=setting) == left
     assert average(left) == true_average
     before = 576
-    pruner = ocvtp.build_pruner("sparsevlm", num_keep=num_keep)
+    pruner = ocvtp.build_pruner("sparsevlm", setting=setting)
     for layer, expected, total in zip(LAYERS, kept, left, strict=True):
         selection = pruner.select_at(
             scored(torch.randn(1, before, 2), torch.rand(1, before), layer), layer, total
@@ -175,9 +175,10 @@ def test_published_settings(num_keep, kept, left, true_average):
     ],
 )
 def test_published_settings_of_plus(num_keep, left, true_average):
-    assert counts(num_keep=num_keep, plus=True) == left
+    setting = f"plus-{num_keep}"
+    assert counts(setting=setting) == left
     assert average(left) == true_average
-    pruner = ocvtp.build_pruner("sparsevlm", num_keep=num_keep, plus=True)
+    pruner = ocvtp.build_pruner("sparsevlm", setting=setting)
     assert pruner.positions == "original"
     scores = torch.rand(1, 576)
     selection = pruner.select_at(scored(torch.randn(1, 576, 2), scores, 3), 3, left[0])
@@ -188,12 +189,24 @@ def test_published_settings_of_plus(num_keep, left, true_average):
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize(
     ("num_keep", "num_layers", "num_tokens"),
-    [(100, 32, 576), (300, 32, 576), (192, 40, 576), (640, 32, 2880), (575, 32, 576)],
+    [
+        (64, 32, 576),
+        (65, 32, 576),
+        (128, 32, 576),
+        (192, 32, 576),
+        (100, 32, 576),
+        (300, 32, 576),
+        (192, 40, 576),
+        (192, 28, 576),
+        (640, 32, 2880),
+        (575, 32, 576),
+    ],
 )
-def test_other_budgets_are_averages(num_keep, num_layers, num_tokens, plus):
+def test_a_budget_is_the_average(num_keep, num_layers, num_tokens, plus):
     left = counts(num_layers, num_tokens, num_keep=num_keep, plus=plus)
     assert average(left, num_layers, num_tokens) == pytest.approx(num_keep, abs=0.5)
     assert num_tokens >= left[0] >= left[1] >= left[2]
+    assert left == counts(num_layers, num_tokens, keep_ratio=num_keep / num_tokens, plus=plus)
 
 
 def test_keeping_all_keeps_all():

@@ -15,7 +15,7 @@ from PIL import Image
 from ocvtp.evaluation.answers import exact_yes_no, pope_yes_no, vqa_accuracy, vqa_exact
 from ocvtp.evaluation.pope import pope_ratios
 from ocvtp.evaluation.tasks import Item
-from ocvtp.hosts.loading import open_image
+from ocvtp.images import open_image
 
 Row = Mapping[str, Any]
 Result = Mapping[str, Any]

@@ -1,0 +1,45 @@
+"""What may be chosen by name, in functions and in flags alike.
+
+Nothing is imported here, so that the command line can name what there is before it loads anything.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Level = Literal["easy", "hard"]
+"""How hard drawn scenes are to read."""
+Split = Literal["train", "val", "test"]
+"""Which drawn scenes."""
+
+TileBudget = Literal["per_image", "per_tile"]
+"""What `num_keep` counts where a model cuts images into tiles."""
+Separators = Literal["rows", "all", "none"]
+"""Which tokens that end rows of tiles stay."""
+
+TinyModel = Literal[
+    "random:tiny-llava",
+    "random:tiny-llava-next",
+    "random:tiny-llava-onevision",
+    "random:tiny-internvl",
+    "random:tiny-qwen2-vl",
+    "random:tiny-qwen2.5-vl",
+    "random:tiny-qwen3-vl",
+]
+"""VLMs of random weights that load at once."""
+FullSizeModel = Literal[
+    "llava-1.5-7b", "llava-1.5-13b", "llava-mid", "llava-next-7b", "qwen2.5-vl-7b", "demo"
+]
+"""VLMs of random weights and of real size."""
+
+Task = Literal["scenes", "pope", "vqa", "coverage"]
+"""Of `ocvtp evaluate`."""
+LmmsTask = Literal["pope", "scenes", "vqa"]
+"""Those of them that lmms-eval can ask."""
+
+SavingRows = Literal["default", "all", "none", "each"]
+"""Which savings of hosts `ocvtp bench` measures."""
+
+TOLERANCE = 0.03
+"""Of `ocvtp compare`. Changes below are not flagged: what a new process changes, where memory lies
+and how fast the clock runs, is in the interval of no single run."""

@@ -1,0 +1,262 @@
+"""The flags of every command, by its name.
+
+Nothing that takes long is imported here: `--help` and a misspelt flag are answered at once. What a
+command does is in the file of its name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import get_args
+
+from ocvtp import choices
+from ocvtp.commands import options
+from ocvtp.shipped import config_names
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """A checkpoint or official weights, and where the artifact goes."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--checkpoint", help="best.ckpt or last.ckpt of `ocvtp train`")
+    source.add_argument("--official", metavar="WEIGHTS", help="the authors' weights.pth")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--with-decoder", action="store_true", help="keep the training decoder")
+    parser.add_argument("--num-heads", type=int, default=4, help="of an official decoder")
+    parser.add_argument("--tower", help="hub id of the vision tower of official weights")
+    parser.add_argument("--layer", type=int, default=9, help="that official weights read")
+    options.add_json(parser)
+
+
+def resize(parser: argparse.ArgumentParser) -> None:
+    """Two folders, and the size."""
+    parser.add_argument("source", help="folder of images")
+    parser.add_argument("output", help="folder to write; finished files are kept")
+    parser.add_argument("--size", type=int, default=336, help="shorter edge in pixels")
+    parser.add_argument("--quality", type=int, default=95, help="of the JPEGs")
+    parser.add_argument("--num-workers", type=int, help="default: one per core")
+    options.add_json(parser)
+
+
+def answer(parser: argparse.ArgumentParser) -> None:
+    """A model, a pruner, images and a question."""
+    options.add_model(parser)
+    options.add_pruner(parser, several=False)
+    parser.add_argument("--image", required=True, nargs="+", help="image files")
+    parser.add_argument("--prompt", required=True, help="plain text")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    options.add_budget(parser)
+    parser.add_argument(
+        "--separators",
+        choices=get_args(choices.Separators),
+        default="rows",
+        help="which tokens that end rows of tiles stay (default: %(default)s)",
+    )
+    options.add_json(parser)
+
+
+def show(parser: argparse.ArgumentParser) -> None:
+    """A model, pruners, an image and the picture to write."""
+    options.add_model(parser)
+    options.add_pruner(parser, several=True)
+    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--prompt", help="plain text, for pruners that read it")
+    options.add_budget(parser)
+    parser.add_argument("--output", required=True, help="PNG or PDF to write")
+    options.add_json(parser)
+
+
+def evaluate(parser: argparse.ArgumentParser) -> None:
+    """A model, a task, pruners and budgets."""
+    options.add_model(parser)
+    parser.add_argument(
+        "--task", required=True, choices=get_args(choices.Task), help="what is asked"
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; controls run beside them",
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
+    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    parser.add_argument(
+        "--checkpoint",
+        nargs="+",
+        default=[],
+        help="exported OC-pruner; several that differ in nothing but the seed are averaged",
+    )
+    options.add_text_tower(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time")
+    parser.add_argument(
+        "--no-controls", action="store_true", help="unpruned and shuffled images alone"
+    )
+    options.add_skip_unfit(parser)
+    parser.add_argument(
+        "--output",
+        help="folder of results.json, report.md, plots and answers; the same command continues what"
+        " it holds, another one of the same task adds to it (default: outputs/evaluate/TASK)",
+    )
+    options.add_task(parser)
+    options.add_json(parser)
+
+
+def lmms_task(parser: argparse.ArgumentParser) -> None:
+    """A task, and where it goes."""
+    parser.add_argument(
+        "--task", required=True, choices=get_args(choices.LmmsTask), help="what is asked"
+    )
+    parser.add_argument(
+        "--model", help="folder or hub id of a VLM, for scenes: they are drawn in its size"
+    )
+    parser.add_argument("--output", required=True, help="folder to write; lmms-eval's include_path")
+    options.add_task(parser)
+    options.add_json(parser)
+
+
+def bench(parser: argparse.ArgumentParser) -> None:
+    """A model, pruners, budgets and sizes."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--model",
+        help="folder or hub id of a VLM; tiny random ones: "
+        + ", ".join(get_args(choices.TinyModel)),
+    )
+    model.add_argument(
+        "--random-weights",
+        choices=get_args(choices.FullSizeModel),
+        help="a model of real size with random weights, which has true times; no download",
+    )
+    options.add_place(parser)
+    parser.add_argument("--attention", help="e.g. sdpa, eager, flash_attention_2; default: its own")
+    parser.add_argument("--threads", type=int, help="of a CPU; default: PyTorch's own choice")
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        required=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; a K in settings stands for --num-keep",
+    )
+    parser.add_argument("--num-keep", type=int, nargs="+", required=True, help="tokens of an image")
+    parser.add_argument(
+        "--checkpoint", help="exported OC-pruner; without one, `ocvtp` runs on random weights"
+    )
+    options.add_text_tower(parser)
+    options.add_sizes(parser)
+    parser.add_argument(
+        "--savings",
+        choices=get_args(choices.SavingRows),
+        default="default",
+        help="what hosts leave out: attach's own settings, all, none, or a row beside its own for"
+        " `each` setting turned round",
+    )
+    options.add_skip_unfit(parser)
+    parser.add_argument(
+        "--accuracy",
+        metavar="FILE",
+        help="results.json of `ocvtp evaluate` with the same pruners and budgets, to be drawn"
+        " against the time to the first token",
+    )
+    parser.add_argument(
+        "--output",
+        default="outputs/bench",
+        help="folder of results.json, report.md, plots and cells; the same command continues what"
+        " it holds, another one of the same model adds to it (default: %(default)s)",
+    )
+    options.add_json(parser)
+
+
+def compare(parser: argparse.ArgumentParser) -> None:
+    """Two files, and what counts as a change."""
+    parser.add_argument("a", help="results.json of `ocvtp bench`: before")
+    parser.add_argument("b", help="results.json of `ocvtp bench`: after")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=choices.TOLERANCE,
+        help="smaller changes are not flagged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fail-on-regression", action="store_true", help="exit with 1 if anything is slower"
+    )
+    options.add_json(parser)
+
+
+def flops(parser: argparse.ArgumentParser) -> None:
+    """A model's configuration, a prompt, pruners and budgets."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="folder or hub id of a VLM, of which only the configuration is read; or "
+        + ", ".join(get_args(choices.FullSizeModel)),
+    )
+    parser.add_argument(
+        "--num-keep", type=int, nargs="+", required=True, help="visual tokens kept per image"
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; without any, the model with so many tokens, whoever chooses them",
+    )
+    parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+    parser.add_argument(
+        "--text-length",
+        type=int,
+        default=32,
+        help="tokens of the prompt that are no visual ones (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-visual",
+        type=int,
+        help="visual tokens of an image before pruning (default: all of a model with one number,"
+        " 2880 of LLaVA-NeXT, 576 of Qwen2.5-VL)",
+    )
+    parser.add_argument("--images", type=int, default=1, help="of the prompt (default: 1)")
+    parser.add_argument(
+        "--newlines",
+        type=int,
+        default=0,
+        help="tokens that end the rows of an image, which no published figure counts: 48 of"
+        " LLaVA-NeXT's 2880 (default: 0)",
+    )
+    parser.add_argument(
+        "--whole-tower",
+        action="store_true",
+        help="count the tower and the projector as they run without savings: all blocks, all rows",
+    )
+    parser.add_argument("--output", help="folder of results.json, report.md and flops.png")
+    options.add_json(parser)
+
+
+def demo_vlm(parser: argparse.ArgumentParser) -> None:
+    """A recipe, and where the model goes."""
+    names = ", ".join(config_names("demo_vlm"))
+    parser.add_argument(
+        "--config", required=True, help=f"a YAML file, or what comes with ocvtp: {names}"
+    )
+    parser.add_argument("--output", help="folder of the model (default: the config's)")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue what the output folder holds"
+    )
+    options.add_json(parser)
+
+
+FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "export": export,
+    "resize": resize,
+    "list": options.add_json,
+    "answer": answer,
+    "show": show,
+    "evaluate": evaluate,
+    "lmms-task": lmms_task,
+    "bench": bench,
+    "compare": compare,
+    "flops": flops,
+    "demo-vlm": demo_vlm,
+}
+"""All commands but `train`, which Lightning parses."""

@@ -1,0 +1,116 @@
+"""Which checkpoints are seeds of one training, and which are different pruners."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import save
+
+from ocvtp.evaluation.conditions import content_hash
+from ocvtp.slots import artifact
+
+_SEEDS = ("noise_seed", "training.seed")
+_FOUND = "training.validation."  # what came out, not what was asked for
+_SHOWN = 3
+_NOTHING = object()
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """One checkpoint, as far as it says what it is.
+
+    Args:
+        path: folder or hub id.
+        weights: a hash of them.
+        asked: what it was trained by but the seed, by dotted names; None where nobody can tell.
+        seed: what it was seeded by.
+    """
+
+    path: str
+    weights: str
+    asked: Mapping[str, Any] | None
+    seed: tuple[Any, ...]
+
+    def is_seed_of(self, other: Checkpoint) -> bool:
+        """Whether the two differ in nothing but the seed."""
+        return self.asked is not None and self.asked == other.asked and self.seed != other.seed
+
+
+def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
+    """Checkpoints of one training with several seeds side by side.
+
+    Args:
+        paths: folders or hub ids of exported OC-pruners, or of what another pruner takes.
+
+    Returns:
+        the groups, and why there are several; the empty text where there is one.
+
+    Raises:
+        ValueError: if two hold the same weights.
+    """
+    if len(paths) < 2:
+        return [list(paths)], ""
+    groups: list[list[Checkpoint]] = []
+    for checkpoint in _read(paths):
+        for group in groups:
+            if all(checkpoint.is_seed_of(member) for member in group):
+                group.append(checkpoint)
+                break
+        else:
+            groups.append([checkpoint])
+    found = [[checkpoint.path for checkpoint in group] for group in groups]
+    if len(groups) < 2:
+        return found, ""
+    first, second = groups[0][0], groups[1][0]
+    return found, (
+        f"checkpoints {first.path} and {second.path} are no seeds of one training"
+        f" ({_differences(first, second)}), so they are not averaged: each has its own rows."
+    )
+
+
+def _read(paths: Sequence[str]) -> Iterator[Checkpoint]:
+    """Each once; two of the same weights are refused."""
+    seen: dict[str, str] = {}
+    for path in paths:
+        checkpoint = _checkpoint(path)
+        if checkpoint.weights in seen:
+            raise ValueError(
+                f"checkpoints {seen[checkpoint.weights]} and {path} hold the same weights: one run"
+                " is not two seeds; pass it once."
+            )
+        seen[checkpoint.weights] = path
+        yield checkpoint
+
+
+def _checkpoint(path: str) -> Checkpoint:
+    try:
+        config, weights = artifact.read(path)
+    except ValueError:  # another pruner's own kind: it says itself what is wrong with it
+        return Checkpoint(path, content_hash(path), None, ())
+    known = dict(_flat(config))
+    seed = tuple(known.pop(name, None) for name in _SEEDS)
+    asked = {name: value for name, value in known.items() if not name.startswith(_FOUND)}
+    tensors = save({name: weights[name].contiguous() for name in sorted(weights)})
+    return Checkpoint(path, hashlib.sha256(tensors).hexdigest(), asked, seed)
+
+
+def _flat(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted names."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{within}{name}.")
+        else:
+            yield within + name, value
+
+
+def _differences(a: Checkpoint, b: Checkpoint) -> str:
+    if a.asked is None or b.asked is None:
+        return "what they were trained by cannot be read"
+    one, other = a.asked, b.asked
+    names = [n for n in {**one, **other} if one.get(n, _NOTHING) != other.get(n, _NOTHING)]
+    texts = [f"{n}: {one.get(n)} and {other.get(n)}" for n in names[:_SHOWN]]
+    more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return "; ".join([*texts, *more]) or f"both are of seed {a.seed[-1]}, and their weights differ"

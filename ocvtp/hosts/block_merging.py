@@ -1,0 +1,100 @@
+"""Merging rows in the blocks of a vision tower, between attention and MLP.
+
+U views of a call, R rows that a block is given, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ocvtp.encoders import taps
+from ocvtp.encoders.hooks import Hook, after, before
+from ocvtp.encoders.rows import Rows
+from ocvtp.hosts.tower_run import Step, leave_block, step_of
+from ocvtp.pruners.bipartite import first_places, means
+from ocvtp.pruners.in_blocks import BlockMerger
+
+
+@dataclass(frozen=True)
+class BlockMerging:
+    """A merger in one tower.
+
+    Args:
+        merger: that says which rows go together.
+        look: gives the view of the tower, as it is now.
+        num_prefix: tokens before the patches.
+    """
+
+    merger: BlockMerger
+    look: Callable[[], taps.Tower]
+    num_prefix: int
+
+    def schedule(self, num_rows: int, num_read: int) -> tuple[int, ...]:
+        """How many rows each block merges away, of `num_rows` that the first one is given."""
+        counts = (num_rows - self.num_prefix, len(self.look().blocks), num_read)
+        return self.merger.schedule(*counts)
+
+    def hooks(self, number: int, block: Any) -> list[Hook]:
+        """Hooks in a block with `layer_norm2` and `mlp`."""
+        _, key = self.look().query_key(block)
+        return [
+            after(key, partial(_keep_keys, number)),
+            before(block.layer_norm2, partial(self._merge, number)),
+            after(block.mlp, partial(_fill_up, number)),
+        ]
+
+    def _merge(self, number: int, module: Any, args: tuple[Tensor, ...]) -> Any:
+        """Merge what the attention left, and let the MLP run on it."""
+        step = step_of(number)
+        if step is None or not step.num_merged:
+            return None
+        states = args[0]
+        rows = step.rows
+        if rows is None:
+            rows = Rows.all(len(states), states.shape[1], states.device)
+        if step.row_of is None:
+            step.row_of = self._match(step)
+        sizes, num_rows = rows.sizes, states.shape[1] - step.num_merged
+        if sizes is None:
+            sizes = torch.ones_like(step.row_of, dtype=torch.float32)
+        step.mixed, sizes = means(states, sizes, step.row_of, num_rows)
+        if step.merged is None:
+            places = first_places(rows.places, step.row_of, num_rows)
+            step.merged = replace(rows, places=places, sizes=sizes)
+        # The block will add these to what its MLP says, which is of other rows: see `_fill_up`.
+        states.zero_()
+        return (step.mixed,)
+
+    @torch.no_grad()
+    def _match(self, step: Step) -> Tensor:
+        """[U, R] the row that each goes to."""
+        keys, step.keys = step.keys, None
+        if keys is None:
+            raise RuntimeError("the hook on the keys of a block did not fire: is it compiled?")
+        return self.merger.rows(keys, self.look().num_heads, step.num_merged, self.num_prefix == 1)
+
+
+def _keep_keys(number: int, module: Any, args: Any, output: Tensor) -> None:
+    """Behind the projection of a block's keys."""
+    if (step := step_of(number)) is not None and step.num_merged and step.row_of is None:
+        step.keys = output.detach()
+
+
+def _fill_up(number: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
+    """Behind the MLP of a block that merged: add its residual, which was emptied for that.
+
+    Zeros stand for the rows that were merged away, so that there are as many as the block knows.
+    """
+    step = step_of(number)
+    leave_block()
+    if step is None or step.mixed is None:
+        return None
+    mixed, step.mixed = step.mixed, None
+    return pad(mixed + output, (0, 0, 0, step.num_merged))

@@ -1,0 +1,36 @@
+"""Names of a package that are imported when they are first used (PEP 562)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+
+def lazy_names(
+    package: str, homes: Mapping[str, str], parts: tuple[str, ...] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package whose names lie in its modules.
+
+    The package imports the same names under `TYPE_CHECKING`, for type checkers and editors.
+
+    Args:
+        package: its `__name__`.
+        homes: by name, the module inside the package that holds it.
+        parts: modules that are attributes of the package as they stand.
+    """
+
+    def get(name: str) -> Any:
+        if name in parts:
+            return import_module(f"{package}.{name}")
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        found = getattr(import_module(f"{package}.{homes[name]}"), name)
+        setattr(sys.modules[package], name, found)  # found without this function from now on
+        return found
+
+    def names() -> list[str]:
+        return sorted({*vars(sys.modules[package]), *homes, *parts})
+
+    return get, names

@@ -1,0 +1,115 @@
+"""What a budget may be: counts are whole numbers of tokens, shares are floats up to 1.0.
+
+So `64` and `1` count tokens, `0.5` and `1.0` are shares of them, in Python as in YAML and in specs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+StagePairs = Sequence[tuple[int, float]]
+"""`(layer, K)` pairs: in front of which layer how many tokens stay, or which share of them."""
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A number of tokens, as a plain int; numpy's whole numbers are some.
+
+    Args:
+        name: of the argument. value: as it was given. least: that it may be.
+
+    Raises:
+        ValueError: that says what it may be.
+    """
+    if not _is_count(value):
+        hint = " keep_ratio is for shares." if name == "num_keep" else ""
+        raise ValueError(f"{name}={value!r}; pass a whole number of tokens, e.g. 64.{hint}")
+    if value < least:
+        plural = "" if least == 1 else "s"
+        raise ValueError(f"{name}={value}; pass at least {least} token{plural}.")
+    return int(value)
+
+
+def check_share(name: str, value: Any) -> float:
+    """The share of an image's tokens that is kept, as a plain float.
+
+    Raises:
+        ValueError: that says what it may be.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(
+            f"{name}={value!r}; pass the share of tokens KEPT, a number above 0, at most 1."
+        )
+    return float(value)
+
+
+def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
+    """`(layer, K)` pairs in plain numbers; K is a count if it is an int, a share if a float.
+
+    Raises:
+        ValueError: for anything else, layers that do not ascend, and stages that keep more than
+            those before them, as far as that shows without an image.
+    """
+    try:
+        pairs = [(layer, kept) for layer, kept in stages]
+    except (TypeError, ValueError):
+        pairs = []
+    layers = [layer for layer, _ in pairs]
+    if not (
+        pairs
+        and all(_is_count(layer) for layer in layers)
+        and layers == sorted(set(layers))
+        and all(_is_count(kept) and kept > 0 or _is_share(kept) for _, kept in pairs)
+    ):
+        raise ValueError(
+            f"stages={stages!r}; pass (layer, K) pairs with ascending layers and K above 0, e.g."
+            " ((2, 128), (16, 64)): an int counts tokens, a float up to 1.0 is a share of them."
+        )
+    found = [(int(layer), int(k) if _is_count(k) else float(k)) for layer, k in pairs]
+    for kind in (int, float):
+        alike = [(layer, k) for layer, k in found if type(k) is kind]
+        for (before, less), (layer, more) in zip(alike, alike[1:], strict=False):
+            if more > less:
+                raise ValueError(
+                    f"stages={stages!r} keep {more} in front of layer {layer}, but {less} in front"
+                    f" of layer {before}: what is dropped does not come back; pass K that do not"
+                    " grow."
+                )
+    return tuple(found)
+
+
+def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], ...]:
+    """The stages of an image of N tokens, all as counts.
+
+    A count is the most that stay: an image that has fewer there keeps what it has.
+
+    Args:
+        stages: as `check_stages` returns them.
+        num_tokens: N, of which shares are.
+
+    Raises:
+        ValueError: if a share is more than the stage before leaves.
+    """
+    found, left = [], num_tokens
+    for layer, kept in stages:
+        if isinstance(kept, int):
+            left = min(kept, left)
+        else:
+            share = max(1, round(kept * num_tokens))
+            if share > left:
+                raise ValueError(
+                    f"stages={tuple(stages)!r} keep {kept:g} of {num_tokens} tokens, {share}, in"
+                    f" front of layer {layer}, where {left} are left; pass K that do not grow."
+                )
+            left = share
+        found.append((layer, left))
+    return tuple(found)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1

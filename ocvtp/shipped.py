@@ -1,0 +1,81 @@
+"""What comes with the package: settings, and the demo model with its pruners.
+
+They lie at the top of the repository, in `configs/` and `checkpoints/`; a wheel holds copies inside
+the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Literal
+
+_PACKAGE = Path(__file__).parent
+ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
+"""Where `configs/` and `checkpoints/` are."""
+
+Kind = Literal["train", "demo_vlm"]
+_FLAGS = ("--config", "-c")
+
+
+def config_names(kind: Kind) -> list[str]:
+    """Names of the files of settings for `ocvtp train` or `ocvtp demo-vlm`, sorted."""
+    return sorted(path.stem for path in (ROOT / "configs" / kind).glob("*.yaml"))
+
+
+def find_config(name: str, kind: Kind) -> str:
+    """The path of a file of settings.
+
+    Args:
+        name: a path, which wins where it exists; or a name that comes with the package, e.g.
+            `scenes` (or, from any folder, its path in the repository: `configs/train/scenes.yaml`).
+        kind: whose settings.
+
+    Raises:
+        ValueError: if there is neither; lists the names.
+    """
+    if Path(name).is_file():
+        return name
+    known = config_names(kind)
+    plain = Path(name).as_posix().removeprefix(f"configs/{kind}/").removesuffix(".yaml")
+    if plain in known:
+        return str(ROOT / "configs" / kind / f"{plain}.yaml")
+    close = get_close_matches(plain, known, n=1)
+    hint = f"did you mean {close[0]!r}? Pass" if close else "pass"
+    raise ValueError(
+        f"--config {name} is no file, and no settings of that name come with ocvtp; {hint} the path"
+        f" of a YAML file, or one of {', '.join(known)}."
+    )
+
+
+def with_configs(words: Sequence[str], kind: Kind) -> list[str]:
+    """The words of a command line, with `find_config` of every `--config`.
+
+    What has a colon is left as it stands: it is YAML, or a URL.
+
+    Raises:
+        ValueError: as `find_config`.
+    """
+    found: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, value = word.partition("=")
+        if before in _FLAGS and ":" not in word:
+            word = find_config(word, kind)
+        elif flag in _FLAGS and equals and ":" not in value:
+            word = f"{flag}={find_config(value, kind)}"
+        found.append(word)
+    return found
+
+
+def find_folder(name: str) -> str:
+    """A folder by its path in the repository, e.g. `checkpoints/demo-vlm`, from wherever one works.
+
+    Args:
+        name: a path, which wins where it exists; whatever is not shipped, say a hub id, is returned
+            as it stands.
+    """
+    path = Path(name)
+    if path.exists() or path.is_absolute() or path.parts[:1] != ("checkpoints",):
+        return name
+    return str(ROOT / path) if (ROOT / path).is_dir() else name

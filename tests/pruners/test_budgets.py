@@ -1,0 +1,155 @@
+"""What a budget may be, for every pruner that takes one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+import ocvtp
+from ocvtp.pruners import pruner_class
+from ocvtp.pruners.budgets import check_stages, count_stages
+from ocvtp.pruners.layered import LayerPruner, LayerStage, OneStagePruner
+from ocvtp.pruners.specs import build_spec
+
+NAMES = ocvtp.list_pruners()
+STAGED = [name for name in NAMES if issubclass(pruner_class(name), LayerPruner)]
+SEVERAL = [name for name in STAGED if not issubclass(pruner_class(name), OneStagePruner)]
+HALVES = {"vitcop": {}, "vflowopt": {}, "visiondrop": {"later": True}}
+NO_COUNTS = [1.5, 16.0, 1.0, math.nan, math.inf, "16", True, [16], 0, -3, np.float64(16)]
+NO_SHARES = ["0.5", math.nan, math.inf, -math.inf, 0, 0.0, -0.5, 1.01, 2, True, [0.5]]
+
+
+@pytest.fixture(params=NAMES)
+def build(request, small_network):
+    """Builds one pruner with a budget."""
+    settings = {"network": small_network} if request.param == "ocvtp" else {}
+    return lambda **budget: ocvtp.build_pruner(request.param, **settings, **budget)
+
+
+@pytest.mark.parametrize("value", NO_COUNTS)
+def test_what_counts_no_tokens_is_refused(build, value):
+    for more in ({}, {"adaptive": True}):
+        if more and "adaptive" not in build(num_keep=4).budgets:
+            continue
+        with pytest.raises(ValueError, match=r"num_keep=.*; pass (a whole number of|at least 1)"):
+            build(num_keep=value, **more)
+
+
+@pytest.mark.parametrize("value", NO_SHARES)
+def test_what_is_no_share_is_refused(build, value):
+    with pytest.raises(ValueError, match="keep_ratio=.*; pass the share of tokens KEPT"):
+        build(keep_ratio=value)
+
+
+def test_numbers_of_numpy_become_plain_ones(build):
+    for count in (np.int64(4), np.uint8(4)):
+        assert type(build(num_keep=count).num_keep) is int
+    for share in (np.float32(0.5), np.float64(0.5), 1):
+        assert type(build(keep_ratio=share).keep_ratio) is float
+
+
+def test_other_counts_of_tokens():
+    for name in ("visionzip", "visiondrop"):
+        for value in (2.0, "2", True, -1):
+            with pytest.raises(ValueError, match="num_contextual=.*; pass"):
+                ocvtp.build_pruner(name, num_keep=8, num_contextual=value)
+    for value in (math.nan, math.inf, "8", True, -1, 1.5, [4, math.nan], (4, "1"), (4, math.nan)):
+        with pytest.raises(ValueError, match="r=.*; pass"):
+            ocvtp.build_pruner("tome", r=value)
+
+
+# ---------------------------------------------------------------------------------------- stages
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_float_is_a_share_and_an_int_a_count(name):
+    def left(kept, num_tokens=40):
+        (stage,) = ocvtp.build_pruner(name, stages=((2, kept),)).schedule(8, num_tokens)
+        return stage.num_keep
+
+    assert left(1.0) == left(np.float64(1)) == 40
+    assert left(1) == left(np.int64(1)) == 1
+    assert left(0.5) == 20
+    assert left(0.001) == 1
+    assert left(64) == 40  # as many as there are
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_specs_tell_floats_from_ints(name):
+    for text, count in (("1.0", 40), ("1", 1), ("0.5", 20), ("K", 9)):
+        pruner = build_spec(f"{name}:stages=[[2,{text}]]", num_keep=9)
+        assert pruner.schedule(8, 40) == (LayerStage(2, count),)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_stages_of_later_halves(name):
+    pruner = ocvtp.build_pruner(name, num_keep=30, stages=((2, 1.0), (4, 7)), **HALVES[name])
+    assert pruner.parts[1].schedule(8, 30) == (LayerStage(2, 30), LayerStage(4, 7))
+    with pytest.raises(ValueError, match=f"keep 31 in front of layer 2, but {name} leaves"):
+        ocvtp.build_pruner(name, num_keep=30, stages=((2, 31),), **HALVES[name])
+
+
+WRONG = [
+    "[[2, 64]]",
+    (2, 64),
+    ((2,),),
+    ((2, 64, 1),),
+    {2: 64},
+    64,
+    (),
+    ((2, True),),
+    ((True, 3),),
+    ((2, 0),),
+    ((2, -4),),
+    ((2, 0.0),),
+    ((2, 64.0),),
+    ((2, 1.5),),
+    ((2, math.nan),),
+    ((2, math.inf),),
+    ((2, "0.5"),),
+    ((2.0, 5),),
+    ((2, None),),
+    ((4, 5), (2, 3)),
+    ((2, 5), (2, 3)),
+]
+
+
+@pytest.mark.parametrize("stages", WRONG)
+@pytest.mark.parametrize("name", [*STAGED, *HALVES])
+def test_what_names_no_stages_is_refused(name, stages):
+    budget = {"num_keep": 80} if name in HALVES else {}
+    with pytest.raises(ValueError, match=r"stages=.*pass \(layer, K\) pairs with ascending layers"):
+        ocvtp.build_pruner(name, stages=stages, **budget, **HALVES.get(name, {}))
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ((2, 5), (4, 9)),
+        ((2, 0.25), (4, 0.5)),
+        ((2, 9), (3, 0.5), (4, 10)),
+        ((2, 0.5), (3, 9), (4, 1.0)),
+    ],
+)
+@pytest.mark.parametrize("name", [*SEVERAL, *HALVES])
+def test_stages_that_rise_are_refused(name, stages):
+    budget = {"num_keep": 80} if name in HALVES else {}
+    with pytest.raises(ValueError, match="what is dropped does not come back; pass K that do not"):
+        ocvtp.build_pruner(name, stages=stages, **budget, **HALVES.get(name, {}))
+
+
+def test_a_share_of_more_than_is_left_is_refused_for_that_image():
+    stages = check_stages([[2, 100], [4, 0.5]])
+    assert count_stages(stages, 200) == ((2, 100), (4, 100))
+    assert count_stages(stages, 60) == ((2, 60), (4, 30))
+    with pytest.raises(ValueError, match="keep 0.5 of 300 tokens, 150, .* where 100 are left"):
+        count_stages(stages, 300)
+
+
+def test_a_count_is_the_most_that_stays():
+    stages = check_stages([[2, 0.5], [4, 64]])
+    assert count_stages(stages, 200) == ((2, 100), (4, 64))
+    assert count_stages(stages, 100) == ((2, 50), (4, 50))
+    assert count_stages(check_stages(((2, 9), (3, 9), (5, 4))), 6) == ((2, 6), (3, 6), (5, 4))

@@ -1,0 +1,113 @@
+"""Published settings by name."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+import ocvtp
+from ocvtp.evaluation.conditions import Budget, pruner_conditions
+from ocvtp.pruners import pruner_class
+from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.registry import _REGISTRY, register
+from ocvtp.pruners.specs import build_spec, known_settings
+
+NAMED = [(n, s) for n in ocvtp.list_pruners() for s in pruner_class(n).named_settings]
+
+
+def scheduled(pruner, num_tokens=576, num_layers=32):
+    """What each half leaves; the first by its budget."""
+    *first, later = pruner.parts
+    counts = [part.budget(num_tokens) for part in first]
+    stages = later.schedule(num_layers, *counts or [num_tokens])
+    return [*counts, *((stage.layer, stage.num_keep) for stage in stages)]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "expected"),
+    [
+        ("fastv", "paper", [(2, 288)]),
+        ("pyramiddrop", "paper", [(8, 288), (16, 144), (24, 72)]),
+        ("sparsevlm", "paper-192", [(3, 309), (7, 204), (16, 113)]),
+        ("sparsevlm", "plus-64", [(3, 66), (7, 34), (16, 20)]),
+        ("vitcop", "paper-192", [288, (2, 253), (22, 51)]),
+        ("vitcop", "paper-128", [230, (2, 165), (22, 33)]),
+        ("vitcop", "paper-64", [172, (2, 77), (22, 15)]),
+        ("visiondrop", "paper-32", [48, (8, 35), (16, 26), (24, 19)]),
+    ],
+)
+def test_published_counts(name, setting, expected):
+    for pruner in (
+        ocvtp.build_pruner(name, setting=setting),
+        build_spec(f"{name}:setting={setting}"),
+        build_spec(f"{name}:setting={setting}", num_keep=7, keep_ratio=None),
+    ):
+        assert scheduled(pruner) == expected
+
+
+@pytest.mark.parametrize(("name", "setting"), NAMED)
+def test_a_setting_is_a_budget_of_its_own(name, setting):
+    own = pruner_class(name).named_settings[setting]
+    passed = {"num_keep": 4, "keep_ratio": 0.5, "stages": ((2, 5),)}
+    for key, value in passed.items():
+        message = f"'{name}' got setting='{setting}' and {key}; pass one of them: .*stands for"
+        with pytest.raises(ValueError, match=message):
+            ocvtp.build_pruner(name, setting=setting, **{key: value})
+    for key in own.keys() - passed:
+        with pytest.raises(ValueError, match=f"and {key}; pass one of them"):
+            ocvtp.build_pruner(name, setting=setting, **{key: own[key]})
+    nothing = dict.fromkeys(passed.keys() & known_settings(name))
+    assert ocvtp.build_pruner(name, setting=setting, **nothing).parts
+    assert "setting" in known_settings(name)
+
+
+def test_vitcops_settings_are_those_of_its_budgets():
+    for count in (192, 128, 64):
+        named = ocvtp.build_pruner("vitcop", setting=f"paper-{count}").parts
+        budget = ocvtp.build_pruner("vitcop", num_keep=count).parts
+        left = named[0].budget(576)
+        assert named[1].schedule(32, left) == budget[1].schedule(32, left)
+        assert named[1]._num_clusters(left) == budget[1]._num_clusters(left)
+
+
+def test_small_images_keep_what_they_have():
+    pruner = ocvtp.build_pruner("sparsevlm", setting="paper-64")
+    assert pruner.schedule(32, 20) == (LayerStage(3, 20), LayerStage(7, 20), LayerStage(16, 18))
+
+
+@pytest.mark.parametrize("setting", ["paper-65", 64, ["paper-64"], ""])
+def test_unknown_settings_name_the_known_ones(setting):
+    message = "'sparsevlm' has no published setting .*; pass one of paper-192, paper-128, paper-64"
+    with pytest.raises(ValueError, match=message):
+        ocvtp.build_pruner("sparsevlm", setting=setting)
+
+
+def test_methods_without_any_say_so():
+    message = "'divprune' has no published settings; pass num_keep or keep_ratio in place of"
+    with pytest.raises(ValueError, match=message):
+        ocvtp.build_pruner("divprune", setting="paper-64")
+    assert "setting" not in known_settings("divprune")
+    assert ocvtp.build_pruner("divprune", num_keep=4, setting=None).num_keep == 4
+
+
+def test_a_method_names_its_own_with_one_line(monkeypatch):
+    monkeypatch.setattr("ocvtp.pruners.registry._REGISTRY", dict(_REGISTRY))
+
+    @register("named")
+    class Named(FasterVLM):
+        named_settings: ClassVar = {"half": {"keep_ratio": 0.5, "block": -1}}
+
+    pruner = ocvtp.build_pruner("named", setting="half")
+    assert (pruner.keep_ratio, pruner.block, pruner.num_keep) == (0.5, -1, None)
+    assert build_spec("named:setting=half", num_keep=3).keep_ratio == 0.5
+
+
+def test_an_evaluation_runs_them_once():
+    budgets = [Budget(num_keep=64), Budget(num_keep=32)]
+    (one,) = pruner_conditions("sparsevlm:setting=paper-64", budgets, [0], [], 576)
+    assert one.budget is None
+    assert scheduled(one.make(None)) == [(3, 82), (7, 32), (16, 18)]
+    swept = pruner_conditions("sparsevlm:setting=paper-K", [Budget(64), Budget(128)], [0], [], 576)
+    assert [scheduled(one.make(None))[0] for one in swept] == [(3, 82), (3, 312)]

@@ -1,0 +1,160 @@
+"""Image files of every mode and orientation become the same 8-bit RGB images."""
+
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from ocvtp.data.resize import resize_folder
+from ocvtp.hosts import loading
+from ocvtp.images import open_image, read_image, to_rgb
+
+GREYS = np.array([[0, 51, 128], [200, 254, 255]])
+
+
+def save(image, folder, kind="png", **options):
+    path = folder / f"image.{kind}"
+    image.save(path, **options)
+    return path
+
+
+def grey(values, kind):
+    return Image.fromarray(np.asarray(values, kind))
+
+
+SIXTEEN = GREYS * 257
+DEEP = {
+    "I;16 png": (grey(SIXTEEN, np.uint16), "png"),
+    "I;16 tiff": (grey(SIXTEEN, np.uint16), "tiff"),
+    "I;16B tiff": (grey(SIXTEEN, ">u2"), "tiff"),
+    "I pgm": (grey(SIXTEEN, np.int32), "pgm"),
+    "I tiff of 16 bits": (grey(SIXTEEN, np.int32), "tiff"),
+    "I tiff of 8 bits": (grey(GREYS, np.int32), "tiff"),
+    "F tiff to 1": (grey(GREYS / 255, np.float32), "tiff"),
+    "F tiff to 255": (grey(GREYS, np.float32), "tiff"),
+    "F tiff to 65535": (grey(SIXTEEN, np.float32), "tiff"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_greys_are_scaled(name, tmp_path):
+    image, kind = DEEP[name]
+    path = save(image, tmp_path, kind)
+    with Image.open(path) as stored:
+        assert stored.mode == name.split(" ")[0]
+    opened = open_image(path)
+    assert opened.mode == "RGB"
+    expected = np.repeat(GREYS[:, :, None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(opened), expected)
+
+
+def test_every_level_of_sixteen_bits_goes_to_the_nearest_of_eight(tmp_path):
+    levels = np.arange(65536).reshape(256, 256)
+    opened = np.asarray(open_image(save(grey(levels, np.uint16), tmp_path)))
+    np.testing.assert_array_equal(opened[..., 0], (levels + 128) // 257)
+
+
+def test_a_dark_image_of_sixteen_bits_stays_dark(tmp_path):
+    opened = open_image(save(grey(GREYS, np.uint16), tmp_path))
+    assert np.asarray(opened).max() == 1
+
+
+@pytest.mark.parametrize("levels", [[[0, 70000]], [[-1, 5]], [[0.5, float("nan")]]])
+def test_grey_levels_of_no_known_range_are_refused(levels, tmp_path):
+    kind = np.float32 if np.isnan(levels).any() else np.int32
+    path = save(grey(levels, kind), tmp_path, "tiff")
+    with pytest.raises(ValueError, match=r"image .*\.tiff cannot be read .*grey levels run from"):
+        open_image(path)
+
+
+COLOURS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], np.uint8)
+
+
+def palette(transparency):
+    image = Image.fromarray(COLOURS).quantize(4)
+    image.info["transparency"] = transparency
+    return image
+
+
+def with_alpha(mode):
+    image = Image.fromarray(COLOURS).convert(mode)
+    image.putalpha(Image.fromarray(np.array([[0, 128], [255, 255]], np.uint8)))
+    return image
+
+
+FLAT = np.repeat(np.asarray(Image.fromarray(COLOURS).convert("L"))[:, :, None], 3, axis=2)
+OTHERS = {
+    "RGBA": (with_alpha("RGBA"), "png", COLOURS),
+    "LA": (with_alpha("LA"), "png", FLAT),
+    "P": (palette(b"\x00\x80"), "png", COLOURS),
+    "P, one colour": (palette(1), "png", COLOURS),
+    "CMYK": (Image.fromarray(COLOURS).convert("CMYK"), "tiff", COLOURS),
+    "1": (Image.fromarray(np.array([[True, False]])), "png", [[[255] * 3, [0] * 3]]),
+    "L": (Image.fromarray(COLOURS).convert("L"), "png", FLAT),
+    "RGB": (Image.fromarray(COLOURS), "png", COLOURS),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_modes(name, tmp_path):
+    image, kind, expected = OTHERS[name]
+    path = save(image, tmp_path, kind)
+    with Image.open(path) as stored:
+        assert stored.mode == name.split(",")[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(np.asarray(open_image(path)), expected)
+        np.testing.assert_array_equal(np.asarray(to_rgb(image)), expected)
+
+
+def test_sixteen_bits_with_transparency(tmp_path):
+    path = save(grey(SIXTEEN, np.uint16), tmp_path, transparency=0)
+    np.testing.assert_array_equal(np.asarray(open_image(path))[..., 0], GREYS)
+
+
+def tagged(number, folder, kind):
+    exif = Image.Exif()
+    exif[0x0112] = number
+    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
+    options = {"quality": 100, "subsampling": 0} if kind == "jpg" else {}
+    return save(Image.fromarray(pixels), folder, kind, exif=exif, **options)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("number", range(10))
+def test_orientations_are_applied_once(number, kind, tmp_path):
+    path = tagged(number, tmp_path, kind)
+    with Image.open(path) as stored:
+        raw, upright = np.asarray(stored.convert("RGB")), ImageOps.exif_transpose(stored)
+    opened = open_image(path)
+    np.testing.assert_array_equal(np.asarray(opened), np.asarray(upright))
+    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(opened)), np.asarray(upright))
+    stored = read_image(path, upright=False)
+    np.testing.assert_array_equal(np.asarray(stored), raw)
+    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(stored)), raw)
+
+
+def test_sixteen_bits_on_their_side(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(grey(SIXTEEN, np.uint16), tmp_path, exif=exif)
+    np.testing.assert_array_equal(np.asarray(open_image(path))[..., 0], np.rot90(GREYS, -1))
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_text("no image")
+    for name in ("a.png", "absent.png", "."):
+        with pytest.raises(ValueError, match=r"image .* cannot be read \(.+\); pass a JPEG or PNG"):
+            open_image(tmp_path / name)
+    assert loading.open_image is open_image
+
+
+@pytest.mark.parametrize("size", [1, 2, 50])
+def test_resizing_scales_levels_too(tmp_path, size):
+    (tmp_path / "a").mkdir()
+    save(grey(np.full((4, 6), 128 * 257), np.uint16), tmp_path / "a")
+    assert resize_folder(tmp_path / "a", tmp_path / "b", size).written == 1
+    opened = np.asarray(open_image(tmp_path / "b/image.jpg"))
+    assert opened.shape[0] == min(size, 4)
+    assert np.abs(opened.astype(int) - 128).max() <= 1

@@ -1,0 +1,226 @@
+"""What comes with the package, from a checkout and from a wheel."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import ocvtp
+from ocvtp import shipped
+from ocvtp.cli import main
+
+CONFIGS = Path("configs").resolve()
+TRAIN = sorted(path.stem for path in CONFIGS.glob("train/*.yaml"))
+
+
+def test_names_are_the_files():
+    assert shipped.config_names("train") == TRAIN
+    assert {"scenes", "demo_kept", "clip_l14_336"} <= set(TRAIN)
+    assert shipped.config_names("demo_vlm") == ["cpu", "gpu"]
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_configuration_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = CONFIGS / "train" / f"{name}.yaml"
+    for form in (
+        name,
+        f"{name}.yaml",
+        f"configs/train/{name}.yaml",
+        f"./configs/train/{name}.yaml",
+    ):
+        assert Path(shipped.find_config(form, "train")) == expected
+
+
+def test_a_path_that_exists_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes").write_text("seed_everything: 1\n")
+    assert shipped.find_config("scenes", "train") == "scenes"
+    (tmp_path / "scenes").unlink()
+    (tmp_path / "scenes").mkdir()  # a folder is no configuration
+    assert shipped.find_config("scenes", "train") != "scenes"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "hint"),
+    [
+        ("scene", "train", "did you mean 'scenes'?"),
+        ("cpu", "train", "come with ocvtp; pass the path"),
+        ("nowhere/scenes.yaml", "train", "no settings of that name"),
+        ("other/configs/train/scenes.yaml", "train", "no settings of that name"),
+        ("scenes", "demo_vlm", "or one of cpu, gpu."),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_that_there_are(name, kind, hint):
+    with pytest.raises(ValueError, match=f"--config {name} is no file") as error:
+        shipped.find_config(name, kind)
+    assert hint in str(error.value)
+    assert str(error.value).endswith(f"or one of {', '.join(shipped.config_names(kind))}.")
+
+
+def test_every_form_of_the_flag():
+    path = str(CONFIGS / "train" / "scenes.yaml")
+    words = ["--config", "scenes", "--config=scenes", "-c", "scenes", "--trainer.max_epochs=1"]
+    assert shipped.with_configs(words, "train") == [
+        *("--config", path, f"--config={path}", "-c", path, "--trainer.max_epochs=1")
+    ]
+    same = [
+        "--config",
+        "trainer: {max_epochs: 1}",
+        "--seed_everything",
+        "3",
+        "--data.root",
+        "scenes",
+    ]
+    assert shipped.with_configs(same, "train") == same
+    assert shipped.with_configs(["--config"], "train") == ["--config"]
+
+
+def test_commands_refuse_an_unknown_name_in_one_line(capsys):
+    for words in (["train", "--config", "scene"], ["demo-vlm", "--config", "gp"]):
+        assert main(words) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        errors = [line for line in captured.err.splitlines() if "ocvtp: error: " in line]
+        assert len(errors) == 1
+        assert "or one of" in errors[0]
+
+
+def test_the_demo_model_is_found_from_any_folder(tmp_path, monkeypatch):
+    from ocvtp.encoders.clip import CLIPEncoder
+    from ocvtp.hosts.clip_text import load_clip_text
+    from ocvtp.hosts.loading import load_model
+
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model("checkpoints/demo-vlm", "float32")
+    assert CLIPEncoder("checkpoints/demo-vlm", layer=3).tower_id == "checkpoints/demo-vlm"
+    assert load_clip_text(model.model.vision_tower, "checkpoints/demo-vlm/clip") is not None
+    pruner = ocvtp.build_pruner("ocvtp", num_keep=4, checkpoint="checkpoints/demo-pruner/0")
+    assert pruner.network.config.tower == "checkpoints/demo-vlm"
+
+
+def test_a_folder_that_exists_wins_and_others_are_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "openai/clip",
+        "checkpoints",
+        "checkpoints/none",
+        "/checkpoints/demo-vlm",
+        "demo-vlm",
+    ):
+        found = shipped.find_folder(name)
+        assert found == name or Path(found) == shipped.ROOT / name
+    assert shipped.find_folder("checkpoints/none") == "checkpoints/none"
+    assert (
+        Path(shipped.find_folder("checkpoints/demo-vlm")) == shipped.ROOT / "checkpoints/demo-vlm"
+    )
+    (tmp_path / "checkpoints/demo-vlm").mkdir(parents=True)
+    assert shipped.find_folder("checkpoints/demo-vlm") == "checkpoints/demo-vlm"
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["--version"])
+    assert status.value.code == 0
+    assert capsys.readouterr().out == f"ocvtp {ocvtp.__version__}\n"
+
+
+# -------------------------------------------------------------------------------------- the wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    words = ["-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
+    run = subprocess.run(
+        [sys.executable, *words, "--wheel-dir", str(folder)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def outside(installed: Path, folder: Path, *words: str) -> str:
+    """What `ocvtp` of the wheel prints, run from a folder of the user's."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "import ocvtp; from ocvtp.cli import main\n"
+        f"assert ocvtp.__file__.startswith({str(installed)!r}), ocvtp.__file__\n"
+        f"sys.exit(main({list(words)}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        facts = Parser().parsestr(archive.read(metadata).decode())
+    parts = ("ocvtp", "configs", "checkpoints/demo-vlm", "checkpoints/demo-pruner")
+    files = {path for part in parts for path in Path(part).rglob("*") if path.is_file()}
+    here = {path.as_posix() for path in files if "__pycache__" not in path.parts}
+    expected = {name if name.startswith("ocvtp/") else f"ocvtp/{name}" for name in here}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert wheel.stat().st_size < 10e6
+    assert facts["Version"] == ocvtp.__version__
+    needs = [need.replace(" ", "") for need in facts.get_all("Requires-Dist")]
+    assert "transformers<6,>=5.17" in needs
+
+
+@pytest.mark.slow
+def test_the_wheel_lists_pruners(installed, tmp_path):
+    found = json.loads(outside(installed, tmp_path, "list", "--json"))
+    assert [row["name"] for row in found["pruners"]] == ocvtp.list_pruners()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "images"), [("scenes", 16), ("demo_kept", 32)])
+def test_the_wheel_trains(installed, tmp_path, name, images):
+    settings = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
+    settings += ["--data.num_train", str(images), "--data.num_val", "4"]
+    outside(installed, tmp_path, "train", "--config", name, *settings)
+    assert (tmp_path / "outputs/data" / name).is_dir()
+
+
+@pytest.mark.slow
+def test_the_wheel_knows_the_demo_model_and_its_pruner(installed, tmp_path):
+    words = ["flops", "--model", "checkpoints/demo-vlm", "--num-keep", "8", "--pruners", "ocvtp"]
+    found = outside(installed, tmp_path, *words, "--checkpoint", "checkpoints/demo-pruner/0")
+    assert "| ocvtp" in found
+
+
+@pytest.mark.slow
+def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
+    code = f"from hatchling.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    for name in ("LICENSE", "README.md", "CHANGELOG.md", "tests/test_cli.py", "configs/train"):
+        assert (source / name).exists()
+    words = ["-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run(
+        [sys.executable, *words, "--wheel-dir", str(tmp_path)], check=True, capture_output=True
+    )
+    (again,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
+        assert sorted(first.namelist()) == sorted(second.namelist())

@@ -1,0 +1,179 @@
+"""What is imported when: nobody waits for what is not asked for."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import ocvtp
+from ocvtp import choices
+from ocvtp.cli import _COMMANDS as COMMANDS
+from ocvtp.commands.flags import FLAGS
+
+HEAVY = {
+    "torch", "numpy", "transformers", "torch._dynamo", "pytorch_lightning", "matplotlib", "timm",
+    "scipy", "torchvision", "PIL", "huggingface_hub", "rich", "jsonargparse", "pycocotools",
+}  # fmt: skip
+RUN = "from ocvtp.cli import main; main({words})"
+
+
+def imported(code: str) -> set[str]:
+    """Heavy modules that a fresh process has after some code, which may exit."""
+    report = "import atexit, json, sys\n" + (
+        f"atexit.register(lambda: sys.stderr.write(json.dumps(sorted({HEAVY} & set(sys.modules)))))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", f"{report}\n{code}"], capture_output=True, text=True, timeout=300
+    )
+    found = run.stderr.splitlines()[-1]
+    assert found.startswith("["), run.stderr
+    return set(json.loads(found))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--help"], ["--version"], ["no-such"], *([name, "--help"] for name in FLAGS)],
+    ids=str,
+)
+def test_help_imports_nothing_that_takes_long(words):
+    assert not imported(RUN.format(words=words))
+
+
+def test_a_misspelt_flag_is_refused_at_once():
+    assert not imported(RUN.format(words=["evaluate", "--modle", "x"]))
+
+
+def test_a_list_imports_torch_and_what_draws_the_table():
+    assert imported(RUN.format(words=["list"])) <= {"torch", "numpy", "rich"}
+    assert imported(RUN.format(words=["list", "--json"])) <= {"torch", "numpy", "rich"}
+
+
+def test_the_package_and_its_names():
+    assert not imported("import ocvtp; ocvtp.__version__; dir(ocvtp)")
+    assert imported("import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)") <= {"torch", "numpy"}
+    assert imported("from ocvtp import *; attach") <= {"torch", "numpy", "huggingface_hub"}
+
+
+def test_every_name_is_found_where_editors_look_for_it():
+    assert set(ocvtp.__all__) <= set(dir(ocvtp))
+    tree = ast.parse(Path("ocvtp/__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    for node in block.body:
+        for alias in node.names:
+            home = __import__(node.module, fromlist=[alias.name])
+            assert getattr(ocvtp, alias.name) is getattr(home, alias.name)
+    assert {alias.name for node in block.body for alias in node.names} == set(ocvtp.__all__)
+    with pytest.raises(AttributeError, match="module 'ocvtp' has no attribute 'build_prunner'"):
+        _ = ocvtp.build_prunner
+    assert not hasattr(ocvtp, "torch")
+
+
+@pytest.mark.parametrize("part", ["encoders", "hosts", "pruners", "slots", "structures"])
+def test_parts_of_the_package_are_its_attributes(part):
+    code = f"import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_pruner_attaches_whatever_was_imported_before():
+    code = (
+        "import sys\nimport torch\n"
+        "from ocvtp.pruners import Compose, build_pruner\n"
+        "assert 'ocvtp.hosts' not in sys.modules\n"
+        "for pruner in (build_pruner('uniform', num_keep=4), Compose([build_pruner('none')])):\n"
+        "    try:\n"
+        "        with pruner(torch.nn.Linear(1, 1)): pass\n"
+        "    except ValueError as error:\n"
+        "        assert 'is not supported' in str(error), error\n"
+        "    else:\n"
+        "        raise SystemExit('attached to no model')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_command_has_flags():
+    assert FLAGS.keys() == COMMANDS.keys() - {"train"}
+
+
+def test_choices_are_what_there_is():
+    from ocvtp.commands.evaluate import TASKS
+    from ocvtp.data.scenes import LEVELS
+    from ocvtp.evaluation.lmms_export import shipped_tasks
+    from ocvtp.hosts.loading import load_config
+
+    assert get_args(choices.Task) == tuple(TASKS)
+    assert get_args(choices.LmmsTask) == tuple(shipped_tasks())
+    assert get_args(choices.Level) == tuple(LEVELS)
+    for name in chain(get_args(choices.TinyModel), get_args(choices.FullSizeModel)):
+        assert load_config(name).model_type
+
+
+def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
+    import torch
+
+    from ocvtp.hosts.uncompiled import uncompiled
+
+    seen, graphs = [], []
+
+    def length(x):
+        seen.append(torch.compiler.is_compiling())
+        return len(x.tolist())  # what no graph holds
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def whole(x):
+        return apart((x + 1) * 2) + x
+
+    for warm in (False, True):
+        torch.compiler.reset()
+        apart = uncompiled(length)
+        assert apart.__name__ == "length"
+        if warm:
+            assert apart(torch.ones(2)) == 2
+        seen.clear()
+        graphs.clear()
+        compiled = torch.compile(whole, backend=backend)
+        assert [compiled(torch.ones(3)).tolist() for _ in range(2)] == [[4.0] * 3] * 2
+        assert seen == [False, False]
+        assert len(graphs) == 2  # before and after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "yardstick", "limit"),
+    [
+        (RUN.format(words=["list"]), "import torch", 1.2),
+        ("import ocvtp", "import torch, transformers", 1.15),
+        (RUN.format(words=["--help"]), "import torch", 0.5),
+    ],
+)
+def test_time_to_start(code, yardstick, limit):
+    """Least processor time of several processes, one after the other, with a margin for noise."""
+    own, others = (
+        min(times)
+        for times in zip(
+            *((processor_time(code), processor_time(yardstick)) for _ in range(5)), strict=True
+        )
+    )
+    assert own <= 1.15 * limit * others, f"{own:.2f} s against {others:.2f} s"
+
+
+def processor_time(code: str) -> float:
+    """Seconds of a process, without the time that it waited."""
+    measured = (
+        f"import contextlib, io, os\nwith contextlib.redirect_stdout(io.StringIO()):\n"
+        f"    try:\n        exec({code!r})\n    except SystemExit:\n        pass\n"
+        "spent = os.times()\nprint(spent.user + spent.system)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", measured], capture_output=True, text=True, check=True
+    )
+    return float(run.stdout)
