@@ -194,11 +194,7 @@ def attach(
     """
     warn_if_untested()
     model = unwrap(model)
-    if STATE in model.__dict__:
-        raise ValueError(
-            "a pruner is attached to this model already; remove it first (handle.remove(), or"
-            " leave its `with` block)."
-        )
+    _check_free(model)
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     check_logits(logits)
@@ -261,6 +257,15 @@ def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
 def _inner_method(model: Any) -> list[Hook]:
     """What stands for the forward() of the model without a head, inside of `model`."""
     return [Hook(model.model, partial(Wrapped, inner.forward, model.model, model))]
+
+
+def _check_free(model: Any) -> None:
+    """Refuse a model that has a pruner."""
+    if STATE in model.__dict__:
+        raise ValueError(
+            "a pruner is attached to this model already; remove it first (handle.remove(), or"
+            " leave its `with` block)."
+        )
 
 
 def _check_all(host: Host, pruner: Pruner | Compose) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ocvtp.hosts.columns import (
     gather,
@@ -78,7 +79,9 @@ def line_up(
             given = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     else:
         blank = torch.zeros_like(padding)  # what is not read stays, too
-    short = gather(inputs, index, blank, pad_id)
+    short = gather(_with_all_labels(inputs, looked_at), index, blank, pad_id)
+    if (labels := inputs.get("labels")) is not None and labels.shape[1] < keep.shape[1]:
+        short["labels"] = short["labels"][:, -labels.shape[1] :]
     numbers, deltas = None, None
     if packed is not None:
         numbers = _number_samples(packed, coordinates, index, padding)
@@ -94,6 +97,23 @@ def line_up(
     if packed is None and (numbers is not None or bool(padding.any())):
         short.setdefault("attention_mask", (~padding).long())
     return Lined(short, index, padding, deltas)
+
+
+def _with_all_labels(inputs: dict[str, Any], looked_at: Any) -> dict[str, Any]:
+    """The same, with a label for every column where the caller has those of the last ones alone.
+
+    Raises:
+        ValueError: if there are neither as many labels as columns, nor as `logits_to_keep` says.
+    """
+    labels, length = inputs.get("labels"), inputs["input_ids"].shape[1]
+    if labels is None or labels.shape[1] == length:
+        return inputs
+    if not (isinstance(looked_at, int) and labels.shape[1] == looked_at < length):
+        raise ValueError(
+            f"labels are {list(labels.shape)}, input_ids {list(inputs['input_ids'].shape)}; pass"
+            " equal shapes, or those of the last logits_to_keep columns."
+        )
+    return inputs | {"labels": pad(labels, (length - looked_at, 0), value=-100)}
 
 
 def packing_of(
