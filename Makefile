@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots readme clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots readme clean
 
 install: $(STAMP)
 
@@ -41,16 +41,18 @@ test-fast: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 # Environments on top of the other one: the oldest transformers that is supported; the last one before
-# `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer.
+# `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer; TRL's trainers.
 
 OLDEST := $(VENV)/oldest
 BEFORE := $(VENV)/before
 LMMS := $(VENV)/lmms
+TRL := $(VENV)/trl
 $(OLDEST)/.installed: EXTRA := "transformers==5.17.*"
 $(BEFORE)/.installed: EXTRA := "transformers==5.23.*"
 $(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3"
+$(TRL)/.installed: EXTRA := "trl>=1.16"
 
-$(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed: $(STAMP)
+$(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
@@ -83,6 +85,10 @@ test-vllm: $(VLLM)/.installed
 test-lmms: export OMP_NUM_THREADS := 1
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python -m pytest tests/lmms
+
+test-trl: export OMP_NUM_THREADS := 1
+test-trl: $(TRL)/.installed
+	$(TRL)/bin/python -m pytest tests/trl
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -42,9 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
             *("--model.encoder.tower", arguments.tower),
             *("--model.encoder.layer", str(arguments.layer)),
             *("--trainer.max_epochs", str(arguments.epochs)),
-            *("--trainer.default_root_dir", str(output)),
-            *("--trainer.logger", f"{{class_path: CSVLogger, init_args: {{save_dir: {output}}}}}"),
-            *("--checkpoint.dirpath", str(output / "checkpoints")),
+            *("--output", str(output)),
         ]
     )
     artifact = output / "oc-pruner"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from inspect import signature
@@ -24,6 +26,8 @@ _CACHE = ("cache", "past_key_values")  # since 5.24, before it
 MERGE_PROCESSORS = "_merge_criteria_processor_list"
 """The method by which generate() puts a caller's processors and criteria among its own."""
 _ENCODED_IMAGES = "mm_encoder_outputs"  # since 5.20
+_ASKING = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # since 5.24
+_TOWER, _ROWS = "image_outputs", "image_hidden_states"  # of outputs: since 5.24, before it
 
 
 @cache
@@ -87,6 +91,39 @@ def cache_of(output: Any) -> Any:
 def encoded_images(arguments: dict[str, Any]) -> Any:
     """What the vision tower made of the images already, where a caller hands that over."""
     return arguments.get(_ENCODED_IMAGES)
+
+
+@cache
+def hands_back_towers() -> bool:
+    """Whether models hand back what their vision towers gave, not just the rows made of it."""
+    from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+    return _TOWER in LlavaCausalLMOutputWithPast.__dataclass_fields__
+
+
+def asks_tower(kind: str) -> bool:
+    """Whether models of a `model_type` ask their tower for hidden states when they are asked."""
+    return kind in _ASKING and hands_back_towers()
+
+
+def with_images(output: Any, read: Callable[[], Any], like: Tensor) -> Any:
+    """The output of a model with what it says of the images, where its family says anything.
+
+    Args:
+        output: a transformers ModelOutput.
+        read: gives what `get_image_features` returns; its `pooler_output` are the rows that the
+            language model read, of each image [n, D'], or [T, N, D'] of all tiles.
+        like: what the language model read, on its device and in its dtype.
+    """
+    names = getattr(output, "__dataclass_fields__", {})
+    found: dict[str, Any] = {}
+    if _TOWER in names:
+        found[_TOWER] = read()
+    elif _ROWS in names:
+        rows = read().pooler_output
+        rows = rows if isinstance(rows, Tensor) else torch.cat(list(rows))
+        found[_ROWS] = rows.to(like.device, like.dtype)
+    return replace(output, **found) if found else output
 
 
 def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:

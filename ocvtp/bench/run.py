@@ -26,7 +26,7 @@ from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.attach import find_host
-from ocvtp.hosts.checks import beyond_all
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.progress import progress_bar
 
 SCHEMA = 1
@@ -208,8 +208,8 @@ def _first_look(
     unfit: dict[str, str] = {}
     for variant in rows:
         try:
-            if variant.pruner and (why := beyond_all(timer.host, variant.pruner)):
-                raise ValueError(why)
+            if variant.pruner is not None:
+                refuse_beyond_all(timer.host, variant.pruner)
             seen[variant.key] = timer.look(variant, inputs)
         except ValueError as error:
             unfit[variant.key] = str(error)

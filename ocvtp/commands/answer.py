@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ocvtp.commands import options, output
-from ocvtp.hosts.attach import attached
+from ocvtp.hosts.attach import attached, find_host
 from ocvtp.hosts.base import Tiling
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.templates import with_template
@@ -101,6 +102,7 @@ def answer(
     """
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
+    refuse_beyond_all(find_host(vlm), pruner)
     text = with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
     prompts: list[Prompt] = []

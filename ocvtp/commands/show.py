@@ -19,6 +19,7 @@ from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import attached, find_host
 from ocvtp.hosts.base import Encoded, Host, Tiling
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
 from ocvtp.hosts.rewrite import Prompt, look
@@ -89,6 +90,8 @@ def show(
     inputs = inputs.to(device, vlm.dtype)
     groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
     _check_prompt(pruners, prompt)
+    for pruner in pruners:
+        refuse_beyond_all(host, pruner)
     for needs, _ in groups:
         host.check(needs)
     drawn: dict[int, list[_Stage]] = {}

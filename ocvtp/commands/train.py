@@ -2,19 +2,87 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from ocvtp.commands import output
 from ocvtp.shipped import with_configs
-from ocvtp.training.run import train
+
+HELP = """\
+usage: ocvtp train --config FILE|NAME [--output DIR] [--resume CKPT] [--SETTING VALUE ...]
+
+Train an OC-pruner. Settings come first: a YAML file, or the name of one in configs/train; every
+other word changes one of them.
+
+the run
+  --config FILE|NAME             settings: a YAML file, or a name of configs/train, e.g. scenes;
+                                 may be given several times, the later ones count
+  --output DIR                   folder of all that the run writes: checkpoints, logs, pictures
+  --resume CKPT                  go on from a checkpoint; last or best: of the run's own folder
+  --seed_everything N            the run's one seed: weights, noise, order of the images
+  --print_config                 print all settings as YAML, and train nothing
+
+how long, and on what
+  --trainer.max_epochs N         epochs; or
+  --trainer.max_steps N          steps
+  --trainer.max_time DD:HH:MM:SS end earlier than that
+  --trainer.accelerator NAME     cpu, gpu, ... (auto: what is there)
+  --trainer.devices N            processes, one a device
+  --trainer.precision NAME       32-true, bf16-mixed, ...
+  --trainer.logger false         no logs
+  --trainer.fast_dev_run true    try one step and one validation batch, keep nothing
+
+the data (CocoDataModule, SceneDataModule)
+  --data.root DIR                folder of the images and annotations
+  --data.train_annotations null  images without annotations; --data.val_annotations likewise
+  --data.batch_size N            images of a step, of each device
+  --data.num_workers N           processes that load
+  --data.on_error skip           leave out images that cannot be read, and name them
+
+the network
+  --model.encoder.tower NAME     hub id or folder of the frozen vision tower
+  --model.encoder.layer N        number of its hidden states that the pruner reads
+  --model.num_slots [N,...]      slot counts; each step draws one
+  --model.val_num_slots N        slot count of the validation
+  --model.network.slot_dim N     and other sizes
+  --model.lr X                   peak of the learning rate
+  --model.warmup_fraction X      share of the steps in which it climbs
+  --model.weight_decay X
+
+more
+  --help all                     every setting
+  --model.encoder.help CLASS     those of a class, e.g. ocvtp.encoders.clip.CLIPEncoder
+  --model.objective.help CLASS   e.g. ocvtp.slots.kept.KeptObjective
+  --data.help CLASS              e.g. ocvtp.data.module.SceneDataModule
+"""
+"""The settings that people change first. All of them take seconds of imports to list."""
 
 
 def run_words(words: Sequence[str]) -> int:
     """Train and say where the checkpoints are."""
-    result = train(with_configs(words, "train"))
-    text = (
-        f"best checkpoint: {result.best}\nlast checkpoint: {result.last}\n"
-        f"export it with:  ocvtp export --checkpoint {result.best} --output DIR"
-    )
-    output.emit({}, text, as_json=False)
+    if "--help" in words or "-h" in words:
+        if "all" not in words:
+            sys.stdout.write(HELP)
+            return 0
+        words = ["--help"]
+    try:
+        return _train(words)
+    except KeyboardInterrupt as stop:
+        said = str(stop) or "stopped before the first step; there is no checkpoint"
+        if getattr(stop, "is_main", True):
+            sys.stderr.write(f"ocvtp: {said}\n")
+        return int(getattr(stop, "exit_status", 130))
+
+
+def _train(words: Sequence[str]) -> int:
+    words = with_configs(words, "train")
+    from ocvtp.training.run import train
+
+    result = train(words)
+    lines = [result.note] if result.note else []
+    if result.best:
+        lines += [f"best checkpoint: {result.best}", f"last checkpoint: {result.last}"]
+        lines += [f"export it with:  ocvtp export --checkpoint {result.best} --output DIR"]
+    if result.is_main:
+        output.emit({}, "\n".join(lines), as_json=False)
     return 0

@@ -27,6 +27,7 @@ from ocvtp.evaluation.lmms_prompts import Asked, ask
 from ocvtp.evaluation.lmms_settings import GenerationArgs, ModelArgs
 from ocvtp.evaluation.runner import visual_token_counts
 from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.pruners import Pruner
@@ -186,6 +187,7 @@ class PrunedVLM(lmms):  # type: ignore[misc]
         )
         inputs = made.to(self.device, self._model.dtype)
         prompts: list[Prompt] = []
+        refuse_beyond_all(find_host(self._model), pruner)
         with attached(
             self._model,
             pruner,

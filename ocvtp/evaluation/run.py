@@ -27,7 +27,7 @@ from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import Subject, run, shared_settings
 from ocvtp.evaluation.tasks import Record, Task, TokenTask
 from ocvtp.hosts.attach import attached, find_host
-from ocvtp.hosts.checks import beyond_all
+from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPruner, OCPrunerConfig
@@ -212,10 +212,8 @@ def _refusals(
     problems: dict[tuple[str, Budget | None], str] = {}
     host = find_host(subject.model)
     for condition, pruner in zip(found, pruners, strict=True):
-        if why := beyond_all(host, pruner):  # a row like the unpruned one's, under a false name
-            problems[condition.label, condition.budget] = why
-            continue
         try:
+            refuse_beyond_all(host, pruner)
             with attached(
                 subject.model,
                 pruner,

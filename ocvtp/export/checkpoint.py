@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from ocvtp.slots.artifact import explained
 from ocvtp.slots.network import OCPruner, OCPrunerConfig
+from ocvtp.slots.tensor_file import load_tensors
 
 _PREFIX = "network."
 
@@ -49,23 +47,3 @@ def save(network: OCPruner, output: str | Path, with_decoder: bool) -> OCPruner:
     network = network.eval() if with_decoder else network.eval().without_decoder()
     network.save_pretrained(output)
     return network
-
-
-def load_tensors(path: str | Path) -> dict[str, Any]:
-    """Read a file of torch.save that holds tensors and plain values; runs no code of it.
-
-    Raises:
-        ValueError: if it is missing, damaged, or holds anything else.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; pass the path of a file.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes it raise
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values, which is never loaded"
-            f" ({' '.join(str(error).split())[:160]})."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; pass a dictionary of tensors.")
-    return content

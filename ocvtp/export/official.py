@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.export.checkpoint import load_tensors, save
+from ocvtp.export.checkpoint import save
 from ocvtp.slots.artifact import explained
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.slots.network import OCPruner, OCPrunerConfig
 from ocvtp.slots.queries import noise_table
+from ocvtp.slots.tensor_file import load_tensors
 
 # official prefix -> ours; the first that fits counts
 _NAMES = (

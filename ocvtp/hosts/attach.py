@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ocvtp.encoders.hooks import Hook
-from ocvtp.hosts import callers, calls, layers
+from ocvtp.hosts import callers, calls, inner, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.checks import beyond_all
@@ -26,11 +26,13 @@ from ocvtp.hosts.internvl import InternVLHost
 from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.llava_next import LlavaNextHost
 from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
+from ocvtp.hosts.looking import encode_anew
+from ocvtp.hosts.outputs import Logits, check_logits
 from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.reading import make_reader
-from ocvtp.hosts.rewrite import Positions, Prompt, encode_anew
+from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.site import Site
@@ -151,6 +153,7 @@ def attach(
     on_prune: Callable[[Prompt], None] | None = None,
     shared: SharedEncodings | None = None,
     savings: Savings | None = None,
+    logits: Logits = "short",
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
 
@@ -176,6 +179,10 @@ def attach(
         shared: reuses what the vision tower made of the same images under other pruners; those
             that act before or inside the tower pass it by. None encodes in every call.
         savings: what need not run while a pruner is attached; None is `Savings()`.
+        logits: which columns the output of `model(...)` has. `short`: those that are left, L', with
+            the labels of a call as `output.labels` [B, L']. `full`: the caller's, L, as trainers
+            expect that line them up with labels of their own; a dropped one has what the last one
+            before it that is left has. See docs/training-with-a-pruner.md.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
@@ -187,17 +194,12 @@ def attach(
     """
     warn_if_untested()
     model = unwrap(model)
-    if STATE in model.__dict__:
-        raise ValueError(
-            "a pruner is attached to this model already; remove it first (handle.remove(), or"
-            " leave its `with` block)."
-        )
+    _check_free(model)
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
+    check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
-    check(host, pruner)
-    if why := beyond_all(host, pruner):
-        warnings.warn(why, stacklevel=2)
+    _check_all(host, pruner)
     needs = pruner.tower_needs
     in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
     host.set_stages(in_tower, needs, processor)
@@ -217,6 +219,8 @@ def attach(
         layers=inside,
         encode=encode,
         select=compiled(chosen) if compiles else select,
+        logits=logits,
+        keeps_all=pruner.name == "none" and shared is None,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
     state.site = _site(state, pruner, looked_for)
@@ -232,6 +236,7 @@ def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
     if hasattr(type(host.model), MERGE_PROCESSORS):
         methods.append((callers.merge, MERGE_PROCESSORS))
     groups = [partial(_method, host.model, *method) for method in methods]
+    groups.append(partial(_inner_method, host.model))
     groups.append(partial(_hooks, host, needs, state.layers))
     return Site(host.model, partial(check, host, pruner), groups)
 
@@ -247,6 +252,27 @@ def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
 def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
     """What stands for a method of a model."""
     return [Hook(model, partial(Wrapped, function, model, name=name))]
+
+
+def _inner_method(model: Any) -> list[Hook]:
+    """What stands for the forward() of the model without a head, inside of `model`."""
+    return [Hook(model.model, partial(Wrapped, inner.forward, model.model, model))]
+
+
+def _check_free(model: Any) -> None:
+    """Refuse a model that has a pruner."""
+    if STATE in model.__dict__:
+        raise ValueError(
+            "a pruner is attached to this model already; remove it first (handle.remove(), or"
+            " leave its `with` block)."
+        )
+
+
+def _check_all(host: Host, pruner: Pruner | Compose) -> None:
+    """`check`, and a warning where the pruner would drop nothing."""
+    check(host, pruner)
+    if why := beyond_all(host, pruner):
+        warnings.warn(why, stacklevel=3)
 
 
 def check(host: Host, pruner: Pruner | Compose) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
-from ocvtp.encoders.hooks import Hook, Removable, put
+from ocvtp.encoders.hooks import Hook, Removable, is_compiled, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
@@ -59,8 +59,8 @@ class Encoded:
             tiles; None where all have as many.
         deepstack: [E, I, N, D'], what the language model would add to its hidden states behind
             each of its first E layers; None where it adds nothing.
-        num_given: [I] tokens that each image had before any was dropped in the tower; None where
-            they are all in `tokens`.
+        num_given: [I] tokens of each image before any was dropped in the tower; None if none was.
+        output: of the model's own `get_image_features`, see `read_images.known`.
     """
 
     tokens: VisualTokens
@@ -68,6 +68,7 @@ class Encoded:
     starts: Tensor | None = None
     deepstack: Tensor | None = None
     num_given: Tensor | None = None
+    output: Any = None
 
     def counts(self) -> Tensor:
         """[I] visual tokens of each image, before any was dropped."""
@@ -111,6 +112,8 @@ class Host(ABC):
     """Arguments of forward() that belong to the images."""
     stages: ClassVar[tuple[Stage, ...]] = ("llm_input", "llm_layers")
     """Pruner stages that it can serve."""
+    plain_positions_tell: ClassVar[bool] = True
+    """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
@@ -283,12 +286,6 @@ def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
     alone = (weights != 0).sum(dim=2, keepdim=True) == 1
     alone &= weights.gather(2, chosen) == 1
     return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile wraps a module."""
-    compiled = getattr(module, "_compiled_call_impl", None) is not None
-    return compiled or "_orig_mod" in module._modules or "_orig_mod" in module.__dict__
 
 
 @contextmanager

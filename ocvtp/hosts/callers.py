@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ocvtp.hosts.generation import Shown
@@ -27,17 +27,28 @@ class Callers:
     Args:
         items: processors and criteria, and the function of a constraint.
         shown: the prompt that they read.
-        are_merged: whether generate() has put them among its own.
+        waiting: those that generate() has not put among its own yet.
     """
 
     items: list[Any]
     shown: Shown
-    are_merged: bool = False
+    waiting: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(self.items)
 
     def has(self, item: Any) -> bool:
         """Whether a processor or criterion is the caller's, or asks a function of the caller's."""
-        asked = vars(item).values() if hasattr(item, "__dict__") else ()
-        return any(item is own or any(part is own for part in asked) for own in self.items)
+        return any(_is_of(item, own) for own in self.items)
+
+    def find(self, items: list[Any]) -> None:
+        """Note which of them generate() has."""
+        self.waiting = [own for own in self.waiting if not any(_is_of(item, own) for item in items)]
+
+
+def _is_of(item: Any, own: Any) -> bool:
+    held = vars(item).values() if hasattr(item, "__dict__") else ()
+    return item is own or any(part is own for part in held)
 
 
 _CALLERS: ContextVar[Callers | None] = ContextVar("ocvtp_callers", default=None)
@@ -67,10 +78,11 @@ def reading(kwargs: dict[str, Any], shown: Shown) -> Iterator[dict[str, Any]]:
         yield _with_assistant(kwargs) if items else kwargs
     finally:
         _CALLERS.reset(token)
-    if items and not callers.are_merged:
+    if callers.waiting:
+        names = ", ".join(getattr(one, "__name__", type(one).__name__) for one in callers.waiting)
         raise ValueError(
-            "generate() did not put the logits processors and stopping criteria among its own, so"
-            " they have read a prompt that is not yours; leave them out while a pruner is attached."
+            f"generate() did not put {names} among its own processors and criteria, so that they"
+            " may have read another prompt than yours; leave them out while a pruner is attached."
         )
 
 
@@ -79,7 +91,7 @@ def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -
     merged, callers = original(default_list, custom_list), _CALLERS.get()
     if callers is None:
         return merged
-    callers.are_merged = True
+    callers.find([*default_list, *custom_list])
     if not any(map(callers.has, merged)):
         return merged
     from transformers import StoppingCriteriaList

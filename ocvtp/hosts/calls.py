@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import callers, generation, layers, turns
+from ocvtp.hosts import callers, generation, layers, outputs, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.deepstack import Deepstack, handing
+from ocvtp.hosts.looking import Encode, encode_anew, look
+from ocvtp.hosts.outputs import Logits
 from ocvtp.hosts.reading import Reader
-from ocvtp.hosts.rewrite import Encode, Positions, Prompt, encode_anew, look, shorten
+from ocvtp.hosts.rewrite import Positions, Prompt, Shortened, shorten
 from ocvtp.hosts.selecting import Select, select
 from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrapping import Original
@@ -43,18 +45,20 @@ class State:
     layers: LayerPruner | None = None
     encode: Encode = encode_anew
     select: Select = select
+    logits: Logits = "short"
+    keeps_all: bool = False
     cache_name: str = field(default_factory=cache_name)
     site: Site = field(init=False)
 
-    def shorten(self, inputs: dict[str, Any]) -> tuple[dict[str, Any], Prompt]:
-        """The short inputs and the prompt, reported."""
+    def shorten(self, inputs: dict[str, Any], whole: bool = False) -> Shortened:
+        """The short inputs and the prompt, reported; `whole`: see `look`."""
         self.site.renew()
-        seen = look(self.host, self.needs, inputs, self.reader, self.encode)
+        seen = look(self.host, self.needs, inputs, self.reader, self.encode, whole)
         settings = (self.positions, self.layers, self.select)
-        short, prompt = shorten(self.host, self.pruner, inputs, seen, *settings)
+        short = shorten(self.host, self.pruner, inputs, seen, *settings)
         if self.on_prune is not None:
-            self.on_prune(prompt)
-        return short, prompt
+            self.on_prune(short.prompt)
+        return short
 
 
 @dataclass
@@ -75,6 +79,8 @@ class _Running:
 
 
 _RUNNING: ContextVar[_Running | None] = ContextVar("ocvtp_running", default=None)
+_TUPLE: ContextVar[bool] = ContextVar("ocvtp_tuple", default=False)
+"""Whether the model around the one that prunes will hand back a tuple."""
 
 
 def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
@@ -82,42 +88,72 @@ def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     state: State = model.__dict__[STATE]
     kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
-    if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
+    if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
         kwargs = turns.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
-    kwargs = _by_name(model, "forward", args, kwargs)
+    kwargs = by_name(model, "forward", args, kwargs)
     running = _RUNNING.get()
     if running is not None and running.model is model:  # the ids are short already
         kwargs, deepstack = _splice(running, kwargs)
         is_prompt = kwargs.get("inputs_embeds") is not None
         with handing(deepstack), layers.reading(running.prompt.layers if is_prompt else None):
             return original(**kwargs)
-    if not _brings_images(kwargs):
+    if not brings_images(kwargs):
         return original(**turns.next_step(kwargs, ids))
+    if state.logits == "full":  # the inner model prunes, and hands back a state for every column
+        token = _TUPLE.set(_wants_tuple(model, kwargs))
+        try:
+            return original(**kwargs)
+        finally:
+            _TUPLE.reset(token)
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise ValueError(
+            "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int, or"
+            " attach with logits='full'."
+        )
+    return pruned(state, model, original, kwargs)
+
+
+def _wants_tuple(module: Any, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("return_dict")
+    return not (getattr(module.config, "return_dict", True) if given is None else given)
+
+
+def pruned(state: State, module: Any, original: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
+    """Run a forward() that brings images on the short prompt.
+
+    Args:
+        state: of the attached model.
+        module: that model, or the one inside it that has no head.
+        original: its forward().
+        kwargs: of the call.
+    """
     if generation.cache_length(kwargs):
         raise ValueError(
             "forward() got images and a filled cache while a pruner is attached: the attention"
             " mask would not match the short cache. Use generate(), or pass the images with an"
             " empty cache."
         )
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
-        raise ValueError(
-            "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int."
-        )
-    short, prompt = state.shorten(kwargs)
-    short |= {"input_ids": None, "inputs_embeds": prompt.embeddings}
-    with handing(prompt.deepstack), layers.reading(prompt.layers):
-        output = original(**short)
-    turns.remember(output, kwargs, prompt)
+    is_tuple = _wants_tuple(module, kwargs)
+    # In a tuple, what is missing would move what stands behind it.
+    short = state.shorten(kwargs, whole=is_tuple or _TUPLE.get() or state.keeps_all)
+    prompt, inputs = short.prompt, short.inputs | {"input_ids": None}
+    inputs["inputs_embeds"] = prompt.embeddings
+    if is_tuple:
+        inputs["return_dict"] = True
     state.host.set_rope_deltas(prompt.rope_deltas)
-    return output
+    with handing(prompt.deepstack), layers.reading(prompt.layers):
+        output = original(**inputs)
+    turns.remember(output, kwargs, prompt)
+    output = outputs.finish(output, short, lengthen=state.logits == "full")
+    return output.to_tuple() if is_tuple else output
 
 
 @torch.no_grad()
 def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
     state: State = model.__dict__[STATE]
-    kwargs = name_cache(_by_name(model, "generate", args, kwargs), state.cache_name)
+    kwargs = name_cache(by_name(model, "generate", args, kwargs), state.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
@@ -127,13 +163,16 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
         shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas
-    elif not _brings_images(kwargs):
+    elif not brings_images(kwargs):
         return original(**kwargs)
     else:
-        kwargs["attention_mask"] = generation.given_or_inferred_mask(model, kwargs)
+        kwargs["attention_mask"] = mask = generation.given_or_inferred_mask(model, kwargs)
+        if mask is None and kwargs.get("position_ids") is not None:  # no packed samples here
+            kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         if state.layers is not None:
             generation.check_layers(model, kwargs)
-        turn, prompt = state.shorten(kwargs)
+        short = state.shorten(kwargs)
+        turn, prompt = short.inputs, short.prompt
         shown = generation.Shown(prompt.input_ids, prompt.short_length)
         running, deltas = _Running(model, prompt), prompt.rope_deltas
     generation.adjust(model, turn, shown)
@@ -151,14 +190,14 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     return generation.restore(output, shown)
 
 
-def _by_name(
-    model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def by_name(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a method by their names."""
     names = list(inspect.signature(getattr(type(model), name)).parameters)[1:] if args else []
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _brings_images(kwargs: dict[str, Any]) -> bool:
+def brings_images(kwargs: dict[str, Any]) -> bool:
+    """Whether a call has images, or videos, to encode."""
     given = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
     return any(given) or bool(encoded_images(kwargs))
 

@@ -43,12 +43,17 @@ def check_inputs(host: Host, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | N
     return ids, mask.to(ids.device)
 
 
-def check_mask(mask: Tensor, ids: Tensor) -> None:
+def check_mask(mask: Any, ids: Tensor) -> None:
     """Refuse other masks than the processor's.
 
     Raises:
-        ValueError: if the mask is not 2-D, or not of the shape of the ids.
+        ValueError: if the mask is no 2-D tensor, or not of the shape of the ids.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}, made for the caller's columns; pass the"
+            " 2-D tensor that the processor makes."
+        )
     if mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; pass the 2-D one that the processor makes."
@@ -84,6 +89,16 @@ def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
                 f" this model has, so that {part.name!r} drops none; pass at most {count}."
             )
     return None
+
+
+def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
+    """For commands, whose rows and answers would be the unpruned model's under a false name.
+
+    Raises:
+        ValueError: if the pruner drops nothing of any image.
+    """
+    if why := beyond_all(host, pruner):
+        raise ValueError(why)
 
 
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:

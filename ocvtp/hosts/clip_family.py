@@ -7,6 +7,7 @@ see, K kept of each, D' width of the language model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook
-from ocvtp.hosts import unread
-from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, is_compiled, merge, on_device
+from ocvtp.encoders.hooks import Hook, is_compiled
+from ocvtp.hosts import read_images, unread
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
 from ocvtp.hosts.later_rows import LaterRows, Rows
 from ocvtp.hosts.patches import TowerStages
 from ocvtp.hosts.pixels import scale_of
@@ -34,6 +35,24 @@ class Placed(Encoded):
     """
 
     places: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The view of a host's tower, as it is now.
+
+    Hooks in the tower have it, and are copied with their modules: a copy of these alone shares it,
+    and does not come with another model.
+    """
+
+    host: ClipFamilyHost
+
+    def __call__(self) -> taps.Tower:
+        return self.host._view()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _View:
+        is_whole = id(self.host.model) in memo
+        return _View(deepcopy(self.host, memo)) if is_whole else self
 
 
 class ClipFamilyHost(Host):
@@ -142,10 +161,9 @@ class ClipFamilyHost(Host):
 
     def savings_for(self, needs: Needs) -> Savings:
         """See `Host.savings_for`; for the layers that the model's config selects."""
-        last = 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
         return replace(
             self.savings,
-            cut_tower=self._may_cut and self._first_unread({}, needs) <= last,
+            cut_tower=self._may_cut and self._first_unread({}, needs) <= self._last_half,
             project_kept=self._may_project_later and not needs.projected,
         )
 
@@ -162,8 +180,15 @@ class ClipFamilyHost(Host):
         names = ("post_layernorm", "head")
         return [getattr(self.tower, name) for name in names if hasattr(self.tower, name)]
 
+    @property
+    def _last_half(self) -> int:
+        """The number of the last module that `unread` may leave out."""
+        return 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
+
     def _first_unread(self, images: dict[str, Any], needs: Needs) -> int:
         """From where on nobody reads the tower, see `unread.first_unread`."""
+        if read_images.is_asked(images):
+            return self._last_half + 1
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
             readers.append(self._tower_stages.dropper.needs)
@@ -180,13 +205,13 @@ class ClipFamilyHost(Host):
         patch = self.tower.config.patch_size
         for part in parts:
             self.check(part.needs)
-        stages = TowerStages(parts, self._view, self._num_prefix, patch, scale)
+        stages = TowerStages(parts, _View(self), self._num_prefix, patch, scale)
         stages.check(needs, self.tower.config._attn_implementation)
         self._tower_stages = stages
 
     def _look_inside(
         self, images: dict[str, Any], needs: Needs, per_token: bool = True
-    ) -> tuple[list[Tensor], dict[str, Any], bool]:
+    ) -> tuple[Any, dict[str, Any], bool]:
         """Run the model's own image encoding.
 
         Args:
@@ -195,10 +220,10 @@ class ClipFamilyHost(Host):
             per_token: whether every row that is read is one token, or none.
 
         Returns:
-            of each image what the language model would read, and arguments of `VisualTokens` for
-            the U views: `features` [U, N, D] and what `needs` names of the tower; `valid` where
-            only some of the tokens ran: the others are not there. Last, whether zeros stand for
-            tokens in the first, because the projector has not run yet.
+            the model's own output, with what the language model would read of each image, and
+            arguments of `VisualTokens` for the U views: `features` [U, N, D] and what `needs` names
+            of the tower; `valid` where only some of the tokens ran: the others are not there. Last,
+            whether zeros stand for tokens in the first, because the projector has not run yet.
 
         Raises:
             ValueError: for settings of the call that the pruner cannot work with.
@@ -211,12 +236,11 @@ class ClipFamilyHost(Host):
             if stages is not None:
                 attention = self.tower.config._attn_implementation
                 stages.begin(record, self._layers_read(images), attention)
-            unread.leave_out(record, self._first_unread(images, needs))
+            unread.leave_out(record, half := self._first_unread(images, needs))
             if per_token and not needs.projected:
                 unread.project_later(record, self.model.config.get_text_config().hidden_size)
             output = self.model.model.get_image_features(**images, return_dict=True)
-        features = record.other.get("features")
-        if features is None:
+        if (features := record.other.get("features")) is None:
             raise RuntimeError(
                 "the projector ran but its hook did not fire: attach the pruner before the model"
                 " is compiled."
@@ -228,15 +252,16 @@ class ClipFamilyHost(Host):
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:
             found["valid"] = ran
-        rows = list(output.pooler_output)
-        return rows, {"features": features, **found}, unread.is_projected_later(record)
+        is_cut = self._may_cut and half <= self._last_half
+        output = read_images.known(output, half if is_cut else None, stages is None)
+        return output, {"features": features, **found}, unread.is_projected_later(record)
 
     def _rows(
-        self, rows: list[Tensor], later: bool, features: Tensor, source: Tensor | None = None
+        self, rows: Sequence[Tensor], later: bool, features: Tensor, source: Tensor | None = None
     ) -> Rows:
         """What the language model would read of the images, see `LaterRows`; `later` if zeros."""
         if not later and not self._may_project_later:
-            return torch.cat(rows)
+            return torch.cat(list(rows))
         return LaterRows.of(features, self._projector, source, None if later else rows)
 
     def _layers_read(self, images: dict[str, Any]) -> list[int]:
@@ -257,10 +282,8 @@ class ClipFamilyHost(Host):
                 f"vision_feature_select_strategy={strategy!r} does not hand the language model the"
                 f" token grid of a {self.tower.config.model_type}; pass {wanted!r}."
             )
-        selected, chosen = (
-            self.model.config.vision_feature_layer,
-            images.get("vision_feature_layer"),
-        )
+        selected = self.model.config.vision_feature_layer
+        chosen = images.get("vision_feature_layer")
         if needs.cls and chosen not in (None, selected):
             raise ValueError(
                 f"the pruner reads the CLS of layer {selected}, but vision_feature_layer={chosen}"

@@ -17,27 +17,55 @@ _PER_TOKEN = (
     "labels",
     "token_type_ids",
     "mm_token_type_ids",
+    "seq_idx",
 )
 
 
-def layout(keep: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+def layout(keep: Tensor, real: Tensor, at_end: bool = True) -> tuple[Tensor, Tensor]:
     """Which old column stands at each new one, and which new ones are padding: [B, L'] each.
+
+    Rows that lose fewer columns than others make the others shorter than L', so these are padded.
 
     Args:
         keep: [B, L] bool, what stays.
         real: [B, L] bool, False on padding.
+        at_end: pad them in front, so that what stands behind all that is dropped keeps its place
+            from the end, padding and holes included: answers begin where they did. Otherwise they
+            are padded behind, and begin where they did.
     """
     batch, length = keep.shape
+    columns = torch.arange(length, device=keep.device)
     if keep.equal(real):  # nothing dropped: leave the caller's padding as it is
-        index = torch.arange(length, device=keep.device).expand(batch, -1)
-        return index, ~real
-    counts = keep.sum(dim=1)
-    short = int(counts.max())
-    pads_right = bool((real[:, 0] & ~real[:, -1]).any())
-    # A stable sort moves kept columns to one side and keeps their order.
-    order = keep.int().argsort(dim=1, descending=pads_right, stable=True)
-    index = order[:, :short] if pads_right else order[:, length - short :]
+        return columns.expand(batch, -1), ~real
+    if at_end:
+        behind = columns > columns.masked_fill(~(real & ~keep).any(dim=0), -1).max()
+        stays = keep | (behind & ~real)
+    else:
+        stays = keep | ~real.any(dim=0)  # padding that all rows have
+    short = int(stays.sum(dim=1).max())
+    # A stable sort moves what stays to one side and keeps its order.
+    order = stays.int().argsort(dim=1, descending=not at_end, stable=True)
+    index = order[:, length - short :] if at_end else order[:, :short]
     return index, ~keep.gather(1, index)
+
+
+def pads_behind(real: Tensor) -> bool:
+    """Whether padding stands behind the rows [B, L] alone, as batches to train on have it."""
+    begins = bool((real[:, 1:] & ~real[:, :-1]).any())  # a token behind padding
+    return not begins and bool((real[:, 0] & ~real[:, -1]).any())
+
+
+def has_holes(padding: Tensor) -> bool:
+    """Whether padding [B, L'] stands between the tokens of a row."""
+    columns = torch.arange(padding.shape[1], device=padding.device).expand_as(padding)
+    first = columns.masked_fill(padding, padding.shape[1]).amin(dim=1, keepdim=True)
+    last = columns.masked_fill(padding, -1).amax(dim=1, keepdim=True)
+    return bool((padding & (columns > first) & (columns < last)).any())
+
+
+def numbered(padding: Tensor) -> Tensor:
+    """[B, L'] the number of each token among those of its row, 0 on padding."""
+    return ((~padding).long().cumsum(dim=1) - 1).clamp(min=0).masked_fill(padding, 0)
 
 
 def gather(inputs: dict[str, Any], index: Tensor, padding: Tensor, pad_id: int) -> dict[str, Any]:
@@ -47,14 +75,11 @@ def gather(inputs: dict[str, Any], index: Tensor, padding: Tensor, pad_id: int) 
     for name in _PER_TOKEN:
         if (value := inputs.get(name)) is not None:
             value = value.to(index.device).expand(*value.shape[:-2], *inputs["input_ids"].shape)
-            short[name] = _gather_columns(value, index, padding, fill.get(name, 0))
-    # Without a 2-D mask, transformers takes gaps in position_ids for packed sequences.
-    if "position_ids" in short or bool(padding.any()):
-        short.setdefault("attention_mask", (~padding).long())
+            short[name] = gather_columns(value, index, padding, fill.get(name, 0))
     return short
 
 
-def _gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int) -> Tensor:
+def gather_columns(values: Tensor, index: Tensor, padding: Tensor, fill: int = 0) -> Tensor:
     """[..., B, L] -> [..., B, L'], `fill` where `padding` [B, L'] is True."""
     index = index.expand(*values.shape[:-2], *index.shape)
     return values.gather(-1, index).masked_fill(padding, fill)
@@ -76,10 +101,9 @@ def gather_coordinates(
         it, run ahead of those numbers.
     """
     following = coordinates.masked_fill(~real, -1).amax(dim=(0, 2))[:, None] + 1
-    columns = ((~padding).long().cumsum(dim=1) - 1).clamp(min=0).masked_fill(padding, 0)
-    kept = _gather_columns(coordinates, index, padding, 0)
+    kept = gather_columns(coordinates, index, padding)
     deltas = following - (~padding).sum(dim=1, keepdim=True)
-    return torch.cat([columns[None], kept]), deltas
+    return torch.cat([numbered(padding)[None], kept]), deltas
 
 
 def continue_positions(start: Tensor, deltas: Tensor | None, mask: Tensor, rest: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ def handing(deepstack: Deepstack | None) -> Iterator[None]:
     if not handed.is_taken:
         raise RuntimeError(
             "the language model ran but the hook on it did not fire, so it did not add what the"
-            " vision tower has for its layers; attach the pruner again, after the language model"
-            " was replaced and before it is compiled or exported."
+            " vision tower has for its layers; attach the pruner before the language model is"
+            " compiled or exported, and replace no modules while a call runs."
         )
 
 

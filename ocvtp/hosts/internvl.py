@@ -86,7 +86,8 @@ class InternVLHost(ClipFamilyHost):
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`: tiles as images of their own."""
-        rows, found, later = self._look_inside(images, needs)
+        output, found, later = self._look_inside(images, needs)
+        rows = output.pooler_output
         features = found["features"]
         num_tiles, num_tokens = features.shape[:2]
         for name in ("hidden", "attention", "keys"):
@@ -95,7 +96,7 @@ class InternVLHost(ClipFamilyHost):
             found["cls"] = found["cls"].repeat(1, self._side**2)
         tokens = VisualTokens(
             grid_hw=self._grid(images["pixel_values"], num_tokens),
-            projected=torch.stack(rows) if needs.projected else None,
+            projected=rows if needs.projected else None,
             **found,
         )
         places = torch.arange(num_tiles * num_tokens, device=tokens.features.device)
@@ -105,6 +106,7 @@ class InternVLHost(ClipFamilyHost):
             places=places.view(num_tiles, num_tokens),
             pixels=images["pixel_values"],
             num_tiles=[1] * num_tiles,
+            output=output,
         )
 
     def by_image(self, encoded: Encoded, slots: Tensor) -> Encoded:

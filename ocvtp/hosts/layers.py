@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.encoders.hooks import Hook, after, before
-from ocvtp.hosts.base import Host, is_compiled
+from ocvtp.encoders.hooks import Hook, after, before, is_compiled
+from ocvtp.hosts.base import Host
 from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
 from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place

@@ -36,13 +36,14 @@ class LlavaHost(ClipFamilyHost):
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
-        rows, found, later = self._look_inside(images, needs)
+        output, found, later = self._look_inside(images, needs)
+        rows = output.pooler_output
         features = found["features"]
         num_images, num_tokens = features.shape[:2]
         embeddings = self._rows(rows, later, features)
         grid = self._grid(images["pixel_values"], num_tokens)
         if needs.projected:
-            found["projected"] = torch.stack(rows)
+            found["projected"] = torch.stack(list(rows))
         places = torch.arange(num_images * num_tokens, device=features.device)
         places, given = places.view(num_images, num_tokens), None
         if (ran := found.pop("valid", None)) is not None:
@@ -53,7 +54,7 @@ class LlavaHost(ClipFamilyHost):
             places = places if valid is None else places.masked_fill(~valid, -1)
             found["valid"], given = valid, torch.full((num_images,), num_tokens)
         tokens = VisualTokens(grid_hw=grid, **found)
-        return Placed(tokens, embeddings, num_given=given, places=places)
+        return Placed(tokens, embeddings, num_given=given, places=places, output=output)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """See `Host.apply`."""

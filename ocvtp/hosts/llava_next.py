@@ -8,7 +8,7 @@ pruners see (images, or tiles), M tokens of a view, K kept of each, D width of t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -65,13 +65,15 @@ class LlavaNextHost(ClipFamilyHost):
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""
-        rows, found, later = self._look_inside(images, needs)
+        output, found, later = self._look_inside(images, needs)
+        rows = output.pooler_output
         num_tokens = found["features"].shape[1]
         token_map = self._token_map(images, num_tokens)
         grid = self._grid(images["pixel_values"], num_tokens)
         embeddings = self._rows(rows, later, found["features"], token_map.source)
         newline = newline_of(rows, token_map)
-        return self._packed(embeddings, newline, found, token_map, grid, needs)
+        packed = self._packed(embeddings, newline, found, token_map, grid, needs)
+        return replace(packed, output=output)
 
     def _packed(
         self,

@@ -7,6 +7,7 @@ N tokens of a tile, C channels, M rows that the language model reads of an image
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -54,7 +55,8 @@ class LlavaOnevisionHost(LlavaNextHost):
             n // self.tower.config.patch_size for n in images["pixel_values"].shape[-2:]
         )
         token_map = self._token_map(images, height * width)
-        rows, found, later = self._look_inside(images, needs, per_token=not token_map.mixed)
+        output, found, later = self._look_inside(images, needs, per_token=not token_map.mixed)
+        rows = output.pooler_output
         grid = self._grid(images["pixel_values"], found["features"].shape[1])
         newline = newline_of(rows, token_map)
         if token_map.mixed:
@@ -63,12 +65,13 @@ class LlavaOnevisionHost(LlavaNextHost):
                 raise _no_tower("drops tokens before or inside the tower")
             is_token = (token_map.source >= 0).split(token_map.lengths)
             tokens = [row[real.to(row.device)] for row, real in zip(rows, is_token, strict=True)]
-            embeddings: Rows = torch.cat(rows)
+            embeddings: Rows = torch.cat(list(rows))
             found = {"features": nn.utils.rnn.pad_sequence(tokens, batch_first=True)}
             token_map = token_map.by_rows()
         else:
             embeddings = self._rows(rows, later, found["features"], token_map.source)
-        return self._packed(embeddings, newline, found, token_map, grid, needs)
+        packed = self._packed(embeddings, newline, found, token_map, grid, needs)
+        return replace(packed, output=output)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         """See `Host.apply`.

@@ -25,6 +25,7 @@ class Qwen3VLHost(QwenHost):
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     family: ClassVar[str] = "Qwen3-VL"
+    plain_positions_tell: ClassVar[bool] = True
 
     @property
     def num_deepstack_layers(self) -> int:

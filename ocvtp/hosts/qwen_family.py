@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ocvtp.encoders import taps
 from ocvtp.encoders.hooks import Hook
 from ocvtp.encoders.windows import Units, segment_means
+from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.transformers_names import rotate_patches
@@ -41,6 +42,7 @@ class QwenHost(Host):
     """
 
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
+    plain_positions_tell: ClassVar[bool] = False
     family: ClassVar[str]
     """Its name in messages."""
 
@@ -124,6 +126,7 @@ class QwenHost(Host):
             embeddings,
             starts=sizes.cumsum(dim=0) - sizes,
             deepstack=torch.stack(layers) if layers else None,
+            output=read_images.known(output),
         )
 
     def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:

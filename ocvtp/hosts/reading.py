@@ -45,7 +45,7 @@ class Reader:
         Args:
             host: of the model.
             encoded: the images.
-            ids: [B, L].
+            ids: [B, L]; of packed samples one a row.
             real: [B, L] bool, False on padding.
             rows: [I], in whose prompt each image (or tile of one) is.
 

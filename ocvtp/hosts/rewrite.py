@@ -6,27 +6,27 @@ of the language model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
-from ocvtp.hosts.checks import check_inputs, check_selection
-from ocvtp.hosts.columns import gather, gather_coordinates, layout
+from ocvtp.hosts.checks import check_selection
 from ocvtp.hosts.deepstack import Deepstack
 from ocvtp.hosts.layer_plan import LayerPlan, plan_layers
-from ocvtp.hosts.reading import Reader
+from ocvtp.hosts.lining import Positions as Positions
+from ocvtp.hosts.lining import line_up, packing_of
+from ocvtp.hosts.looking import Encode as Encode
+from ocvtp.hosts.looking import Seen as Seen
+from ocvtp.hosts.looking import encode_anew as encode_anew
+from ocvtp.hosts.looking import look as look
+from ocvtp.hosts.read_images import of_kept
 from ocvtp.hosts.selecting import Select, select, select_shares
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layered import LayerPruner
-from ocvtp.structures import Needs, Selection
-
-Positions = Literal["contiguous", "original"]
-Encode = Callable[[Host, dict[str, Any], Needs], Encoded]
-"""How the images of a call are encoded: by a host, from its image arguments, for these needs."""
+from ocvtp.structures import Needs, Selection, take
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Prompt:
     Args:
         input_ids: [B, L] the caller's.
         keep: [B, L] bool, which of them the language model reads.
+        columns: [B, L'] which of the caller's columns each is, -1 on padding.
         short_ids: [B, L'].
         short_mask: [B, L'] bool, False on padding.
         embeddings: [B, L', D'] of the short prompt, images included.
@@ -50,6 +51,7 @@ class Prompt:
 
     input_ids: Tensor
     keep: Tensor
+    columns: Tensor
     short_ids: Tensor
     short_mask: Tensor
     embeddings: Tensor
@@ -71,6 +73,31 @@ class Prompt:
         """L'."""
         return self.short_ids.shape[1]
 
+    def shorten(self, values: Tensor, fill: int | float | bool = 0) -> Tensor:
+        """[B, L] values of the caller's columns, e.g. labels, for the short prompt's: [B, L'].
+
+        Args:
+            values: of every column of the caller's.
+            fill: what padding gets, e.g. -100 in labels.
+        """
+        columns = self.columns.to(values.device)
+        return values.gather(1, columns.clamp(min=0)).masked_fill(columns < 0, fill)
+
+    def lengthen(self, values: Tensor) -> Tensor:
+        """[B, L', ...] values of the short prompt's columns, e.g. logits, for the caller's: [B, L].
+
+        A column that was dropped gets those of the last one before it that was not: what comes
+        next is told from there.
+        """
+        columns = self.columns.to(values.device)
+        here = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        if self.length == self.short_length and bool(((columns == here) | (columns < 0)).all()):
+            return values
+        places = torch.zeros_like(self.input_ids, device=columns.device)
+        is_read = columns >= 0
+        places = places.scatter_reduce(1, columns.clamp(min=0), (here + 1) * is_read, "amax")
+        return take(values, (places.cummax(dim=1).values - 1).clamp(min=0))
+
     def summary(self) -> dict[str, Any]:
         """Counts worth showing (this waits for the device)."""
         return {
@@ -84,23 +111,23 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A call before it is shortened.
+class Shortened:
+    """A call whose prompt was shortened.
 
     Args:
-        input_ids: [B, L]. mask: [B, L] the caller's, None where all columns count.
-        real: [B, L] bool, False on padding.
-        images: the image arguments. encoded: what the tower made of them, and the prompt beside it.
-        placeholder: [B, L] bool. slots: [R, 2] row and column of every one, image after image.
+        inputs: without image arguments.
+        prompt: with its embeddings.
+        tower: what `get_image_features` returned, see `read_images.known`. kept: of its rows.
     """
 
-    input_ids: Tensor
-    mask: Tensor | None
-    real: Tensor
-    images: dict[str, Any]
-    encoded: Encoded
-    placeholder: Tensor
-    slots: Tensor
+    inputs: dict[str, Any]
+    prompt: Prompt
+    tower: Any
+    kept: Kept
+
+    def images(self) -> Any:
+        """What the model hands back of its images: the tower's output with the rows it read."""
+        return of_kept(self.tower, self.kept, len(self.prompt.encoded.embeddings))
 
 
 def shorten(
@@ -111,7 +138,7 @@ def shorten(
     positions: Positions = "contiguous",
     layers: LayerPruner | None = None,
     run: Select = select,
-) -> tuple[dict[str, Any], Prompt]:
+) -> Shortened:
     """Let the pruner choose, and drop the other placeholders from the prompt.
 
     Args:
@@ -133,91 +160,40 @@ def shorten(
     ids, real, encoded = seen.input_ids, seen.real, seen.encoded
     inputs = {k: v for k, v in inputs.items() if k not in seen.images}
     inputs |= {"input_ids": ids, "attention_mask": seen.mask}
-    coordinates = host.rope_positions(inputs, seen.images)
-    if coordinates is not None:
-        inputs["position_ids"] = coordinates
+    coordinates, given = host.rope_positions(inputs, seen.images), inputs.pop("position_ids", None)
+    packed = packing_of(seen.packed, coordinates is None, positions, layers)
     selection = select_shares(pruner, encoded.tokens, run)
     check_selection(pruner, encoded, selection)
-    if positions == "original" or inputs.get("position_ids") is not None:
+    fixed = coordinates is not None or (given is not None and packed is None)
+    if positions == "original" or fixed:
         selection = selection.in_raster_order()  # every row has the position of its place
     kept = host.apply(encoded, selection)
     keep = real & ~seen.placeholder
     keep[seen.slots[kept.positions.to(seen.slots.device)].unbind(dim=1)] = True
 
-    index, padding = layout(keep, real)
-    if positions == "original" and inputs.get("position_ids") is None and not keep.equal(real):
-        inputs["position_ids"] = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-    short = gather(inputs, index, padding, _pad_id(host, ids, real))
-    deltas = None
-    if coordinates is not None:
-        short["position_ids"], deltas = gather_coordinates(coordinates, real, index, padding)
-    short_ids, numbers = short["input_ids"], short.get("position_ids")
+    pad_id = _pad_id(host, ids, real)
+    lined = line_up(inputs, keep, real, given, coordinates, packed, positions, layers, pad_id)
+    short, index, padding = lined.inputs, lined.index, lined.padding
     image_tokens = seen.placeholder.gather(1, index) & ~padding
-    rows, renumber = kept.deepstack, positions == "contiguous" and numbers is None
-    return short, Prompt(
+    rows, renumber = kept.deepstack, positions == "contiguous" and not fixed
+    prompt = Prompt(
         input_ids=ids,
         keep=keep,
-        short_ids=short_ids,
+        columns=index.masked_fill(padding, -1),
+        short_ids=short["input_ids"],
         short_mask=~padding,
-        embeddings=_embed(host, short_ids, image_tokens, kept),
-        positions=numbers,
-        rope_deltas=deltas,
+        embeddings=_embed(host, short["input_ids"], image_tokens, kept),
+        positions=short.get("position_ids"),
+        rope_deltas=lined.rope_deltas,
         images=seen.images,
-        encoded=encoded,
+        encoded=replace(encoded, output=None),  # prompts are kept for as long as an answer takes
         selection=selection,
         deepstack=None if rows is None else Deepstack.at(image_tokens, rows),
         layers=(
             None if layers is None else _plan(host, layers, seen, kept, index, padding, renumber)
         ),
     )
-
-
-def encode_anew(host: Host, images: dict[str, Any], needs: Needs) -> Encoded:
-    """`host.encode`, every time."""
-    return host.encode(images, needs)
-
-
-def look(
-    host: Host,
-    needs: Needs,
-    inputs: dict[str, Any],
-    reader: Reader | None = None,
-    encode: Encode = encode_anew,
-) -> Seen:
-    """Encode the images of a call, find their places, and read the prompt.
-
-    Args:
-        host: with its hooks installed.
-        needs: of the pruner.
-        inputs: what the processor returned.
-        reader: for pruners that need the prompt.
-        encode: what runs the tower, or remembers what it said.
-
-    Raises:
-        ValueError: if the prompt and the images do not fit, or the prompt says nothing.
-    """
-    ids, mask = check_inputs(host, inputs)
-    images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}
-    encoded = encode(host, images, needs)
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    placeholder = (ids == host.image_token_id) & real
-    slots = _slots(placeholder, encoded)
-    encoded = host.by_image(encoded, slots)
-    if reader is not None:
-        rows = slots[encoded.first_rows(slots.device), 0]
-        encoded = reader.read(host, encoded, ids, real, rows)
-    return Seen(ids, mask, real, images, encoded, placeholder, slots)
-
-
-def _slots(placeholder: Tensor, encoded: Encoded) -> Tensor:
-    """[R, 2] row and column of every placeholder, in the order in which images fill them."""
-    slots = placeholder.nonzero()
-    if len(slots) != len(encoded.embeddings):
-        raise ValueError(
-            f"the prompt has {len(slots)} image placeholders, but the images give"
-            f" {len(encoded.embeddings)} tokens; make both with one call of the processor."
-        )
-    return slots
+    return Shortened(short, prompt, encoded.output, kept)
 
 
 def _plan(

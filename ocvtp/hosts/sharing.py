@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.later_rows import LaterRows
-from ocvtp.hosts.rewrite import Encode, encode_anew
+from ocvtp.hosts.looking import Encode, encode_anew
 from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens

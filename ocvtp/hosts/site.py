@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ocvtp.encoders.hooks import Hook, Removable
+from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.hosts.wrapping import Wrapped, has_methods
 
 _HOOKS = (
@@ -47,23 +47,26 @@ class Site:
         self._groups = list(groups)
         self._put: list[list[Put]] = [[] for _ in groups]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def renew(self) -> None:
         """Put in what is not where it belongs.
 
         Raises:
             ValueError: if the model has become one that the pruner cannot be put into.
         """
-        with _RENEWING:
-            groups = [look() for look in self._groups]
-            pairs = enumerate(zip(groups, self._put, strict=True))
-            lost = [number for number, pair in pairs if not _are_there(*pair)]
-            if not lost:
-                return
-            self._take_out(lost)
-            self._check()
-            for number in lost:
-                self._put[number] = [(hook.module, hook.put()) for hook in groups[number]]
+        if self._lost():
+            with _RENEWING:
+                lost = self._lost()  # unless another thread was here
+                self._take_out([*lost])
+                self._check()
+                for number, hooks in lost.items():
+                    self._put[number] = [(hook.module, hook.put()) for hook in hooks]
+
+    def _lost(self) -> dict[int, list[Hook]]:
+        """The groups of hooks that are not all where they belong, by their numbers."""
+        groups = [look() for look in self._groups]
+        pairs = enumerate(zip(groups, self._put, strict=True))
+        return {number: pair[0] for number, pair in pairs if not _are_there(*pair)}
 
     def remove(self) -> None:
         """Take everything out; may be called more than once."""

@@ -63,7 +63,7 @@ class SlotPictures(pl.Callback):
     ) -> None:
         """Draw the first batch."""
         due = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
-        if not due or trainer.sanity_checking:
+        if not due or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
         if not trainer.is_global_zero or not outputs:

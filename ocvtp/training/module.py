@@ -6,9 +6,7 @@ B images, N visual tokens, S slots.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -33,7 +31,9 @@ from ocvtp.training.metrics import (
     slot_labels,
 )
 from ocvtp.training.objects import object_shares
+from ocvtp.training.schedule import planned_steps, warmup_cosine
 from ocvtp.training.statistics import measure_statistics
+from ocvtp.training.summary import training_summary
 
 _LOG = logging.getLogger(__name__)
 CHECKPOINT_KEY = "ocvtp"
@@ -58,6 +58,10 @@ class OCPrunerModule(pl.LightningModule):
         seed: of everything random in a step.
         statistics_images: training images, at equal steps among all, that the network's feature
             statistics are measured on before the first step, where it has any.
+
+    Attributes:
+        run_settings: the settings of the run in plain types, for its checkpoints; see
+            `ocvtp.training.resume`.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class OCPrunerModule(pl.LightningModule):
             self.network = OCPruner(self._config(network or NetworkSizes()))
         self.foreground_ari = ForegroundARI()
         self.mean_best_overlap = MeanBestOverlap()
+        self.run_settings: dict[str, Any] = {}
         self._bad_images = 0
 
     def _config(self, sizes: NetworkSizes) -> OCPrunerConfig:
@@ -208,9 +213,13 @@ class OCPrunerModule(pl.LightningModule):
     # ------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> Any:
-        """AdamW; linear warm-up, then cosine, per step."""
+        """AdamW; linear warm-up, then cosine, per step.
+
+        Raises:
+            ValueError: if the run has no known end.
+        """
         optimizer = AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
+        total = planned_steps(self.trainer)
         warmup = round(self.warmup_fraction * total)
         floor = self.min_lr / self.lr
 
@@ -235,36 +244,16 @@ class OCPrunerModule(pl.LightningModule):
         return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export needs, in plain types."""
+        """Add what an export and a resumed run need, in plain types."""
         checkpoint[CHECKPOINT_KEY] = {
             "config": asdict(self.network.config),
             "training": self._summary(),
+            "settings": self.run_settings,
         }
 
     def _summary(self) -> dict[str, Any]:
-        figures = {
-            name.removeprefix("val/"): round(float(value), 6)
-            for name, value in self.trainer.callback_metrics.items()
-            if name.startswith("val/") and math.isfinite(float(value))
-        }
-        data = getattr(self.trainer, "datamodule", None)
-        loader = self.trainer.train_dataloader
-        return {
-            "steps": self.trainer.global_step,
-            "epochs": self.trainer.current_epoch,
-            "images": len(loader.dataset) if loader is not None else None,
-            "batch_size": getattr(data, "batch_size", None),
-            "devices": self.trainer.world_size,
-            "precision": str(self.trainer.precision),
-            "lr": self.lr,
-            "weight_decay": self.weight_decay,
-            "seed": self.seed,
-            "validation": {"num_slots": self.val_num_slots, **figures},
-            "versions": {
-                name: importlib.metadata.version(name)
-                for name in ("ocvtp", "torch", "transformers", "pytorch-lightning")
-            },
-        }
+        settings = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
+        return training_summary(self.trainer, settings, self.val_num_slots)
 
 
 def first_views(tokens: VisualTokens, attention: Tensor, num_images: int) -> list[Tensor]:
@@ -283,14 +272,6 @@ def first_views(tokens: VisualTokens, attention: Tensor, num_images: int) -> lis
     return [
         own[:, : rows * columns].unflatten(1, (rows, columns)) for own, (rows, columns) in pairs
     ]
-
-
-def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
-    """Share of the peak rate at a step: linear up to 1 at step `warmup`, cosine down to `floor`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _seed(*parts: int | str) -> int:

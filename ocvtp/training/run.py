@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-import logging
+import shlex
+import signal
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ocvtp.training.callbacks import SlotPictures
+from ocvtp.training.errors import clear_errors, restoring
+from ocvtp.training.lifecycle import (
+    CleanStop,
+    Interrupted,
+    LateStart,
+    SaveConfig,
+    refuse_unwritable,
+)
 from ocvtp.training.module import OCPrunerModule
+from ocvtp.training.resume import (
+    find_checkpoint,
+    read_checkpoint,
+    refuse_another_run,
+    run_settings,
+)
+from ocvtp.training.settings import settle
+from ocvtp.training.wrong_settings import explain
 
-_LOG = logging.getLogger(__name__)
+_DESCRIPTION = (
+    "Train an OC-pruner. A file of settings comes first (--config); every other word changes one of"
+    " them. `ocvtp train --help` alone lists those that are changed first."
+)
 
 
 @dataclass(frozen=True)
@@ -25,21 +45,64 @@ class TrainingResult:
     """Where the run left its files.
 
     Args:
-        best: checkpoint of the lowest validation loss. last: of the last step.
+        best: checkpoint of the lowest validation loss; of the last step without a validation.
+        last: of the last step. Both are empty if nothing is kept (fast_dev_run).
         best_score: that loss.
+        note: why nothing was trained, kept or chosen; empty if it all was.
+        is_main: whether this process is the first of its run, the one to speak.
     """
 
     best: str
     last: str
     best_score: float | None
+    note: str = ""
+    is_main: bool = True
+
+
+class TrainingStopped(KeyboardInterrupt):
+    """A run was stopped by Ctrl-C or SIGTERM; its text says where, and how to go on.
+
+    Attributes:
+        checkpoint: from which it can be continued exactly; None if there is none.
+        exit_status: that a shell expects.
+        is_main: whether this process is the first of its run, the one to speak.
+    """
+
+    def __init__(
+        self, message: str, checkpoint: str | None, number: int, is_main: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+        self.is_main = is_main
+        self.exit_status = 128 + number
+
+
+class _Parser(LightningArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # of a class in the settings: the outer one tells
+            super().error(message, ex)
+        sys.stderr.write(f"ocvtp: error: {explain(self, message)}\n")
+        self.exit(2)
 
 
 class _TrainCLI(LightningCLI):
-    """The command line of `train`: LightningCLI's, with --resume."""
+    """The command line of `train`: LightningCLI's, with --output and --resume."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="checkpoint to continue from"
+            "--output",
+            type=str | None,
+            default=None,
+            help="folder of all that the run writes: checkpoints, logs, pictures; another name of"
+            " trainer.default_root_dir",
+        )
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="checkpoint to continue from; `last` or `best`: of the run's own folder",
         )
         parser.link_arguments(
             "model", "data.init_args.transform", compute_fn=_transform, apply_on="instantiate"
@@ -53,43 +116,67 @@ class _TrainCLI(LightningCLI):
                 "checkpoint.save_last": True,
                 "checkpoint.save_top_k": 1,
                 "checkpoint.enable_version_counter": False,
+                # There are none, and it would make the loggers' folders before training starts.
+                "trainer.enable_autolog_hparams": False,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        super().parse_arguments(parser, args)
+        assert isinstance(args, list)
+        settle(parser, args, self.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        shown: list[pl.Callback] = [SlotPictures()]
+        if self.config.trainer.logger:
+            shown.insert(0, LearningRateMonitor("step"))
+        self.trainer_defaults["callbacks"] = shown
+        return super().instantiate_trainer(**kwargs)
 
 
 def _transform(model: OCPrunerModule) -> Any:
     return model.encoder.transform
 
 
-def _set_aside(folder: Path) -> None:
-    """Rename a folder that holds an earlier run's checkpoints, so that none is overwritten."""
-    if any(folder.glob("*.ckpt")):
-        names = (folder.with_name(f"{folder.name}.{i}") for i in count(1))
-        free = next(name for name in names if not name.exists())
-        folder.rename(free)
-        _LOG.warning("an earlier run's checkpoints are now in %s", free)
-
-
 def build(args: Sequence[str] | None = None) -> LightningCLI:
-    """Parse and build trainer, module and data of `ocvtp train`, without training."""
+    """Parse and build trainer, module and data of `ocvtp train`, without training.
+
+    Raises:
+        SystemExit: for settings that do not parse.
+        ValueError: for settings that make no sense.
+    """
     # The words may well be those of the process, without the name of the command.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
-    return _TrainCLI(
-        OCPrunerModule,
-        pl.LightningDataModule,
-        subclass_mode_data=True,
-        run=False,
-        args=None if args is None else list(args),
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [LearningRateMonitor("step"), SlotPictures()]},
-        parser_kwargs={"prog": "ocvtp train", "description": train.__doc__},
-    )
+    with clear_errors(building=True):
+        cli = _TrainCLI(
+            OCPrunerModule,
+            pl.LightningDataModule,
+            subclass_mode_data=True,
+            run=False,
+            args=list(sys.argv[1:] if args is None else args),
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": []},
+            parser_class=_Parser,
+            parser_kwargs={
+                "prog": "ocvtp train",
+                "usage": "%(prog)s --config FILE [--output DIR] [--resume CKPT] [--SETTING VALUE]",
+                "description": _DESCRIPTION,
+                "allow_abbrev": False,
+            },
+        )
+    cli.model.run_settings = run_settings(cli.config_dump)
+    return cli
 
 
 def train(args: Sequence[str] | None = None) -> TrainingResult:
     """Train an OC-pruner: `--config configs/train/NAME.yaml [--resume CKPT] [settings]`.
+
+    Nothing is written before the data opened and the model was built; an earlier run's checkpoints
+    in the same folder are renamed when the first step was taken.
 
     Args:
         args: command-line words; None for those of the process.
@@ -99,19 +186,79 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
 
     Raises:
         SystemExit: for settings that do not parse.
-        ValueError: for settings that make no sense.
+        ValueError: for settings that make no sense, and a checkpoint that cannot be continued.
+        TrainingStopped: at Ctrl-C or SIGTERM, after `last.ckpt` was written.
     """
-    cli = build(args)
-    checkpoint = cli.trainer.checkpoint_callback
-    assert isinstance(checkpoint, ModelCheckpoint)
-    if not getattr(cli.datamodule, "has_validation", True):
+    words = list(sys.argv[1:] if args is None else args)
+    cli = build(words)
+    trainer: Any = cli.trainer
+    checkpoint: ModelCheckpoint = cli.config_init.checkpoint
+    if not getattr(cli.datamodule, "has_validation", True) or not trainer.limit_val_batches:
         checkpoint.monitor = None  # nothing to be best at: keep the last
-    if cli.config.resume is None and checkpoint.dirpath and cli.trainer.is_global_zero:
-        _set_aside(Path(checkpoint.dirpath))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.resume, weights_only=True)
-    score = checkpoint.best_model_score
-    return TrainingResult(
-        best=checkpoint.best_model_path,
-        last=checkpoint.last_model_path,
-        best_score=None if score is None else float(score),
-    )
+    if trainer.fast_dev_run:
+        checkpoint.save_last = False  # it keeps nothing
+    folder = Path(checkpoint.dirpath or ".")
+    for place in (cli.config.output, folder):
+        refuse_unwritable(Path(place))
+    resume = cli.config.resume
+    if resume is not None:
+        resume = find_checkpoint(resume, folder)
+        refuse_another_run(resume, read_checkpoint(resume), cli.model)
+    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
+    start = LateStart(trainer, None if own else folder, resumes=resume is not None)
+    stop = CleanStop(checkpoint)
+    callbacks: list[pl.Callback] = trainer.callbacks
+    callbacks.insert(0, start)
+    callbacks.append(stop)
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    try:
+        with clear_errors(), restoring(resume, start), stop.listening():
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
+    except Interrupted:
+        raise _stopped(trainer, checkpoint, stop, words) from None
+    return _result(trainer, checkpoint, stop.steps, resume)
+
+
+def _result(
+    trainer: Any, checkpoint: ModelCheckpoint, steps: int, resume: str | None
+) -> TrainingResult:
+    end = f"max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps}"
+    best, last = checkpoint.best_model_path, checkpoint.last_model_path
+    note = ""
+    if trainer.fast_dev_run:
+        best = last = ""
+        note = f"fast_dev_run tried {steps} steps and keeps nothing; leave it out to train"
+    elif not steps and resume is not None:
+        best, last = best or resume, last or resume
+        note = (
+            f"nothing was left to train: {resume} is at step {trainer.global_step}, where this run"
+            f" ends ({end}); raise --trainer.max_epochs or --trainer.max_steps to go on"
+        )
+    elif not steps:
+        note = f"no step was taken ({end}, limit_train_batches={trainer.limit_train_batches})"
+    elif not best:
+        best, note = last, "no validation ran, so that no checkpoint is the best; this is the last"
+    best_score = checkpoint.best_model_score
+    score = None if best_score is None else float(best_score)
+    return TrainingResult(best, last or best, score, note, trainer.is_global_zero)
+
+
+def _stopped(
+    trainer: pl.Trainer, checkpoint: ModelCheckpoint, stop: CleanStop, words: Sequence[str]
+) -> TrainingStopped:
+    saved, where = stop.saved, f"stopped after {trainer.global_step} steps"
+    if saved is None and stop.steps and Path(checkpoint.last_model_path).is_file():
+        saved, where = checkpoint.last_model_path, f"{where}, and saved none of the latest ones"
+    if saved is not None:
+        kept = [word for word in words if not word.startswith("--resume=")]
+        if "--resume" in kept:
+            at = kept.index("--resume")
+            del kept[at : at + 2]
+        again = shlex.join(["ocvtp", "train", *kept, "--resume", saved])
+        message = f"{where}; go on with:  {again}"
+    elif stop.steps:
+        message = f"{where}; there is no checkpoint yet"
+    else:
+        message = "stopped before the first step; there is no checkpoint"
+    number = stop.signal or signal.SIGINT
+    return TrainingStopped(message, saved, number, trainer.is_global_zero)

@@ -18,8 +18,9 @@ from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
+from ocvtp.encoders.hooks import put
 from ocvtp.hosts.layer_plan import plan_layers
-from ocvtp.hosts.layers import install, reading
+from ocvtp.hosts.layers import hooks, reading
 from ocvtp.slots import OCPrunerConfig
 
 ONE = [(6, IMG, 4)]
@@ -230,7 +231,7 @@ def test_pyramiddrop_is_the_official_one(vectors: Any) -> None:
     image, places = (is_image.long() - 1), (column - start).where(is_image, -1)
     pruner = build_pruner("pyramiddrop")
     plan = plan_layers(pruner, 4, image, places, torch.ones_like(is_image), renumber=True)
-    handles += install(model, pruner)
+    handles += put(hooks(model, pruner))
     for number, layer in enumerate(model.layers):
 
         def catch(module: Any, args: Any, kwargs: Any, number: int = number) -> None:

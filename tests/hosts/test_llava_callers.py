@@ -14,6 +14,7 @@ from transformers import (
     EosTokenCriteria,
     ForcedEOSTokenLogitsProcessor,
     LogitsProcessor,
+    LogitsProcessorList,
     MaxLengthCriteria,
     MaxTimeCriteria,
     MinLengthLogitsProcessor,
@@ -29,7 +30,6 @@ from ocvtp import Pruner, build_pruner
 from ocvtp.hosts.callers import Callers
 from ocvtp.hosts.generation import Shown
 from ocvtp.hosts.whole_prompt import CriteriaOfCallers
-from ocvtp.transformers_names import MERGE_PROCESSORS
 
 LENGTH = make_batch(ONE)["input_ids"].shape[1]
 ENDS = list(range(3, 128))
@@ -233,10 +233,12 @@ def test_processors_that_generate_does_not_merge_are_refused(
     llava: Any, pruner: Pruner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs = make_batch(ONE)
-    own = getattr(type(llava), MERGE_PROCESSORS)
+    monkeypatch.setattr(
+        type(llava), "_get_logits_processor", lambda self, **kwargs: kwargs["logits_processor"]
+    )
+    given = {"logits_processor": LogitsProcessorList([Recorder()])}
+    given["stopping_criteria"] = [MaxLengthCriteria(LENGTH + 2)]
     with pruner(llava):
-        vars(llava)[MERGE_PROCESSORS] = own.__get__(llava)
-        with pytest.raises(ValueError, match="did not put the logits processors.*leave them out"):
-            llava.generate(**inputs, **LONG, logits_processor=[Recorder()])
+        with pytest.raises(ValueError, match="did not put Recorder among its own.*leave them out"):
+            llava.generate(**inputs, **LONG, **given)
         llava.generate(**inputs, **LONG)
-        del vars(llava)[MERGE_PROCESSORS]

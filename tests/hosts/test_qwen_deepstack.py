@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_qwen import BATCH, ONE, make_batch, tiny_qwen3
 
-from ocvtp import build_pruner
+from ocvtp import attach, build_pruner
 from ocvtp.hosts.deepstack import Deepstack
 
 
@@ -64,10 +64,23 @@ def test_training_reaches_the_tower_through_them(qwen3: Any) -> None:
 @torch.no_grad()
 def test_rows_that_nobody_takes_are_an_error(qwen3: Any) -> None:
     model, inputs = deepcopy(qwen3), make_batch(ONE)
-    with build_pruner("uniform", num_keep=5)(model):
+
+    def replace(prompt: Any) -> None:
         model.model.language_model = deepcopy(qwen3.model.language_model)
-        with pytest.raises(RuntimeError, match="attach the pruner again"):
-            model(**inputs)
-        with pytest.raises(RuntimeError, match="attach the pruner again"):
-            model.generate(**inputs, max_new_tokens=2)
-        model(**make_batch([(4,)]))  # which has none
+
+    handle = attach(model, build_pruner("uniform", num_keep=5), on_prune=replace)
+    with pytest.raises(RuntimeError, match="replace no modules while a call runs"):
+        model(**inputs)
+    with pytest.raises(RuntimeError, match="replace no modules while a call runs"):
+        model.generate(**inputs, max_new_tokens=2)
+    model(**make_batch([(4,)]))  # which has none
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_language_model_that_was_replaced_takes_them(qwen3: Any) -> None:
+    model, inputs = deepcopy(qwen3), make_batch(ONE)
+    with build_pruner("uniform", num_keep=5)(model):
+        expected = model(**inputs).logits
+        model.model.language_model = deepcopy(qwen3.model.language_model)
+        assert model(**inputs).logits.equal(expected)

@@ -210,6 +210,17 @@ def test_copies_of_modules_are_trained_under_a_pruner(whole: str, name: str) -> 
     assert all(residue(module) == set() for module in (*copies, *originals))
 
 
+@pytest.mark.parametrize("name", ["tome", "vprune", "visionzip", "fastv"])
+def test_copies_of_hooked_modules_hold_no_second_model(name: str) -> None:
+    model = used(LLAVA)
+    with noting(model, name):
+        for module in (model.model.vision_tower, model.model.language_model):
+            memo: dict[int, Any] = {}
+            deepcopy(module, memo)
+            assert id(module) in memo
+            assert id(model) not in memo
+
+
 class Rounded(nn.Module):
     """What a library puts in the place of a linear layer to quantise it."""
 

@@ -133,12 +133,12 @@ def test_what_is_random_draws_as_in_evaluate(folder, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_fails_has_no_results(folder, tmp_path):
     task = "ocvtp_pope_local"
-    args = 'pruner="visionzip:num_contextual=20,block=-2",num_keep=16'
+    args = 'pruner="fopru:strategy=row,block=-2",num_keep=145'
     done, results, samples = lmms_eval(
         folder, tmp_path / "out", [task], args, "--verbosity", "DEBUG"
     )
     assert done.returncode != 0
-    assert "num_contextual=20 of num_keep=16; pass 0 to 15" in done.stderr
-    assert "while pruner 'visionzip:num_contextual=20,block=-2' answered" in done.stderr
+    assert "num_keep=145 exceeds the 144 visual tokens" in done.stderr
+    assert "while pruner 'fopru:strategy=row,block=-2' answered" in done.stderr
     assert results is None
     assert samples == {task: []}

@@ -20,7 +20,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nothing beside what the processor returns": {},
     "`logits_to_keep`, a number": {"logits_to_keep": 3},
     "`logits_to_keep=0`": {"logits_to_keep": 0},
-    "`logits_to_keep`, token numbers": {"logits_to_keep": torch.tensor([1, 4, -1])},
     "`output_hidden_states`": {"output_hidden_states": True},
     "`return_dict=False`": {"return_dict": False},
     "`return_dict=True`": {"return_dict": True},
@@ -116,7 +115,20 @@ def bool_mask(call: Call) -> Inputs:
     return inputs | {"attention_mask": inputs["attention_mask"].bool()}
 
 
-@FORWARD("a mask that hides placeholders", raises="shape mismatch: value tensor of shape")
+@FORWARD(
+    "`logits_to_keep`, token numbers",
+    refused="logits_to_keep is a tensor of token numbers",
+    remedy='Pass a number, or attach with `logits="full"`.',
+)
+def numbered_logits(call: Call) -> Inputs:
+    return call.inputs() | {"logits_to_keep": torch.tensor([1, 4, -1])}
+
+
+@FORWARD(
+    "a mask that hides placeholders",
+    refused="attention_mask is 0 on .* pass a mask that is 1 on all of them",
+    remedy="Pass the mask that the processor makes: the pruner drops tokens.",
+)
 def hidden(call: Call) -> Inputs:
     return hide(call.inputs())
 

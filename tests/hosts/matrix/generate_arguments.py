@@ -460,7 +460,11 @@ def hide(inputs: Inputs) -> Inputs:
     return inputs | {"attention_mask": mask}
 
 
-@GENERATE("a mask that hides placeholders", raises="shape mismatch: value tensor of shape")
+@GENERATE(
+    "a mask that hides placeholders",
+    refused="attention_mask is 0 on .* pass a mask that is 1 on all of them",
+    remedy="Pass the mask that the processor makes: the pruner drops tokens.",
+)
 def hidden(call: Call) -> Inputs:
     return hide(call.inputs()) | GREEDY | WHOLE
 

@@ -27,9 +27,6 @@ PRUNERS: dict[str, Callable[[], Pruner]] = {
 """The second one reads the tower's attention."""
 
 
-LEFT_OUT = ("image_hidden_states", "image_outputs")
-
-
 @dataclass
 class Call:
     """One call in the making.
@@ -146,8 +143,12 @@ def error_in(found: Any) -> Exception | None:
     return last if isinstance(last, Exception) else None
 
 
-def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two results are not the same bit for bit."""
+OF_IMAGES = ("image_hidden_states", "image_outputs")
+"""What an output says of the images: of a tower that was cut, the last states are not there."""
+
+
+def differences(one: Any, other: Any, path: str = "", left_out: Sequence[str] = ()) -> list[str]:
+    """Where two results are not the same bit for bit, fields that are left out apart."""
     if isinstance(one, Exception) or isinstance(other, Exception):
         same = type(one) is type(other) and str(one) == str(other)
         return [] if same else [f"{path}: {one!r} and {other!r}"]
@@ -159,7 +160,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         same = torch.equal(one.nan_to_num(), other.nan_to_num())
         return [] if same else [f"{path}: other numbers"]
     if isinstance(one, dict):
-        one, other = ({k: v for k, v in d.items() if k not in LEFT_OUT} for d in (one, other))
+        one, other = ({k: v for k, v in d.items() if k not in left_out} for d in (one, other))
         if list(one) != list(other):
             return [f"{path}: {list(one)} and {list(other)}"]
         pairs = [(f"{path}.{name}", one[name], other[name]) for name in one]
@@ -171,7 +172,7 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
         pairs = [(f"{path}.layers", _layers(one), _layers(other))]
     else:
         return [] if one == other else [f"{path}: {one!r} and {other!r}"]
-    return [found for name, *both in pairs for found in differences(*both, name)]
+    return [found for name, *both in pairs for found in differences(*both, name, left_out)]
 
 
 def _layers(cache: Any) -> list[Any]:

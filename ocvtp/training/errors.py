@@ -1,0 +1,50 @@
+"""What goes wrong in other libraries, as a ValueError of one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+from ocvtp.training.lifecycle import LateStart
+
+
+@contextmanager
+def clear_errors(building: bool = False) -> Iterator[None]:
+    """Wrong settings that are found late.
+
+    Args:
+        building: whether the block only builds what settings describe, so that whatever it raises
+            is theirs.
+    """
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ValueError(_line(error)) from error
+    except ValueError as error:
+        lines = str(error).splitlines()
+        if len(lines) > 1 and "worker process" in lines[0]:  # with the traceback of that process
+            raise ValueError(lines[-1].removeprefix("ValueError: ")) from error
+        if building and isinstance(error, UnicodeDecodeError):
+            raise ValueError(f"a file of settings is no text: {error}") from error
+        raise
+    except Exception as error:
+        if not building:
+            raise
+        raise ValueError(f"what the settings ask for cannot be built: {_line(error)}") from error
+
+
+@contextmanager
+def restoring(resume: str | None, start: LateStart) -> Iterator[None]:
+    """What goes wrong between open data and training is the checkpoint's, where there is one."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        if resume is None or start.started or not start.opened:
+            raise
+        raise ValueError(f"--resume {resume} cannot be continued: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]

@@ -1,0 +1,163 @@
+"""Which checkpoint a run continues, and whether it is one of the same run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from ocvtp.slots.artifact import explained
+from ocvtp.slots.network import NetworkSizes, OCPrunerConfig
+from ocvtp.slots.tensor_file import load_tensors
+from ocvtp.training.module import CHECKPOINT_KEY, OCPrunerModule
+
+_LOG = logging.getLogger(__name__)
+
+_OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
+_TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images")
+"""What changes nothing."""
+_TOLD = (
+    *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
+    *("data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
+)
+"""What may change: where the data lies, what validates, how a step is split among devices."""
+
+
+def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of a run, in plain types, that a checkpoint keeps for `refuse_another_run`.
+
+    Args:
+        config: all of them, as `ocvtp train` parsed them.
+    """
+    data = dict(config["data"])
+    if isinstance(data.get("init_args"), Mapping):
+        data["init_args"] = {k: v for k, v in data["init_args"].items() if k != "transform"}
+    trainer = {name: config["trainer"].get(name) for name in _TRAINER}
+    return {"model": _plain(config["model"]), "data": _plain(data), "trainer": _plain(trainer)}
+
+
+def find_checkpoint(resume: str, folder: str | Path | None) -> str:
+    """The file that `--resume` means.
+
+    Args:
+        resume: a file; `last` or `best`: that of `folder`, the run's checkpoints.
+
+    Raises:
+        ValueError: if it is not there, or is a folder.
+    """
+    path = Path(resume)
+    if resume in ("last", "best") and folder and not path.exists():
+        path = Path(folder) / f"{resume}.ckpt"
+    if path.is_dir():
+        found = sorted({*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")})
+        pick = next((p for p in found if p.name == "last.ckpt"), found[0] if found else None)
+        advice = f"pass a file of it, e.g. {pick}" if pick else "and there is no checkpoint in it"
+        raise ValueError(f"--resume {resume} is a folder; {advice}.")
+    if not path.is_file():
+        raise ValueError(
+            f"--resume {path} does not exist; pass last.ckpt or best.ckpt of the run to continue."
+        )
+    return str(path)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """The content of a checkpoint of `ocvtp train`.
+
+    Raises:
+        ValueError: if it is damaged or anything else.
+    """
+    with explained(f"--resume {path} cannot be continued"):
+        content = load_tensors(path)
+        if missing := [name for name in _OF_A_RUN if name not in content]:
+            raise ValueError(
+                f"it is no whole checkpoint of `ocvtp train`, as it lacks {', '.join(missing)};"
+                " pass last.ckpt or best.ckpt of a run."
+            )
+        OCPrunerConfig.from_dict(dict(content[CHECKPOINT_KEY]["config"]))
+    return content
+
+
+def refuse_another_run(path: str, content: Mapping[str, Any], module: OCPrunerModule) -> None:
+    """Compare a checkpoint with the run that is asked for.
+
+    Settings that change what the weights mean, the sizes of the network or the numbers of the run
+    must be the same. How long it trains, on what, and where its files lie may change.
+
+    Args:
+        path: of the checkpoint.
+        content: of it.
+        module: built from what is asked for.
+
+    Raises:
+        ValueError: with every setting that differs, and both values.
+    """
+    kept = content[CHECKPOINT_KEY]
+    with explained(f"--resume {path} cannot be continued"):
+        found = dict(_differences("", dict(kept.get("settings") or {}), module.run_settings))
+        for name in _SILENT:
+            found.pop(name, None)
+        told = {name: found.pop(name) for name in _TOLD if name in found}
+        found = found or _of_the_network(kept, module)
+    if found:
+        which = "; ".join(
+            f"{name} is {_show(b)}, there {_show(a)}" for name, (a, b) in found.items()
+        )
+        raise ValueError(
+            f"--resume {path} is of a run with other settings: {which}. Pass the settings of that"
+            " run (its config.yaml has them), or start a new one without --resume."
+        )
+    if told:
+        which = "; ".join(f"{name}: {_show(a)} -> {_show(b)}" for name, (a, b) in told.items())
+        _LOG.warning("the run goes on with other settings than before: %s", which)
+    with explained(f"--resume {path} does not hold the weights of this network"):
+        module.load_state_dict(content["state_dict"])
+
+
+def _of_the_network(kept: Mapping[str, Any], module: OCPrunerModule) -> dict[str, tuple[Any, Any]]:
+    """What the artifact's own entries tell; all that checkpoints of older versions have."""
+    sizes = {field.name for field in fields(NetworkSizes)}
+    names = {name: f"model.network.{name}" for name in sizes}
+    names |= {"tower": "model.encoder.tower", "layer": "model.encoder.layer"}
+    names |= {"preprocessing": "model.encoder.processor", "num_slots": "model.num_slots"}
+    names |= {"feature_dim": "model.encoder (feature_dim)", "layout": "model.encoder (layout)"}
+    names |= {"grid_hw": "model.encoder (grid_hw)", "decoder": "model.objective.decoder"}
+    names |= {"objective": "model.objective", "target_layer": "model.objective.target_layer"}
+    old = OCPrunerConfig.from_dict(dict(kept["config"]))
+    before, now = _plain(asdict(old)), _plain(asdict(module.network.config))
+    pairs = {name: (before[key], now[key]) for key, name in names.items()}
+    training = kept.get("training") or {}
+    run = {"lr": module.lr, "weight_decay": module.weight_decay, "seed": module.seed}
+    for key, value in run.items():
+        name = "seed_everything" if key == "seed" else f"model.{key}"
+        pairs[name] = (training.get(key, value), value)
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Settings that both have and that differ, by the name that the command line has for them."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if old.get("class_path") != new.get("class_path"):
+            yield name, (old.get("class_path"), new.get("class_path"))
+            return
+        for key in (key for key in new if key in old):
+            inner = name if key == "init_args" else f"{name}.{key}".removeprefix(".")
+            yield from _differences(inner, old[key], new[key])
+    elif old != new:
+        yield "seed_everything" if name in ("model.seed", "data.seed") else name, (old, new)
+
+
+def _show(value: Any) -> str:
+    text = value["class_path"] if isinstance(value, Mapping) and "class_path" in value else value
+    return repr(text) if len(repr(text)) <= 100 else f"{repr(text)[:97]}..."
+
+
+def _plain(value: Any) -> Any:
+    """Dictionaries, lists and what is neither, as text where it is no plain value."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

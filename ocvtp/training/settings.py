@@ -1,0 +1,127 @@
+"""Settings that have several names: one seed, one folder for all that a run writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser
+
+SEED = ("seed_everything", "model.seed", "data.init_args.seed")
+OUTPUT = ("output", "trainer.default_root_dir")
+_DEFAULT_OUTPUT = "outputs/train"
+_LOGGERS = {"CSVLogger": "csv", "TensorBoardLogger": "tensorboard"}
+_FOLDERS = ("save_dir", "dirpath", "log_dir", "root_dir", "dir")
+"""Settings of loggers, callbacks and profilers that name a folder to write to."""
+
+
+def settle(parser: LightningArgumentParser, words: Sequence[str], config: Namespace) -> None:
+    """Give all names of the seed one value, and all that a run writes one folder.
+
+    Args:
+        parser: of `ocvtp train`.
+        words: of the command line.
+        config: what they were parsed to; changed in place.
+
+    Raises:
+        ValueError: if two names of one setting disagree.
+    """
+    said = parser.parse_args(list(words), defaults=False)
+    _settle_seed(words, said, config)
+    _settle_output(parser, words, said, config)
+
+
+def _settle_seed(words: Sequence[str], said: Namespace, config: Namespace) -> None:
+    seed = _one_value(words, said, SEED)
+    if seed is None:
+        seed = pl.seed_everything(workers=True) if config.seed_everything is True else 0
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything={seed}; pass 0 to {2**32 - 1}.")
+    if config.seed_everything is not False:  # which leaves the global generators alone
+        config.seed_everything = seed
+    config.model.seed = seed
+    if "data.init_args.seed" in config:
+        config.data.init_args.seed = seed
+
+
+def _settle_output(
+    parser: LightningArgumentParser, words: Sequence[str], said: Namespace, config: Namespace
+) -> None:
+    output = str(_one_value(words, said, OUTPUT) or _DEFAULT_OUTPUT)
+    named = list(_folders(config.trainer))
+    if not _commanded(words, "checkpoint.dirpath"):
+        named += _folders(config.checkpoint)
+    files = parser.parse_args(_without(words, OUTPUT), defaults=False)
+    bases = [Path(files[name]).absolute() for name in OUTPUT if files.get(name) is not None]
+    if not bases and any(_commanded(words, name) for name in OUTPUT):
+        bases = [path.parent if name == "dirpath" else path for _, name, path in named]
+    for holder, name, path in named:
+        if base := next((base for base in bases if path.is_relative_to(base)), None):
+            holder[name] = str(Path(output) / path.relative_to(base))
+    config.output = config.trainer.default_root_dir = output
+    if config.checkpoint.dirpath is None:
+        config.checkpoint.dirpath = str(Path(output) / "checkpoints")
+    if config.trainer.logger in (None, True):
+        config.trainer.logger = [
+            Namespace(  # type: ignore[no-untyped-call]
+                class_path=f"pytorch_lightning.loggers.{kind}",
+                init_args=Namespace(save_dir=output, name=name),  # type: ignore[no-untyped-call]
+            )
+            for kind, name in _LOGGERS.items()
+        ]
+
+
+def _one_value(words: Sequence[str], said: Namespace, names: Sequence[str]) -> Any:
+    """What the names of one setting were given: on the command line, or else in files."""
+    given = {name: said[name] for name in names if said.get(name) is not None}
+    given = {name: value for name, value in given.items() if not isinstance(value, bool)}
+    given = {n: v for n, v in given.items() if _commanded(words, n)} or given
+    if len({str(value) for value in given.values()}) > 1:
+        which = ", ".join(f"{_short(name)}={value}" for name, value in given.items())
+        raise ValueError(
+            f"{which} are one setting of a run, and disagree; pass --{names[0]} alone."
+        )
+    return next(iter(given.values()), None)
+
+
+def _short(name: str) -> str:
+    return name.replace(".init_args", "")
+
+
+def _flags(word: str, names: Sequence[str]) -> bool:
+    return word.split("=")[0] in {f"--{form}" for name in names for form in (name, _short(name))}
+
+
+def _commanded(words: Sequence[str], name: str) -> bool:
+    return any(_flags(word, [name]) for word in words)
+
+
+def _without(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The words without these flags and their values."""
+    left: list[str] = []
+    rest: Iterator[str] = iter(words)
+    for word in rest:
+        if not _flags(word, names):
+            left.append(word)
+        elif "=" not in word:
+            next(rest, None)
+    return left
+
+
+def _folders(settings: Any) -> Iterator[tuple[Any, str, Path]]:
+    """Each folder in the settings of loggers, callbacks, profilers: holder, name, path."""
+    if isinstance(settings, list):
+        for item in settings:
+            yield from _folders(item)
+    if not isinstance(settings, Namespace | dict):
+        return
+    items = settings if isinstance(settings, dict) else vars(settings)
+    for name, value in items.items():
+        if name in _FOLDERS and isinstance(value, str | os.PathLike):
+            yield settings, name, Path(value).absolute()
+        else:
+            yield from _folders(value)
