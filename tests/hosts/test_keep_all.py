@@ -62,6 +62,8 @@ def test_calls_are_those_of_the_bare_model(
         with pytest.raises(type(error), match=entry.raises or "^$"):
             raise error
     left_out = () if pruner == "none" else OF_IMAGES
+    if INSTALLED < (5, 18):
+        left_out = (*left_out, "rope_deltas")  # which may be those of an earlier call
     assert differences(expected, attached, left_out=left_out) == []
 
 
