@@ -234,7 +234,8 @@ class ClipFamilyHost(Host):
         eager = self.eager_tower(needs, acts=stages is not None)
         with taps.recording(self.tower) as record, on_device(self.model.model), eager:
             if stages is not None:
-                stages.begin(record, self._layers_read(images))
+                attention = self.tower.config._attn_implementation
+                stages.begin(record, self._layers_read(images), attention)
             unread.leave_out(record, half := self._first_unread(images, needs))
             if per_token and not needs.projected:
                 unread.project_later(record, self.model.config.get_text_config().hidden_size)

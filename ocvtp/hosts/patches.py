@@ -94,11 +94,7 @@ class TowerStages:
         Raises:
             ValueError: if attention takes no bias, or reads of tokens that are merged later.
         """
-        if self.uses_masks and attention not in ("sdpa", "eager"):
-            raise ValueError(
-                f"the vision tower's attention is {attention!r}, which takes no bias for rows of"
-                " other sizes; load the model with attn_implementation='sdpa'."
-            )
+        self._check_attention(attention)
         if self.merger is not None and (needs.hidden or needs.attention or needs.keys):
             raise ValueError(
                 f"{self.merger.name!r} merges tokens in every block, so there are no hidden states,"
@@ -106,16 +102,26 @@ class TowerStages:
                 " of these (see `ocvtp list`)."
             )
 
-    def begin(self, record: taps.Recording, layers: Sequence[int]) -> None:
+    def _check_attention(self, attention: str) -> None:
+        if self.uses_masks and attention not in ("sdpa", "eager"):
+            raise ValueError(
+                f"the vision tower's attention is {attention!r}, which takes no bias for rows of"
+                " other sizes; load the model with attn_implementation='sdpa', or call"
+                " model.set_attn_implementation({'vision_config': 'sdpa'})."
+            )
+
+    def begin(self, record: taps.Recording, layers: Sequence[int], attention: str) -> None:
         """A call begins.
 
         Args:
             record: of the call.
             layers: of `hidden_states` that the projector reads.
+            attention: the tower's implementation of it, which may be another than it was.
 
         Raises:
-            ValueError: if tokens cannot be dropped in front of these.
+            ValueError: if tokens cannot be dropped in front of these layers, or by this attention.
         """
+        self._check_attention(attention)
         read = [self._view.layer(layer) for layer in layers]
         if min(read) == 0 or (self.merger is not None and len(set(read)) > 1):
             raise ValueError(
