@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matrix.families import FAMILIES, Family, untouched
+from matrix.families import EVERY_FAMILY, Family, untouched
 from matrix.forward_arguments import FORWARD
 from matrix.generate_arguments import GENERATE
 from matrix.keep_all import (
@@ -41,7 +41,7 @@ def calls() -> Iterator[Any]:
                 yield pytest.param(table, title, pruner, id=name, marks=marks)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.host)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     """Its model is the same after all tests as before them, but for what every call changes."""
     outcome(request.param, FORWARD, "`output_hidden_states`", None)  # it installs hooks
