@@ -1,8 +1,9 @@
 """Put a pruner into a model and take it out again.
 
-Two instance attributes (`forward`, `generate`) and a few inert hooks on the vision tower are all
-that a model gets; `remove()` takes them away. What belongs to one call lives in local variables and
-in a ContextVar, so that threads do not see each other.
+A few bound methods in the place of a model's own (`forward`, `generate`) and inert hooks on some of
+its modules are all that it gets; `remove()` takes them away, wherever others have moved them. What
+belongs to one call lives in local variables and in ContextVars, so that threads do not see each
+other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lists of processors and criteria in which those of the caller of generate() read his prompt.
+"""Lists of processors and criteria in which those of generate()'s caller read the caller's prompt.
 
 B rows of the batch, L' + n tokens of the short prompt and the answer, V tokens that there are.
 """

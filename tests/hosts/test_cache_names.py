@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import FAMILIES, ONE, Family
+from matrix.families import EVERY_FAMILY, FAMILIES, ONE, Family
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -21,7 +21,7 @@ PRUNERS = {
 NEW = torch.tensor([[9, 8, 7]])
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.host)
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Family:
     return request.param
 

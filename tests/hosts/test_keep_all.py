@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matrix.families import FAMILIES, Family, untouched
+from matrix.families import EVERY_FAMILY, Family, untouched
 from matrix.forward_arguments import FORWARD
 from matrix.generate_arguments import GENERATE
-from matrix.keep_all import OF_IMAGES, PRUNERS, Table, differences, error_in, outcome, refusals
+from matrix.keep_all import (
+    OF_IMAGES,
+    OF_THE_MODEL,
+    PRUNERS,
+    Table,
+    differences,
+    error_in,
+    outcome,
+    refusals,
+)
 
 INSTALLED = tuple(map(int, version("transformers").split(".")[:2]))
 TABLES = (FORWARD, GENERATE)
@@ -32,7 +41,7 @@ def calls() -> Iterator[Any]:
                 yield pytest.param(table, title, pruner, id=name, marks=marks)
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.host)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     """Its model is the same after all tests as before them, but for what every call changes."""
     outcome(request.param, FORWARD, "`output_hidden_states`", None)  # it installs hooks
@@ -61,9 +70,7 @@ def test_calls_are_those_of_the_bare_model(
     if (error := error_in(expected)) is not None:
         with pytest.raises(type(error), match=entry.raises or "^$"):
             raise error
-    left_out = () if pruner == "none" else OF_IMAGES
-    if INSTALLED < (5, 18):
-        left_out = (*left_out, "rope_deltas")  # which may be those of an earlier call
+    left_out = OF_THE_MODEL if pruner == "none" else (*OF_IMAGES, *OF_THE_MODEL)
     assert differences(expected, attached, left_out=left_out) == []
 
 

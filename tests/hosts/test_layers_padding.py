@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import FAMILIES, Family, untouched
+from matrix.families import EVERY_FAMILY, Family, untouched
 from reference import IMG, assert_close
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.host)
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     with untouched(request.param) as family:
         yield family

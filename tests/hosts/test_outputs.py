@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import BATCH, FAMILIES, Family
+from matrix.families import BATCH, EVERY_FAMILY, FAMILIES, Family
 from reference import Scripted, Side, assert_close
 from test_packed import pack, samples
 from test_padding import answered, batch, by_content, log_probs
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from ocvtp import Pruner, Selection, VisualTokens, attach, build_pruner
 from ocvtp.hosts.base import Savings
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.host)
+FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 WHOLE = Savings(cut_tower=False, project_kept=False)
 GONE = ("last_hidden_state",)
 """Of a tower whose last blocks nobody reads."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import FAMILIES, Family
+from matrix.families import EVERY_FAMILY, FAMILIES, Family
 from reference import IMG, Inputs, Scripted, assert_close
 from test_padding import by_content
 from torch import Tensor
 
 from ocvtp import Needs, Pruner, Selection, VisualTokens, build_pruner
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.host)
+FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 PLAIN = pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: family.host)
 """Tokens of the others have coordinates."""
 ROWS = [(5, IMG, 4), (9,), (IMG, 2, IMG, 6)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import BATCH, FAMILIES, Family
+from matrix.families import BATCH, EVERY_FAMILY, Family
 from reference import IMG, Inputs, Scripted, Side, assert_close
 from tiny_models import IMAGE_TOKEN
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from ocvtp import Pruner, Selection, VisualTokens, build_pruner
 
-FAMILY = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.host)
+FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 LENGTHS = [6, 2, 4]
 """Of the answers, which are padded behind."""
 

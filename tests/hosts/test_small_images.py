@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix.families import FAMILIES, Family, untouched
+from matrix.families import EVERY_FAMILY, Family, untouched
 from reference import IMG, assert_close
 
 from ocvtp import Chain, Compose, attach, build_pruner
@@ -48,7 +48,7 @@ METHODS = [
 KEPT_WHOLE = [name for name in METHODS if name != "prumerge_plus"]  # which counts by itself
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.host)
+@pytest.fixture(params=EVERY_FAMILY)
 def family(request: pytest.FixtureRequest) -> Iterator[Family]:
     with untouched(request.param) as family:
         yield family

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import pytest
 import qwen_reference
 import reference
 import reference_internvl
@@ -207,3 +208,10 @@ FAMILIES = (
     qwen("qwen2_5_vl", tiny_qwen.tiny_qwen, random_qwen.tiny_qwen),
     qwen("qwen3_vl", tiny_qwen.tiny_qwen3, random_qwen.tiny_qwen3),
 )
+
+QUICK = ("llava", "qwen2_5_vl")
+EVERY_FAMILY = [
+    pytest.param(f, id=f.host, marks=[] if f.host in QUICK else [pytest.mark.slow])
+    for f in FAMILIES
+]
+"""For tests of many cases on every host: two of them stand for the others in the fast run."""

@@ -125,7 +125,8 @@ RAISES = {
     "an argument that nobody knows": "`model_kwargs` are not used by the model: .'colour'",
 }
 SINCE = (5, 18)
-"""Before, several sequences a row get each other's images, and chunks are cut of the wrong axis."""
+"""Before, rows that stand several times share images wrongly, and chunks are of the wrong axis."""
+WRONG_BEFORE = {"num_beams", "num_return_sequences", "prefill_chunk_size"}
 LEAVE_SOMETHING = ("cache_implementation", "prompt_lookup_num_tokens")
 """Settings of which transformers leaves something on the model."""
 
@@ -142,7 +143,7 @@ def with_settings(settings: dict[str, Any], call: Call) -> Inputs:
 
 for _title, _settings in SETTINGS.items():
     _marks = {"slow": _title not in FAST, "raises": RAISES.get(_title)}
-    if _settings.keys() & {"num_beams", "num_return_sequences", "prefill_chunk_size"}:
+    if _settings.keys() & WRONG_BEFORE:
         _marks["since"] = SINCE
     GENERATE(_title, **_marks)(partial(with_settings, _settings))
 
@@ -328,7 +329,7 @@ def prefixes(settings: dict[str, Any], call: Call) -> Inputs:
 
 
 for _title, _settings in PREFIXES.items():
-    _since = SINCE if _settings else (5, 17)
+    _since = SINCE if _settings.keys() & WRONG_BEFORE else (5, 17)
     GENERATE(f"`prefix_allowed_tokens_fn`{_title}", since=_since)(partial(prefixes, _settings))
 
 

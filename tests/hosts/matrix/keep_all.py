@@ -146,6 +146,9 @@ def error_in(found: Any) -> Exception | None:
 OF_IMAGES = ("image_hidden_states", "image_outputs")
 """What an output says of the images: of a tower that was cut, the last states are not there."""
 
+OF_THE_MODEL = ("rope_deltas",)
+"""Which older models keep, and hand back though a call has not set it."""
+
 
 def differences(one: Any, other: Any, path: str = "", left_out: Sequence[str] = ()) -> list[str]:
     """Where two results are not the same bit for bit, fields that are left out apart."""
