@@ -39,6 +39,7 @@ _STAGES = {
     "around": "#b0b0b0",
 }
 _TTFT = better("TTFT, ms", lower=True)
+_IN_MS = ("median", "low", "high")
 _LEAST = 0.05  # of an axis of times, over the largest; of one of shares
 
 
@@ -83,7 +84,7 @@ def ttft(results: Facts, accuracy: Facts | None = None) -> Figure:
     Raises:
         ValueError: if they have none in common.
     """
-    cells = results["cells"]
+    cells = [_on_one_clock(cell) for cell in results["cells"]]
     if accuracy is not None and not any(_shown(cell, _accuracies(accuracy)) for cell in cells):
         raise ValueError(NOTHING_IN_COMMON)
     heights = [height_for(len(_lines(cell)) + 1, least=3.6) for cell in cells]
@@ -98,7 +99,7 @@ def ttft(results: Facts, accuracy: Facts | None = None) -> Figure:
 
 def stages(results: Facts) -> Figure:
     """The time to the first token, cut into stages; a panel a cell."""
-    cells = results["cells"]
+    cells = [_on_one_clock(cell) for cell in results["cells"]]
     drawing, panels = canvas([1.4 + 0.24 * len(cell["rows"]) for cell in cells])
     for panel, cell in zip(panels, cells, strict=True):
         rows = cell["rows"]
@@ -178,6 +179,21 @@ def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -
     y = better(unit, metric in accuracy.get("lower_is_better", ()))
     label(panel, _title(cell), _TTFT, y, grid="both")
     name_ends(panel, ends, inches)
+
+
+def _on_one_clock(cell: Facts) -> Facts:
+    """A cell whose rows of later runs take the share of the unpruned time that they took there."""
+    bare = cell["rows"][0]["figures"]["ttft"]["median"]
+    rows = []
+    for row in cell["rows"]:
+        if (there := row.get("beside")) is not None:
+            scale = bare / there["ttft"]
+            known = row["figures"]["ttft"]
+            ttft = known | {key: scale * known[key] for key in _IN_MS if key in known}
+            stages = {name: scale * time for name, time in row["stages"].items()}
+            row = row | {"figures": row["figures"] | {"ttft": ttft}, "stages": stages}
+        rows.append(row)
+    return {**cell, "rows": rows}
 
 
 def _lines(cell: Facts) -> list[_Line]:

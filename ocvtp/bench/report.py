@@ -207,7 +207,10 @@ def _notes(cell: Facts) -> Iterator[str]:
     for row in cell["rows"]:
         if beside := row.get("beside"):
             there = number(beside["ttft"])
-            lines.append(f"- {row['key']}: of a later run, beside an unpruned TTFT of {there} ms.")
+            lines.append(
+                f"- {row['key']}: of a later run, beside an unpruned TTFT of {there} ms; plots show"
+                " it at the share of the unpruned time that it took there."
+            )
     if yours := sorted({row["label"] for row in cell["rows"] if row.get("yours")}):
         lines.append(f"- Yours: {', '.join(yours)}.")
     for stage, where in (

@@ -225,9 +225,14 @@ def attach(
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
     state.site = _site(state, pruner, looked_for)
+    handle = Handle(model, state, savings)
     model.__dict__[STATE] = state
-    state.site.renew()
-    return Handle(model, state, savings)
+    try:
+        state.site.renew()
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
 
 
 def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:

@@ -16,7 +16,7 @@ from ocvtp.structures import Selection
 from ocvtp.transformers_names import encoded_images
 
 USE_GENERATE = (
-    "generate() of the class passes the pruner by: call model.generate(...) instead, or"
+    "If you called generate() of the class: it passes the pruner by; call model.generate(...), or"
     " model.generate.__wrapped__(model, ...) to record gradients."
 )
 
@@ -75,7 +75,8 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
     if encoded_images(inputs):
         raise ValueError(
             "mm_encoder_outputs hold images that were encoded already; pass pixel_values, so that"
-            f" the pruner sees them. {USE_GENERATE}"
+            f" the pruner sees them. {USE_GENERATE} If this model drafts for another"
+            " (assistant_model=), attach a pruner to that one too, or none to this one."
         )
 
 

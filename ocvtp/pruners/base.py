@@ -160,9 +160,10 @@ class Pruner(ABC):
         """
         height, width = tokens.grid_hw
         if height * width != tokens.num_tokens:
+            of = f"no {height} x {width}" if height * width else "of images of different sizes"
             raise ValueError(
                 f"pruner {self.name!r} reads the grid of the tokens, but {tokens.num_tokens} tokens"
-                f" are no {height} x {width}; use a pruner (or an option) that does not."
+                f" are {of}; use a pruner (or an option) that does not."
             )
         return height, width
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from math import isnan
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from ocvtp.pruners import plugins
 from ocvtp.pruners.base import Pruner
@@ -71,11 +74,45 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
     for setting in settings:
         if setting not in known:
             close = get_close_matches(setting, known, n=1)
-            hint = f" did you mean {close[0]!r}?" if close else ""
+            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"pruner {name!r} has no setting {setting!r};{hint} It takes {', '.join(known)}."
+                f"pruner {name!r} has no setting {setting!r}{hint} It takes {', '.join(known)}."
             )
+    _check_kinds(cls, settings)
     return cls(**settings)
+
+
+def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:
+    """Refuse a text or a fraction where a method counts, and the like; budgets say more themselves.
+
+    Raises:
+        ValueError: that names the setting and what it may be.
+    """
+    try:
+        kinds = get_type_hints(cls)
+    except NameError:  # a plug-in whose annotations cannot be looked up here
+        return
+    for name in settings.keys() & kinds.keys() - {*_BUDGETS}:
+        if not _is_of(settings[name], kinds[name]):
+            kind = kinds[name]
+            options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+            wanted = " or ".join(_KINDS.get(option, "None") for option in options)
+            raise ValueError(f"pruner {cls.name!r} got {name}={settings[name]!r}; pass {wanted}.")
+
+
+_KINDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number"}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind of number; of other kinds all are."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if not all(option in _KINDS or option is NoneType for option in options):
+        return True
+    if value is None or isinstance(value, bool):
+        return type(value) in options
+    if isinstance(value, Integral):
+        return int in options or float in options
+    return float in options and isinstance(value, Real) and not isnan(value)
 
 
 def takes_named_setting(cls: type[Pruner]) -> bool:

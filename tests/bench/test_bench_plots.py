@@ -131,3 +131,22 @@ def test_stages_are_a_panel_a_cell_below_each_other(shipped):
         assert all(above.y0 > below.y1 for above, below in zip(boxes, boxes[1:], strict=False))
         assert figure.get_figwidth() < 8
     assert "(lower is better)" in plots.stages(shipped).axes[0].get_xlabel()
+
+
+def test_rows_of_a_later_run_are_drawn_on_the_clock_of_the_first(shipped):
+    expected = dots(plots.ttft(shipped).axes[0])
+    late = copy.deepcopy(shipped)
+    for cell in late["cells"]:  # the same run on a machine that was half as fast
+        bare, *rows = cell["rows"]
+        for row in rows:
+            row["figures"]["ttft"] |= {
+                key: 2 * row["figures"]["ttft"][key] for key in ("median", "low", "high")
+            }
+            row["stages"] = {name: 2 * time for name, time in row["stages"].items()}
+            row["beside"] = {"ttft": 2 * bare["figures"]["ttft"]["median"]}
+    assert np.allclose(dots(plots.ttft(late).axes[0]), expected)
+
+    def bars(results):
+        return [bar.get_width() for bar in plots.stages(results).axes[0].patches]
+
+    assert np.allclose(bars(late), bars(shipped))

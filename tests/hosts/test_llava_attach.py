@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ocvtp import Needs, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
+from ocvtp.hosts.llava import LlavaHost
 from ocvtp.hosts.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("untouched")
@@ -264,3 +265,19 @@ def test_a_pipeline_prunes(pruner: Pruner) -> None:
         expected = model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
     assert prompts[0].summary()["visual_tokens_kept"] == [5]
     assert said[0]["generated_text"] == processor.decode(expected, skip_special_tokens=True)
+
+
+def test_an_attach_that_fails_late_leaves_nothing(
+    llava: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(llava)
+
+    def fail(*args: Any) -> None:
+        raise TypeError("late")
+
+    monkeypatch.setattr(LlavaHost, "hooks", fail)
+    with pytest.raises(TypeError, match="late"):
+        attach(llava, build_pruner("fastervlm", num_keep=5))
+    monkeypatch.undo()
+    assert fingerprint(llava) == before
+    attach(llava, build_pruner("fastervlm", num_keep=5)).remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import ocvtp
@@ -112,3 +113,24 @@ def test_no_budget_means_the_methods_own_count(name):
     assert ocvtp.build_pruner(name).budget(16) == 16
     with pytest.raises(ValueError, match="pass exactly one of them"):
         ocvtp.build_pruner(name, num_keep=4, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("holov", {"num_crops": 16.0}, "num_crops=16.0; pass a whole number"),
+        ("holov", {"block": 1.0}, "block=1.0; pass a whole number"),
+        ("kmeans", {"iterations": "2"}, "iterations='2'; pass a whole number"),
+        ("random", {"seed": 1.5}, "seed=1.5; pass a whole number"),
+        ("todre", {"later": "no"}, "later='no'; pass True or False"),
+        ("topv", {"relative": float("nan")}, "relative=nan; pass a number"),
+        ("scope", {"alpha": "x"}, "alpha='x'; pass a number"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(name, settings, message):
+    with pytest.raises(ValueError, match=f"pruner '{name}' got {message}"):
+        ocvtp.build_pruner(name, num_keep=4, **settings)
+
+
+def test_whole_numbers_are_numbers_too():
+    assert ocvtp.build_pruner("scope", num_keep=4, alpha=np.int64(2)).alpha == 2
