@@ -221,6 +221,6 @@ def test_the_whole_help_is_there_when_asked_for(capsys):
         main(["train", "--help", "all"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: ocvtp train --config FILE [--output DIR] [--resume CKPT]")
+    assert text.startswith("usage: ocvtp train --config FILE|NAME [--output DIR] [--resume CKPT]")
     assert "--trainer.accumulate_grad_batches" in text
     assert "Raises:" not in text

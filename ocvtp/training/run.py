@@ -163,7 +163,8 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
             parser_class=_Parser,
             parser_kwargs={
                 "prog": "ocvtp train",
-                "usage": "%(prog)s --config FILE [--output DIR] [--resume CKPT] [--SETTING VALUE]",
+                "usage": "%(prog)s --config FILE|NAME [--output DIR] [--resume CKPT]"
+                " [--SETTING VALUE]",
                 "description": _DESCRIPTION,
                 "allow_abbrev": False,
             },
