@@ -60,11 +60,16 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed: 
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# On older versions, of the slow tests those that every host has for every feature.
+HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py -m slow
+
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/bench tests/evaluation tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench tests/evaluation tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
 
 test-before: $(BEFORE)/.installed
-	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/hosts tests/bench
+	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)
+	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
 VLLM := $(VENV)/vllm

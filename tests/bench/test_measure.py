@@ -91,7 +91,7 @@ def busy(milliseconds):
 @pytest.mark.parametrize("stage", ["tower", "project", "model", "select", "decode"])
 def test_work_is_the_stages_that_does_it(subject, inputs, stage, savings, monkeypatch):
     row = variants(["fopru"], [16], 144, rows=savings)[1]
-    host, wait = Bench(subject, 3).host, busy(40)
+    host, wait = Bench(subject, 3).host, busy(200)
 
     def plant(module, args, kwargs):
         given = kwargs.get("inputs_embeds", kwargs.get("input_ids"))
@@ -111,7 +111,7 @@ def test_work_is_the_stages_that_does_it(subject, inputs, stage, savings, monkey
         for hook in planted:
             hook.remove()
     name = "prefill" if stage == "model" else stage
-    assert took[name] >= 0.04
+    assert took[name] >= 0.2
     slowest = max((s for s in STAGES if s != "preprocess"), key=lambda s: took[s])
     assert slowest == name, took
 

@@ -116,8 +116,8 @@ FAST = {
 HUB = "requires `trust_remote_code=True`"
 RAISES = {
     "`guidance_scale`": "mat1 and mat2 shapes cannot be multiplied",  # Qwen's
-    '`cache_implementation="offloaded"`': "CUDA driver|not compiled with CUDA",
-    '`cache_implementation="offloaded_static"`': "CUDA driver|not compiled with CUDA",
+    '`cache_implementation="offloaded"`': "CUDA driver|not compiled with CUDA|Backend doesn't support",
+    '`cache_implementation="offloaded_static"`': "CUDA driver|not compiled with CUDA|Backend doesn't support",
     '`cache_implementation="quantized"`': "You need to install optimum-quanto",
     "`num_beam_groups`": HUB,
     "`penalty_alpha`": HUB,
