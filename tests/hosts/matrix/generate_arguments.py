@@ -114,10 +114,11 @@ FAST = {
 }  # fmt: skip
 """Most of the others never reach what is ours."""
 HUB = "requires `trust_remote_code=True`"
+NO_CUDA = "CUDA driver|not compiled with CUDA|Backend doesn't support"
 RAISES = {
     "`guidance_scale`": "mat1 and mat2 shapes cannot be multiplied",  # Qwen's
-    '`cache_implementation="offloaded"`': "CUDA driver|not compiled with CUDA|Backend doesn't support",
-    '`cache_implementation="offloaded_static"`': "CUDA driver|not compiled with CUDA|Backend doesn't support",
+    '`cache_implementation="offloaded"`': NO_CUDA,
+    '`cache_implementation="offloaded_static"`': NO_CUDA,
     '`cache_implementation="quantized"`': "You need to install optimum-quanto",
     "`num_beam_groups`": HUB,
     "`penalty_alpha`": HUB,
