@@ -49,7 +49,7 @@ LMMS := $(VENV)/lmms
 TRL := $(VENV)/trl
 $(OLDEST)/.installed: EXTRA := "transformers==5.17.*"
 $(BEFORE)/.installed: EXTRA := "transformers==5.23.*"
-$(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3"
+$(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3" "filelock<4"
 $(TRL)/.installed: EXTRA := "trl>=1.16"
 
 $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed: $(STAMP)
