@@ -14,6 +14,8 @@ from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
 from ocvtp.training.run import train
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["scenes"]
 
 

@@ -23,6 +23,8 @@ from ocvtp.export import export_checkpoint
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, train
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["damaged", "scenes"]
 
 QUICK = {"limit_val_batches": 1, "enable_progress_bar": False, "enable_model_summary": False}

@@ -69,6 +69,15 @@ class Handle:
         self.savings = savings
         """Which of the savings asked for leave out anything with this pruner in this model."""
 
+    def put(self) -> None:
+        """Put everything into the model, or nothing if that fails; `attach` has done it."""
+        self._model.__dict__[STATE] = self._state
+        try:
+            self._state.site.renew()
+        except BaseException:
+            self.remove()
+            raise
+
     def remove(self) -> None:
         """Leave the model as it was."""
         self._state.site.remove()
@@ -226,12 +235,7 @@ def attach(
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
     state.site = _site(state, pruner, looked_for)
     handle = Handle(model, state, savings)
-    model.__dict__[STATE] = state
-    try:
-        state.site.renew()
-    except BaseException:
-        handle.remove()
-        raise
+    handle.put()
     return handle
 
 
