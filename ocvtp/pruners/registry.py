@@ -90,12 +90,15 @@ def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:
     """
     try:
         kinds = get_type_hints(cls)
-    except NameError:  # a plug-in whose annotations cannot be looked up here
+    except (
+        NameError,
+        AttributeError,
+        TypeError,
+    ):  # a plug-in whose annotations cannot be looked up here
         return
     for name in settings.keys() & kinds.keys() - {*_BUDGETS}:
-        if not _is_of(settings[name], kinds[name]):
-            kind = kinds[name]
-            options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+        options = _options(kinds[name])
+        if not _is_of(settings[name], options):
             wanted = " or ".join(_KINDS.get(option, "None") for option in options)
             raise ValueError(f"pruner {cls.name!r} got {name}={settings[name]!r}; pass {wanted}.")
 
@@ -103,9 +106,13 @@ def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:
 _KINDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _options(kind: Any) -> tuple[Any, ...]:
+    """The kinds that an annotation allows."""
+    return get_args(kind) if isinstance(kind, UnionType) else (kind,)
+
+
+def _is_of(value: Any, options: tuple[Any, ...]) -> bool:
     """Whether a value is of a kind of number; of other kinds all are."""
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if not all(option in _KINDS or option is NoneType for option in options):
         return True
     if value is None or isinstance(value, bool):
