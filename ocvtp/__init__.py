@@ -6,7 +6,7 @@ Use: `with ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="checkpoints/NAME
 
 from typing import TYPE_CHECKING
 
-from ocvtp.lazy import lazy_names
+from ocvtp.lazy import bind, lazy_names
 
 if TYPE_CHECKING:
     from ocvtp.hosts.attach import attach
@@ -45,3 +45,5 @@ __getattr__, __dir__ = lazy_names(
     },
     parts=("encoders", "hosts", "pruners", "slots", "structures"),
 )
+
+bind("attached", home="ocvtp.hosts.attach")  # what `with pruner(model):` calls

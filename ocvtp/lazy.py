@@ -1,4 +1,8 @@
-"""Names of a package that are imported when they are first used (PEP 562)."""
+"""Names that are imported when they are first used: those of a package (PEP 562), and bound ones.
+
+What lies below may call what lies above by a name that the package binds: pruners plug themselves
+in with `attached`.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +38,20 @@ def lazy_names(
         return sorted({*vars(sys.modules[package]), *homes, *parts})
 
     return get, names
+
+
+_homes: dict[str, str] = {}
+
+
+def bind(name: str, home: str) -> None:
+    """Say in which module a function is that modules below it call.
+
+    Args:
+        name: of the function. home: dotted name of its module.
+    """
+    _homes[name] = home
+
+
+def bound(name: str) -> Any:
+    """The function that was bound to a name."""
+    return getattr(import_module(_homes[name]), name)

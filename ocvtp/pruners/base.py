@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from ocvtp.lazy import bound
 from ocvtp.pruners.budgets import check_count, check_share
 from ocvtp.pruners.merging import keep_all, keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
@@ -148,9 +149,8 @@ class Pruner(ABC):
 
     def __call__(self, model: Any, **options: Any) -> AbstractContextManager[Any]:
         """`with pruner(model): model.generate(...)`: prune inside the block, see `ocvtp.attach`."""
-        from ocvtp.hosts.attach import attached
-
-        return attached(model, self, **options)
+        context: AbstractContextManager[Any] = bound("attached")(model, self, **options)
+        return context
 
     def _grid(self, tokens: VisualTokens) -> tuple[int, int]:
         """Rows and columns, for methods that cannot do without.

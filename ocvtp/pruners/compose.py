@@ -8,6 +8,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from ocvtp.lazy import bound
 from ocvtp.pruners.base import Pruner
 from ocvtp.structures import STAGES, Needs
 
@@ -53,9 +54,8 @@ class Compose:
 
     def __call__(self, model: Any, **options: Any) -> AbstractContextManager[Any]:
         """`with composed(model): model.generate(...)`, see `ocvtp.attach`."""
-        from ocvtp.hosts.attach import attached
-
-        return attached(model, self, **options)
+        context: AbstractContextManager[Any] = bound("attached")(model, self, **options)
+        return context
 
     def __repr__(self) -> str:
         return f"Compose({list(self.parts)!r})"
