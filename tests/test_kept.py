@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.matching import one_to_one, token_shares
-from ocvtp.slots.network import NetworkSizes
 from ocvtp.structures import Needs, VisualTokens
 
 SIZES = NetworkSizes(

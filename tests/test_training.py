@@ -17,8 +17,8 @@ from ocvtp.data.module import CocoDataModule
 from ocvtp.data.scenes import write_scenes
 from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.export import export_checkpoint
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.decoder import DecoderConfig
-from ocvtp.slots.network import NetworkSizes
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.training.module import OCPrunerModule, warmup_cosine
 from ocvtp.training.run import train

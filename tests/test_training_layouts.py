@@ -17,9 +17,9 @@ from ocvtp.encoders.qwen import QwenEncoder
 from ocvtp.encoders.tiles import TiledEncoder
 from ocvtp.export import export_checkpoint
 from ocvtp.slots import OCPruner
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.slots.kept import KeptObjective
-from ocvtp.slots.network import NetworkSizes
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.training.callbacks import _side_by_side
 from ocvtp.training.module import OCPrunerModule

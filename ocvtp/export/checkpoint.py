@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ocvtp.slots.artifact import explained
-from ocvtp.slots.network import OCPruner, OCPrunerConfig
+from ocvtp.slots.config import OCPrunerConfig
+from ocvtp.slots.network import OCPruner
 from ocvtp.slots.tensor_file import load_tensors
 
 _PREFIX = "network."

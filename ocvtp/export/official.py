@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ocvtp.export.checkpoint import save
 from ocvtp.slots.artifact import explained
+from ocvtp.slots.config import OCPrunerConfig
 from ocvtp.slots.decoder import DecoderConfig
-from ocvtp.slots.network import OCPruner, OCPrunerConfig
+from ocvtp.slots.network import OCPruner
 from ocvtp.slots.queries import noise_table
 from ocvtp.slots.tensor_file import load_tensors
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from ocvtp.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from ocvtp.slots.network import OCPruner, OCPrunerConfig
+    from ocvtp.slots.config import OCPrunerConfig
+    from ocvtp.slots.network import OCPruner
 
 __all__ = ["OCPruner", "OCPrunerConfig"]
 
-__getattr__, __dir__ = lazy_names(__name__, {"OCPruner": "network", "OCPrunerConfig": "network"})
+__getattr__, __dir__ = lazy_names(__name__, {"OCPruner": "network", "OCPrunerConfig": "config"})

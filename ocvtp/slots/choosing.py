@@ -5,25 +5,15 @@ B images, N visual tokens, S slots, K kept, M candidates, D width.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 import torch
 from torch import Tensor
 
+from ocvtp.slots.config import Choice
 from ocvtp.slots.matching import one_to_one, token_shares
+from ocvtp.slots.network import OCPruner
 from ocvtp.slots.ridge import greedy_ridge
 from ocvtp.slots.statistics import centred
 from ocvtp.structures import VisualTokens, take
-
-if TYPE_CHECKING:
-    from ocvtp.slots.network import OCPruner, OCPrunerConfig
-
-Choice = Literal["winners", "one_to_one", "restore"]
-"""How slots choose tokens. `winners`: each the one that it attends to most, so that some share a
-token and the pruner fills up. The others keep K at any time: `one_to_one` greedily, the largest
-share first, see `ocvtp.slots.matching`; `restore` those from which the tokens with a large share
-can be restored, see `restore`."""
-CHOICES: tuple[Choice, ...] = ("winners", "one_to_one", "restore")
 
 CANDIDATES = 3
 """`restore` looks at this many tokens for each one that it keeps."""
@@ -72,25 +62,3 @@ def choose(
     with torch.autocast(attention.device.type, enabled=False):
         targets = network.targets(tokens.hidden[layer].float())
         return restore(attention, targets, num, tokens.valid)
-
-
-def layers_read(config: OCPrunerConfig, choice: Choice) -> tuple[int, ...]:
-    """The tower's layers that the network and a choice read."""
-    if choice != "restore" or config.target_layer is None:
-        return (config.layer,)
-    return tuple({config.layer: 0, config.target_layer: 0})
-
-
-def check_choice(config: OCPrunerConfig, choice: Choice) -> None:
-    """Refuse what is unknown or lacks what it reads.
-
-    Raises:
-        ValueError: for an unknown choice; for `restore` without statistics of a target layer.
-    """
-    if choice not in CHOICES:
-        raise ValueError(f"choice={choice!r}; pass one of {', '.join(CHOICES)}.")
-    if choice == "restore" and config.target_layer is None:
-        raise ValueError(
-            "choice='restore' restores the tokens of a target layer, and this OC-pruner has none;"
-            " train it with the objective `kept`, or set choice to one_to_one."
-        )

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
-from ocvtp.slots.network import NetworkSizes, OCPruner
+from ocvtp.slots.network import OCPruner
 from ocvtp.slots.objectives import Objective, Outcome
 from ocvtp.slots.ridge import (
     WeightKind,

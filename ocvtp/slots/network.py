@@ -5,7 +5,7 @@ B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,98 +14,12 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ocvtp.slots import artifact
-from ocvtp.slots.attention import SlotAttention, Truncation
-from ocvtp.slots.choosing import Choice, check_choice
-from ocvtp.slots.decoder import Decoder, DecoderConfig, Visible, build_decoder
+from ocvtp.slots.attention import SlotAttention
+from ocvtp.slots.config import OCPrunerConfig, check_choice
+from ocvtp.slots.decoder import Decoder, Visible, build_decoder
 from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
 from ocvtp.slots.statistics import FeatureStatistics
-from ocvtp.structures import Layout
-
-
-@dataclass(frozen=True)
-class NetworkSizes:
-    """What may be chosen for any tower; the defaults are the paper's.
-
-    Args:
-        hidden_dim: of the encoding MLP. slot_dim: C. ffn_dim: of Slot Attention.
-        num_iterations: of Slot Attention. dropout: in its feed-forward network.
-        truncation: of its gradient.
-        noise_rows: rows of the saved table of query noise. noise_seed: its seed.
-        frozen_queries: whether the table is the noise in training too; paper: no.
-        standardize: whether the tokens are read at mean 0 and scale 1 per feature, by statistics of
-            the training images that are saved with the weights; paper: no.
-        choice: how slots choose tokens, see `ocvtp.slots.choosing.Choice`; paper: `winners`.
-    """
-
-    hidden_dim: int = 2048
-    slot_dim: int = 512
-    ffn_dim: int = 2048
-    num_iterations: int = 3
-    dropout: float = 0.01
-    truncation: Truncation = "bilevel"
-    noise_rows: int = 1024
-    noise_seed: int = 0
-    frozen_queries: bool = False
-    standardize: bool = False
-    choice: Choice = "winners"
-
-
-@dataclass(frozen=True)
-class OCPrunerConfig(NetworkSizes):
-    """Sizes, provenance and training summary of an OC-pruner; the defaults are LLaVA-1.5's.
-
-    Args:
-        feature_dim: D.
-        grid_hw: token grid that it was trained on; of a view where images have several, of the
-            decoder's stored positions where grids vary. It runs on any other.
-        layout: how images became tokens in training; see `ocvtp.structures.Layout`.
-        decoder: None without one.
-        tower: vision tower whose tokens it reads: a hub id, or a description.
-        layer: it reads `hidden_states[layer]` of the tower.
-        preprocessing: settings of the image processor that it was trained behind.
-        num_slots: slot counts that it was trained with.
-        objective: that it was trained for.
-        target_layer: the layer of the tower whose tokens that objective restores, if it is another;
-            the artifact then holds their statistics.
-        training: summary of the run: steps, images, losses, versions.
-    """
-
-    feature_dim: int = 1024
-    grid_hw: tuple[int, int] = (24, 24)
-    layout: Layout = "grid"
-    decoder: DecoderConfig | None = None
-    tower: str | None = "openai/clip-vit-large-patch14-336"
-    layer: int = 9
-    preprocessing: dict[str, Any] = field(default_factory=dict)
-    num_slots: tuple[int, ...] = (16, 32, 64, 128)
-    objective: str = "slots"
-    target_layer: int | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_views(self) -> int:
-        """Most views of an image whose tokens share the slots."""
-        return 2 if self.layout == "joint" else 1
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> OCPrunerConfig:
-        """Read what `asdict` (or config.json) wrote.
-
-        Raises:
-            ValueError: for unknown names and values of the wrong kind.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}.")
-        values = dict(values)
-        for name in ("grid_hw", "num_slots"):
-            if name in values:
-                values[name] = tuple(int(v) for v in values[name])
-        if isinstance(values.get("decoder"), dict):
-            values["decoder"] = DecoderConfig(**values["decoder"])
-        return cls(**values)
-
 
 _MODEL_CARD = """---
 {{ card_data }}

@@ -16,8 +16,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.decoder import DecoderConfig, Visible
-from ocvtp.slots.network import NetworkSizes, OCPruner
+from ocvtp.slots.network import OCPruner
 from ocvtp.structures import Needs, VisualTokens
 
 Normalization = Literal["mean1", "sum1", "none"]

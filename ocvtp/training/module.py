@@ -19,8 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.slots.attention import slot_winners
+from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
 from ocvtp.slots.matching import slot_choices
-from ocvtp.slots.network import NetworkSizes, OCPruner, OCPrunerConfig
+from ocvtp.slots.network import OCPruner
 from ocvtp.slots.objectives import Objective, Outcome, SlotsObjective
 from ocvtp.structures import VisualTokens
 from ocvtp.training.metrics import (

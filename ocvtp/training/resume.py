@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.slots.artifact import explained
-from ocvtp.slots.network import NetworkSizes, OCPrunerConfig
+from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
 from ocvtp.slots.tensor_file import load_tensors
 from ocvtp.training.module import CHECKPOINT_KEY, OCPrunerModule
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from ocvtp import OCPruner, build_pruner
 from ocvtp.encoders.tiles import TiledEncoder
 from ocvtp.hosts.loading import load_model
-from ocvtp.slots.network import OCPrunerConfig
+from ocvtp.slots.config import OCPrunerConfig
 
 SIZES = [(90, 140), (300, 101), (64, 64)]  # heights and widths
 WORDS = "<image>\nWhat is in the picture?"
