@@ -99,7 +99,8 @@ def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -
     from ocvtp.hosts.whole_prompt import CriteriaOfCallers, ProcessorsOfCallers
 
     is_criteria = isinstance(merged, StoppingCriteriaList)
-    return (CriteriaOfCallers if is_criteria else ProcessorsOfCallers)(merged, callers)
+    kind = CriteriaOfCallers if is_criteria else ProcessorsOfCallers
+    return kind(merged, callers.shown, callers.has)
 
 
 def _with_assistant(kwargs: dict[str, Any]) -> dict[str, Any]:

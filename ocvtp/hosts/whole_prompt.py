@@ -5,13 +5,16 @@ B rows of the batch, L' + n tokens of the short prompt and the answer, V tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from ocvtp.hosts.callers import Callers
+from ocvtp.hosts.generation import Shown
+
+IsCallers = Callable[[Any], bool]
 
 
 class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
@@ -19,18 +22,19 @@ class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
 
     Args:
         items: in their order.
-        callers: which of them are the caller's.
+        shown: the prompt that the caller's read.
+        is_callers: which they are.
     """
 
-    def __init__(self, items: Any, callers: Callers) -> None:
+    def __init__(self, items: Any, shown: Shown, is_callers: IsCallers) -> None:
         super().__init__(items)
-        self.callers = callers
+        self.shown, self.is_callers = shown, is_callers
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """[B, V] the scores, after all processors saw [B, L' + n] `input_ids`, or the caller's."""
-        whole = self.callers.shown.lengthen(input_ids)
+        whole = self.shown.lengthen(input_ids)
         for item in self:
-            ids = whole if self.callers.has(item) else input_ids
+            ids = whole if self.is_callers(item) else input_ids
             scores = LogitsProcessorList([item])(ids, scores, **kwargs)
         return scores
 
@@ -38,16 +42,16 @@ class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
 class CriteriaOfCallers(StoppingCriteriaList):  # type: ignore[misc]
     """The same of stopping criteria."""
 
-    def __init__(self, items: Any, callers: Callers) -> None:
+    def __init__(self, items: Any, shown: Shown, is_callers: IsCallers) -> None:
         super().__init__(items)
-        self.callers = callers
+        self.shown, self.is_callers = shown, is_callers
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """[B] bool, whether one of them stops at [B, L' + n] `input_ids`, or the caller's."""
-        whole = self.callers.shown.lengthen(input_ids)
+        whole = self.shown.lengthen(input_ids)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for item in self:
-            ids = whole if self.callers.has(item) else input_ids
+            ids = whole if self.is_callers(item) else input_ids
             done = done | StoppingCriteriaList([item])(ids, scores, **kwargs)
         return done
 
@@ -56,6 +60,6 @@ class CriteriaOfCallers(StoppingCriteriaList):  # type: ignore[misc]
         """Of the short prompt and the answer."""
         for item in self:
             if isinstance(item, MaxLengthCriteria):
-                lost = self.callers.shown.lost if self.callers.has(item) else 0
+                lost = self.shown.lost if self.is_callers(item) else 0
                 return int(item.max_length) - lost
         return None

@@ -222,11 +222,13 @@ def test_criteria_report_the_length_of_what_generate_reads() -> None:
     own, given = MaxLengthCriteria(20), MaxLengthCriteria(30)
     shown = Shown(torch.zeros(1, 16, dtype=torch.long), 5)
     for item, length in ((own, 20), (given, 30 - 11)):
-        criteria = CriteriaOfCallers([EosTokenCriteria(2), item], Callers([given], shown))
+        criteria = CriteriaOfCallers(
+            [EosTokenCriteria(2), item], shown, Callers([given], shown).has
+        )
         assert criteria.max_length == length
         for num_new, stops in ((length - 6, False), (length - 5, True)):
             assert criteria(torch.ones(1, 5 + num_new, dtype=torch.long), None).tolist() == [stops]
-    assert CriteriaOfCallers([], Callers([given], shown)).max_length is None
+    assert CriteriaOfCallers([], shown, Callers([given], shown).has).max_length is None
 
 
 def test_processors_that_generate_does_not_merge_are_refused(
