@@ -48,7 +48,7 @@ def test_patches_are_those_of_the_processor():
 @pytest.mark.parametrize("layer", [0, 2, 5, -2])
 def test_tokens_are_those_that_the_host_shows(model_and_processor, folder, layer):
     """A square image through the encoder, cut, and through the whole model with a pruner."""
-    from ocvtp.hosts.attach import find_host
+    from ocvtp.hosts.registry import find_host
 
     model, _ = model_and_processor
     encoder = QwenEncoder(folder, layer=layer, image_size=140).load(Needs(hidden=(layer,)))
@@ -98,7 +98,7 @@ def test_images_keep_their_shape_as_the_processor_makes_them():
 
 
 def test_a_batch_of_any_grids_is_what_the_host_shows(model_and_processor, folder):
-    from ocvtp.hosts.attach import find_host
+    from ocvtp.hosts.registry import find_host
 
     model, _ = model_and_processor
     needs = Needs(hidden=(3, 5))

@@ -12,9 +12,9 @@ from transformers import LlavaNextImageProcessor
 from ocvtp import Needs
 from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.encoders.tiles import TiledEncoder
-from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.registry import find_host
 
 TINY = "random:tiny"
 SIZES = [(90, 140), (300, 101), (64, 64), (40, 260), (97, 9)]  # heights and widths

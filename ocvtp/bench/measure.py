@@ -27,7 +27,7 @@ from ocvtp.bench.memory import (
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.attach import find_host
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.transformers_names import cache_of
 

@@ -25,8 +25,8 @@ from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.checks import refuse_beyond_all
+from ocvtp.hosts.registry import find_host
 from ocvtp.progress import progress_bar
 
 SCHEMA = 1

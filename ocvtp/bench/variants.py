@@ -19,7 +19,8 @@ from ocvtp.evaluation.conditions import (
     random_network,
 )
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.savings import Savings
 from ocvtp.pruners import Compose, Pruner

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ocvtp.commands import options, output
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner

@@ -17,11 +17,12 @@ from torch import Tensor
 from ocvtp.commands import options
 from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Encoded, Host, Tiling
 from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.reading import make_reader
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt, look
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner

@@ -26,9 +26,10 @@ from tqdm import tqdm
 from ocvtp.evaluation.lmms_prompts import Asked, ask
 from ocvtp.evaluation.lmms_settings import GenerationArgs, ModelArgs
 from ocvtp.evaluation.runner import visual_token_counts
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
 from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.pruners import Pruner
 

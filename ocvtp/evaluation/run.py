@@ -26,8 +26,9 @@ from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import Subject, run, shared_settings
 from ocvtp.evaluation.tasks import Record, Task, TokenTask
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
 from ocvtp.hosts.checks import refuse_beyond_all
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPruner, OCPrunerConfig

@@ -22,7 +22,8 @@ from ocvtp.evaluation.cells import at_pixels, source_pixels
 from ocvtp.evaluation.conditions import Condition, Place, content_hash
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks import Item, Record, Task, TokenTask
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.templates import with_template

@@ -15,6 +15,7 @@ from torch import Tensor
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.later_rows import LaterRows
 from ocvtp.hosts.looking import Encode, encode_anew
+from ocvtp.hosts.registry import check, find_host
 from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
@@ -100,8 +101,6 @@ class SharedEncodings:
         Raises:
             ValueError: if the model is not supported.
         """
-        from ocvtp.hosts.attach import check, find_host  # attach knows this file
-
         host = find_host(model)
         unions: list[Needs] = []
         for pruner in pruners:

@@ -15,7 +15,8 @@ from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selection import ascending, fill_up
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.choosing import Choice, check_choice, choose, layers_read
+from ocvtp.slots.choosing import choose
+from ocvtp.slots.config import Choice, check_choice, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 

@@ -17,8 +17,9 @@ from ocvtp.encoders.clip import ProcessorTransform, plain_processor
 from ocvtp.evaluation.cells import cells_on, source_pixels
 from ocvtp.evaluation.coverage import CoverageTask
 from ocvtp.evaluation.kept_tokens import kept_cells, nearest_kept, unrestored
-from ocvtp.hosts.attach import attached, find_host
+from ocvtp.hosts.attach import attached
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner, build_pruner
 from ocvtp.structures import Selection

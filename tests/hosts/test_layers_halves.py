@@ -19,8 +19,8 @@ from tiny_models import random_model
 from torch import Tensor
 
 from ocvtp import Chain, Compose, build_pruner
-from ocvtp.hosts.attach import find_host
 from ocvtp.hosts.layer_scores import turn
+from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 
 ONE = [(6, IMG, 4)]

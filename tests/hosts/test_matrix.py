@@ -14,7 +14,7 @@ from matrix.features import FEATURES, SLOW
 from matrix.supplies import SUPPLIES, check_supply
 
 from benchmarks import hosts, table
-from ocvtp.hosts.attach import HOSTS
+from ocvtp.hosts.registry import HOSTS
 
 Record = Callable[[str, Any], None]
 FEATURE_PARAMS = [

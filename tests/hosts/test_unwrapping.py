@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ocvtp import Pruner, attach
-from ocvtp.hosts.attach import find_host, unwrap
+from ocvtp.hosts.registry import find_host, unwrap
 from ocvtp.hosts.sharing import SharedEncodings
 
 pytestmark = pytest.mark.usefixtures("untouched")
