@@ -19,9 +19,9 @@ import ocvtp
 from ocvtp.data.scenes import draw_scene
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.templates import with_template
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.checks import check_pruner
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import top_k
 
 
 @register("contrast")

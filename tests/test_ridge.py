@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ocvtp.ops.ridge import greedy_ridge, ridge_error, straight_through, token_weights
 from ocvtp.slots.kept import cross_entropy
 from ocvtp.slots.matching import (
     greedy_pairs,
@@ -14,7 +15,6 @@ from ocvtp.slots.matching import (
     token_shares,
     tokens_of_slots,
 )
-from ocvtp.slots.ridge import greedy_ridge, ridge_error, straight_through, token_weights
 from ocvtp.slots.statistics import FLOOR, FeatureStatistics, Moments, centred, standardized
 from ocvtp.structures import VisualTokens, take
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.rewrite import Prompt
-from ocvtp.hosts.views import left_over
-from ocvtp.pruners.similarity import full, unit
-from ocvtp.slots.ridge import ridge_error
+from ocvtp.ops.ridge import ridge_error
+from ocvtp.ops.similarity import full, unit
+from ocvtp.ops.token_views import left_over
 from ocvtp.slots.statistics import standardized
 from ocvtp.structures import Needs, take
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import Selection, VisualTokens
 
 LEAST_COVER = 0.22

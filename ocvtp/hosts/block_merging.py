@@ -18,7 +18,7 @@ from ocvtp.encoders import taps
 from ocvtp.encoders.hooks import Hook, after, before
 from ocvtp.encoders.rows import Rows
 from ocvtp.hosts.tower_run import Step, leave_block, step_of
-from ocvtp.pruners.bipartite import first_places, means
+from ocvtp.ops.bipartite import first_places, means
 from ocvtp.pruners.in_blocks import BlockMerger
 
 

@@ -18,7 +18,7 @@ from ocvtp.encoders import taps
 from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost
-from ocvtp.hosts.views import seen_of_tiles
+from ocvtp.ops.token_views import seen_of_tiles
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
-from ocvtp.hosts.views import counted, left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.ops.token_views import counted, left_over, numbers_of_rows, seen_of_tiles
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 
 

@@ -18,7 +18,7 @@ from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.token_map import TokenMap, newline_of
-from ocvtp.hosts.views import numbers_of_rows, seen_of_tiles
+from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 from ocvtp.transformers_names import count_tiles

@@ -25,7 +25,7 @@ from ocvtp.encoders.rows import Rows
 from ocvtp.hosts.block_merging import BlockMerging
 from ocvtp.hosts.pixels import PixelScale, patches
 from ocvtp.hosts.tower_run import CARRIER, RUN, Step, TowerRun, attend, hand_to_blocks, running
-from ocvtp.hosts.views import counted, left_over, seen_of_tiles
+from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.in_blocks import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.views import left_over
+from ocvtp.ops.token_views import left_over
 
 
 @dataclass(frozen=True)

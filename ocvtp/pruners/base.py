@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from ocvtp.lazy import bound
+from ocvtp.ops.merging import keep_all, keep_short_images
 from ocvtp.pruners.budgets import check_count, check_share
-from ocvtp.pruners.merging import keep_all, keep_short_images
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control", "yours"]

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ocvtp.ops.diversity import dpp_map
+from ocvtp.ops.prompt_text import clip_parts
+from ocvtp.ops.selection import ascending
+from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.diversity import dpp_map
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
-from ocvtp.pruners.similarity import unit
-from ocvtp.pruners.text import clip_parts
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

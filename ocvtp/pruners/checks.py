@@ -181,7 +181,7 @@ def _check_budget(
         if not bool((some.diff() > 0).all()) or not counts[: len(some)].all():
             raise _Broken(
                 f"image {image} keeps {some.tolist()}; return unique ascending indices, those that"
-                " count first (`ocvtp.pruners.selection.ascending` does it)."
+                " count first (`ocvtp.ops.selection.ascending` does it)."
             )
         if some.min() < 0 or some.max() >= tokens.num_tokens or not real[image][some].all():
             raise _Broken(f"image {image} keeps padding, or what is no token: {some.tolist()}.")

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import descending, mask_of, ranks
+from ocvtp.ops.similarity import full, row, unit
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import descending, mask_of, ranks
-from ocvtp.pruners.similarity import full, row, unit
 from ocvtp.structures import LayerTokens, Selection, VisualTokens
 
 

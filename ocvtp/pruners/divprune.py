@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ocvtp.ops.diversity import cosine, spread
+from ocvtp.ops.selection import ascending
+from ocvtp.ops.similarity import nearest_other, unit
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.diversity import cosine, spread
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
-from ocvtp.pruners.similarity import nearest_other, unit
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import ascending, descending, ranks, top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, descending, ranks, top_k
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

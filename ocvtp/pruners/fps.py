@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.diversity import spread
+from ocvtp.ops.selection import ascending
+from ocvtp.ops.similarity import full, row
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.diversity import spread
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
-from ocvtp.pruners.similarity import full, row
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.prompt_text import last_text
+from ocvtp.ops.selection import ascending, descending, ranks
+from ocvtp.ops.similarity import row, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, descending, ranks
-from ocvtp.pruners.similarity import row, unit
-from ocvtp.pruners.text import last_text
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import descending, fill_up, ranks
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import descending, fill_up, ranks
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -11,10 +11,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import fill_up, spaced
+from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import fill_up, spaced
-from ocvtp.pruners.similarity import full
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean, keep_all
+from ocvtp.ops.quotas import keep_in_clusters
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.clustering import density_peaks
 from ocvtp.pruners.halves import LaterHalf, inside, of_tower
 from ocvtp.pruners.layered import LayerNeeds, LayerStage, to_average
-from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean, keep_all
-from ocvtp.pruners.quotas import keep_in_clusters
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 _KEPT = (35, 26, 19)

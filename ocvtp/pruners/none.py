@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ocvtp.ops.merging import keep_all
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.merging import keep_all
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Selection, VisualTokens
 

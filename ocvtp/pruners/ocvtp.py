@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ocvtp import slots
+from ocvtp.ops.selection import ascending, fill_up
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, fill_up
 from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.choosing import choose
 from ocvtp.slots.config import Choice, check_choice, layers_read

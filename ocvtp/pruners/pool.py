@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.merging import merged
+from ocvtp.ops.selection import fill_up, mask_of
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.merging import merged
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import fill_up, mask_of
 from ocvtp.structures import Selection, VisualTokens
 
 

@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.merging import kept_and_rest, merged
+from ocvtp.ops.selection import count_outliers, descending
+from ocvtp.ops.similarity import full, unit
 from ocvtp.pruners.base import AdaptivePruner, Status
-from ocvtp.pruners.merging import kept_and_rest, merged
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import count_outliers, descending
-from ocvtp.pruners.similarity import full, unit
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import descending, ranks, spaced
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.prumerge import PruMerge
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import descending, ranks, spaced
 
 
 @register("prumerge_plus")

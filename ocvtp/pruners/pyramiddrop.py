@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import NamedSettings, Status
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import Selection, VisualTokens
 
 _SHARES = (0.5, 0.25, 0.125)

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import Selection, VisualTokens
 
 

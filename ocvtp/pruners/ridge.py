@@ -11,11 +11,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from ocvtp import slots
+from ocvtp.ops.ridge import WeightKind, greedy_ridge, token_weights, weight_attention
+from ocvtp.ops.selection import ascending
+from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
-from ocvtp.pruners.similarity import full
-from ocvtp.slots.ridge import WeightKind, greedy_ridge, token_weights, weight_attention
 from ocvtp.slots.statistics import FeatureStatistics, centred, standardized
 from ocvtp.structures import Needs, Selection, VisualTokens
 

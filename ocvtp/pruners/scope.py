@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
+from ocvtp.ops.selection import ascending
+from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending
-from ocvtp.pruners.similarity import unit
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 

@@ -11,13 +11,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.merging import merge_rows, merged
+from ocvtp.ops.selection import descending
+from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import NamedSettings, Status
-from ocvtp.pruners.clustering import density_peaks
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
-from ocvtp.pruners.merging import merge_rows, merged
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import descending
-from ocvtp.pruners.similarity import full
 from ocvtp.structures import LayerTokens, Selection, VisualTokens, take
 
 _LAYERS = (3, 7, 16)

@@ -12,8 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.base import Status
-from ocvtp.pruners.bipartite import (
+from ocvtp.ops.bipartite import (
     MergeSpec,
     even_schedule,
     first_places,
@@ -21,8 +20,9 @@ from ocvtp.pruners.bipartite import (
     merge_down,
     parse_r,
 )
+from ocvtp.ops.merging import head_mean, merge_rows, merged
+from ocvtp.pruners.base import Status
 from ocvtp.pruners.in_blocks import BlockMerger
-from ocvtp.pruners.merging import head_mean, merge_rows, merged
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 

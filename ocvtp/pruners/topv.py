@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import top_k
+from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.halves import inside, tower_places
 from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import top_k
-from ocvtp.pruners.similarity import full
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens
 
 

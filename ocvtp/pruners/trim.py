@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.merging import kept_and_rest, merged
+from ocvtp.ops.prompt_text import clip_parts
+from ocvtp.ops.selection import count_outliers, descending, ranks
+from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import AdaptivePruner, Status
-from ocvtp.pruners.merging import kept_and_rest, merged
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import count_outliers, descending, ranks
-from ocvtp.pruners.similarity import full
-from ocvtp.pruners.text import clip_parts
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.diversity import cosine, spread
+from ocvtp.ops.prompt_text import mean_squared_distance
+from ocvtp.ops.selection import ascending, descending, ranks
+from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.diversity import cosine, spread
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, descending, ranks
-from ocvtp.pruners.similarity import unit
-from ocvtp.pruners.text import mean_squared_distance
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 

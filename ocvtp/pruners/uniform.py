@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ocvtp.ops.selection import spaced
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import spaced
 from ocvtp.structures import Selection, VisualTokens
 
 

@@ -11,13 +11,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.merging import merge_rows, merged
+from ocvtp.ops.selection import descending, mask_of, ranks, top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VFlowOptLater
-from ocvtp.pruners.merging import merge_rows, merged
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import descending, mask_of, ranks, top_k
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 

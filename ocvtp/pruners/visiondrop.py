@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs, check_count
 from ocvtp.pruners.halves import FirstHalf, later_settings
 from ocvtp.pruners.later_halves import VisionDropLater
-from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.budgets import check_count
-from ocvtp.pruners.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.patch_colours import groups, histograms, redundant, sparing_order
+from ocvtp.ops.selection import ascending, descending, top_k
 from ocvtp.pruners.base import AdaptivePruner, Status
-from ocvtp.pruners.colours import groups, histograms, redundant, sparing_order
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, descending, top_k
 from ocvtp.structures import Selection, Stage, VisualTokens
 
 

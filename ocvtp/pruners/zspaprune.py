@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import torch
 
+from ocvtp.ops.diversity import cosine, spread_from
+from ocvtp.ops.prompt_text import text_mean
+from ocvtp.ops.selection import ascending, descending
+from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.diversity import cosine, spread_from
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selection import ascending, descending
-from ocvtp.pruners.similarity import unit
-from ocvtp.pruners.text import text_mean
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 

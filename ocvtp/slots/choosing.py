@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ocvtp.ops.ridge import greedy_ridge
 from ocvtp.slots.config import Choice
 from ocvtp.slots.matching import one_to_one, token_shares
 from ocvtp.slots.network import OCPruner
-from ocvtp.slots.ridge import greedy_ridge
 from ocvtp.slots.statistics import centred
 from ocvtp.structures import VisualTokens, take
 

@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.slots.config import NetworkSizes
-from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
-from ocvtp.slots.network import OCPruner
-from ocvtp.slots.objectives import Objective, Outcome
-from ocvtp.slots.ridge import (
+from ocvtp.ops.ridge import (
     WeightKind,
     greedy_ridge,
     ridge_error,
@@ -21,6 +17,10 @@ from ocvtp.slots.ridge import (
     token_weights,
     weight_attention,
 )
+from ocvtp.slots.config import NetworkSizes
+from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
+from ocvtp.slots.network import OCPruner
+from ocvtp.slots.objectives import Objective, Outcome
 from ocvtp.slots.statistics import centred
 from ocvtp.structures import Needs, VisualTokens
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp import Selection, VisualTokens, build_pruner
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import LayerTokens
 
 ONE = [(5, IMG, 4)]

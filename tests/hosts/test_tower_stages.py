@@ -30,7 +30,7 @@ import ocvtp
 from ocvtp import Compose, OCPruner, VisualTokens, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.pixels import scale_of
-from ocvtp.pruners.bipartite import even_schedule
+from ocvtp.ops.bipartite import even_schedule
 from ocvtp.slots import OCPrunerConfig
 
 pytestmark = pytest.mark.usefixtures("untouched")

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import ocvtp
+from ocvtp.ops.selection import top_k
 from ocvtp.pruners import Pruner, pruner_class
 from ocvtp.pruners.checks import check_pruner, random_tokens
-from ocvtp.pruners.selection import top_k
 from ocvtp.structures import STAGES, Needs, Selection
 
 APART = {"ocvtp", "none", "pool"}  # takes a network; keeps all; has the cells of the padded grid

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.selection import fill_up, top_k
+from ocvtp.ops.selection import fill_up, top_k
 from ocvtp.slots.attention import slot_winners
 from ocvtp.structures import VisualTokens
 

@@ -13,10 +13,10 @@ from torch.nn.functional import adaptive_avg_pool2d, normalize
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.diversity import dpp_map
-from ocvtp.pruners.merging import contextual_share, kept_and_rest
-from ocvtp.pruners.selection import count_outliers, spaced
-from ocvtp.pruners.similarity import nearest_other, unit
+from ocvtp.ops.diversity import dpp_map
+from ocvtp.ops.merging import contextual_share, kept_and_rest
+from ocvtp.ops.selection import count_outliers, spaced
+from ocvtp.ops.similarity import nearest_other, unit
 from ocvtp.structures import VisualTokens
 
 GRID = (5, 7)  # 35 tokens: odd

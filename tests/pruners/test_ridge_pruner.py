@@ -9,9 +9,9 @@ import torch
 from test_contract import WIDTH, image, make_tokens
 
 import ocvtp
+from ocvtp.ops.ridge import ridge_error
 from ocvtp.pruners.catalog import entry
 from ocvtp.slots import OCPruner, OCPrunerConfig
-from ocvtp.slots.ridge import ridge_error
 from ocvtp.slots.statistics import FLOOR, FeatureStatistics, standardized
 from ocvtp.structures import Needs, VisualTokens, take
 

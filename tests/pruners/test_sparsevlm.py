@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.hosts.base import merge
-from ocvtp.pruners.clustering import density_peaks
+from ocvtp.ops.clustering import density_peaks
 from ocvtp.pruners.layered import LayerStage
 from ocvtp.structures import LayerTokens, VisualTokens, take
 

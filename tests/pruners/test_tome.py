@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.encoders.rows import Rows
-from ocvtp.pruners.bipartite import even_schedule, first_places, match, means, parse_r, sums
+from ocvtp.ops.bipartite import even_schedule, first_places, match, means, parse_r, sums
 from ocvtp.structures import VisualTokens
 
 

@@ -9,11 +9,11 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.clustering import density_peaks
+from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.merging import head_mean
+from ocvtp.ops.quotas import keep_in_clusters, shared_out
 from ocvtp.pruners.halves import of_tower, tower_places
 from ocvtp.pruners.layered import LayerStage
-from ocvtp.pruners.merging import head_mean
-from ocvtp.pruners.quotas import keep_in_clusters, shared_out
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
 
 OFFSET = 7

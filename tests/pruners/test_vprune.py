@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.colours import chi_square, cosine, histograms, sparing_order
+from ocvtp.ops.patch_colours import chi_square, cosine, histograms, sparing_order
 from ocvtp.structures import VisualTokens
 
 SIDE = 4  # pixels of a patch

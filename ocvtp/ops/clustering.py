@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.selection import descending, ranks
-from ocvtp.pruners.similarity import full
+from ocvtp.ops.selection import descending, ranks
+from ocvtp.ops.similarity import full
 from ocvtp.structures import take
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.merging import merge_rows, merged
-from ocvtp.pruners.selection import descending, ranks
+from ocvtp.ops.merging import merge_rows, merged
+from ocvtp.ops.selection import descending, ranks
 from ocvtp.structures import Selection
 
 

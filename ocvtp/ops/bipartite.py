@@ -13,8 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.selection import descending, ranks
-from ocvtp.pruners.similarity import full, unit
+from ocvtp.ops.selection import descending, ranks
+from ocvtp.ops.similarity import full, unit
 
 MergeSpec: TypeAlias = int | Sequence[int] | tuple[int, float]
 """How many tokens each block merges: one number for all; one for each; or `(r, inflect)`, r on

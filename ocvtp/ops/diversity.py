@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.similarity import row
+from ocvtp.ops.similarity import row
 
 _OUTSIDE = 1e30  # more similar than any candidate, less than a chosen token
 

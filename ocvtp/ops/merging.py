@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.selection import ascending, descending, mask_of, ranks
-from ocvtp.pruners.similarity import full, unit
+from ocvtp.ops.selection import ascending, descending, mask_of, ranks
+from ocvtp.ops.similarity import full, unit
 from ocvtp.structures import Selection, VisualTokens, take
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.similarity import full
+from ocvtp.ops.similarity import full
 from ocvtp.structures import VisualTokens, take
 
 

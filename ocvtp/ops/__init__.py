@@ -1,0 +1,1 @@
+"""Pure tensor cores that methods, losses and hosts share: tensors in, tensors out."""
