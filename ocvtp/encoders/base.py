@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.data.coco import ImageTransform
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import put
 from ocvtp.structures import Layout, Needs, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import put
 
 DType = Literal["float32", "bfloat16", "float16"]
 

@@ -20,9 +20,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.shipped import find_folder
+from ocvtp.towers import taps
 
 _FAMILIES = ("clip_vision_model", "siglip_vision_model")
 

@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedConfig
 
-from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.encoders.clip import ProcessorTransform
-from ocvtp.encoders.windows import Units, window_order
 from ocvtp.structures import Needs, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.windows import Units, window_order
 from ocvtp.transformers_names import qwen_image_size, qwen_vision_tower
 
 RANDOM_TOWERS: dict[str, dict[str, Any]] = {

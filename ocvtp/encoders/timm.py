@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
 from ocvtp.encoders.base import DType, FrozenEncoder
+from ocvtp.towers import taps
 
 
 class TimmEncoder(FrozenEncoder):

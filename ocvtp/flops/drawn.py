@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.windows import segment_means
 from ocvtp.flops import operations
 from ocvtp.flops.formulas import linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
 from ocvtp.flops.towers import BlockRows, window_lengths
 from ocvtp.pruners.layered import LayerNeeds, LayerPruner
 from ocvtp.structures import AttentionKey, LayerTokens, Needs, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.windows import segment_means
 
 _T = TypeVar("_T")
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ocvtp.encoders import taps
 from ocvtp.flops import drawn, towers
 from ocvtp.flops.drawn import Draw, counted
 from ocvtp.flops.formulas import linear
@@ -23,6 +22,7 @@ from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.in_blocks import BlockMerger
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.towers import taps
 
 
 @dataclass

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import callers, calls, inner, layers
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
@@ -33,6 +32,7 @@ from ocvtp.hosts.wrapping import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import Needs
+from ocvtp.towers.hooks import Hook
 from ocvtp.transformers_names import MERGE_PROCESSORS, warn_if_untested
 
 

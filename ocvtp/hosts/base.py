@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
-from ocvtp.encoders.hooks import Hook, Removable, is_compiled, put
 from ocvtp.hosts.later_rows import Rows
 from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
+from ocvtp.towers.hooks import Hook, Removable, is_compiled, put
 
 
 @dataclass(frozen=True)

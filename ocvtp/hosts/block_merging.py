@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook, after, before
-from ocvtp.encoders.rows import Rows
 from ocvtp.hosts.tower_run import Step, leave_block, step_of
 from ocvtp.ops.bipartite import first_places, means
 from ocvtp.pruners.in_blocks import BlockMerger
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.rows import Rows
 
 
 @dataclass(frozen=True)

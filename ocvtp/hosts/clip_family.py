@@ -14,8 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook, is_compiled
 from ocvtp.hosts import read_images, unread
 from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
 from ocvtp.hosts.later_rows import LaterRows, Rows
@@ -24,6 +22,8 @@ from ocvtp.hosts.pixels import scale_of
 from ocvtp.hosts.templates import find_processor
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook, is_compiled
 
 
 @dataclass(frozen=True, kw_only=True)

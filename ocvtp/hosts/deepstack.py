@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ocvtp.encoders.hooks import Hook, before
+from ocvtp.towers.hooks import Hook, before
 
 
 @dataclass(frozen=True)

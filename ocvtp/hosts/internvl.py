@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost
 from ocvtp.ops.token_views import seen_of_tiles
 from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook
 
 
 @dataclass(frozen=True, kw_only=True)

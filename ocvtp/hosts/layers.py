@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.encoders.hooks import Hook, after, before, is_compiled
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
 from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place
 from ocvtp.pruners.layered import LayerPruner
 from ocvtp.structures import take
+from ocvtp.towers.hooks import Hook, after, before, is_compiled
 from ocvtp.transformers_names import cache_in, is_checkpointed
 
 _ON_CACHE = "_ocvtp_layers"

@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook, after, before
-from ocvtp.encoders.rows import Rows
 from ocvtp.hosts.block_merging import BlockMerging
 from ocvtp.hosts.pixels import PixelScale, patches
 from ocvtp.hosts.tower_run import CARRIER, RUN, Step, TowerRun, attend, hand_to_blocks, running
@@ -29,6 +26,9 @@ from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.in_blocks import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.rows import Rows
 from ocvtp.transformers_names import is_checkpointed
 
 

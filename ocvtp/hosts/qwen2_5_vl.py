@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ocvtp.encoders.windows import window_order
 from ocvtp.hosts.qwen_family import QwenHost
+from ocvtp.towers.windows import window_order
 
 
 class Qwen25VLHost(QwenHost):

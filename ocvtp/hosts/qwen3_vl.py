@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts import deepstack
 from ocvtp.hosts.qwen_family import QwenHost
 from ocvtp.structures import Needs
+from ocvtp.towers.hooks import Hook
 
 
 class Qwen3VLHost(QwenHost):

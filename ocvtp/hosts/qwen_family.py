@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook
-from ocvtp.encoders.windows import Units, segment_means
 from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook
+from ocvtp.towers.windows import Units, segment_means
 from ocvtp.transformers_names import rotate_patches
 
 _NO_GRID = (0, 0)

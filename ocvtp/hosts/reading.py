@@ -17,8 +17,8 @@ from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.clip_text import ClipText, TextTower, load_clip_text
 from ocvtp.hosts.prompts import Prompts, embed_words
 from ocvtp.hosts.templates import find_processor
-from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.structures import Needs
+from ocvtp.towers.uncompiled import uncompiled
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.later_rows import LaterRows
 from ocvtp.hosts.looking import Encode, encode_anew
 from ocvtp.hosts.registry import check, find_host
-from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
+from ocvtp.towers.uncompiled import uncompiled
 
 _IN_TOWER = ("pixels", "encoder")
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ocvtp.encoders.hooks import Hook, Removable
-from ocvtp.hosts.uncompiled import uncompiled
 from ocvtp.hosts.wrapping import Wrapped, has_methods
+from ocvtp.towers.hooks import Hook, Removable
+from ocvtp.towers.uncompiled import uncompiled
 
 _HOOKS = (
     "_forward_hooks",

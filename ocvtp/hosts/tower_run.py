@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.rows import Rows
+from ocvtp.towers import taps
+from ocvtp.towers.rows import Rows
 
 RUN = "tower_run"
 CARRIER = "ocvtp_tower_run"

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
-from ocvtp.encoders.hooks import Hook
 from ocvtp.hosts.wrapping import Original, Wrapped
 from ocvtp.structures import Needs
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook
 
 _FIRST_UNREAD = "first unread half"
 _WIDTH = "width of what is projected later"

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.encoders.taps import resolve
 from ocvtp.hosts.clip_family import ClipFamilyHost
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
 from ocvtp.pruners.specs import parse_spec
 from ocvtp.structures import AttentionKind, Needs, Stage
+from ocvtp.towers.taps import resolve
 
 KEY = "ocvtp"
 """Of the model's configuration, where the settings are."""

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ocvtp.encoders import taps
 from ocvtp.serving.plan import ServedTower
 from ocvtp.structures import Needs, VisualTokens
+from ocvtp.towers import taps
 
 
 def see(

@@ -18,10 +18,10 @@ from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
-from ocvtp.encoders.hooks import put
 from ocvtp.hosts.layer_plan import plan_layers
 from ocvtp.hosts.layers import hooks, reading
 from ocvtp.slots import OCPrunerConfig
+from ocvtp.towers.hooks import put
 
 ONE = [(6, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]

@@ -21,7 +21,7 @@ from reference import (
 from tiny_models import tiny_llava
 
 from ocvtp import Needs, VisualTokens, build_pruner
-from ocvtp.encoders import taps
+from ocvtp.towers import taps
 
 BLOCKS = (0, 3, 5, -1, -2, -6)
 pytestmark = pytest.mark.usefixtures("untouched")

@@ -14,7 +14,7 @@ from tiny_qwen import BATCH, ONE, SEVERAL, make_batch, single
 
 import ocvtp
 from ocvtp import Needs, Selection, VisualTokens, build_pruner
-from ocvtp.encoders.windows import window_order
+from ocvtp.towers.windows import window_order
 
 PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())

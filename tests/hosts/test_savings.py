@@ -22,12 +22,12 @@ from tiny_qwen import tiny_qwen
 from torch import Tensor
 
 from ocvtp import Needs, OCPruner, Pruner, attach, build_pruner
-from ocvtp.encoders import taps
 from ocvtp.hosts import find_host, unread
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.selecting import compiled
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
+from ocvtp.towers import taps
 
 NONE = Savings(cut_tower=False, project_kept=False)
 ROWS = [(5, IMG, 4), (3, IMG, 2, IMG, 6)]

@@ -10,8 +10,8 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.encoders.taps import attention_mean
 from ocvtp.structures import VisualTokens
+from ocvtp.towers.taps import attention_mean
 
 
 def select(name, tokens, **settings):

@@ -8,9 +8,9 @@ from tome_by_hand import naive_rows
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.encoders.rows import Rows
 from ocvtp.ops.bipartite import even_schedule, first_places, match, means, parse_r, sums
 from ocvtp.structures import VisualTokens
+from ocvtp.towers.rows import Rows
 
 
 @pytest.mark.parametrize(

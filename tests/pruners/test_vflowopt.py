@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.encoders.rows import Rows
-from ocvtp.encoders.taps import attention_mean
 from ocvtp.pruners.layered import LayerStage
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
+from ocvtp.towers.rows import Rows
+from ocvtp.towers.taps import attention_mean
 
 KEY = (-2, "global")
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ocvtp.encoders.hooks import Hook, after, before
-from ocvtp.encoders.recordings import Recording as Recording
-from ocvtp.encoders.recordings import current as current
-from ocvtp.encoders.recordings import recording as recording
-from ocvtp.encoders.rows import Rows
 from ocvtp.structures import AttentionKind, Needs
+from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.recordings import Recording as Recording
+from ocvtp.towers.recordings import current as current
+from ocvtp.towers.recordings import recording as recording
+from ocvtp.towers.rows import Rows
 
 _CHUNK_BYTES = 64 * 2**20  # of fp32 attention held at once
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocvtp.encoders.rows import Rows
+from ocvtp.towers.rows import Rows
 
 
 @dataclass

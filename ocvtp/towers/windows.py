@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ocvtp.encoders import taps
 from ocvtp.structures import AttentionKind
+from ocvtp.towers import taps
 
 
 class Units:

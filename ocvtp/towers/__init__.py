@@ -1,0 +1,1 @@
+"""Looking inside a vision tower: hooks, what they record, rows and windows of its tokens."""
