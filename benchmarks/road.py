@@ -26,8 +26,9 @@ from torch import Tensor
 import ocvtp
 from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
 from ocvtp.bench.marks import synchronize
-from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
+from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.hosts.loading import load_model
+from ocvtp.random_models.clip_config import random_tower, vision_config
 from ocvtp.slots import OCPruner
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.structures import Needs, VisualTokens

@@ -24,8 +24,8 @@ import torch
 
 import ocvtp
 from benchmarks.timing import environment, interleaved, medians_ms, write
-from ocvtp.encoders.clip import random_tower, vision_config
 from ocvtp.pruners import Pruner
+from ocvtp.random_models.clip_config import random_tower, vision_config
 from ocvtp.slots import OCPruner
 from ocvtp.structures import VisualTokens
 

@@ -26,9 +26,9 @@ from ocvtp.bench.figures import series
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
-from ocvtp.encoders.clip import vision_config
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.savings import Savings
+from ocvtp.random_models.clip_config import vision_config
 from ocvtp.slots import OCPruner
 
 TOWER = "random:clip-vit-large-patch14-336"

@@ -16,9 +16,10 @@ from transformers import (
     SiglipModel,
 )
 
-from ocvtp.encoders.clip import CLIPEncoder, random_tower, vision_config
+from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.encoders.timm import TimmEncoder
 from ocvtp.hosts.loading import load_model
+from ocvtp.random_models.clip_config import random_tower, vision_config
 from ocvtp.structures import Needs
 
 VISION = {

@@ -157,7 +157,7 @@ def test_refusals(settings, message):
 
 
 def test_a_processor_without_tiles_is_refused(tmp_path):
-    from ocvtp.encoders.clip import plain_processor
+    from ocvtp.random_models.clip_config import plain_processor
 
     plain_processor(96).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="CLIPImageProcessor.* does not cut images into tiles"):

@@ -89,7 +89,7 @@ def tiny_processor(chat_template: str | None = LLAVA_TEMPLATE) -> Any:
     """The processor of `tiny_llava`: a token for every character."""
     from transformers import LlavaProcessor
 
-    from ocvtp.encoders.clip import plain_processor
+    from ocvtp.random_models.clip_config import plain_processor
 
     vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": 2, "<unk>": 99, "<image>": IMAGE_TOKEN}
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}

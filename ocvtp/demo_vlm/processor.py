@@ -7,7 +7,7 @@ from typing import Any
 
 from ocvtp.data.questions import WORDS
 from ocvtp.demo_vlm.settings import ModelSettings
-from ocvtp.encoders.clip import plain_processor
+from ocvtp.random_models.clip_config import plain_processor
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 _WORDS = ("user", "assistant", ":", "?", ".", *WORDS)

@@ -12,91 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
-    CLIPImageProcessor,
-    PreTrainedConfig,
 )
 from transformers.utils import logging as hf_logging
 
 from ocvtp.encoders.base import DType, FrozenEncoder
+from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
 from ocvtp.shipped import find_folder
 from ocvtp.towers import taps
-
-_FAMILIES = ("clip_vision_model", "siglip_vision_model")
-
-RANDOM_TOWERS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "image_size": 96,
-        "patch_size": 8,
-        "projection_dim": 64,
-        "initializer_factor": 2.0,
-    },
-    "clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-}
-"""Towers with random weights, named `random:NAME`: for tests, demonstrations and timing."""
-
-
-def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
-    """Settings of a tower: of `random:NAME`, of a settings dictionary, a folder or a hub id.
-
-    Raises:
-        ValueError: if it is unknown, or not a CLIP or SigLIP tower.
-    """
-    if isinstance(tower, str) and tower.startswith("random:"):
-        name = tower.removeprefix("random:")
-        if name not in RANDOM_TOWERS:
-            raise ValueError(f"{tower!r} is unknown; random towers are {sorted(RANDOM_TOWERS)}.")
-        tower = RANDOM_TOWERS[name]
-    if isinstance(tower, dict):
-        settings = dict(tower)
-        kind = settings.pop("model_type", "clip_vision_model")
-        config = AutoConfig.for_model(kind, **settings)
-    else:
-        try:
-            config = AutoConfig.from_pretrained(find_folder(tower))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
-                f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
-            ) from error
-        config = getattr(config, "vision_config", config)
-    if config.model_type not in _FAMILIES:
-        raise ValueError(
-            f"tower={tower!r} is a {config.model_type}; pass one of {', '.join(_FAMILIES)}, or use"
-            " ocvtp.encoders.TimmEncoder."
-        )
-    return config
-
-
-def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
-    """A tower with random weights: the same for the same settings and seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        tower: nn.Module = AutoModel.from_config(config, attn_implementation="sdpa")
-    return tower
-
-
-def plain_processor(size: int) -> Any:
-    """CLIP's image processor for square images of `size` pixels."""
-    return CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
 
 
 class CLIPEncoder(FrozenEncoder):

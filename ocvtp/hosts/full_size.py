@@ -12,9 +12,9 @@ from typing import Any, get_args
 import torch
 
 from ocvtp.choices import FullSizeModel
-from ocvtp.encoders.clip import plain_processor, vision_config
 from ocvtp.hosts import random_llava, random_qwen
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models.clip_config import plain_processor, vision_config
 from ocvtp.shipped import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo-vlm"

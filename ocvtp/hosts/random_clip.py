@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from ocvtp.encoders.clip import random_tower, vision_config
 from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models.clip_config import random_tower, vision_config
 
 RANDOM_CLIPS = ("random:tiny",)
 

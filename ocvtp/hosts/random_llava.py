@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.encoders.clip import plain_processor, random_tower, vision_config
+from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
 
 SPECIAL_TOKENS = {"image_token": "<image>", "video_token": "<video>"}
 _CHAT_TEMPLATE = (

@@ -13,7 +13,7 @@ from tiny_models import tiny_processor
 from torch import Tensor
 
 from ocvtp.data.scenes import write_scenes
-from ocvtp.encoders.clip import ProcessorTransform, plain_processor
+from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.evaluation.cells import cells_on, source_pixels
 from ocvtp.evaluation.coverage import CoverageTask
 from ocvtp.evaluation.kept_tokens import kept_cells, nearest_kept, unrestored
@@ -22,6 +22,7 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner, build_pruner
+from ocvtp.random_models.clip_config import plain_processor
 from ocvtp.structures import Selection
 
 NAMES = [f"coverage/{size}" for size in ("small", "medium", "large", "all")]

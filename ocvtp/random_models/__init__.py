@@ -1,0 +1,1 @@
+"""Models with random weights: tiny ones of every family, and ones of full size."""
