@@ -330,7 +330,7 @@ def test_what_the_system_refuses_is_one_line(capsys, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device", str(tmp_path / "results.json"))
 
-    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", full)
+    monkeypatch.setattr("ocvtp.random_models.full_size.config_of", full)
     assert main(FLOPS) == 2
     assert the_error(capsys).startswith(f"{tmp_path / 'results.json'}: No space left on device")
 
@@ -351,7 +351,7 @@ def test_a_stopped_command_says_how_it_goes_on(
             raise wrapped("Error calling __set_name__ on 'Field'") from error
 
     monkeypatch.setattr("ocvtp.hosts.loading.byte_tokenizer", stop)
-    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", stop)
+    monkeypatch.setattr("ocvtp.random_models.full_size.config_of", stop)
     assert main([*words, "--output", str(tmp_path)]) == 130
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("ocvtp: stopped")
@@ -362,7 +362,7 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("ocvtp.hosts.full_size.config_of", fail)
+    monkeypatch.setattr("ocvtp.random_models.full_size.config_of", fail)
     with pytest.raises(ZeroDivisionError):
         main(FLOPS)
 

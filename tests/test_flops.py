@@ -10,7 +10,7 @@ import torch
 from ocvtp import Compose, build_pruner
 from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
-from ocvtp.hosts import full_size
+from ocvtp.random_models import full_size
 
 # model, convention -> visual tokens: 10^12 operations of the language model; from the papers
 PUBLISHED = {

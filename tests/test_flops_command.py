@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from ocvtp.cli import main
-from ocvtp.hosts.full_size import DEMO
+from ocvtp.random_models.full_size import DEMO
 
 PRUNER = DEMO.parent / "demo-pruner" / "0"
 

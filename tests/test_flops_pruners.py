@@ -12,10 +12,10 @@ from PIL import Image
 
 from ocvtp import Compose, attach, build_pruner
 from ocvtp.flops import count, operations
-from ocvtp.hosts import full_size
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import build_spec
+from ocvtp.random_models import full_size
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 # Raters are drawn, not read; and older versions of transformers make positions by a product.

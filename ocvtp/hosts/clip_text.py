@@ -159,7 +159,7 @@ def _known(tower: Any) -> tuple[Any, Any]:
 
 def _named(name: str, tower: Any) -> tuple[Any, Any]:
     if name.startswith("random:"):
-        from ocvtp.hosts.random_clip import random_clip
+        from ocvtp.random_models.tiny_clip import random_clip
 
         return random_clip(name)
     try:

@@ -8,19 +8,19 @@ from typing import Any, get_args
 import torch
 
 from ocvtp.choices import TinyModel
-from ocvtp.hosts import full_size, random_internvl, random_llava, random_qwen
-from ocvtp.hosts.random_tokenizer import byte_tokenizer
 from ocvtp.images import open_image as open_image  # to be found beside `load_model`
+from ocvtp.random_models import full_size, tiny_internvl, tiny_llava, tiny_qwen
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.shipped import find_folder
 
 _RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
-    "random:tiny-llava": (random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
-    "random:tiny-llava-next": (random_llava.tiny_llava_next, random_llava.SPECIAL_TOKENS),
-    "random:tiny-llava-onevision": (random_llava.tiny_onevision, random_llava.SPECIAL_TOKENS),
-    "random:tiny-internvl": (random_internvl.tiny_internvl, random_internvl.SPECIAL_TOKENS),
-    "random:tiny-qwen2-vl": (random_qwen.tiny_qwen2, random_qwen.SPECIAL_TOKENS),
-    "random:tiny-qwen2.5-vl": (random_qwen.tiny_qwen, random_qwen.SPECIAL_TOKENS),
-    "random:tiny-qwen3-vl": (random_qwen.tiny_qwen3, random_qwen.SPECIAL_TOKENS),
+    "random:tiny-llava": (tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS),
+    "random:tiny-llava-next": (tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS),
+    "random:tiny-llava-onevision": (tiny_llava.tiny_onevision, tiny_llava.SPECIAL_TOKENS),
+    "random:tiny-internvl": (tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS),
+    "random:tiny-qwen2-vl": (tiny_qwen.tiny_qwen2, tiny_qwen.SPECIAL_TOKENS),
+    "random:tiny-qwen2.5-vl": (tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS),
+    "random:tiny-qwen3-vl": (tiny_qwen.tiny_qwen3, tiny_qwen.SPECIAL_TOKENS),
 }
 RANDOM_MODELS = get_args(TinyModel)
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)

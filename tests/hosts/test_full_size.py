@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from ocvtp.hosts import full_size
 from ocvtp.hosts.loading import FULL_SIZE_MODELS, RANDOM_MODELS, load_config, load_model
+from ocvtp.random_models import full_size
 
 # parameters of the public checkpoints, as their safetensors index counts them
 PUBLISHED = {

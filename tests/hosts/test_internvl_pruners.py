@@ -25,8 +25,8 @@ import ocvtp
 from ocvtp import Needs, OCPruner, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.cli import main
 from ocvtp.hosts.prompts import Prompts
-from ocvtp.hosts.random_internvl import SPECIAL_TOKENS, tiny_internvl
-from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
+from ocvtp.random_models.tiny_internvl import SPECIAL_TOKENS, tiny_internvl
 from ocvtp.slots import OCPrunerConfig
 
 WORDS = ["what is it?", "how many are there, and where?"]

@@ -26,7 +26,7 @@ from torch import Tensor
 from ocvtp import Needs, Selection, attach
 from ocvtp.hosts import clip_text, find_host
 from ocvtp.hosts.loading import load_model
-from ocvtp.hosts.random_clip import random_clip
+from ocvtp.random_models.tiny_clip import random_clip
 
 CLIP = Needs(clip=True)
 LONG = "where are they? " * 12 + "who are they?"  # 205 characters

@@ -21,8 +21,8 @@ from ocvtp import OCPruner, Pruner, VisualTokens, build_pruner
 from ocvtp.cli import main
 from ocvtp.hosts import find_host
 from ocvtp.hosts.loading import RANDOM_MODELS
-from ocvtp.hosts.random_qwen import SPECIAL_TOKENS, tiny_qwen, tiny_qwen2, tiny_qwen3
-from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
+from ocvtp.random_models.tiny_qwen import SPECIAL_TOKENS, tiny_qwen, tiny_qwen2, tiny_qwen3
 from ocvtp.slots import OCPrunerConfig
 
 MODELS = [name for name in RANDOM_MODELS if "qwen" in name]

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import torch
 
 from ocvtp.choices import FullSizeModel
-from ocvtp.hosts import random_llava, random_qwen
-from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models import tiny_llava, tiny_qwen
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.clip_config import plain_processor, vision_config
 from ocvtp.shipped import ROOT
 
@@ -77,7 +77,7 @@ def config_of(name: str) -> Any:
     if name == "demo":
         return AutoConfig.from_pretrained(_demo_folder())
     if name == "qwen2.5-vl-7b":
-        ids = random_qwen.token_ids(_tokenizer(name))
+        ids = tiny_qwen.token_ids(_tokenizer(name))
         text, vision = deepcopy((_QWEN_7B_TEXT, _QWEN_7B_VISION))  # a config keeps what it gets
         text |= ids["text"]
         return Qwen2_5_VLConfig(
@@ -157,7 +157,7 @@ def _ends(tokenizer: Any) -> dict[str, int]:
 
 
 def _tokenizer(name: str) -> Any:
-    family = random_qwen if name.startswith("qwen") else random_llava
+    family = tiny_qwen if name.startswith("qwen") else tiny_llava
     return byte_tokenizer(family.SPECIAL_TOKENS)
 
 
@@ -176,7 +176,7 @@ def _processor(name: str, config: Any) -> Any:
     tokenizer = _tokenizer(name)
     if name == "qwen2.5-vl-7b":
         most = _QWEN_7B_MOST_TOKENS
-        return random_qwen.processor(Qwen2_5_VLProcessor, tokenizer, patch=14, most_tokens=most)
+        return tiny_qwen.processor(Qwen2_5_VLProcessor, tokenizer, patch=14, most_tokens=most)
     vision = config.vision_config
     if name == "llava-next-7b":
         side = vision.image_size
@@ -185,9 +185,9 @@ def _processor(name: str, config: Any) -> Any:
             crop_size={"height": side, "width": side},
             image_grid_pinpoints=_NEXT_PINPOINTS,
         )
-        return random_llava.clip_processor(LlavaNextProcessor, images, tokenizer, vision)
+        return tiny_llava.clip_processor(LlavaNextProcessor, images, tokenizer, vision)
     images = plain_processor(vision.image_size)
-    return random_llava.clip_processor(LlavaProcessor, images, tokenizer, vision)
+    return tiny_llava.clip_processor(LlavaProcessor, images, tokenizer, vision)
 
 
 def _demo_folder() -> str:

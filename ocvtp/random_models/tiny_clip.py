@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ocvtp.hosts.random_tokenizer import byte_tokenizer
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.clip_config import random_tower, vision_config
 
 RANDOM_CLIPS = ("random:tiny",)
