@@ -26,9 +26,9 @@ from ocvtp.evaluation.report import short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.vqa import VqaTask
-from ocvtp.files import replacing
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import build_spec
+from ocvtp.reporting.files import replacing
 
 
 def main(words: Sequence[str] | None = None) -> None:

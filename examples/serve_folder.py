@@ -21,9 +21,9 @@ import torch
 import ocvtp
 from ocvtp.data.coco import find_images
 from ocvtp.data.scenes import write_scenes
-from ocvtp.files import replacing
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.templates import with_template
+from ocvtp.reporting.files import replacing
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 
 Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""

@@ -8,8 +8,8 @@ from PIL import Image
 from ocvtp.data.coco import CocoImages
 from ocvtp.data.resize import ResizeReport, resize_folder
 from ocvtp.data.scenes import draw_scene, write_scenes
-from ocvtp.files import replacing
 from ocvtp.images import open_image
+from ocvtp.reporting.files import replacing
 
 
 def save(path, width=120, height=90, index=0, **options):

@@ -252,7 +252,7 @@ def test_a_name_that_is_nothing(tmp_path):
 
 
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
-    from ocvtp import files
+    from ocvtp.reporting import files
 
     (tmp_path / "file").write_bytes(b"old")
     monkeypatch.setattr(files.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))

@@ -22,7 +22,7 @@ from ocvtp.bench.report import cell_name, ratio_text, table
 from ocvtp.bench.run import KIND, SCHEMA
 from ocvtp.bench.statistics import Array, deviations
 from ocvtp.choices import TOLERANCE
-from ocvtp.evaluation.reading import lack, read_json
+from ocvtp.reporting.results_files import lack, read_json
 
 Facts = Mapping[str, Any]
 _SHOWN = ("ttft", "tpot", "request")

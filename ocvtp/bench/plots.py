@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ocvtp.evaluation.canvas import (
+from ocvtp.reporting.plot_style import (
     COLOURS,
     INK,
     MARKERS,

@@ -11,7 +11,7 @@ from typing import Any
 from ocvtp.bench import plots
 from ocvtp.bench.figures import STAGES
 from ocvtp.bench.statistics import RESAMPLES
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]

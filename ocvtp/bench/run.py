@@ -23,11 +23,11 @@ from ocvtp.bench.variants import Variant, needs_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
-from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
-from ocvtp.progress import progress_bar
+from ocvtp.reporting.environment import environment_of
+from ocvtp.reporting.progress import progress_bar
 
 SCHEMA = 1
 KIND = "ocvtp bench"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.bench import figures
-from ocvtp.evaluation.reading import lack, read_json
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
+from ocvtp.reporting.results_files import lack, read_json
 
 Facts = Mapping[str, Any]
 

@@ -14,10 +14,10 @@ from ocvtp.bench.run import CELLS, Plan, bench
 from ocvtp.bench.workload import grid
 from ocvtp.commands import output
 from ocvtp.commands.flags import bench as add_arguments
-from ocvtp.evaluation.reading import read_values
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
+from ocvtp.reporting.results_files import read_values
 
 __all__ = ["add_arguments", "run"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.commands import output
-from ocvtp.files import replacing
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.report import ANY, UNPRUNED, bars, results, to_markdown
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec, known_settings
+from ocvtp.reporting.files import replacing
 from ocvtp.visualize import save_figure
 
 

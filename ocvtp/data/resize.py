@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from ocvtp.data.coco import find_images
-from ocvtp.files import replacing
 from ocvtp.images import IMAGE_ERRORS, orientation_of, to_rgb
+from ocvtp.reporting.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from ocvtp.data.drawing import (
     tinted,
 )
 from ocvtp.data.resize import claim_folder, progress
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
 MIN_SIZE = 48

@@ -21,8 +21,8 @@ from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
 from ocvtp.demo_vlm.text_tower import FOLDER
 from ocvtp.demo_vlm.training import STATE_FOLDER
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
-from ocvtp.files import replacing
 from ocvtp.hosts.loading import load_model
+from ocvtp.reporting.files import replacing
 
 FIGURES_FILE = "figures.json"
 

@@ -23,8 +23,8 @@ from ocvtp.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, batches,
 from ocvtp.demo_vlm.learner import Learner
 from ocvtp.demo_vlm.processor import word_tokenizer
 from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
-from ocvtp.files import replacing
-from ocvtp.progress import progress_bar
+from ocvtp.reporting.files import replacing
+from ocvtp.reporting.progress import progress_bar
 
 STATE_FOLDER = "training"
 LOG_EVERY = 10

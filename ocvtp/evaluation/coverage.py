@@ -27,10 +27,10 @@ from ocvtp.evaluation.kept_tokens import (
     nearest_kept,
     unrestored,
 )
-from ocvtp.evaluation.reading import current_names
 from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.rewrite import Prompt
+from ocvtp.reporting.results_files import current_names
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """COCO's: least area, and the area from which on it is another, in pixels of the original image."""

@@ -16,10 +16,10 @@ import numpy as np
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.logs import Log, headers
-from ocvtp.evaluation.reading import read_results
 from ocvtp.evaluation.report import RESULTS, Row
 from ocvtp.evaluation.tables import budget_text
 from ocvtp.evaluation.tasks import Record, Task
+from ocvtp.reporting.results_files import read_results
 
 Key = tuple[str, float | None]
 """Label and budget of a row."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ocvtp.evaluation.tasks import Task
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 
 _ROWS = "questions.jsonl"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.evaluation.tasks import Record
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 
 
 class Log:

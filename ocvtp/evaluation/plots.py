@@ -9,7 +9,18 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.canvas import (
+from ocvtp.evaluation.conditions import UNPRUNED
+from ocvtp.evaluation.tables import (
+    Facts,
+    budget_text,
+    excludes_zero,
+    focus,
+    has_figure,
+    number_text,
+    pruned_budgets,
+    ranked,
+)
+from ocvtp.reporting.plot_style import (
     COLOURS,
     FAINT,
     GREY,
@@ -26,18 +37,7 @@ from ocvtp.evaluation.canvas import (
     name_ends,
     shortened,
 )
-from ocvtp.evaluation.canvas import spread as spread
-from ocvtp.evaluation.conditions import UNPRUNED
-from ocvtp.evaluation.tables import (
-    Facts,
-    budget_text,
-    excludes_zero,
-    focus,
-    has_figure,
-    number_text,
-    pruned_budgets,
-    ranked,
-)
+from ocvtp.reporting.plot_style import spread as spread
 
 _LEAST = 0.1  # of an axis of shares
 _ALONE = 0.7  # of the logarithms of a single budget's dots

@@ -18,8 +18,8 @@ from ocvtp.evaluation.answers import exact_yes_no, pope_yes_no
 from ocvtp.evaluation.instances import CocoInstances
 from ocvtp.evaluation.listed import Asked, Entry, Folders, ListedTask, fingerprint, read_entries
 from ocvtp.evaluation.tasks import Item, Ratio, Record
-from ocvtp.files import replacing
 from ocvtp.images import turn_of
+from ocvtp.reporting.files import replacing
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
 SPLITS = ("random", "popular", "adversarial")

@@ -21,7 +21,6 @@ from ocvtp.evaluation.conditions import (
     Place,
     takes_checkpoints,
 )
-from ocvtp.evaluation.environment import environment_of
 from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import Subject, run, shared_settings
@@ -31,6 +30,7 @@ from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.reporting.environment import environment_of
 from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import Needs, VisualTokens
 

@@ -27,7 +27,7 @@ from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.templates import with_template
-from ocvtp.progress import progress_bar
+from ocvtp.reporting.progress import progress_bar
 
 
 @dataclass(frozen=True)

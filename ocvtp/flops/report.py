@@ -8,10 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ocvtp.evaluation.canvas import INK, better, canvas, label, shortened
 from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
+from ocvtp.reporting.plot_style import INK, better, canvas, label, shortened
 
 Facts = Mapping[str, Any]
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 from ocvtp.shipped import find_folder
 
 FORMAT = "ocvtp.oc-pruner"

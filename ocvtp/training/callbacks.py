@@ -13,7 +13,7 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ocvtp.files import replacing
+from ocvtp.reporting.files import replacing
 from ocvtp.visualize import slot_picture
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from made_up_report import report, row, share, usual
 
-from ocvtp.evaluation.reading import current_names, lack, read_results, read_values
 from ocvtp.evaluation.report import results, write
+from ocvtp.reporting.results_files import current_names, lack, read_results, read_values
 
 
 @pytest.fixture

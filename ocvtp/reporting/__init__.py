@@ -1,0 +1,1 @@
+"""What commands write and draw: files, progress, the environment, plots."""
