@@ -27,7 +27,9 @@ from tiny_onevision import tiny_onevision
 from torch import Tensor
 
 from ocvtp import Selection, VisualTokens
-from ocvtp.random_models import tiny_internvl, tiny_llava, tiny_qwen
+from ocvtp.random_models import tiny_internvl as random_internvl
+from ocvtp.random_models import tiny_llava as random_llava
+from ocvtp.random_models import tiny_qwen as random_qwen
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 
 Row = tuple[int | str, ...]
@@ -157,7 +159,7 @@ def qwen(host: str, tiny: Callable[[], Any], with_processor: Callable[..., Any])
     """The families differ in their towers only."""
     return Family(
         host=host,
-        with_processor=around(with_processor, tiny_qwen.SPECIAL_TOKENS),
+        with_processor=around(with_processor, random_qwen.SPECIAL_TOKENS),
         towers={"own": tiny},
         make=make_qwen,
         single=tiny_qwen.single,
@@ -169,7 +171,7 @@ def qwen(host: str, tiny: Callable[[], Any], with_processor: Callable[..., Any])
 FAMILIES = (
     Family(
         host="llava",
-        with_processor=around(tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS),
+        with_processor=around(random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
         towers={"CLIP": lambda: tiny_llava("clip"), "SigLIP": lambda: tiny_llava("siglip")},
         make=reference.make_batch,
         single=reference.single,
@@ -177,7 +179,7 @@ FAMILIES = (
     ),
     Family(
         host="llava_next",
-        with_processor=around(tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS),
+        with_processor=around(random_llava.tiny_llava_next, random_llava.SPECIAL_TOKENS),
         towers={"CLIP": lambda: tiny_next("clip"), "SigLIP": lambda: tiny_next("siglip")},
         make=reference_next.make_next,
         single=reference_next.single_next,
@@ -185,7 +187,7 @@ FAMILIES = (
     ),
     Family(
         host="llava_onevision",
-        with_processor=around(tiny_llava.tiny_onevision, tiny_llava.SPECIAL_TOKENS),
+        with_processor=around(random_llava.tiny_onevision, random_llava.SPECIAL_TOKENS),
         towers={"SigLIP": tiny_onevision},
         make=lambda rows, side: reference_onevision.make_onevision(
             rows, side, reference_onevision.EITHER
@@ -198,15 +200,15 @@ FAMILIES = (
     ),
     Family(
         host="internvl",
-        with_processor=around(tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS),
+        with_processor=around(random_internvl.tiny_internvl, random_internvl.SPECIAL_TOKENS),
         towers={"own": tiny_internvl},
         make=make_internvl,
         single=reference_internvl.single_internvl,
         shorten=shorten_internvl,
     ),
-    qwen("qwen2_vl", tiny_qwen.tiny_qwen2, tiny_qwen.tiny_qwen2),
-    qwen("qwen2_5_vl", tiny_qwen.tiny_qwen, tiny_qwen.tiny_qwen),
-    qwen("qwen3_vl", tiny_qwen.tiny_qwen3, tiny_qwen.tiny_qwen3),
+    qwen("qwen2_vl", tiny_qwen.tiny_qwen2, random_qwen.tiny_qwen2),
+    qwen("qwen2_5_vl", tiny_qwen.tiny_qwen, random_qwen.tiny_qwen),
+    qwen("qwen3_vl", tiny_qwen.tiny_qwen3, random_qwen.tiny_qwen3),
 )
 
 QUICK = ("llava", "qwen2_5_vl")
