@@ -20,7 +20,7 @@ from ocvtp.flops import operations
 from ocvtp.flops.formulas import linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
 from ocvtp.flops.towers import BlockRows, window_lengths
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
 from ocvtp.structures import AttentionKey, LayerTokens, Needs, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.windows import segment_means

@@ -19,8 +19,8 @@ from ocvtp.hosts import unread
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.patches import first_block
 from ocvtp.pruners import Compose, Pruner
-from ocvtp.pruners.in_blocks import BlockMerger
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.block_merger import BlockMerger
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 

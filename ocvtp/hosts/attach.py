@@ -30,7 +30,7 @@ from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrapping import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
 from ocvtp.transformers_names import MERGE_PROCESSORS, warn_if_untested

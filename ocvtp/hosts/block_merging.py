@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from ocvtp.hosts.tower_run import Step, leave_block, step_of
 from ocvtp.ops.bipartite import first_places, means
-from ocvtp.pruners.in_blocks import BlockMerger
+from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, after, before
 from ocvtp.towers.rows import Rows

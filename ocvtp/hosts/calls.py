@@ -25,7 +25,7 @@ from ocvtp.hosts.selecting import Select, select
 from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrapping import Original
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs
 from ocvtp.transformers_names import cache_name, encoded_images, name_cache
 

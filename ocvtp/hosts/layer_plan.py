@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.pruners.layered import LayerPruner, LayerStage
+from ocvtp.pruners.layer_pruner import LayerPruner, LayerStage
 from ocvtp.structures import VisualTokens
 
 

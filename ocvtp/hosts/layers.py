@@ -24,7 +24,7 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
 from ocvtp.hosts.layer_plan import LayerPlan
 from ocvtp.hosts.layer_tokens import Current, Place
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before, is_compiled
 from ocvtp.transformers_names import cache_in, is_checkpointed

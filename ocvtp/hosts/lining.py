@@ -22,7 +22,7 @@ from ocvtp.hosts.columns import (
     pads_behind,
 )
 from ocvtp.hosts.packing import Packed, shorten_ends
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 
 Positions = Literal["contiguous", "original"]
 

@@ -24,7 +24,7 @@ from ocvtp.hosts.pixels import PixelScale, patches
 from ocvtp.hosts.tower_run import CARRIER, RUN, Step, TowerRun, attend, hand_to_blocks, running
 from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.in_blocks import BlockMerger
+from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, after, before

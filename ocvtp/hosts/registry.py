@@ -19,7 +19,7 @@ from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.qwen3_vl import Qwen3VLHost
 from ocvtp.pruners import Compose, Pruner
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 
 HOSTS: tuple[type[Host], ...] = (
     LlavaHost,

@@ -25,7 +25,7 @@ from ocvtp.hosts.looking import look as look
 from ocvtp.hosts.read_images import of_kept
 from ocvtp.hosts.selecting import Select, select, select_shares
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs, Selection, take
 
 

@@ -40,7 +40,7 @@ from ocvtp.pruners import (
 from ocvtp.pruners.base import AdaptivePruner, Pruner
 from ocvtp.pruners.chain import Chain
 from ocvtp.pruners.compose import Compose
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, list_pruners, pruner_class, register
 
 __all__ = [

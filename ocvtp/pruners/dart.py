@@ -14,7 +14,7 @@ from torch import Tensor
 from ocvtp.ops.selection import descending, mask_of, ranks
 from ocvtp.ops.similarity import full, row, unit
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.structures import LayerTokens, Selection, VisualTokens
 

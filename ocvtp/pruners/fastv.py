@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import NamedSettings, Status
-from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Selection, VisualTokens
 

@@ -13,8 +13,8 @@ from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_me
 from ocvtp.ops.quotas import keep_in_clusters
 from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.halves import LaterHalf, inside, of_tower
-from ocvtp.pruners.layered import LayerNeeds, LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
+from ocvtp.pruners.two_stage import LaterHalf, inside, of_tower
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 _KEPT = (35, 26, 19)

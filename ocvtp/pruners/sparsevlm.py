@@ -16,7 +16,7 @@ from ocvtp.ops.merging import merge_rows, merged
 from ocvtp.ops.selection import descending
 from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import NamedSettings, Status
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage, to_average
 from ocvtp.pruners.registry import register
 from ocvtp.structures import LayerTokens, Selection, VisualTokens, take
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ocvtp.pruners.base import Pruner
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
 _BUDGET = re.compile(r"\bK\b")

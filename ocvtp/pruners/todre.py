@@ -14,7 +14,7 @@ from ocvtp.ops.diversity import cosine, spread
 from ocvtp.ops.selection import ascending, descending
 from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 

@@ -22,7 +22,7 @@ from ocvtp.ops.bipartite import (
 )
 from ocvtp.ops.merging import head_mean, merge_rows, merged
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.in_blocks import BlockMerger
+from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from ocvtp.ops.selection import top_k
 from ocvtp.ops.similarity import full
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.halves import inside, tower_places
-from ocvtp.pruners.layered import LayerNeeds, OneStagePruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, OneStagePruner
 from ocvtp.pruners.registry import register
+from ocvtp.pruners.two_stage import inside, tower_places
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens
 
 

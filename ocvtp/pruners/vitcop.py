@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 from ocvtp.ops.selection import ascending, descending, ranks, top_k
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.halves import FirstHalf, later_settings, needs_of
 from ocvtp.pruners.later_halves import ViTCoPLater
 from ocvtp.pruners.registry import register
+from ocvtp.pruners.two_stage import FirstHalf, later_settings, needs_of
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 _PAPER = {192: (288, 0.18, 253, 51), 128: (230, 0.15, 165, 33), 64: (172, 0.12, 77, 15)}

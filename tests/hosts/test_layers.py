@@ -18,7 +18,7 @@ from torch import Tensor
 import ocvtp
 from ocvtp import Selection, VisualTokens, build_pruner
 from ocvtp.ops.selection import top_k
-from ocvtp.pruners.layered import LayerNeeds, LayerPruner, LayerStage
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.structures import LayerTokens
 
 ONE = [(5, IMG, 4)]

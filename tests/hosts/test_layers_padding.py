@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from ocvtp import build_pruner
 from ocvtp.hosts.layer_scores import turn, turn_to_start
-from ocvtp.pruners.layered import LayerNeeds
+from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.structures import LayerTokens
 
 ROWS = [(3, IMG, 4), (90, IMG, 7), (40, IMG, 2)]

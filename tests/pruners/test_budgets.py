@@ -10,7 +10,7 @@ import pytest
 import ocvtp
 from ocvtp.pruners import pruner_class
 from ocvtp.pruners.budgets import check_stages, count_stages
-from ocvtp.pruners.layered import LayerPruner, LayerStage, OneStagePruner
+from ocvtp.pruners.layer_pruner import LayerPruner, LayerStage, OneStagePruner
 from ocvtp.pruners.specs import build_spec
 
 NAMES = ocvtp.list_pruners()

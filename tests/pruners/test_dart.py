@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ocvtp
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.structures import LayerTokens, VisualTokens
 
 

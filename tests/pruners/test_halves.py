@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.pruners import catalog
-from ocvtp.pruners.layered import LayerNeeds, LayerStage
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage
 from ocvtp.structures import LayerTokens, VisualTokens
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ocvtp import VisualTokens, build_pruner
-from ocvtp.pruners.layered import LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerStage, to_average
 
 
 def kept(pruner, num_layers=32, num_tokens=576):

@@ -10,7 +10,7 @@ import ocvtp
 from ocvtp.evaluation.conditions import Budget, pruner_conditions
 from ocvtp.pruners import pruner_class
 from ocvtp.pruners.fastervlm import FasterVLM
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.pruners.registry import _REGISTRY, register
 from ocvtp.pruners.specs import build_spec, known_settings
 

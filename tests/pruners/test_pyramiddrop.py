@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import ocvtp
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 
 
 def schedule(num_layers, num_tokens, **settings):

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import ocvtp
 from ocvtp.hosts.base import merge
 from ocvtp.ops.clustering import density_peaks
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.structures import LayerTokens, VisualTokens, take
 
 LAYERS = (3, 7, 16)

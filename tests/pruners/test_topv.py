@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.pruners.topv import mean_costs
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
 from ocvtp.towers.rows import Rows
 from ocvtp.towers.taps import attention_mean

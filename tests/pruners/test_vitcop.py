@@ -12,8 +12,8 @@ import ocvtp
 from ocvtp.ops.clustering import density_peaks
 from ocvtp.ops.merging import head_mean
 from ocvtp.ops.quotas import keep_in_clusters, shared_out
-from ocvtp.pruners.halves import of_tower, tower_places
-from ocvtp.pruners.layered import LayerStage
+from ocvtp.pruners.layer_pruner import LayerStage
+from ocvtp.pruners.two_stage import of_tower, tower_places
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
 
 OFFSET = 7

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.budgets import StagePairs, check_stages
-from ocvtp.pruners.layered import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
 
 
