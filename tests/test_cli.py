@@ -396,7 +396,7 @@ def test_resize(capsys, tmp_path):
 def test_files_of_pruners_come_before_the_command(capsys, tmp_path):
     file = tmp_path / "kept_by_chance.py"
     file.write_text(
-        "from ocvtp.pruners.random import Random\n"
+        "from ocvtp.pruners.methods.random import Random\n"
         "from ocvtp.pruners.registry import register\n"
         "register('by_chance')(type('ByChance', (Random,), {'__doc__': Random.__doc__}))\n"
     )

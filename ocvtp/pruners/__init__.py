@@ -1,6 +1,10 @@
 """Pruners: one file per method; importing this package registers them all."""
 
-from ocvtp.pruners import (
+from ocvtp.pruners.base import AdaptivePruner, Pruner
+from ocvtp.pruners.chain import Chain
+from ocvtp.pruners.compose import Compose
+from ocvtp.pruners.layer_pruner import LayerPruner
+from ocvtp.pruners.methods import (
     cdpruner,
     dart,
     divprune,
@@ -37,10 +41,6 @@ from ocvtp.pruners import (
     vprune,
     zspaprune,
 )
-from ocvtp.pruners.base import AdaptivePruner, Pruner
-from ocvtp.pruners.chain import Chain
-from ocvtp.pruners.compose import Compose
-from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, list_pruners, pruner_class, register
 
 __all__ = [

@@ -13,7 +13,7 @@ from PIL import Image
 from ocvtp import cli
 from ocvtp.bench.compare import compare
 from ocvtp.bench.measure import Bench
-from ocvtp.pruners.fopru import FoPru
+from ocvtp.pruners.methods.fopru import FoPru
 
 FLAGS = ("--model", "random:tiny-llava", "--threads", "1", "--image-size", "96", "96",
          "--text-length", "32", "--new-tokens", "3", "--warmup", "1")  # fmt: skip

@@ -23,7 +23,7 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import registry
-from ocvtp.pruners.uniform import Uniform
+from ocvtp.pruners.methods.uniform import Uniform
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 BUDGETS = [Budget(num_keep=4), Budget(keep_ratio=0.125)]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp import Chain, build_pruner
-from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.pruners.methods.fastervlm import FasterVLM
 
 GRID = (5, 7)
 

@@ -9,8 +9,8 @@ import pytest
 import ocvtp
 from ocvtp.evaluation.conditions import Budget, pruner_conditions
 from ocvtp.pruners import pruner_class
-from ocvtp.pruners.fastervlm import FasterVLM
 from ocvtp.pruners.layer_pruner import LayerStage
+from ocvtp.pruners.methods.fastervlm import FasterVLM
 from ocvtp.pruners.registry import _REGISTRY, register
 from ocvtp.pruners.specs import build_spec, known_settings
 

@@ -14,13 +14,13 @@ from ocvtp.cli import main
 from ocvtp.pruners import plugins, registry
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.catalog import entry
-from ocvtp.pruners.fastervlm import FasterVLM
-from ocvtp.pruners.uniform import Uniform
+from ocvtp.pruners.methods.fastervlm import FasterVLM
+from ocvtp.pruners.methods.uniform import Uniform
 
 PRUNER = '''
 from dataclasses import dataclass
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.uniform import Uniform
+from ocvtp.pruners.methods.uniform import Uniform
 
 @register("mine")
 @dataclass(kw_only=True, eq=False)

@@ -7,7 +7,7 @@ import pytest
 
 import ocvtp
 from ocvtp.pruners import register
-from ocvtp.pruners.fastervlm import FasterVLM
+from ocvtp.pruners.methods.fastervlm import FasterVLM
 from ocvtp.structures import Needs
 
 

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import ocvtp
 from ocvtp.pruners.layer_pruner import LayerStage
-from ocvtp.pruners.topv import mean_costs
+from ocvtp.pruners.methods.topv import mean_costs
 from ocvtp.structures import LayerTokens, Needs, VisualTokens
 
 

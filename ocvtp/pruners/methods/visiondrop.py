@@ -11,7 +11,7 @@ from typing import ClassVar
 from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs, check_count
-from ocvtp.pruners.later_halves import VisionDropLater
+from ocvtp.pruners.methods.later_halves import VisionDropLater
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, later_settings
 from ocvtp.structures import Needs, Selection, VisualTokens

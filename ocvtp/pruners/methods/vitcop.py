@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from ocvtp.ops.selection import ascending, descending, ranks, top_k
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.later_halves import ViTCoPLater
+from ocvtp.pruners.methods.later_halves import ViTCoPLater
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, later_settings, needs_of
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens

@@ -15,7 +15,7 @@ from ocvtp.ops.merging import merge_rows, merged
 from ocvtp.ops.selection import descending, mask_of, ranks, top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.later_halves import VFlowOptLater
+from ocvtp.pruners.methods.later_halves import VFlowOptLater
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, later_settings
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens

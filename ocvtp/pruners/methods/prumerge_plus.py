@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ocvtp.ops.selection import descending, ranks, spaced
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.prumerge import PruMerge
+from ocvtp.pruners.methods.prumerge import PruMerge
 from ocvtp.pruners.registry import register
 
 
