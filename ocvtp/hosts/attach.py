@@ -28,7 +28,7 @@ from ocvtp.hosts.rewrite import Positions, Prompt
 from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.site import Site
-from ocvtp.hosts.wrapping import Wrapped
+from ocvtp.hosts.wrap_methods import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs

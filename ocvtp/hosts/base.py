@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
-from ocvtp.hosts.later_rows import Rows
+from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take

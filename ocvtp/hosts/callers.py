@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ocvtp.hosts.generation import Shown
-from ocvtp.hosts.wrapping import Original, Wrapped, has_methods
+from ocvtp.hosts.wrap_methods import Original, Wrapped, has_methods
 from ocvtp.transformers_names import MERGE_PROCESSORS
 
 

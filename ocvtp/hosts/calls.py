@@ -23,7 +23,7 @@ from ocvtp.hosts.reading import Reader
 from ocvtp.hosts.rewrite import Positions, Prompt, Shortened, shorten
 from ocvtp.hosts.selecting import Select, select
 from ocvtp.hosts.site import Site
-from ocvtp.hosts.wrapping import Original
+from ocvtp.hosts.wrap_methods import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ocvtp.hosts import read_images, unread
 from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
-from ocvtp.hosts.later_rows import LaterRows, Rows
+from ocvtp.hosts.lazy_projection import LaterRows, Rows
 from ocvtp.hosts.patches import TowerStages
 from ocvtp.hosts.pixels import scale_of
 from ocvtp.hosts.templates import find_processor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
 from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
-from ocvtp.hosts.later_rows import Rows
+from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.hosts.token_map import TokenMap, newline_of
 from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner

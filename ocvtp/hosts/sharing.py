@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.hosts.later_rows import LaterRows
+from ocvtp.hosts.lazy_projection import LaterRows
 from ocvtp.hosts.looking import Encode, encode_anew
 from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner

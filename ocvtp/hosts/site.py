@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ocvtp.hosts.wrapping import Wrapped, has_methods
+from ocvtp.hosts.wrap_methods import Wrapped, has_methods
 from ocvtp.towers.hooks import Hook, Removable
 from ocvtp.towers.uncompiled import uncompiled
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.wrapping import Original, Wrapped
+from ocvtp.hosts.wrap_methods import Original, Wrapped
 from ocvtp.structures import Needs
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
