@@ -11,13 +11,13 @@ from torch import nn
 
 from ocvtp.hosts import layers
 from ocvtp.hosts.base import Host, Savings, Tiling
-from ocvtp.hosts.internvl import InternVLHost
-from ocvtp.hosts.llava import LlavaHost
-from ocvtp.hosts.llava_next import LlavaNextHost
-from ocvtp.hosts.llava_onevision import LlavaOnevisionHost
-from ocvtp.hosts.qwen2_5_vl import Qwen25VLHost
-from ocvtp.hosts.qwen2_vl import Qwen2VLHost
-from ocvtp.hosts.qwen3_vl import Qwen3VLHost
+from ocvtp.hosts.families.internvl import InternVLHost
+from ocvtp.hosts.families.llava import LlavaHost
+from ocvtp.hosts.families.llava_next import LlavaNextHost
+from ocvtp.hosts.families.llava_onevision import LlavaOnevisionHost
+from ocvtp.hosts.families.qwen2_5_vl import Qwen25VLHost
+from ocvtp.hosts.families.qwen2_vl import Qwen2VLHost
+from ocvtp.hosts.families.qwen3_vl import Qwen3VLHost
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.hosts.clip_family import ClipFamilyHost
+from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
 from ocvtp.pruners.specs import parse_spec
 from ocvtp.structures import AttentionKind, Needs, Stage

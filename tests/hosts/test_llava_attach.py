@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ocvtp import Needs, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
-from ocvtp.hosts.llava import LlavaHost
+from ocvtp.hosts.families.llava import LlavaHost
 from ocvtp.hosts.loading import load_model
 
 pytestmark = pytest.mark.usefixtures("untouched")

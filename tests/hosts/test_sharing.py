@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ocvtp import Compose, Needs, OCPruner, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
-from ocvtp.hosts.llava import LlavaHost
+from ocvtp.hosts.families.llava import LlavaHost
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ocvtp.hosts.qwen_family import QwenHost
+from ocvtp.hosts.families.qwen_vl import QwenHost
 
 
 class Qwen2VLHost(QwenHost):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
-from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
+from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.ops.token_views import counted, left_over, numbers_of_rows, seen_of_tiles
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.base import Encoded, Kept
-from ocvtp.hosts.clip_family import ClipFamilyHost
+from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.ops.token_views import seen_of_tiles
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps

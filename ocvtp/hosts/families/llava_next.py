@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept
-from ocvtp.hosts.clip_family import ClipFamilyHost, Placed
+from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
+from ocvtp.hosts.families.tiles import TokenMap, newline_of
 from ocvtp.hosts.lazy_projection import Rows
-from ocvtp.hosts.token_map import TokenMap, newline_of
 from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens

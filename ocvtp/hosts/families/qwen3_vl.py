@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts import deepstack
-from ocvtp.hosts.qwen_family import QwenHost
+from ocvtp.hosts.families.qwen_vl import QwenHost
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ocvtp.hosts.qwen_family import QwenHost
+from ocvtp.hosts.families.qwen_vl import QwenHost
 from ocvtp.towers.windows import window_order
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.families.llava_next import LlavaNextHost, Packed, sizes_of
+from ocvtp.hosts.families.tiles import newline_of
 from ocvtp.hosts.lazy_projection import Rows
-from ocvtp.hosts.llava_next import LlavaNextHost, Packed, sizes_of
-from ocvtp.hosts.token_map import newline_of
 from ocvtp.structures import Needs, Selection
 
 
