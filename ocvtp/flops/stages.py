@@ -15,9 +15,9 @@ from ocvtp.flops.drawn import Draw, counted
 from ocvtp.flops.formulas import linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
 from ocvtp.flops.towers import BlockRows
-from ocvtp.hosts import unread
 from ocvtp.hosts.base import Savings
-from ocvtp.hosts.patches import first_block
+from ocvtp.hosts.in_tower import skip_unread
+from ocvtp.hosts.in_tower.stages import first_block
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -126,7 +126,7 @@ def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
     halves = 2 * tower.blocks
     if image.savings.cut_tower:
         read = [_with_selected(needs, tower) for needs in readers]
-        halves = min(halves, unread.first_unread(view, tower.layers_read, read))
+        halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
     image.tower = image.num_views * towers.clip_tower(tower, image.rows, halves)
     reads, tokens = drawn.clip_tokens(
         sizes, image.needs, image.rows, image.left, image.num_views, image.text_length

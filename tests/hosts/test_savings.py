@@ -22,8 +22,9 @@ from tiny_qwen import tiny_qwen
 from torch import Tensor
 
 from ocvtp import Needs, OCPruner, Pruner, attach, build_pruner
-from ocvtp.hosts import find_host, unread
+from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Savings
+from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.selecting import compiled
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
@@ -226,7 +227,7 @@ def test_the_tower_runs_whole_for_everybody_else(llava: Any) -> None:
         found.append(bare())
         assert llava.model.get_image_features(pixels).pooler_output[0].abs().max() > 0
         with taps.recording() as record:  # as in a call of ours
-            unread.leave_out(record, 0)
+            skip_unread.leave_out(record, 0)
             assert bare().last_hidden_state.equal(expected.hidden_states[0])
             thread = Thread(target=lambda: found.append(bare()))
             thread.start()

@@ -29,7 +29,7 @@ from torch import Tensor
 import ocvtp
 from ocvtp import Compose, OCPruner, VisualTokens, build_pruner
 from ocvtp.hosts import find_host
-from ocvtp.hosts.pixels import scale_of
+from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.ops.bipartite import even_schedule
 from ocvtp.slots import OCPrunerConfig
 

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts import read_images, unread
+from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
+from ocvtp.hosts.in_tower import skip_unread
+from ocvtp.hosts.in_tower.pixels import scale_of
+from ocvtp.hosts.in_tower.stages import TowerStages
 from ocvtp.hosts.lazy_projection import LaterRows, Rows
-from ocvtp.hosts.patches import TowerStages
-from ocvtp.hosts.pixels import scale_of
 from ocvtp.hosts.templates import find_processor
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
@@ -130,7 +131,7 @@ class ClipFamilyHost(Host):
         view = self._view()
         for layer in self._inside(needs).hidden:
             view.layer(layer)
-        for block in unread.blocks_of(needs):
+        for block in skip_unread.blocks_of(needs):
             view.block(block)
 
     def _check_clip(self, needs: Needs) -> None:
@@ -154,9 +155,9 @@ class ClipFamilyHost(Host):
         if self._tower_stages is not None:
             hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
-            hooks += unread.hooks(self._view().blocks, self._behind_blocks())
+            hooks += skip_unread.hooks(self._view().blocks, self._behind_blocks())
         if self._may_project_later:
-            hooks += unread.hooks_of_projector(self._projector)
+            hooks += skip_unread.hooks_of_projector(self._projector)
         return hooks
 
     def savings_for(self, needs: Needs) -> Savings:
@@ -192,7 +193,7 @@ class ClipFamilyHost(Host):
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
             readers.append(self._tower_stages.dropper.needs)
-        return unread.first_unread(self._view(), self._layers_read(images), readers)
+        return skip_unread.first_unread(self._view(), self._layers_read(images), readers)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`."""
@@ -236,9 +237,9 @@ class ClipFamilyHost(Host):
             if stages is not None:
                 attention = self.tower.config._attn_implementation
                 stages.begin(record, self._layers_read(images), attention)
-            unread.leave_out(record, half := self._first_unread(images, needs))
+            skip_unread.leave_out(record, half := self._first_unread(images, needs))
             if per_token and not needs.projected:
-                unread.project_later(record, self.model.config.get_text_config().hidden_size)
+                skip_unread.project_later(record, self.model.config.get_text_config().hidden_size)
             output = self.model.model.get_image_features(**images, return_dict=True)
         if (features := record.other.get("features")) is None:
             raise RuntimeError(
@@ -254,7 +255,7 @@ class ClipFamilyHost(Host):
             found["valid"] = ran
         is_cut = self._may_cut and half <= self._last_half
         output = read_images.known(output, half if is_cut else None, stages is None)
-        return output, {"features": features, **found}, unread.is_projected_later(record)
+        return output, {"features": features, **found}, skip_unread.is_projected_later(record)
 
     def _rows(
         self, rows: Sequence[Tensor], later: bool, features: Tensor, source: Tensor | None = None

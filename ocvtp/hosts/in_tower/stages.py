@@ -19,9 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.block_merging import BlockMerging
-from ocvtp.hosts.pixels import PixelScale, patches
-from ocvtp.hosts.tower_run import CARRIER, RUN, Step, TowerRun, attend, hand_to_blocks, running
+from ocvtp.hosts.in_tower.block_merging import BlockMerging
+from ocvtp.hosts.in_tower.pixels import PixelScale, patches
+from ocvtp.hosts.in_tower.tower_run import (
+    CARRIER,
+    RUN,
+    Step,
+    TowerRun,
+    attend,
+    hand_to_blocks,
+    running,
+)
 from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.block_merger import BlockMerger

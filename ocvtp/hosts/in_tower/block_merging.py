@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.hosts.tower_run import Step, leave_block, step_of
+from ocvtp.hosts.in_tower.tower_run import Step, leave_block, step_of
 from ocvtp.ops.bipartite import first_places, means
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.towers import taps
