@@ -15,11 +15,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ocvtp.hosts import callers, calls, inner, layers
+from ocvtp.hosts import callers, calls, inner
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.checks import beyond_all
 from ocvtp.hosts.clip_text import TextTower
+from ocvtp.hosts.in_llm import hooks as layer_hooks
 from ocvtp.hosts.looking import encode_anew
 from ocvtp.hosts.outputs import Logits, check_logits
 from ocvtp.hosts.reading import make_reader
@@ -172,7 +173,7 @@ def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
     """What goes into a model that is read for `needs`."""
     hooks = host.hooks(needs)
     if layered is not None:
-        hooks += layers.hooks(host.language_model, layered)
+        hooks += layer_hooks.hooks(host.language_model, layered)
     return hooks
 
 

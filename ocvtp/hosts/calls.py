@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import callers, generation, layers, outputs, turns
+from ocvtp.hosts import callers, generation, outputs, turns
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.deepstack import Deepstack, handing
+from ocvtp.hosts.in_llm import hooks
+from ocvtp.hosts.in_llm.deepstack import Deepstack, handing
 from ocvtp.hosts.looking import Encode, encode_anew, look
 from ocvtp.hosts.outputs import Logits
 from ocvtp.hosts.reading import Reader
@@ -96,7 +97,7 @@ def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     if running is not None and running.model is model:  # the ids are short already
         kwargs, deepstack = _splice(running, kwargs)
         is_prompt = kwargs.get("inputs_embeds") is not None
-        with handing(deepstack), layers.reading(running.prompt.layers if is_prompt else None):
+        with handing(deepstack), hooks.reading(running.prompt.layers if is_prompt else None):
             return original(**kwargs)
     if not brings_images(kwargs):
         return original(**turns.next_step(kwargs, ids))
@@ -142,7 +143,7 @@ def pruned(state: State, module: Any, original: Callable[..., Any], kwargs: dict
     if is_tuple:
         inputs["return_dict"] = True
     state.host.set_rope_deltas(prompt.rope_deltas)
-    with handing(prompt.deepstack), layers.reading(prompt.layers):
+    with handing(prompt.deepstack), hooks.reading(prompt.layers):
         output = original(**inputs)
     turns.remember(output, kwargs, prompt)
     output = outputs.finish(output, short, lengthen=state.logits == "full")

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from ocvtp.hosts import layers
 from ocvtp.hosts.base import Host, Savings, Tiling
 from ocvtp.hosts.families.internvl import InternVLHost
 from ocvtp.hosts.families.llava import LlavaHost
@@ -18,6 +17,7 @@ from ocvtp.hosts.families.llava_onevision import LlavaOnevisionHost
 from ocvtp.hosts.families.qwen2_5_vl import Qwen25VLHost
 from ocvtp.hosts.families.qwen2_vl import Qwen2VLHost
 from ocvtp.hosts.families.qwen3_vl import Qwen3VLHost
+from ocvtp.hosts.in_llm import hooks
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 
@@ -111,7 +111,7 @@ def check(host: Host, pruner: Pruner | Compose) -> None:
                 " pass a pruner of one of these (see `ocvtp list`)."
             )
         if isinstance(part, LayerPruner):
-            layers.check(host, part)
+            hooks.check(host, part)
         elif part.stage == "llm_layers":
             raise ValueError(
                 f"pruner {part.name!r} acts at stage 'llm_layers', but is no LayerPruner; derive it"

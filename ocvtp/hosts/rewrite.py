@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
 from ocvtp.hosts.checks import check_selection
-from ocvtp.hosts.deepstack import Deepstack
-from ocvtp.hosts.layer_plan import LayerPlan, plan_layers
+from ocvtp.hosts.in_llm.deepstack import Deepstack
+from ocvtp.hosts.in_llm.plan import LayerPlan, plan_layers
 from ocvtp.hosts.lining import Positions as Positions
 from ocvtp.hosts.lining import line_up, packing_of
 from ocvtp.hosts.looking import Encode as Encode

@@ -19,7 +19,7 @@ from tiny_models import random_model
 from torch import Tensor
 
 from ocvtp import Chain, Compose, build_pruner
-from ocvtp.hosts.layer_scores import turn
+from ocvtp.hosts.in_llm.attention import turn
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.rewrite import Prompt
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from ocvtp import build_pruner
-from ocvtp.hosts.layer_scores import turn, turn_to_start
+from ocvtp.hosts.in_llm.attention import turn, turn_to_start
 from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.structures import LayerTokens
 

@@ -18,8 +18,8 @@ from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
-from ocvtp.hosts.layer_plan import plan_layers
-from ocvtp.hosts.layers import hooks, reading
+from ocvtp.hosts.in_llm.hooks import hooks, reading
+from ocvtp.hosts.in_llm.plan import plan_layers
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers.hooks import put
 

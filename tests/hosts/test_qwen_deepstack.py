@@ -10,7 +10,7 @@ import torch
 from tiny_qwen import BATCH, ONE, make_batch, tiny_qwen3
 
 from ocvtp import attach, build_pruner
-from ocvtp.hosts.deepstack import Deepstack
+from ocvtp.hosts.in_llm.deepstack import Deepstack
 
 
 @pytest.fixture(scope="module")

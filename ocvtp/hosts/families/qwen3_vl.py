@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import deepstack
 from ocvtp.hosts.families.qwen_vl import QwenHost
+from ocvtp.hosts.in_llm import deepstack
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
 

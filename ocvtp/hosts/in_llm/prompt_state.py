@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import on_device
-from ocvtp.hosts.layer_plan import Group, LayerPlan
-from ocvtp.hosts.layer_scores import among_each_other, rows_of_attention, turn, turn_to_start
+from ocvtp.hosts.in_llm.attention import among_each_other, rows_of_attention, turn, turn_to_start
+from ocvtp.hosts.in_llm.plan import Group, LayerPlan
 from ocvtp.structures import LayerTokens, take
 
 

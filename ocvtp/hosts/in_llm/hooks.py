@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.layer_pass import Note, Pass, drop, prepare
-from ocvtp.hosts.layer_plan import LayerPlan
-from ocvtp.hosts.layer_tokens import Current, Place
+from ocvtp.hosts.in_llm.drop import Note, Pass, drop, prepare
+from ocvtp.hosts.in_llm.plan import LayerPlan
+from ocvtp.hosts.in_llm.prompt_state import Current, Place
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before, is_compiled

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import merge
-from ocvtp.hosts.layer_plan import LayerPlan, Stayed
-from ocvtp.hosts.layer_tokens import Current, Place, tokens_at, with_tail
+from ocvtp.hosts.in_llm.plan import LayerPlan, Stayed
+from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at, with_tail
 from ocvtp.transformers_names import causal_mask
 
 
