@@ -22,7 +22,7 @@ import ocvtp
 from ocvtp.data.coco import find_images
 from ocvtp.data.scenes import write_scenes
 from ocvtp.hosts.loading import load_model, open_image
-from ocvtp.hosts.templates import with_template
+from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.reporting.files import replacing
 
 

@@ -20,7 +20,7 @@ from ocvtp.data.coco import find_images
 from ocvtp.data.scenes import write_scenes
 from ocvtp.export import export_checkpoint
 from ocvtp.hosts.loading import load_model, open_image
-from ocvtp.hosts.templates import with_template
+from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.training.run import train
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 import ocvtp
 from ocvtp.data.scenes import draw_scene
 from ocvtp.hosts.loading import load_model, open_image
-from ocvtp.hosts.templates import with_template
+from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.ops.selection import top_k
 from ocvtp.pruners.checks import check_pruner
 from ocvtp.pruners.registry import register

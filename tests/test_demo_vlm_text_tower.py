@@ -35,8 +35,8 @@ from ocvtp.demo_vlm.text_tower import (
     embed_images,
     embed_texts,
 )
-from ocvtp.hosts.clip_text import load_clip_text
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.clip_text import load_clip_text
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
 

@@ -95,8 +95,8 @@ def test_commands_refuse_an_unknown_name_in_one_line(capsys):
 
 def test_the_demo_model_is_found_from_any_folder(tmp_path, monkeypatch):
     from ocvtp.encoders.clip import CLIPEncoder
-    from ocvtp.hosts.clip_text import load_clip_text
     from ocvtp.hosts.loading import load_model
+    from ocvtp.hosts.prompt.clip_text import load_clip_text
 
     monkeypatch.chdir(tmp_path)
     model, _ = load_model("checkpoints/demo-vlm", "float32")

@@ -27,8 +27,8 @@ from ocvtp.bench.memory import (
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt
 from ocvtp.transformers_names import cache_of
 
 PARTS = (

@@ -24,7 +24,7 @@ from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.reporting.environment import environment_of
 from ocvtp.reporting.progress import progress_bar

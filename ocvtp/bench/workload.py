@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.templates import find_tokenizer, with_template
+from ocvtp.hosts.prompt.chat_template import find_tokenizer, with_template
 
 _WORDS = "Look at the image closely and describe what you see in it, one thing after the other. "
 

@@ -10,11 +10,11 @@ from typing import Any
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Tiling
-from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.prompt.chat_template import with_template
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt
-from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
 

@@ -19,12 +19,12 @@ from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Encoded, Host, Tiling
-from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model, open_image
-from ocvtp.hosts.reading import make_reader
+from ocvtp.hosts.prompt.chat_template import with_template
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.read_prompt import make_reader
+from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt, look
-from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
 from ocvtp.structures import Needs, Selection

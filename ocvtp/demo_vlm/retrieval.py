@@ -23,8 +23,8 @@ from ocvtp.demo_vlm.settings import DemoSettings
 from ocvtp.demo_vlm.text_tower import FOLDER
 from ocvtp.evaluation.intervals import estimate
 from ocvtp.evaluation.tasks import Ratio
-from ocvtp.hosts.clip_text import load_clip_text
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.clip_text import load_clip_text
 
 Figures = dict[str, dict[str, Any]]
 

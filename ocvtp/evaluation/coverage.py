@@ -29,7 +29,7 @@ from ocvtp.evaluation.kept_tokens import (
 )
 from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.rewrite import Prompt
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.reporting.results_files import current_names
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.rewrite import Prompt
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.ops.ridge import ridge_error
 from ocvtp.ops.similarity import full, unit
 from ocvtp.ops.token_views import left_over

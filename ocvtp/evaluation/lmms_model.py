@@ -27,10 +27,10 @@ from ocvtp.evaluation.lmms_prompts import Asked, ask
 from ocvtp.evaluation.lmms_settings import GenerationArgs, ModelArgs
 from ocvtp.evaluation.runner import visual_token_counts
 from ocvtp.hosts.attach import attached
-from ocvtp.hosts.checks import refuse_beyond_all
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt
 from ocvtp.pruners import Pruner
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ocvtp.hosts.templates import with_template
+from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.images import open_image, to_rgb
 
 

@@ -26,9 +26,9 @@ from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import Subject, run, shared_settings
 from ocvtp.evaluation.tasks import Record, Task, TokenTask
 from ocvtp.hosts.attach import attached
-from ocvtp.hosts.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import look
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.reporting.environment import environment_of
 from ocvtp.slots import OCPruner, OCPrunerConfig

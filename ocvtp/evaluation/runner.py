@@ -23,10 +23,10 @@ from ocvtp.evaluation.conditions import Condition, Place, content_hash
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks import Item, Record, Task, TokenTask
 from ocvtp.hosts.attach import attached
+from ocvtp.hosts.prompt.chat_template import with_template
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt
 from ocvtp.hosts.sharing import SharedEncodings
-from ocvtp.hosts.templates import with_template
 from ocvtp.reporting.progress import progress_bar
 
 

@@ -108,7 +108,7 @@ class TokenTask(Task):
 
         Args:
             host: `ocvtp.hosts.base.Host` of the model.
-            prompt: `ocvtp.hosts.rewrite.Prompt`, after the model has read it; an image a row.
+            prompt: `ocvtp.hosts.prompt.shorten.Prompt`, after the model read it; an image a row.
             items: of the rows.
         """
 

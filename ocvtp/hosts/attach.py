@@ -18,15 +18,15 @@ from typing import Any
 from ocvtp.hosts import callers, calls, inner
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.calls import STATE, State
-from ocvtp.hosts.checks import beyond_all
-from ocvtp.hosts.clip_text import TextTower
 from ocvtp.hosts.in_llm import hooks as layer_hooks
-from ocvtp.hosts.looking import encode_anew
 from ocvtp.hosts.outputs import Logits, check_logits
-from ocvtp.hosts.reading import make_reader
+from ocvtp.hosts.prompt.checks import beyond_all
+from ocvtp.hosts.prompt.clip_text import TextTower
+from ocvtp.hosts.prompt.read_call import encode_anew
+from ocvtp.hosts.prompt.read_prompt import make_reader
+from ocvtp.hosts.prompt.select import compiled, select
+from ocvtp.hosts.prompt.shorten import Positions, Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
-from ocvtp.hosts.rewrite import Positions, Prompt
-from ocvtp.hosts.selecting import compiled, select
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrap_methods import Wrapped

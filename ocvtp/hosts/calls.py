@@ -18,11 +18,11 @@ from ocvtp.hosts import callers, generation, outputs, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.in_llm import hooks
 from ocvtp.hosts.in_llm.deepstack import Deepstack, handing
-from ocvtp.hosts.looking import Encode, encode_anew, look
 from ocvtp.hosts.outputs import Logits
-from ocvtp.hosts.reading import Reader
-from ocvtp.hosts.rewrite import Positions, Prompt, Shortened, shorten
-from ocvtp.hosts.selecting import Select, select
+from ocvtp.hosts.prompt.read_call import Encode, encode_anew, look
+from ocvtp.hosts.prompt.read_prompt import Reader
+from ocvtp.hosts.prompt.select import Select, select
+from ocvtp.hosts.prompt.shorten import Positions, Prompt, Shortened, shorten
 from ocvtp.hosts.site import Site
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.pruners import Pruner

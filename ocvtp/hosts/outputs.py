@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ocvtp.hosts.rewrite import Prompt, Shortened
+from ocvtp.hosts.prompt.shorten import Prompt, Shortened
 from ocvtp.transformers_names import with_images
 
 Logits = Literal["short", "full"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.lazy_projection import LaterRows
-from ocvtp.hosts.looking import Encode, encode_anew
+from ocvtp.hosts.prompt.read_call import Encode, encode_anew
 from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens

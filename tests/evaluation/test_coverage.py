@@ -19,8 +19,8 @@ from ocvtp.evaluation.coverage import CoverageTask
 from ocvtp.evaluation.kept_tokens import kept_cells, nearest_kept, unrestored
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.templates import with_template
 from ocvtp.pruners import Pruner, build_pruner
 from ocvtp.random_models.clip_config import plain_processor
 from ocvtp.structures import Selection

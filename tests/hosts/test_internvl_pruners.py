@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 import ocvtp
 from ocvtp import Needs, OCPruner, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.cli import main
-from ocvtp.hosts.prompts import Prompts
+from ocvtp.hosts.prompt.user_words import Prompts
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_internvl import SPECIAL_TOKENS, tiny_internvl
 from ocvtp.slots import OCPrunerConfig

@@ -13,7 +13,7 @@ from tiny_qwen import single, tiny_qwen
 from torch import Tensor
 
 from ocvtp import Chain, Compose, VisualTokens, build_pruner
-from ocvtp.hosts.selecting import select_shares
+from ocvtp.hosts.prompt.select import select_shares
 
 RATIO = 0.3
 METHODS: dict[str, Any] = {

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ocvtp import Chain, Compose, build_pruner
 from ocvtp.hosts.in_llm.attention import turn
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.rewrite import Prompt
 
 ONE = [(6, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]

@@ -24,8 +24,9 @@ from tiny_models import tiny_clip, tiny_llava
 from torch import Tensor
 
 from ocvtp import Needs, Selection, attach
-from ocvtp.hosts import clip_text, find_host
+from ocvtp.hosts import find_host
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt import clip_text
 from ocvtp.random_models.tiny_clip import random_clip
 
 CLIP = Needs(clip=True)

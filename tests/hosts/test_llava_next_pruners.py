@@ -32,7 +32,7 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp import Selection, VisualTokens
-from ocvtp.hosts.prompts import Prompts
+from ocvtp.hosts.prompt.user_words import Prompts
 
 pytestmark = pytest.mark.usefixtures("untouched_next")
 PER_VIEW = ("cls", "cls_keys", "cls_queries", "text", "text_valid", "clip_text")

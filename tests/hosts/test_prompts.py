@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_models import IMAGE_TOKEN, LLAVA_TEMPLATE, tiny_processor
 
-from ocvtp.hosts.prompts import Prompts, embed_words
+from ocvtp.hosts.prompt.user_words import Prompts, embed_words
 
 CHATML = (
     "{% for m in messages %}"
@@ -247,7 +247,7 @@ def test_the_words_embedded() -> None:
 
 
 def around(processor: Any, num_images: int = 1) -> Any:
-    from ocvtp.hosts.templates import ChatTemplate
+    from ocvtp.hosts.prompt.chat_template import ChatTemplate
 
     return ChatTemplate(processor, host_of(processor).image_token_id).around(num_images)
 

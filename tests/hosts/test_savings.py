@@ -25,7 +25,7 @@ from ocvtp import Needs, OCPruner, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.in_tower import skip_unread
-from ocvtp.hosts.selecting import compiled
+from ocvtp.hosts.prompt.select import compiled
 from ocvtp.hosts.sharing import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers import taps

@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.hosts.in_tower.stages import TowerStages
 from ocvtp.hosts.lazy_projection import LaterRows, Rows
-from ocvtp.hosts.templates import find_processor
+from ocvtp.hosts.prompt import tower_output
+from ocvtp.hosts.prompt.chat_template import find_processor
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps
@@ -188,7 +188,7 @@ class ClipFamilyHost(Host):
 
     def _first_unread(self, images: dict[str, Any], needs: Needs) -> int:
         """From where on nobody reads the tower, see `unread.first_unread`."""
-        if read_images.is_asked(images):
+        if tower_output.is_asked(images):
             return self._last_half + 1
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
@@ -254,7 +254,7 @@ class ClipFamilyHost(Host):
         if stages is not None and (ran := stages.ran(record)) is not None:
             found["valid"] = ran
         is_cut = self._may_cut and half <= self._last_half
-        output = read_images.known(output, half if is_cut else None, stages is None)
+        output = tower_output.known(output, half if is_cut else None, stages is None)
         return output, {"features": features, **found}, skip_unread.is_projected_later(record)
 
     def _rows(

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts import read_images
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
+from ocvtp.hosts.prompt import tower_output
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
@@ -126,7 +126,7 @@ class QwenHost(Host):
             embeddings,
             starts=sizes.cumsum(dim=0) - sizes,
             deepstack=torch.stack(layers) if layers else None,
-            output=read_images.known(output),
+            output=tower_output.known(output),
         )
 
     def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.hosts.checks import check_inputs
-from ocvtp.hosts.packing import Packed, find_samples
-from ocvtp.hosts.read_images import asked
-from ocvtp.hosts.reading import Reader
+from ocvtp.hosts.prompt.checks import check_inputs
+from ocvtp.hosts.prompt.packed_rows import Packed, find_samples
+from ocvtp.hosts.prompt.read_prompt import Reader
+from ocvtp.hosts.prompt.tower_output import asked
 from ocvtp.structures import Needs
 
 Encode = Callable[[Host, dict[str, Any], Needs], Encoded]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ocvtp.hosts.columns import gather_columns
+from ocvtp.hosts.prompt.columns import gather_columns
 from ocvtp.transformers_names import cache_in
 
 _ENDS = ("cu_seq_lens_q", "cu_seq_lens_k")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
-from ocvtp.hosts.clip_text import ClipText, TextTower, load_clip_text
-from ocvtp.hosts.prompts import Prompts, embed_words
-from ocvtp.hosts.templates import find_processor
+from ocvtp.hosts.prompt.chat_template import find_processor
+from ocvtp.hosts.prompt.clip_text import ClipText, TextTower, load_clip_text
+from ocvtp.hosts.prompt.user_words import Prompts, embed_words
 from ocvtp.structures import Needs
 from ocvtp.towers.uncompiled import uncompiled
 

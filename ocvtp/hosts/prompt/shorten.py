@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host, Kept
-from ocvtp.hosts.checks import check_selection
 from ocvtp.hosts.in_llm.deepstack import Deepstack
 from ocvtp.hosts.in_llm.plan import LayerPlan, plan_layers
-from ocvtp.hosts.lining import Positions as Positions
-from ocvtp.hosts.lining import line_up, packing_of
-from ocvtp.hosts.looking import Encode as Encode
-from ocvtp.hosts.looking import Seen as Seen
-from ocvtp.hosts.looking import encode_anew as encode_anew
-from ocvtp.hosts.looking import look as look
-from ocvtp.hosts.read_images import of_kept
-from ocvtp.hosts.selecting import Select, select, select_shares
+from ocvtp.hosts.prompt.checks import check_selection
+from ocvtp.hosts.prompt.line_up import Positions as Positions
+from ocvtp.hosts.prompt.line_up import line_up, packing_of
+from ocvtp.hosts.prompt.read_call import Encode as Encode
+from ocvtp.hosts.prompt.read_call import Seen as Seen
+from ocvtp.hosts.prompt.read_call import encode_anew as encode_anew
+from ocvtp.hosts.prompt.read_call import look as look
+from ocvtp.hosts.prompt.select import Select, select, select_shares
+from ocvtp.hosts.prompt.tower_output import of_kept
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs, Selection, take

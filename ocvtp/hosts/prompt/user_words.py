@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.templates import (
+from ocvtp.hosts.prompt.chat_template import (
     ChatTemplate,
     Template,
     find_tokenizer,

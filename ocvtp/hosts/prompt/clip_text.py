@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.templates import find_tokenizer
+from ocvtp.hosts.prompt.chat_template import find_tokenizer
 from ocvtp.shipped import find_folder
 
 TextTower = Any  # a hub id or folder, a CLIPModel, or a pair of a CLIPModel and its tokenizer

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.hosts.columns import (
+from ocvtp.hosts.prompt.columns import (
     gather,
     gather_columns,
     gather_coordinates,
@@ -21,7 +21,7 @@ from ocvtp.hosts.columns import (
     numbered,
     pads_behind,
 )
-from ocvtp.hosts.packing import Packed, shorten_ends
+from ocvtp.hosts.prompt.packed_rows import Packed, shorten_ends
 from ocvtp.pruners.layer_pruner import LayerPruner
 
 Positions = Literal["contiguous", "original"]

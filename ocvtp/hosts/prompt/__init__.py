@@ -1,0 +1,1 @@
+"""The prompt of a call: read, its images found, shortened."""
