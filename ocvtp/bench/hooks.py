@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 
 from ocvtp.bench.marks import MODEL, PROJECT, SELECT, TOWER, Marks
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.calls import STATE
+from ocvtp.hosts.runtime.calls import STATE
 from ocvtp.pruners import Pruner
 
 _PROJECTORS = ("multi_modal_projector", "merger", "deepstack_merger_list")

@@ -29,7 +29,7 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.reporting.environment import environment_of
 from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import Needs, VisualTokens

@@ -26,7 +26,7 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.reporting.progress import progress_bar
 
 

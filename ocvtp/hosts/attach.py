@@ -15,11 +15,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ocvtp.hosts import callers, calls, inner
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
-from ocvtp.hosts.calls import STATE, State
 from ocvtp.hosts.in_llm import hooks as layer_hooks
-from ocvtp.hosts.outputs import Logits, check_logits
 from ocvtp.hosts.prompt.checks import beyond_all
 from ocvtp.hosts.prompt.clip_text import TextTower
 from ocvtp.hosts.prompt.read_call import encode_anew
@@ -27,8 +24,11 @@ from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import compiled, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
-from ocvtp.hosts.sharing import SharedEncodings
-from ocvtp.hosts.site import Site
+from ocvtp.hosts.runtime import caller_processors, calls, inner
+from ocvtp.hosts.runtime.calls import STATE, State
+from ocvtp.hosts.runtime.forward_output import Logits, check_logits
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
+from ocvtp.hosts.runtime.site import Site
 from ocvtp.hosts.wrap_methods import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -162,7 +162,7 @@ def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
     host = state.host
     methods = [(calls.forward, "forward"), (calls.generate, "generate")]
     if hasattr(type(host.model), MERGE_PROCESSORS):
-        methods.append((callers.merge, MERGE_PROCESSORS))
+        methods.append((caller_processors.merge, MERGE_PROCESSORS))
     groups = [partial(_method, host.model, *method) for method in methods]
     groups.append(partial(_inner_method, host.model))
     groups.append(partial(_hooks, host, needs, state.layers))

@@ -21,7 +21,7 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.pruners import registry
 from ocvtp.pruners.methods.uniform import Uniform
 from ocvtp.slots import OCPruner, OCPrunerConfig

@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from ocvtp import Pruner, build_pruner
-from ocvtp.hosts.callers import Callers
-from ocvtp.hosts.generation import Shown
-from ocvtp.hosts.whole_prompt import CriteriaOfCallers
+from ocvtp.hosts.runtime.caller_processors import Callers
+from ocvtp.hosts.runtime.generate_arguments import Shown
+from ocvtp.hosts.runtime.processor_lists import CriteriaOfCallers
 
 LENGTH = make_batch(ONE)["input_ids"].shape[1]
 ENDS = list(range(3, 128))

@@ -26,7 +26,7 @@ from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.prompt.select import compiled
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers import taps
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ocvtp import Compose, Needs, OCPruner, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.families.llava import LlavaHost
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 
 ROWS = ["USER: <image>\nwhat is it? ASSISTANT:", "USER: <image>\n<image>\nthe same? ASSISTANT:"]

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from ocvtp import Pruner, attach
 from ocvtp.hosts.registry import find_host, unwrap
-from ocvtp.hosts.sharing import SharedEncodings
+from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 
 pytestmark = pytest.mark.usefixtures("untouched")
 

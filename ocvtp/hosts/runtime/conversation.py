@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.generation import cache_length, given_or_inferred_mask
 from ocvtp.hosts.prompt.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.prompt.columns import continue_positions
 from ocvtp.hosts.prompt.shorten import Prompt
+from ocvtp.hosts.runtime.generate_arguments import cache_length, given_or_inferred_mask
 from ocvtp.transformers_names import cache_in, cache_of
 
 _ON_CACHE = "_ocvtp_prompt"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, MaxLengthCriteria, StoppingCriteriaList
 
-from ocvtp.hosts.generation import Shown
+from ocvtp.hosts.runtime.generate_arguments import Shown
 
 IsCallers = Callable[[Any], bool]
 

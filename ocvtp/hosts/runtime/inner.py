@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ocvtp.hosts.calls import STATE, State, brings_images, by_name, pruned
+from ocvtp.hosts.runtime.calls import STATE, State, brings_images, by_name, pruned
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.transformers_names import name_cache
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts import callers, generation, outputs, turns
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.in_llm import hooks
 from ocvtp.hosts.in_llm.deepstack import Deepstack, handing
-from ocvtp.hosts.outputs import Logits
 from ocvtp.hosts.prompt.read_call import Encode, encode_anew, look
 from ocvtp.hosts.prompt.read_prompt import Reader
 from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt, Shortened, shorten
-from ocvtp.hosts.site import Site
+from ocvtp.hosts.runtime import caller_processors, conversation, forward_output, generate_arguments
+from ocvtp.hosts.runtime.forward_output import Logits
+from ocvtp.hosts.runtime.site import Site
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -90,7 +90,7 @@ def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     kwargs = name_cache(kwargs, state.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
-        kwargs = turns.next_step(kwargs, ids)
+        kwargs = conversation.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     kwargs = by_name(model, "forward", args, kwargs)
     running = _RUNNING.get()
@@ -100,7 +100,7 @@ def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         with handing(deepstack), hooks.reading(running.prompt.layers if is_prompt else None):
             return original(**kwargs)
     if not brings_images(kwargs):
-        return original(**turns.next_step(kwargs, ids))
+        return original(**conversation.next_step(kwargs, ids))
     if state.logits == "full":  # the inner model prunes, and hands back a state for every column
         token = _TUPLE.set(_wants_tuple(model, kwargs))
         try:
@@ -129,7 +129,7 @@ def pruned(state: State, module: Any, original: Callable[..., Any], kwargs: dict
         original: its forward().
         kwargs: of the call.
     """
-    if generation.cache_length(kwargs):
+    if generate_arguments.cache_length(kwargs):
         raise ValueError(
             "forward() got images and a filled cache while a pruner is attached: the attention"
             " mask would not match the short cache. Use generate(), or pass the images with an"
@@ -145,8 +145,8 @@ def pruned(state: State, module: Any, original: Callable[..., Any], kwargs: dict
     state.host.set_rope_deltas(prompt.rope_deltas)
     with handing(prompt.deepstack), hooks.reading(prompt.layers):
         output = original(**inputs)
-    turns.remember(output, kwargs, prompt)
-    output = outputs.finish(output, short, lengthen=state.logits == "full")
+    conversation.remember(output, kwargs, prompt)
+    output = forward_output.finish(output, short, lengthen=state.logits == "full")
     return output.to_tuple() if is_tuple else output
 
 
@@ -158,37 +158,37 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
-    running, remembered = None, turns.remembered_prompt(kwargs)
+    running, remembered = None, conversation.remembered_prompt(kwargs)
     if remembered is not None:  # a later turn: the images are in the cache
         state.site.renew()
-        turn, full_ids = turns.later_turn(state.host, remembered, kwargs)
-        shown = generation.Shown(full_ids, turn["input_ids"].shape[1])
+        turn, full_ids = conversation.later_turn(state.host, remembered, kwargs)
+        shown = generate_arguments.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas
     elif not brings_images(kwargs):
         return original(**kwargs)
     else:
-        kwargs["attention_mask"] = mask = generation.given_or_inferred_mask(model, kwargs)
+        kwargs["attention_mask"] = mask = generate_arguments.given_or_inferred_mask(model, kwargs)
         if mask is None and kwargs.get("position_ids") is not None:  # no packed samples here
             kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         if state.layers is not None:
-            generation.check_layers(model, kwargs)
+            generate_arguments.check_layers(model, kwargs)
         short = state.shorten(kwargs)
         turn, prompt = short.inputs, short.prompt
-        shown = generation.Shown(prompt.input_ids, prompt.short_length)
+        shown = generate_arguments.Shown(prompt.input_ids, prompt.short_length)
         running, deltas = _Running(model, prompt), prompt.rope_deltas
-    generation.adjust(model, turn, shown)
+    generate_arguments.adjust(model, turn, shown)
     token = _RUNNING.set(running)
     state.host.set_rope_deltas(deltas)
     try:
-        with callers.reading(turn, shown) as turn:
+        with caller_processors.reading(turn, shown) as turn:
             output = original(**turn)
     finally:
         _RUNNING.reset(token)
         state.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them
     if running is not None:
         running.check()
-        turns.remember(output, turn, running.prompt)
-    return generation.restore(output, shown)
+        conversation.remember(output, turn, running.prompt)
+    return generate_arguments.restore(output, shown)
 
 
 def by_name(model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def brings_images(kwargs: dict[str, Any]) -> bool:
 def _splice(running: _Running, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Deepstack | None]:
     """Put the prepared embeddings where this forward sees tokens of the short prompt."""
     prompt, ids = running.prompt, kwargs.get("input_ids")
-    past = generation.cache_length(kwargs)
+    past = generate_arguments.cache_length(kwargs)
     if ids is None or past >= prompt.short_length:
         return kwargs, None
     here = slice(past, past + ids.shape[1])

@@ -15,7 +15,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
-from ocvtp.hosts.generation import Shown
+from ocvtp.hosts.runtime.generate_arguments import Shown
 from ocvtp.hosts.wrap_methods import Original, Wrapped, has_methods
 from ocvtp.transformers_names import MERGE_PROCESSORS
 
@@ -96,7 +96,7 @@ def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -
         return merged
     from transformers import StoppingCriteriaList
 
-    from ocvtp.hosts.whole_prompt import CriteriaOfCallers, ProcessorsOfCallers
+    from ocvtp.hosts.runtime.processor_lists import CriteriaOfCallers, ProcessorsOfCallers
 
     is_criteria = isinstance(merged, StoppingCriteriaList)
     kind = CriteriaOfCallers if is_criteria else ProcessorsOfCallers

@@ -1,0 +1,1 @@
+"""What an attached model runs in place of its own methods."""
