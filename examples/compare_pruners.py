@@ -25,7 +25,7 @@ from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.report import short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
-from ocvtp.evaluation.vqa import VqaTask
+from ocvtp.evaluation.tasks.vqa import VqaTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import build_spec
 from ocvtp.reporting.files import replacing

@@ -11,7 +11,7 @@ import torch
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
-from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 FOLDER = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"

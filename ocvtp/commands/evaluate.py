@@ -10,14 +10,14 @@ from typing import Any
 from ocvtp.choices import Task as TaskName
 from ocvtp.commands import output
 from ocvtp.evaluation.conditions import CONTROLS, Budget
-from ocvtp.evaluation.coverage import CoverageTask
-from ocvtp.evaluation.pope import PopeTask, build_pope
 from ocvtp.evaluation.report import results, short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
-from ocvtp.evaluation.scenes import SceneTask
-from ocvtp.evaluation.tasks import Task
-from ocvtp.evaluation.vqa import VqaTask
+from ocvtp.evaluation.tasks.base import Task
+from ocvtp.evaluation.tasks.coverage import CoverageTask
+from ocvtp.evaluation.tasks.pope import PopeTask, build_pope
+from ocvtp.evaluation.tasks.scenes import SceneTask
+from ocvtp.evaluation.tasks.vqa import VqaTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
 

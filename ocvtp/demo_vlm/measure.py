@@ -13,7 +13,7 @@ from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, content_hash
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
-from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 SHARE = 18

@@ -22,7 +22,7 @@ from ocvtp.demo_vlm.model import FEATURE_LAYER
 from ocvtp.demo_vlm.settings import DemoSettings
 from ocvtp.demo_vlm.text_tower import FOLDER
 from ocvtp.evaluation.intervals import estimate
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.clip_text import load_clip_text
 

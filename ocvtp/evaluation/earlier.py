@@ -18,7 +18,7 @@ from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.logs import Log, headers
 from ocvtp.evaluation.report import RESULTS, Row
 from ocvtp.evaluation.tables import budget_text
-from ocvtp.evaluation.tasks import Record, Task
+from ocvtp.evaluation.tasks.base import Record, Task
 from ocvtp.reporting.results_files import read_results
 
 Key = tuple[str, float | None]

@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 
 RESAMPLES = 2000
 _SEED = 0

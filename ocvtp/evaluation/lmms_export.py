@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from ocvtp.evaluation.tasks import Task
+from ocvtp.evaluation.tasks.base import Task
 from ocvtp.reporting.files import replacing
 
 _ROWS = "questions.jsonl"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ocvtp.evaluation.tasks import Record
+from ocvtp.evaluation.tasks.base import Record
 from ocvtp.reporting.files import replacing
 
 

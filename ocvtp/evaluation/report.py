@@ -17,7 +17,7 @@ from typing import Any
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.intervals import difference, estimate
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import SCHEMA
 from ocvtp.visualize import save_figure

@@ -24,7 +24,7 @@ from ocvtp.evaluation.conditions import (
 from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import Subject, run, shared_settings
-from ocvtp.evaluation.tasks import Record, Task, TokenTask
+from ocvtp.evaluation.tasks.base import Record, Task, TokenTask
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.shorten import look

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.cells import at_pixels, source_pixels
 from ocvtp.evaluation.conditions import Condition, Place, content_hash
 from ocvtp.evaluation.logs import Log
-from ocvtp.evaluation.tasks import Item, Record, Task, TokenTask
+from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
+from ocvtp.evaluation.tasks.object_cells import at_pixels, source_pixels
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.shorten import Prompt

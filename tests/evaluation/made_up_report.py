@@ -3,7 +3,7 @@
 import numpy as np
 
 from ocvtp.evaluation.report import Report, Row
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 
 
 def share(right, of=20):

@@ -1,6 +1,6 @@
 import pytest
 
-from ocvtp.evaluation.answers import (
+from ocvtp.evaluation.tasks.answers import (
     exact_yes_no,
     normalise_vqa,
     pope_yes_no,

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ocvtp.data.scenes import write_scenes
 from ocvtp.encoders.clip import ProcessorTransform
-from ocvtp.evaluation.cells import cells_on, source_pixels
-from ocvtp.evaluation.coverage import CoverageTask
-from ocvtp.evaluation.kept_tokens import kept_cells, nearest_kept, unrestored
+from ocvtp.evaluation.tasks.coverage import CoverageTask
+from ocvtp.evaluation.tasks.kept_tokens import kept_cells, nearest_kept, unrestored
+from ocvtp.evaluation.tasks.object_cells import cells_on, source_pixels
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template

@@ -18,7 +18,7 @@ from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.report import write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
-from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings

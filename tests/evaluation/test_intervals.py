@@ -4,7 +4,7 @@ from scipy import stats
 
 from ocvtp.evaluation import intervals
 from ocvtp.evaluation.intervals import RESAMPLES, average, difference, estimate, mcnemar
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 
 
 def answers(n=240, images=60, share=0.7, seed=0):

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from ocvtp.evaluation.pope import PopeTask, build_pope, pope_question
+from ocvtp.evaluation.tasks.pope import PopeTask, build_pope, pope_question
 
 COCO_TINY = Path(__file__).parents[2] / "../shared/coco-tiny"
 OLD, NEW = "COCO_val2014_000000310196.jpg", "000000310196.jpg"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from ocvtp.evaluation import tables
 from ocvtp.evaluation.intervals import difference, estimate
 from ocvtp.evaluation.report import results, short_table, to_markdown, write
-from ocvtp.evaluation.tasks import Ratio
+from ocvtp.evaluation.tasks.base import Ratio
 
 
 def by_label(found, label, budget=0.25):

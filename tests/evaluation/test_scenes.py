@@ -7,7 +7,7 @@ import pytest
 
 from ocvtp.data.questions import KINDS
 from ocvtp.data.scenes import LEVELS, draw_scene, split_seed
-from ocvtp.evaluation.scenes import SceneTask
+from ocvtp.evaluation.tasks.scenes import SceneTask
 
 
 @pytest.fixture(scope="module")

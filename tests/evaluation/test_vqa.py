@@ -5,7 +5,7 @@ import pytest
 from listed_files import answers, write_images, write_lines
 from PIL import Image
 
-from ocvtp.evaluation.vqa import VqaTask
+from ocvtp.evaluation.tasks.vqa import VqaTask
 
 ENTRIES = [
     {"image": "b.png", "question": "What colour?", "answers": ["red"] * 2 + ["blue"] * 8},

@@ -18,9 +18,9 @@ from ocvtp.cli import main
 from ocvtp.evaluation.lmms_export import export_task, shipped_tasks
 from ocvtp.evaluation.lmms_prompts import ask
 from ocvtp.evaluation.lmms_settings import MAX_NEW_TOKENS, GenerationArgs, ModelArgs
-from ocvtp.evaluation.pope import pope_ratios
-from ocvtp.evaluation.scenes import SceneTask
-from ocvtp.evaluation.tasks import Item
+from ocvtp.evaluation.tasks.base import Item
+from ocvtp.evaluation.tasks.pope import pope_ratios
+from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ocvtp.evaluation.answers import exact_yes_no, pope_yes_no, vqa_accuracy, vqa_exact
-from ocvtp.evaluation.pope import pope_ratios
-from ocvtp.evaluation.tasks import Item
+from ocvtp.evaluation.tasks.answers import exact_yes_no, pope_yes_no, vqa_accuracy, vqa_exact
+from ocvtp.evaluation.tasks.base import Item
+from ocvtp.evaluation.tasks.pope import pope_ratios
 from ocvtp.images import open_image
 
 Row = Mapping[str, Any]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ocvtp.data.annotations import CocoFile
-from ocvtp.evaluation.listed import name_of_2017
+from ocvtp.evaluation.tasks.question_files import name_of_2017
 
 
 class CocoInstances:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ocvtp.data.questions import KINDS, ask
 from ocvtp.data.scenes import Level, Scene, Split, draw_scene, scene_style, split_seed
-from ocvtp.evaluation.tasks import Item, Ratio, Record, Task, shares
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Task, shares
 
 _EVEN = dict.fromkeys(KINDS, 1 / len(KINDS))
 _STREAM = 2  # of random numbers, beside those of drawing and training

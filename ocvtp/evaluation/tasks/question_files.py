@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ocvtp.evaluation.tasks import Item, Record, Task
+from ocvtp.evaluation.tasks.base import Item, Record, Task
 from ocvtp.images import open_image
 
 Folders = str | Path | Sequence[str | Path]

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-from ocvtp.evaluation.answers import vqa_accuracy, vqa_exact
-from ocvtp.evaluation.listed import Asked, Entry, Folders, ListedTask, read_entries
-from ocvtp.evaluation.tasks import Item, Ratio, Record, shares
+from ocvtp.evaluation.tasks.answers import vqa_accuracy, vqa_exact
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, shares
+from ocvtp.evaluation.tasks.question_files import Asked, Entry, Folders, ListedTask, read_entries
 
 
 class VqaTask(ListedTask):

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
-from ocvtp.evaluation.cells import at_pixels, cells_on, patch_side, source_pixels
-from ocvtp.evaluation.kept_tokens import (
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, TokenTask
+from ocvtp.evaluation.tasks.kept_tokens import (
     all_features,
     grid_of,
     kept_cells,
     nearest_kept,
     unrestored,
 )
-from ocvtp.evaluation.tasks import Item, Ratio, Record, TokenTask
+from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on, patch_side, source_pixels
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.reporting.results_files import current_names

@@ -14,10 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ocvtp.evaluation.answers import exact_yes_no, pope_yes_no
-from ocvtp.evaluation.instances import CocoInstances
-from ocvtp.evaluation.listed import Asked, Entry, Folders, ListedTask, fingerprint, read_entries
-from ocvtp.evaluation.tasks import Item, Ratio, Record
+from ocvtp.evaluation.tasks.answers import exact_yes_no, pope_yes_no
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record
+from ocvtp.evaluation.tasks.coco_instances import CocoInstances
+from ocvtp.evaluation.tasks.question_files import (
+    Asked,
+    Entry,
+    Folders,
+    ListedTask,
+    fingerprint,
+    read_entries,
+)
 from ocvtp.images import turn_of
 from ocvtp.reporting.files import replacing
 

@@ -1,0 +1,1 @@
+"""What pruned models are asked, and how their answers count."""
