@@ -104,7 +104,7 @@ def test_every_command_has_flags():
 def test_choices_are_what_there_is():
     from ocvtp.commands.evaluate import TASKS
     from ocvtp.data.scenes import LEVELS
-    from ocvtp.evaluation.lmms_export import shipped_tasks
+    from ocvtp.evaluation.lmms.export import shipped_tasks
     from ocvtp.hosts.loading import load_config
 
     assert get_args(choices.Task) == tuple(TASKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ocvtp.commands import evaluate, output
-from ocvtp.evaluation.lmms_export import export_task
+from ocvtp.evaluation.lmms.export import export_task
 from ocvtp.hosts.loading import load_model
 
 

@@ -15,16 +15,16 @@ import yaml
 from PIL import Image
 
 from ocvtp.cli import main
-from ocvtp.evaluation.lmms_export import export_task, shipped_tasks
-from ocvtp.evaluation.lmms_prompts import ask
-from ocvtp.evaluation.lmms_settings import MAX_NEW_TOKENS, GenerationArgs, ModelArgs
+from ocvtp.evaluation.lmms.export import export_task, shipped_tasks
+from ocvtp.evaluation.lmms.prompts import ask
+from ocvtp.evaluation.lmms.settings import MAX_NEW_TOKENS, GenerationArgs, ModelArgs
 from ocvtp.evaluation.tasks.base import Item
 from ocvtp.evaluation.tasks.pope import pope_ratios
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ROOT / "ocvtp" / "evaluation" / "lmms_tasks"
+SHIPPED = ROOT / "ocvtp" / "evaluation" / "lmms" / "tasks"
 
 
 @pytest.fixture(scope="module")

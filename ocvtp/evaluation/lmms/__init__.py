@@ -14,4 +14,4 @@ def manifest() -> Any:
     """The `ModelManifest` of `PrunedVLM`, whose module lmms-eval imports when it is asked for."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(model_id=MODEL_ID, chat_class_path="ocvtp.evaluation.lmms_model.PrunedVLM")
+    return ModelManifest(model_id=MODEL_ID, chat_class_path="ocvtp.evaluation.lmms.model.PrunedVLM")

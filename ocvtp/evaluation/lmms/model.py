@@ -23,8 +23,8 @@ from loguru import logger
 from PIL import Image
 from tqdm import tqdm
 
-from ocvtp.evaluation.lmms_prompts import Asked, ask
-from ocvtp.evaluation.lmms_settings import GenerationArgs, ModelArgs
+from ocvtp.evaluation.lmms.prompts import Asked, ask
+from ocvtp.evaluation.lmms.settings import GenerationArgs, ModelArgs
 from ocvtp.evaluation.runner import visual_token_counts
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.loading import load_model

@@ -16,7 +16,7 @@ _ROWS = "questions.jsonl"
 
 def shipped_tasks() -> list[str]:
     """Names of the tasks that lmms-eval can be given."""
-    folder = files("ocvtp.evaluation").joinpath("lmms_tasks")
+    folder = files("ocvtp.evaluation.lmms").joinpath("tasks")
     names = (Path(entry.name) for entry in folder.iterdir())
     return sorted(
         name.stem.removeprefix("ocvtp_").removesuffix("_local")
@@ -67,7 +67,7 @@ def export_task(task: Task, folder: str | Path) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
     name = f"ocvtp_{task.name}_local"
-    shipped = Path(str(files("ocvtp.evaluation"))) / "lmms_tasks" / f"{name}.yaml"
+    shipped = Path(str(files("ocvtp.evaluation.lmms"))) / "tasks" / f"{name}.yaml"
     config = {
         "include": str(shipped),
         "task": name,

@@ -1,0 +1,1 @@
+"""Tasks of lmms-eval on our files."""
