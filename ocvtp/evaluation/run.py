@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ocvtp.evaluation import conditions as made
-from ocvtp.evaluation import earlier
-from ocvtp.evaluation.checkpoints import grouped
+from ocvtp.evaluation import earlier_runs
+from ocvtp.evaluation.checkpoint_groups import grouped
 from ocvtp.evaluation.conditions import (
     CONTROLS,
     ORACLE,
@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         ValueError: if a pruner does not fit the model, before anything is asked.
     """
-    before = earlier.read(Path(output))
+    before = earlier_runs.read(Path(output))
     first = _first_tokens(subject, task, Needs())
     groups, remark = grouped(checkpoints)
     chosen = [part for spec in dict.fromkeys(pruners) for part in _parts(spec, groups)]
@@ -90,7 +90,7 @@ def evaluate(
     records = run(subject, task, fit, answers, batch_size)
     rows = _rows(task, found, records, first.num_tokens, unfit)
     shared = shared_settings(subject, task, batch_size)
-    kept = earlier.kept(before, task, answers, shared, rows)
+    kept = earlier_runs.kept(before, task, answers, shared, rows)
     settings = {
         "task": shared["task"],
         "batch_size": batch_size,

@@ -12,7 +12,7 @@ import torch
 from ocvtp import build_pruner
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation import runner
-from ocvtp.evaluation.checkpoints import grouped
+from ocvtp.evaluation.checkpoint_groups import grouped
 from ocvtp.evaluation.conditions import Budget, Place
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.report import write
