@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.flops import formulas, stages
+from ocvtp.flops import follow_image, formulas
 from ocvtp.flops.formulas import CONVENTIONS, Convention
 from ocvtp.flops.sizes import sizes_of
 from ocvtp.hosts.base import Savings
@@ -104,7 +104,7 @@ def count(
         raise ValueError(f"num_keep={num_keep}; pass 0 to the {seen} tokens of an image.")
     if savings is None:
         savings = NOTHING_SAVED if pruner is None else Savings()
-    found = stages.follow(sizes, pruner, seen, text_length, savings, num_newlines)
+    found = follow_image.follow(sizes, pruner, seen, text_length, savings, num_newlines)
     visual = found.visual
     if num_keep is not None:
         visual = (num_keep + num_newlines,) * sizes.text.layers

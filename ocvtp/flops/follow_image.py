@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ocvtp.flops import drawn, towers
-from ocvtp.flops.drawn import Draw, counted
+from ocvtp.flops import dummy_tokens, towers
+from ocvtp.flops.dummy_tokens import Draw, counted
 from ocvtp.flops.formulas import linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
 from ocvtp.flops.towers import BlockRows
@@ -109,11 +109,11 @@ def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
     """Tower, choice and projector; returns what pruners read of the tower."""
     sizes, tower = image.sizes, image.sizes.tower
     assert isinstance(tower, ClipSizes)
-    view = taps.Tower(drawn.blocks(tower), tower.heads, drawn.no_modules)
+    view = taps.Tower(dummy_tokens.blocks(tower), tower.heads, dummy_tokens.no_modules)
     readers = [image.needs]
     per_view = tower.view_tokens
     if (part := parts.get("pixels")) is not None:
-        pixels = drawn.pixels(tower)
+        pixels = dummy_tokens.pixels(tower)
         per_view = image.choose(part, pixels, image.num_views)
     image.rows = [BlockRows.equal(per_view + tower.prefix)] * tower.blocks
     inside = parts.get("encoder")
@@ -128,7 +128,7 @@ def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
         read = [_with_selected(needs, tower) for needs in readers]
         halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
     image.tower = image.num_views * towers.clip_tower(tower, image.rows, halves)
-    reads, tokens = drawn.clip_tokens(
+    reads, tokens = dummy_tokens.clip_tokens(
         sizes, image.needs, image.rows, image.left, image.num_views, image.text_length
     )
     image.select += reads
@@ -168,7 +168,7 @@ def _behind_qwen(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
     grid_hw = (rows, image.left // rows)
     image.tower = towers.qwen_tower(tower, grid_hw)
     image.projector = towers.qwen_merger(tower, sizes.text.width, image.left)
-    reads, tokens = drawn.qwen_tokens(sizes, image.needs, grid_hw, image.text_length)
+    reads, tokens = dummy_tokens.qwen_tokens(sizes, image.needs, grid_hw, image.text_length)
     image.select += reads
     if (part := parts.get("llm_input")) is not None:
         image.left = image.choose(part, tokens)
@@ -183,15 +183,17 @@ def _inside(image: Image, part: Pruner | None, tower: VisualTokens) -> None:
         assert isinstance(part, LayerPruner)
         part.layers(count)  # refuses layers that are not there
         keeps = {stage.layer: stage.num_keep for stage in part.schedule(count, image.left)}
-        image.select += drawn.raters(part, sizes, image.left, image.text_length)
+        image.select += dummy_tokens.raters(part, sizes, image.left, image.text_length)
         known = None if part.tower_needs == Needs() else tower
     visual = []
     for number in range(count):
         if part is not None and number in keeps:
             assert isinstance(part, LayerPruner)
             needs = part.needs_at(number)
-            tokens = drawn.layer_tokens(sizes, needs, image.left, image.text_length, known)
-            image.select += drawn.layer_reads(sizes, needs, number, image.left, image.text_length)
+            tokens = dummy_tokens.layer_tokens(sizes, needs, image.left, image.text_length, known)
+            image.select += dummy_tokens.layer_reads(
+                sizes, needs, number, image.left, image.text_length
+            )
             operations, selection = counted(partial(part.select_at, tokens, number, keeps[number]))
             image.select += operations + _mixing(tokens, selection)
             image.left = selection.keep_indices.shape[1]
@@ -220,7 +222,7 @@ def _merge(image: Image, tower: ClipSizes, part: BlockMerger, per_view: int) -> 
 def _drop(image: Image, tower: ClipSizes, part: Pruner, at: int) -> int:
     """Drop in front of block `at`; returns what is left of a view."""
     per_view = image.rows[0].mlp - tower.prefix
-    reads, tokens = drawn.clip_tokens(image.sizes, part.needs, image.rows, per_view, 1, 1)
+    reads, tokens = dummy_tokens.clip_tokens(image.sizes, part.needs, image.rows, per_view, 1, 1)
     image.select += image.num_views * reads
     left = image.choose(part, tokens, image.num_views)
     image.rows[at:] = [BlockRows.equal(left + tower.prefix)] * (tower.blocks - at)
