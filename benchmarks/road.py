@@ -25,7 +25,7 @@ from torch import Tensor
 
 import ocvtp
 from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
-from ocvtp.bench.marks import synchronize
+from ocvtp.bench.timeline import synchronize
 from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.hosts.loading import load_model
 from ocvtp.random_models.clip_config import random_tower, vision_config

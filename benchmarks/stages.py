@@ -21,9 +21,9 @@ import torch
 
 import ocvtp
 from benchmarks.timing import environment, write
-from ocvtp.bench import marks
-from ocvtp.bench.figures import series
+from ocvtp.bench import timeline
 from ocvtp.bench.measure import Bench
+from ocvtp.bench.summary import series
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject
@@ -118,8 +118,8 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def _operations(of_stages: dict[str, int]) -> tuple[int, int]:
     """Of the tower, and of everything before the first token."""
-    prompt = sum(count for stage, count in of_stages.items() if stage != marks.DECODE)
-    return of_stages[marks.TOWER], prompt
+    prompt = sum(count for stage, count in of_stages.items() if stage != timeline.DECODE)
+    return of_stages[timeline.TOWER], prompt
 
 
 def _row(

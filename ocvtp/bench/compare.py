@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ocvtp.bench.figures import series
 from ocvtp.bench.measure import PARTS
 from ocvtp.bench.report import cell_name, ratio_text, table
 from ocvtp.bench.run import KIND, SCHEMA
 from ocvtp.bench.statistics import Array, deviations
+from ocvtp.bench.summary import series
 from ocvtp.choices import TOLERANCE
 from ocvtp.reporting.results_files import lack, read_json
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
-from ocvtp.bench.marks import MODEL, PROJECT, SELECT, TOWER, Marks
+from ocvtp.bench.timeline import MODEL, PROJECT, SELECT, TOWER, Marks
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.runtime.calls import STATE
 from ocvtp.pruners import Pruner

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ocvtp.bench import marks as spans
+from ocvtp.bench import timeline as spans
 from ocvtp.bench.hooks import Tokens, watching
-from ocvtp.bench.marks import Marks
 from ocvtp.bench.memory import (
     CudaPeaks,
     Watch,
@@ -24,6 +23,7 @@ from ocvtp.bench.memory import (
     tensors_of,
     weight_bytes,
 )
+from ocvtp.bench.timeline import Marks
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject

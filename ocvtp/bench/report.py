@@ -9,8 +9,8 @@ from statistics import fmean
 from typing import Any
 
 from ocvtp.bench import plots
-from ocvtp.bench.figures import STAGES
 from ocvtp.bench.statistics import RESAMPLES
+from ocvtp.bench.summary import STAGES
 from ocvtp.reporting.files import replacing
 from ocvtp.visualize import save_figure
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from ocvtp.bench import marks
+from ocvtp.bench import timeline
 from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
@@ -117,7 +117,7 @@ def bench(subject: Subject, plan: Plan, folder: Path, command: str = "") -> dict
         "earlier_commands": [one for one in typed if one and one != command],
         "remarks": [f"kept from earlier runs in this folder: {'; '.join(kept)}."] if kept else [],
         "settings": shared | chosen(cells),
-        "environment": environment | {"timer_seconds": marks.cost_of_a_mark(_device(model))},
+        "environment": environment | {"timer_seconds": timeline.cost_of_a_mark(_device(model))},
         "cells": [one.cell(plan.new_tokens) for one in cells],
     }
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ocvtp.bench import figures
+from ocvtp.bench import summary
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import lack, read_json
 
@@ -74,7 +74,7 @@ class Sittings:
 
     def cell(self, new_tokens: int) -> dict[str, Any]:
         """One cell of results.json: rows of a later sitting hold what they were timed beside."""
-        whole, *later = (figures.cell(found, new_tokens) for found in self.found)
+        whole, *later = (summary.cell(found, new_tokens) for found in self.found)
         known = {row["key"] for row in whole["rows"]}
         for cell in later:
             bare, *rows = cell["rows"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ocvtp.bench import marks as spans
-from ocvtp.bench.marks import DECODE, MODEL, SELECT, TOWER, Marks
+from ocvtp.bench import timeline as spans
+from ocvtp.bench.timeline import DECODE, MODEL, SELECT, TOWER, Marks
 
 
 def marked(readings):

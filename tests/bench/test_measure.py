@@ -10,11 +10,11 @@ import torch
 
 from ocvtp import build_pruner
 from ocvtp.bench import hooks
-from ocvtp.bench import marks as spans
+from ocvtp.bench import timeline as spans
 from ocvtp.bench.counts import flops_of
-from ocvtp.bench.marks import Marks
 from ocvtp.bench.measure import PARTS, Bench
 from ocvtp.bench.memory import Watch, cache_bytes, weight_bytes
+from ocvtp.bench.timeline import Marks
 from ocvtp.bench.variants import network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.evaluation.runner import Subject

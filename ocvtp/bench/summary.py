@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocvtp.bench import statistics
-from ocvtp.bench.marks import MODEL, PROJECT, SELECT, TOWER
+from ocvtp.bench.timeline import MODEL, PROJECT, SELECT, TOWER
 
 Facts = Mapping[str, Any]
 Array = NDArray[np.float64]
