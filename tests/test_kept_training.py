@@ -17,10 +17,10 @@ from ocvtp.export import export_checkpoint
 from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.matching import one_to_one
 from ocvtp.structures import VisualTokens
+from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.metrics import reconstruction_residual
 from ocvtp.training.module import OCPrunerModule
-from ocvtp.training.objects import object_shares
-from ocvtp.training.statistics import measure_statistics
+from ocvtp.training.object_masks import object_shares
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_a_resumed_run_measures_nothing_again(tmp_path, scenes, monkeypatch):
     run = trainer(tmp_path, max_steps=2, callbacks=[saver], limit_val_batches=1)
     run.fit(model, data(scenes, model))
     scale = model.network.inputs.scale.clone()
-    monkeypatch.setattr("ocvtp.training.statistics.Moments.add", None)  # would fail
+    monkeypatch.setattr("ocvtp.training.feature_statistics.Moments.add", None)  # would fail
     again = kept_module(statistics_images=30)
     run = trainer(tmp_path, max_steps=3, limit_val_batches=1)
     run.fit(again, data(scenes, again), ckpt_path=tmp_path / "last.ckpt", weights_only=True)

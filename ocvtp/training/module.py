@@ -24,6 +24,7 @@ from ocvtp.slots.matching import slot_choices
 from ocvtp.slots.network import OCPruner
 from ocvtp.slots.objectives import Objective, Outcome, SlotsObjective
 from ocvtp.structures import VisualTokens
+from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.metrics import (
     ForegroundARI,
     MeanBestOverlap,
@@ -31,9 +32,8 @@ from ocvtp.training.metrics import (
     reconstruction_residual,
     slot_labels,
 )
-from ocvtp.training.objects import object_shares
+from ocvtp.training.object_masks import object_shares
 from ocvtp.training.schedule import planned_steps, warmup_cosine
-from ocvtp.training.statistics import measure_statistics
 from ocvtp.training.summary import training_summary
 
 _LOG = logging.getLogger(__name__)

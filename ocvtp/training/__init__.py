@@ -1,0 +1,1 @@
+"""TODO ocvtp/training/__init__.py"""
