@@ -1,1 +1,1 @@
-"""TODO ocvtp/training/__init__.py"""
+"""Training an OC-pruner: the Lightning module, its data, its settings, and what is drawn on the way."""
