@@ -1,1 +1,1 @@
-"""Training an OC-pruner: the Lightning module, its data, its settings, and what is drawn on the way."""
+"""Training an OC-pruner: the Lightning module, its settings, and what is drawn on the way."""
