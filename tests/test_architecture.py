@@ -26,7 +26,7 @@ STOREYS = (
     "hosts training",
     "evaluation",
     "flops",
-    "bench serving demo_vlm",
+    "bench serving",
     "commands",
     "cli __init__",
 )
@@ -34,7 +34,7 @@ STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts
 LIGHTNING = {"training", "data/module.py"}
 TRANSFORMERS = {
     "encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation", "flops",
-    "bench", "demo_vlm", "transformers_names.py", "random_models", "reporting/environment.py",
+    "bench", "transformers_names.py", "random_models", "reporting/environment.py",
 }  # fmt: skip
 # What differs between the versions of transformers that are supported: one file knows it.
 MOVING_NAMES = {

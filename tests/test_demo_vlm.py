@@ -15,10 +15,10 @@ from tiny_demo_vlm import generator, tiny_batch, tiny_learner, tiny_settings, wr
 
 from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene
-from ocvtp.demo_vlm import training
-from ocvtp.demo_vlm.card import card, control_table, figure_table
-from ocvtp.demo_vlm.settings import load_settings
-from ocvtp.demo_vlm.training import _step, build_optimizer, rate, train
+from tools.demo_vlm import training
+from tools.demo_vlm.card import card, control_table, figure_table
+from tools.demo_vlm.settings import load_settings
+from tools.demo_vlm.training import _step, build_optimizer, rate, train
 
 
 @pytest.fixture(scope="module")

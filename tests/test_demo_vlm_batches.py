@@ -13,7 +13,7 @@ from tiny_demo_vlm import CONFIG, MODEL, tiny_batch, tiny_scenes
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.questions import SIZES, Question, ask
 from ocvtp.data.scenes import LEVELS, draw_scene, split_seed
-from ocvtp.demo_vlm.batches import (
+from tools.demo_vlm.batches import (
     IGNORE,
     QuestionEncoder,
     batches,
@@ -21,8 +21,8 @@ from ocvtp.demo_vlm.batches import (
     patch_labels,
     to_pixels,
 )
-from ocvtp.demo_vlm.processor import build_processor, word_tokenizer
-from ocvtp.demo_vlm.settings import StageSettings, load_settings
+from tools.demo_vlm.processor import build_processor, word_tokenizer
+from tools.demo_vlm.settings import StageSettings, load_settings
 
 STAGE = StageSettings("read", 3, answer=1.0, questions=5)
 

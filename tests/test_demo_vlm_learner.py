@@ -13,12 +13,12 @@ from tiny_demo_vlm import MODEL, generator, tiny_batch, tiny_learner, tiny_setti
 from ocvtp import Needs, Pruner, Selection
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.scenes import draw_scene
-from ocvtp.demo_vlm.batches import to_pixels
-from ocvtp.demo_vlm.model import build_model, orthogonal_attention
-from ocvtp.demo_vlm.packing import random_subset, read_packed
-from ocvtp.demo_vlm.processor import build_processor, word_tokenizer
-from ocvtp.demo_vlm.settings import StageSettings
-from ocvtp.demo_vlm.training import _step, build_optimizer
+from tools.demo_vlm.batches import to_pixels
+from tools.demo_vlm.model import build_model, orthogonal_attention
+from tools.demo_vlm.packing import random_subset, read_packed
+from tools.demo_vlm.processor import build_processor, word_tokenizer
+from tools.demo_vlm.settings import StageSettings
+from tools.demo_vlm.training import _step, build_optimizer
 
 TOWER = StageSettings("tower", 2, dense=1.0, tower_learning_rate=1e-3)
 READ = StageSettings("read", 2, align=0.4, answer=1.0, questions=5)

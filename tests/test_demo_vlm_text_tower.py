@@ -15,19 +15,21 @@ from torch import nn
 
 from ocvtp.data.questions import ask
 from ocvtp.data.scenes import draw_scene
-from ocvtp.demo_vlm.batches import collate
-from ocvtp.demo_vlm.captions import (
+from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.clip_text import load_clip_text
+from tools.demo_vlm.batches import collate
+from tools.demo_vlm.captions import (
     Caption,
     described,
     object_captions,
     pair_captions,
     question_captions,
 )
-from ocvtp.demo_vlm.card import _text_tower, save_model
-from ocvtp.demo_vlm.processor import text_tower_tokenizer
-from ocvtp.demo_vlm.retrieval import measure_text_tower, roc_areas
-from ocvtp.demo_vlm.settings import ModelSettings, TextTowerSettings, load_settings
-from ocvtp.demo_vlm.text_tower import (
+from tools.demo_vlm.card import _text_tower, save_model
+from tools.demo_vlm.processor import text_tower_tokenizer
+from tools.demo_vlm.retrieval import measure_text_tower, roc_areas
+from tools.demo_vlm.settings import ModelSettings, TextTowerSettings, load_settings
+from tools.demo_vlm.text_tower import (
     add_text_tower,
     build_clip,
     contrastive_loss,
@@ -35,8 +37,6 @@ from ocvtp.demo_vlm.text_tower import (
     embed_images,
     embed_texts,
 )
-from ocvtp.hosts.loading import load_model
-from ocvtp.hosts.prompt.clip_text import load_clip_text
 
 SHIPPED = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
 
@@ -202,7 +202,7 @@ class KilledError(Exception):
 @pytest.mark.parametrize(
     "last",
     [
-        "ocvtp.demo_vlm.text_tower.contrastive_loss",
+        "tools.demo_vlm.text_tower.contrastive_loss",
         "transformers.PreTrainedTokenizerFast.save_pretrained",  # when the weights are written
     ],
 )

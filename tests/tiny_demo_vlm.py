@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from ocvtp.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, collate
-from ocvtp.demo_vlm.learner import Learner
-from ocvtp.demo_vlm.processor import word_tokenizer
-from ocvtp.demo_vlm.settings import DemoSettings, ModelSettings, StageSettings, load_settings
+from tools.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, collate
+from tools.demo_vlm.learner import Learner
+from tools.demo_vlm.processor import word_tokenizer
+from tools.demo_vlm.settings import DemoSettings, ModelSettings, StageSettings, load_settings
 
 CONFIG = Path("configs/demo_vlm/cpu.yaml")
 MODEL = ModelSettings(

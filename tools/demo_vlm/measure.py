@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ocvtp.demo_vlm.settings import DemoSettings
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, content_hash
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
+from tools.demo_vlm.settings import DemoSettings
 
 SHARE = 18
 """The controls keep one in so many tokens."""

@@ -16,15 +16,15 @@ from torch import Tensor
 
 from ocvtp.data.drawing import COLOURS
 from ocvtp.data.scenes import Level, draw_scene, scene_style, split_seed
-from ocvtp.demo_vlm.batches import image_labels, patch_labels, to_pixels
-from ocvtp.demo_vlm.captions import described, pair_captions
-from ocvtp.demo_vlm.model import FEATURE_LAYER
-from ocvtp.demo_vlm.settings import DemoSettings
-from ocvtp.demo_vlm.text_tower import FOLDER
 from ocvtp.evaluation.intervals import estimate
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.clip_text import load_clip_text
+from tools.demo_vlm.batches import image_labels, patch_labels, to_pixels
+from tools.demo_vlm.captions import described, pair_captions
+from tools.demo_vlm.model import FEATURE_LAYER
+from tools.demo_vlm.settings import DemoSettings
+from tools.demo_vlm.text_tower import FOLDER
 
 Figures = dict[str, dict[str, Any]]
 

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.questions import SIZES
-from ocvtp.demo_vlm.batches import IGNORE, MAX_PER_SHAPE, Batch
-from ocvtp.demo_vlm.model import FEATURE_LAYER, build_model, orthogonal_attention
-from ocvtp.demo_vlm.packing import random_subset, read_packed
-from ocvtp.demo_vlm.processor import BEFORE_IMAGE
-from ocvtp.demo_vlm.settings import ModelSettings, StageSettings
+from tools.demo_vlm.batches import IGNORE, MAX_PER_SHAPE, Batch
+from tools.demo_vlm.model import FEATURE_LAYER, build_model, orthogonal_attention
+from tools.demo_vlm.packing import random_subset, read_packed
+from tools.demo_vlm.processor import BEFORE_IMAGE
+from tools.demo_vlm.settings import ModelSettings, StageSettings
 
 _BACKGROUND_WEIGHT = 0.25
 _KINDS_WEIGHT, _COUNTS_WEIGHT = 6.0, 0.3

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 
 from ocvtp.commands import output
-from ocvtp.demo_vlm.card import control_table, figure_table, report, save_model
-from ocvtp.demo_vlm.settings import load_settings
-from ocvtp.demo_vlm.text_tower import add_text_tower
-from ocvtp.demo_vlm.training import train
+from tools.demo_vlm.card import control_table, figure_table, report, save_model
+from tools.demo_vlm.settings import load_settings
+from tools.demo_vlm.text_tower import add_text_tower
+from tools.demo_vlm.training import train
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from ocvtp.demo_vlm.batches import QuestionEncoder, StageScenes, batches
-from ocvtp.demo_vlm.captions import described, object_captions, question_captions
-from ocvtp.demo_vlm.processor import text_tower_tokenizer, word_tokenizer
-from ocvtp.demo_vlm.settings import DemoSettings, TextTowerSettings
-from ocvtp.demo_vlm.training import rate
 from ocvtp.hosts.loading import load_model
+from tools.demo_vlm.batches import QuestionEncoder, StageScenes, batches
+from tools.demo_vlm.captions import described, object_captions, question_captions
+from tools.demo_vlm.processor import text_tower_tokenizer, word_tokenizer
+from tools.demo_vlm.settings import DemoSettings, TextTowerSettings
+from tools.demo_vlm.training import rate
 
 FOLDER = "clip"
 """Of the whole CLIP, in the folder of the demo VLM."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ocvtp.data.questions import WORDS
-from ocvtp.demo_vlm.settings import ModelSettings
 from ocvtp.random_models.clip_config import plain_processor
+from tools.demo_vlm.settings import ModelSettings
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 _WORDS = ("user", "assistant", ":", "?", ".", *WORDS)

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ocvtp.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, batches, collate
-from ocvtp.demo_vlm.learner import Learner
-from ocvtp.demo_vlm.processor import word_tokenizer
-from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
+from tools.demo_vlm.batches import Batch, QuestionEncoder, StageScenes, batches, collate
+from tools.demo_vlm.learner import Learner
+from tools.demo_vlm.processor import word_tokenizer
+from tools.demo_vlm.settings import DemoSettings, StageSettings
 
 STATE_FOLDER = "training"
 LOG_EVERY = 10

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from ocvtp.demo_vlm.settings import ModelSettings
+from tools.demo_vlm.settings import ModelSettings
 
 FEATURE_LAYER = -2
 _EMBEDDING_STD = 0.06

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.questions import SIZES, Question, ask
 from ocvtp.data.scenes import LEVELS, Scene, Split, draw_scene, split_seed
-from ocvtp.demo_vlm.processor import AFTER_QUESTION
-from ocvtp.demo_vlm.settings import ModelSettings, StageSettings
+from tools.demo_vlm.processor import AFTER_QUESTION
+from tools.demo_vlm.settings import ModelSettings, StageSettings
 
 IGNORE = -100
 MAX_PER_SHAPE = 4  # counts above it are one class of the tower's own loss

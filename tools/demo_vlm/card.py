@@ -13,16 +13,16 @@ import torch
 
 from ocvtp.data.questions import KINDS
 from ocvtp.data.scenes import LEVELS
-from ocvtp.demo_vlm.learner import Learner
-from ocvtp.demo_vlm.measure import SHARE, measure
-from ocvtp.demo_vlm.processor import build_processor
-from ocvtp.demo_vlm.retrieval import measure_text_tower
-from ocvtp.demo_vlm.settings import DemoSettings, StageSettings
-from ocvtp.demo_vlm.text_tower import FOLDER
-from ocvtp.demo_vlm.training import STATE_FOLDER
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
+from tools.demo_vlm.learner import Learner
+from tools.demo_vlm.measure import SHARE, measure
+from tools.demo_vlm.processor import build_processor
+from tools.demo_vlm.retrieval import measure_text_tower
+from tools.demo_vlm.settings import DemoSettings, StageSettings
+from tools.demo_vlm.text_tower import FOLDER
+from tools.demo_vlm.training import STATE_FOLDER
 
 FIGURES_FILE = "figures.json"
 
