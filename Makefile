@@ -65,7 +65,7 @@ HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py -m slow
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench tests/evaluation tests/test_encoders.py tests/test_encoders_qwen.py tests/test_encoders_tiles.py tests/test_training_layouts.py tests/test_cli.py tests/test_demo_vlm.py tests/test_demo_vlm_batches.py tests/test_demo_vlm_learner.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
 
 test-before: $(BEFORE)/.installed
 	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)

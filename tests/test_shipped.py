@@ -215,7 +215,13 @@ def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
     (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
-    for name in ("LICENSE", "README.md", "CHANGELOG.md", "tests/test_cli.py", "configs/train"):
+    for name in (
+        "LICENSE",
+        "README.md",
+        "CHANGELOG.md",
+        "tests/commands/test_cli.py",
+        "configs/train",
+    ):
         assert (source / name).exists()
     words = ["-m", "pip", "wheel", str(source), "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run(

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from ocvtp.data.coco import CocoImages, collate
 
-COCO_TINY = Path(__file__).parents[1] / "../shared/coco-tiny"
+COCO_TINY = Path(__file__).parents[2] / "../shared/coco-tiny"
 
 
 class Resize:

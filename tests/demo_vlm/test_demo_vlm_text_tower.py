@@ -38,7 +38,7 @@ from tools.demo_vlm.text_tower import (
     embed_texts,
 )
 
-SHIPPED = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
+SHIPPED = Path(__file__).parents[2] / "checkpoints" / "demo-vlm"
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
-FOLDER = Path(__file__).parents[1] / "checkpoints" / "demo-vlm"
+FOLDER = Path(__file__).parents[2] / "checkpoints" / "demo-vlm"
 PRUNERS = [str(FOLDER.parent / "demo-pruner" / str(seed)) for seed in range(3)]
 
 
