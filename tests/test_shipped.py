@@ -230,3 +230,15 @@ def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     (again,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
+
+
+@pytest.mark.slow
+def test_the_wheel_says_where_the_recipe_of_the_demo_model_is(installed, tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "from ocvtp.cli import main; sys.exit(main(['demo-vlm', '--config', 'cpu']))"
+    )
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 2
+    assert "is in the repository, not in the installed package; clone it" in run.stderr

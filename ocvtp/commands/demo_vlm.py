@@ -1,4 +1,4 @@
-"""`ocvtp demo-vlm`: the recipe of the demo VLM, which is in the repository and not in the package."""
+"""`ocvtp demo-vlm`: the recipe of the demo VLM, which is in the repository, not in the package."""
 
 from __future__ import annotations
 
