@@ -5,15 +5,12 @@ B images, N visual tokens, S slots, K kept, M candidates, D width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ocvtp.ops.ridge import greedy_ridge
-from ocvtp.slots.config import Choice
-from ocvtp.slots.matching import one_to_one, token_shares
-from ocvtp.slots.network import OCPruner
+from ocvtp.slots.matching import token_shares
 from ocvtp.slots.statistics import centred
-from ocvtp.structures import VisualTokens, take
+from ocvtp.structures import take
 
 CANDIDATES = 3
 """`restore` looks at this many tokens for each one that it keeps."""
@@ -48,17 +45,3 @@ def restore(attention: Tensor, targets: Tensor, num: int, valid: Tensor | None =
     held = take(centred(targets, valid), candidates)  # [B, M, D]
     picks = greedy_ridge(held, weights.to(held.dtype), num, PENALTY, own)
     return candidates.gather(1, picks)
-
-
-def choose(
-    network: OCPruner, tokens: VisualTokens, attention: Tensor, num: int, choice: Choice
-) -> Tensor:
-    """Tokens [B, num] that slots of attention [B, S, N] keep; for choices other than `winners`."""
-    if choice != "restore":
-        return one_to_one(attention, num, tokens.valid)[1]
-    layer = network.config.target_layer
-    assert network.targets is not None, "see check_choice"
-    assert layer is not None
-    with torch.autocast(attention.device.type, enabled=False):
-        targets = network.targets(tokens.hidden[layer].float())
-        return restore(attention, targets, num, tokens.valid)

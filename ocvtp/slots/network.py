@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from ocvtp.slots import artifact
 from ocvtp.slots.attention import SlotAttention
-from ocvtp.slots.config import OCPrunerConfig, check_choice
+from ocvtp.slots.choosing import restore
+from ocvtp.slots.config import Choice, OCPrunerConfig, check_choice
 from ocvtp.slots.decoder import Decoder, Visible, build_decoder
+from ocvtp.slots.matching import one_to_one
 from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
 from ocvtp.slots.statistics import FeatureStatistics
+from ocvtp.structures import VisualTokens
 
 _MODEL_CARD = """---
 {{ card_data }}
@@ -156,6 +159,23 @@ class OCPruner(
                 " `--with-decoder`."
             )
         return torch.as_tensor(self.decoder(features, slots, grids, visible, valid))
+
+    def choose(self, tokens: VisualTokens, attention: Tensor, num: int, choice: Choice) -> Tensor:
+        """Tokens [B, num] that slots keep by a choice other than `winners`.
+
+        Args:
+            tokens: of which `restore` reads the hidden states of the target layer.
+            attention: [B, S, N] of `assign`.
+            num: K. choice: `one_to_one` or `restore`.
+        """
+        if choice != "restore":
+            return one_to_one(attention, num, tokens.valid)[1]
+        layer = self.config.target_layer
+        assert self.targets is not None, "see check_choice"
+        assert layer is not None
+        with torch.autocast(attention.device.type, enabled=False):
+            targets = self.targets(tokens.hidden[layer].float())
+            return restore(attention, targets, num, tokens.valid)
 
     def without_decoder(self) -> OCPruner:
         """A copy that only assigns: what an artifact holds by default."""

@@ -15,7 +15,6 @@ from ocvtp.ops.selection import ascending, fill_up
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.choosing import choose
 from ocvtp.slots.config import Choice, check_choice, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
@@ -110,7 +109,7 @@ class OCVTP(Pruner):
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         attention = self._attend(tokens, num_keep)
         if self._choice != "winners":
-            chosen = choose(self._trained, tokens, attention, num_keep, self._choice)
+            chosen = self._trained.choose(tokens, attention, num_keep, self._choice)
             return ascending(chosen, tokens.valid, tokens.num_tokens)
         scores = tokens.attention[self._fill_attention]
         return fill_up(slot_winners(attention), scores, num_keep, tokens.valid)
