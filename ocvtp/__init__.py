@@ -7,6 +7,7 @@ Use: `with ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="checkpoints/NAME
 from typing import TYPE_CHECKING
 
 from ocvtp.lazy import bind, lazy_names
+from ocvtp.moved import find_moved
 
 if TYPE_CHECKING:
     from ocvtp.hosts.attach import attach
@@ -47,3 +48,4 @@ __getattr__, __dir__ = lazy_names(
 )
 
 bind("attached", home="ocvtp.hosts.attach")  # what `with pruner(model):` calls
+find_moved()

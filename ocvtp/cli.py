@@ -92,7 +92,7 @@ def _import_pruners(words: list[str]) -> list[str]:
         flag, is_one_word, file = words[0].partition("=")
         if flag != "--import" or not (is_one_word or words[1:]):
             break
-        from ocvtp.pruners.plugins import import_file
+        from ocvtp.plugins import import_file
 
         import_file(file if is_one_word else words[1])
         words = words[1 if is_one_word else 2 :]

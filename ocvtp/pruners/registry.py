@@ -10,12 +10,14 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from ocvtp.pruners import plugins
+from ocvtp import plugins
 from ocvtp.pruners.base import Pruner
 from ocvtp.structures import Stage
 
 _REGISTRY: dict[str, type[Pruner]] = {}
 _P = TypeVar("_P", bound=type[Pruner])
+GROUP = "ocvtp.pruners"
+"""Of entry points."""
 _BUDGETS = ("num_keep", "keep_ratio", "stages")
 
 
@@ -38,7 +40,7 @@ def register(name: str) -> Callable[[_P], _P]:
 
 def list_pruners(stage: Stage | None = None) -> list[str]:
     """Names of all registered pruners, sorted; or of those of one `Pruner.stage`."""
-    plugins.load_installed()
+    plugins.load_installed(GROUP)
     return sorted(name for name, cls in _REGISTRY.items() if stage in (None, cls.stage))
 
 
@@ -48,7 +50,7 @@ def pruner_class(name: str) -> type[Pruner]:
     Raises:
         ValueError: if there is none; names close ones.
     """
-    plugins.load_installed()
+    plugins.load_installed(GROUP)
     if name not in _REGISTRY:
         close = get_close_matches(name, _REGISTRY, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see `ocvtp list`."

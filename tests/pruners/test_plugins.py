@@ -10,8 +10,9 @@ from typing import ClassVar
 import pytest
 
 import ocvtp
+from ocvtp import plugins
 from ocvtp.cli import main
-from ocvtp.pruners import plugins, registry
+from ocvtp.pruners import registry
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.catalog import entry
 from ocvtp.pruners.methods.fastervlm import FasterVLM
@@ -90,12 +91,12 @@ def test_an_installed_package(tmp_path, mine, monkeypatch):
     facts = tmp_path / "package_of_mine-1.0.dist-info"
     facts.mkdir()
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: package_of_mine\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = package_of_mine\n")
+    (facts / "entry_points.txt").write_text(f"[{registry.GROUP}]\nmine = package_of_mine\n")
     plugins.load_installed.cache_clear()
     assert mine in ocvtp.list_pruners()
     assert ocvtp.build_pruner(mine, num_keep=2).name == mine
 
-    (facts / "entry_points.txt").write_text(f"[{plugins.GROUP}]\nmine = broken_package\n")
+    (facts / "entry_points.txt").write_text(f"[{registry.GROUP}]\nmine = broken_package\n")
     plugins.load_installed.cache_clear()
     with pytest.raises(ValueError, match="'broken_package' cannot be loaded"):
         ocvtp.list_pruners()

@@ -1,6 +1,6 @@
-"""Pruners of others: of installed packages, by the entry-point group `ocvtp.pruners`, and of files.
+"""What others bring: installed packages, by entry points, and files named on a command line.
 
-A package names its module in its pyproject.toml, which registers its pruners when it is imported:
+A package names in its pyproject.toml the module that registers, say, its pruners when imported:
 
     [project.entry-points."ocvtp.pruners"]
     mine = "my_package.my_pruner"
@@ -15,35 +15,36 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-GROUP = "ocvtp.pruners"
-
 
 @cache
-def load_installed() -> None:
+def load_installed(group: str) -> None:
     """Import what installed packages name, once.
+
+    Args:
+        group: of entry points, e.g. `ocvtp.pruners`.
 
     Raises:
         ValueError: if one cannot be imported.
     """
-    for point in entry_points(group=GROUP):
+    for point in entry_points(group=group):
         try:
             point.load()
         except Exception as error:
             raise ValueError(
-                f"the pruners of {point.value!r} cannot be loaded ({error}); mend or uninstall the"
-                " package that names it as an entry point of ocvtp.pruners."
+                f"{point.value!r} cannot be loaded ({error}); mend or uninstall the package that"
+                f" names it as an entry point of {group}."
             ) from error
 
 
 def import_file(path: str) -> None:
-    """Import a Python file that registers pruners, under its own name.
+    """Import a Python file that registers something, under its own name.
 
     Raises:
         ValueError: if there is no such file, another module has its name, or it fails.
     """
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"{path!r} is no Python file; pass one that registers pruners.")
+        raise ValueError(f"{path!r} is no Python file; pass one that registers pruners or tasks.")
     known = sys.modules.get(file.stem)
     if known is not None:
         if getattr(known, "__file__", None) == str(file):
