@@ -1,4 +1,7 @@
-"""What hooks in a vision tower leave behind while one forward of it runs, in this thread."""
+"""What one call hands to the hooks in a vision tower, and what these leave behind.
+
+B images, T tokens of the tower, P patches of all images, D width.
+"""
 
 from __future__ import annotations
 
@@ -11,38 +14,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ocvtp.towers.rows import Rows
+from ocvtp.towers.rows import Rows, TowerRun
 
 
 @dataclass
 class Recording:
-    """What one forward of the tower left behind; keys are the resolved, non-negative numbers."""
+    """One forward of a tower; keys are the resolved, non-negative numbers of layers and blocks.
 
+    Args:
+        first_unread: the half of a block from which on nothing need run; None if all must.
+        projected_width: of the zeros that may stand for what the projector makes; None if it runs.
+        run: the rows that run, where pruners act inside of the tower.
+    """
+
+    first_unread: int | None = None
+    projected_width: int | None = None
+    run: TowerRun | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [B, T, D]
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
     keys: dict[int, Tensor] = field(default_factory=dict)
+    fused: dict[int, Tensor] = field(default_factory=dict)  # block -> [P, 3 D], with the values
+    turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # block -> cos and sin
+    segment_ends: dict[int, Tensor] = field(default_factory=dict)  # block -> among the P
     rows: dict[int, Rows] = field(default_factory=dict)  # block -> what it ran, where not all
-    other: dict[str, Any] = field(default_factory=dict)
+    features: Tensor | None = None
+    """What the projector was given."""
+    normed: Tensor | None = None
+    """What the norm behind the last block gave."""
+    is_projected_later: bool = False
+    """Whether zeros stand for what the projector makes."""
     has_graph: bool = field(default_factory=torch.is_grad_enabled)
     """Whether the forward began with one."""
     lost_graph: bool = False
     """Whether something was recorded without it nevertheless."""
 
-    def put(self, store: dict[Any, Any], name: Any, value: Any) -> None:
-        """Record a value in one of the dictionaries."""
-        store[name] = value
+    def seen(self, value: Any) -> Any:
+        """A value that is recorded, as it stands."""
         self.lost_graph |= self.has_graph and not torch.is_grad_enabled()
+        return value
 
     def guard(self) -> None:
         """Refuse gradients of what was recorded without a graph."""
-        for store in (self.hidden, self.queries, self.keys, self.other):
-            values: dict[Any, Any] = store
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    values[name] = value if value.requires_grad else _guarded(value)
+        stores: list[dict[int, Tensor]] = [self.hidden, self.queries, self.keys, self.fused]
+        for store in stores:
+            for number, value in store.items():
+                store[number] = _guarded(value)
+        if self.features is not None:
+            self.features = _guarded(self.features)
+        if self.normed is not None:
+            self.normed = _guarded(self.normed)
 
 
 def _guarded(value: Tensor) -> Tensor:
+    if value.requires_grad or not value.is_floating_point():
+        return value
     value = value.detach().requires_grad_()
     value.register_hook(_refuse)
     return value
@@ -56,7 +81,22 @@ def _refuse(gradient: Tensor) -> None:
     )
 
 
-_RECORDING: ContextVar[Recording | None] = ContextVar("ocvtp_recording", default=None)
+@dataclass
+class TowerCall:
+    """The part of a call that hooks in a vision tower know.
+
+    Attributes:
+        recording: the forward of the tower that is on its way.
+        block_run: of the block that this thread is in, between its attention and its end.
+    """
+
+    recording: Recording | None = field(default=None, kw_only=True)
+    block_run: TowerRun | None = field(default=None, kw_only=True)
+
+
+CALL: ContextVar[TowerCall | None] = ContextVar("ocvtp_call", default=None)
+"""The call that this thread is in: the one place where hooks look what they are to do. Encoders
+have a `TowerCall`, the language model's hooks a `LayerCall`, an attached model a `Call`."""
 
 
 @contextmanager
@@ -68,12 +108,14 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
             a graph, the first time: a backward pass that needs one for what was recorded there is
             refused.
     """
-    record = Recording()
-    token = _RECORDING.set(record)
+    call, record = CALL.get() or TowerCall(), Recording()
+    token, outer = CALL.set(call), call.recording
+    call.recording = record
     try:
         yield record
     finally:
-        _RECORDING.reset(token)
+        call.recording = outer
+        CALL.reset(token)
     trains = tower is not None and any(weight.requires_grad for weight in tower.parameters())
     if record.lost_graph and trains:
         record.guard()
@@ -81,4 +123,5 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
 
 def current() -> Recording | None:
     """The recording that this thread is in."""
-    return _RECORDING.get()
+    call = CALL.get()
+    return None if call is None else call.recording

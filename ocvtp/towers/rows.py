@@ -79,3 +79,51 @@ class Rows:
         shape = (len(self.places), self.num_tokens + 1)
         mask = torch.zeros(shape, dtype=torch.bool, device=self.places.device)
         return mask.scatter(1, self.places, True)[:, : self.num_tokens]
+
+
+@dataclass
+class Step:
+    """What a block does.
+
+    Args:
+        rows: that it is given; None while all tokens run.
+        num_merged: rows that it merges away.
+        row_of: [U, R] the row that each of them goes to; None before they are matched, or if it
+            merges none.
+        merged: the rows behind that.
+        keys: [U, R, D] of the block, on their way to be matched.
+        mixed: [U, R - num_merged, D] what was merged, on its way past the MLP.
+    """
+
+    rows: Rows | None
+    num_merged: int = 0
+    row_of: Tensor | None = None
+    merged: Rows | None = None
+    keys: Tensor | None = None
+    mixed: Tensor | None = None
+
+    @property
+    def left(self) -> Rows | None:
+        """The rows that are left behind it."""
+        return self.rows if self.merged is None else self.merged
+
+
+class TowerRun:
+    """One forward of a tower that prunes. No dataclass: wrappers take arguments that are, apart.
+
+    Args:
+        num_read: blocks that run before the last layer that is read.
+    """
+
+    def __init__(self, num_read: int) -> None:
+        self.num_read = num_read
+        self.grid_hw = (0, 0)
+        """Of the patches."""
+        self.rows: Rows | None = None
+        """That run; None while all tokens do."""
+        self.merges: tuple[int, ...] = ()
+        """How many rows each block merges away; none where none does."""
+        self.steps: dict[int, Step] = {}
+        """Of the blocks that ran."""
+        self.started = False
+        """Whether the tower got its pixels."""

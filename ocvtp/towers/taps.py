@@ -103,48 +103,54 @@ def hooks_for(tower: Tower, needs: Needs) -> list[Hook]:
     return hooks
 
 
-def keep_input_of(module: nn.Module, name: str) -> Hook:
-    """Record the first input of any module under `recording.other[name]`."""
-    return before(module, partial(_keep_other, name))
+def keep_features_of(projector: nn.Module) -> Hook:
+    """Record what the projector is given as `features`."""
+    return before(projector, _keep_features)
 
 
-def keep_output_of(module: nn.Module, name: str) -> Hook:
-    """Record the output of any module under `recording.other[name]`."""
-    return after(module, partial(_keep_other_output, name))
+def keep_normed_of(norm: nn.Module) -> Hook:
+    """Record what the norm behind the last block gives as `normed`."""
+    return after(norm, _keep_normed)
 
 
-def keep_keywords_of(module: nn.Module, names: dict[str, str]) -> Hook:
-    """Record arguments of any module: those called `names[name]` under `recording.other[name]`."""
-    return before(module, partial(_keep_keywords, names), with_kwargs=True)
+def keep_fused_of(number: int, attention: Any) -> list[Hook]:
+    """Record what a block makes of its patches in one module, and how it turns and cuts them.
+
+    Args:
+        number: of the block.
+        attention: its own, with `qkv`, called with `position_embeddings` and `cu_seqlens`.
+    """
+    return [
+        after(attention.qkv, partial(_keep_output, "fused", number)),
+        before(attention, partial(_keep_segments, number), with_kwargs=True),
+    ]
 
 
-def _keep_other(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _keep_features(module: nn.Module, args: tuple[Any, ...]) -> None:
     if (record := current()) is not None:
-        record.put(record.other, name, args[0])
+        record.features = record.seen(args[0])
 
 
-def _keep_other_output(name: str, module: nn.Module, args: Any, output: Any) -> None:
+def _keep_normed(module: nn.Module, args: Any, output: Any) -> None:
     if (record := current()) is not None:
-        record.put(record.other, name, output)
+        record.normed = record.seen(output)
 
 
-def _keep_keywords(
-    names: dict[str, str], module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
+def _keep_segments(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if (record := current()) is not None:
-        for name, keyword in names.items():
-            record.put(record.other, name, kwargs[keyword])
+        record.turns[number] = kwargs["position_embeddings"]
+        record.segment_ends[number] = kwargs["cu_seqlens"]
 
 
 def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
     if (record := current()) is not None:
         value = output[0] if isinstance(output, tuple) else output
-        record.put(getattr(record, store), number, value)
+        getattr(record, store)[number] = record.seen(value)
 
 
 def _keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if (record := current()) is not None:
-        record.put(record.hidden, number, args[0] if args else kwargs["hidden_states"])
+        record.hidden[number] = record.seen(args[0] if args else kwargs["hidden_states"])
 
 
 def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> dict[str, Any]:

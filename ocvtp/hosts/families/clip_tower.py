@@ -151,7 +151,7 @@ class ClipFamilyHost(Host):
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
         hooks = taps.hooks_for(self._view(), self._inside(needs))
-        hooks.append(taps.keep_input_of(self._projector, "features"))
+        hooks.append(taps.keep_features_of(self._projector))
         if self._tower_stages is not None:
             hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
@@ -237,11 +237,11 @@ class ClipFamilyHost(Host):
             if stages is not None:
                 attention = self.tower.config._attn_implementation
                 stages.begin(record, self._layers_read(images), attention)
-            skip_unread.leave_out(record, half := self._first_unread(images, needs))
+            record.first_unread = half = self._first_unread(images, needs)
             if per_token and not needs.projected:
-                skip_unread.project_later(record, self.model.config.get_text_config().hidden_size)
+                record.projected_width = self.model.config.get_text_config().hidden_size
             output = self.model.model.get_image_features(**images, return_dict=True)
-        if (features := record.other.get("features")) is None:
+        if (features := record.features) is None:
             raise RuntimeError(
                 "the projector ran but its hook did not fire: attach the pruner before the model"
                 " is compiled."
@@ -255,7 +255,7 @@ class ClipFamilyHost(Host):
             found["valid"] = ran
         is_cut = self._may_cut and half <= self._last_half
         output = tower_output.known(output, half if is_cut else None, stages is None)
-        return output, {"features": features, **found}, skip_unread.is_projected_later(record)
+        return output, {"features": features, **found}, record.is_projected_later
 
     def _rows(
         self, rows: Sequence[Tensor], later: bool, features: Tensor, source: Tensor | None = None

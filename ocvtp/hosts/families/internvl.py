@@ -82,7 +82,7 @@ class InternVLHost(ClipFamilyHost):
 
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
-        return [*super().hooks(needs), taps.keep_output_of(self.tower.layernorm, "last")]
+        return [*super().hooks(needs), taps.keep_normed_of(self.tower.layernorm)]
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`: tiles as images of their own."""
@@ -182,8 +182,8 @@ class InternVLHost(ClipFamilyHost):
 
     def _selected(self, record: taps.Recording) -> Tensor:
         if self.model.config.vision_feature_layer == -1:  # not of `hidden_states`: behind the norm
-            last: Tensor = record.other["last"]
-            return last
+            assert record.normed is not None
+            return record.normed
         return super()._selected(record)
 
     def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:

@@ -91,10 +91,7 @@ class QwenHost(Host):
         view = self._view()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
         for number in sorted({view.block(block) for block in _blocks(needs)}):
-            attention = self.tower.blocks[number].attn
-            names = {f"cu_seqlens.{number}": "cu_seqlens", f"rope.{number}": "position_embeddings"}
-            hooks.append(taps.keep_output_of(attention.qkv, f"qkv.{number}"))
-            hooks.append(taps.keep_keywords_of(attention, names))
+            hooks += taps.keep_fused_of(number, self.tower.blocks[number].attn)
         return hooks
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
@@ -158,7 +155,7 @@ class QwenHost(Host):
         layers = {number: view.layer(number) for number in needs.hidden}
         blocks = {number: view.block(number) for number in _blocks(needs)}
         missing = {f"layer {n}" for n in layers.values() if n not in record.hidden}
-        missing |= {f"block {n}" for n in blocks.values() if f"qkv.{n}" not in record.other}
+        missing |= {f"block {n}" for n in blocks.values() if n not in record.fused}
         if missing:
             raise RuntimeError(
                 f"the vision tower ran but the hooks on {sorted(missing)} did not fire: attach the"
@@ -170,7 +167,7 @@ class QwenHost(Host):
             attention[number, kind] = units.raster(by_patch)
         keys = {}
         for number in needs.keys:
-            _, of_patches, _ = record.other[f"qkv.{blocks[number]}"].chunk(3, dim=1)
+            _, of_patches, _ = record.fused[blocks[number]].chunk(3, dim=1)
             keys[number] = units.raster(of_patches)
         hidden = {number: units.raster(record.hidden[layer]) for number, layer in layers.items()}
         return {"hidden": hidden, "attention": attention, "keys": keys}
@@ -178,9 +175,9 @@ class QwenHost(Host):
     def _attention(self, record: taps.Recording, block: int, kind: AttentionKind) -> Tensor:
         """[P] of the patches, in the order in which the tower runs them."""
         heads = self.tower.config.num_heads
-        queries, keys, _ = record.other[f"qkv.{block}"].unflatten(1, (3, heads, -1)).unbind(1)
-        queries, keys = rotate_patches(queries, keys, *record.other[f"rope.{block}"])
-        ends = record.other[f"cu_seqlens.{block}"].tolist()
+        queries, keys, _ = record.fused[block].unflatten(1, (3, heads, -1)).unbind(1)
+        queries, keys = rotate_patches(queries, keys, *record.turns[block])
+        ends = record.segment_ends[block].tolist()
         return segment_means(queries.flatten(1), keys.flatten(1), heads, kind, ends)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.hosts.in_tower.tower_run import Step, leave_block, step_of
 from ocvtp.ops.bipartite import first_places, means
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, after, before
-from ocvtp.towers.rows import Rows
+from ocvtp.towers.recordings import CALL
+from ocvtp.towers.rows import Rows, Step
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class BlockMerging:
 
     def _merge(self, number: int, module: Any, args: tuple[Tensor, ...]) -> Any:
         """Merge what the attention left, and let the MLP run on it."""
-        step = step_of(number)
+        step = _step(number)
         if step is None or not step.num_merged:
             return None
         states = args[0]
@@ -81,9 +81,15 @@ class BlockMerging:
         return self.merger.rows(keys, self.look().num_heads, step.num_merged, self.num_prefix == 1)
 
 
+def _step(number: int) -> Step | None:
+    """Of the block that this thread is in, between its attention and its end."""
+    call = CALL.get()
+    return None if call is None or call.block_run is None else call.block_run.steps[number]
+
+
 def _keep_keys(number: int, module: Any, args: Any, output: Tensor) -> None:
     """Behind the projection of a block's keys."""
-    if (step := step_of(number)) is not None and step.num_merged and step.row_of is None:
+    if (step := _step(number)) is not None and step.num_merged and step.row_of is None:
         step.keys = output.detach()
 
 
@@ -92,8 +98,9 @@ def _fill_up(number: int, module: Any, args: Any, output: Tensor) -> Tensor | No
 
     Zeros stand for the rows that were merged away, so that there are as many as the block knows.
     """
-    step = step_of(number)
-    leave_block()
+    step = _step(number)
+    if (call := CALL.get()) is not None:  # the last to ask
+        call.block_run = None
     if step is None or step.mixed is None:
         return None
     mixed, step.mixed = step.mixed, None

@@ -20,10 +20,6 @@ from ocvtp.structures import Needs
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
 
-_FIRST_UNREAD = "first unread half"
-_WIDTH = "width of what is projected later"
-_IS_LATER = "is projected later"
-
 
 def first_unread(tower: taps.Tower, layers: Sequence[int], readers: Sequence[Needs]) -> int:
     """The first half of a block that nobody reads.
@@ -73,21 +69,6 @@ def hooks_of_projector(projector: nn.Module) -> list[Hook]:
     return [Hook(projector, partial(Wrapped, forward, projector, _zeros))]
 
 
-def leave_out(record: taps.Recording, half: int) -> None:
-    """Run nothing of the tower from this half on."""
-    record.other[_FIRST_UNREAD] = half
-
-
-def project_later(record: taps.Recording, width: int) -> None:
-    """Let the projector make zeros [..., width], which take no memory."""
-    record.other[_WIDTH] = width
-
-
-def is_projected_later(record: taps.Recording) -> bool:
-    """Whether the projector made zeros."""
-    return _IS_LATER in record.other
-
-
 def forward(
     module: Any,
     original: Original,
@@ -105,11 +86,12 @@ def forward(
 
 
 def _hand_on(half: int, record: taps.Recording, given: Tensor) -> Tensor | None:
-    return given if half >= record.other.get(_FIRST_UNREAD, half + 1) else None
+    first = record.first_unread
+    return given if first is not None and half >= first else None
 
 
 def _zeros(record: taps.Recording, features: Tensor) -> Tensor | None:
-    if (width := record.other.get(_WIDTH)) is None:
+    if (width := record.projected_width) is None:
         return None
-    record.other[_IS_LATER] = True
+    record.is_projected_later = True
     return features.new_zeros(()).expand(*features.shape[:-1], width)

@@ -6,7 +6,8 @@ is one), N patches, R rows that run, D width.
 A hook in front of each block takes the rows that are left from the T tokens, one behind it puts
 them back, with zeros in the places of all others: whatever looks at the tower between its blocks or
 behind it sees the whole grid. Nothing of the tower's forward is copied. All hooks are inert where
-no `TowerRun` is handed to the blocks, as it is inside of `taps.recording()`.
+no `TowerRun` is handed to the blocks, as it is inside of `taps.recording()`; what a block did is in
+its `Step`, and done again where checkpointing runs it again.
 """
 
 from __future__ import annotations
@@ -21,23 +22,20 @@ from torch import Tensor
 
 from ocvtp.hosts.in_tower.block_merging import BlockMerging
 from ocvtp.hosts.in_tower.pixels import PixelScale, patches
-from ocvtp.hosts.in_tower.tower_run import (
-    CARRIER,
-    RUN,
-    Step,
-    TowerRun,
-    attend,
-    hand_to_blocks,
-    running,
-)
 from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, after, before
-from ocvtp.towers.rows import Rows
+from ocvtp.towers.recordings import CALL, Recording, TowerCall
+from ocvtp.towers.rows import Rows, Step, TowerRun
 from ocvtp.transformers_names import is_checkpointed
+
+_CARRIER = "ocvtp_tower_run"
+"""The argument of blocks and of their attention that is the `TowerRun`. Gradient checkpointing runs
+a block a second time in the backward pass, in another thread perhaps, when the call is long over:
+it keeps this argument with the others."""
 
 
 class TowerStages:
@@ -118,7 +116,7 @@ class TowerStages:
                 " model.set_attn_implementation({'vision_config': 'sdpa'})."
             )
 
-    def begin(self, record: taps.Recording, layers: Sequence[int], attention: str) -> None:
+    def begin(self, record: Recording, layers: Sequence[int], attention: str) -> None:
         """A call begins.
 
         Args:
@@ -137,16 +135,16 @@ class TowerStages:
                 " (layer 0), or which have different ones (several layers, where a pruner merges);"
                 " select one layer behind the first block, or use a pruner of stage llm_input."
             )
-        record.other[RUN] = TowerRun(max(read))
+        record.run = TowerRun(max(read))
 
-    def ran(self, record: taps.Recording) -> Tensor | None:
+    def ran(self, record: Recording) -> Tensor | None:
         """[U, N] which patches are left, None if all are.
 
         Raises:
             RuntimeError: if the hooks did not fire.
         """
-        run: TowerRun = record.other[RUN]
-        if not run.started:
+        run = record.run
+        if run is None or not run.started:
             raise RuntimeError(
                 "the vision tower ran but the hooks in it did not fire: attach the pruner before"
                 " the tower is compiled or exported."
@@ -175,7 +173,7 @@ class TowerStages:
         """Hooks in a tower with an `encoder` of blocks of `self_attn`, `layer_norm2` and `mlp`."""
         view = self._view
         hooks = [before(tower, self._start, with_kwargs=True)]
-        hooks.append(before(tower.encoder, hand_to_blocks, with_kwargs=True))
+        hooks.append(before(tower.encoder, _hand_to_blocks, with_kwargs=True))
         if self.dropper is not None:
             hooks += taps.hooks_for(view, self.dropper.needs)
         for number, block in enumerate(view.blocks):
@@ -184,14 +182,14 @@ class TowerStages:
             hooks.append(before(block, enter, with_kwargs=True))
             # Before others look at the block's output: transformers', and those of `taps`.
             hooks.append(after(block, leave, prepend=True, with_kwargs=True))
-            hooks.append(before(modules.self_attn, partial(attend, number), with_kwargs=True))
+            hooks.append(before(modules.self_attn, partial(_attend, number), with_kwargs=True))
             if self._merging is not None:
                 hooks += self._merging.hooks(number, block)
         return hooks
 
     def _start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The tower gets its pixels: choose among the patches."""
-        if (run := running()) is None:
+        if (run := _running()) is None:
             return
         run.started = True
         pixel_values: Tensor = args[0] if args else kwargs["pixel_values"]
@@ -205,7 +203,7 @@ class TowerStages:
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """In front of a block: hand it the rows that run."""
-        run: TowerRun | None = kwargs.get(CARRIER)
+        run: TowerRun | None = kwargs.get(_CARRIER)
         if run is None:
             return None
         states: Tensor = args[0]
@@ -219,7 +217,7 @@ class TowerStages:
         self, number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Behind a block: put its rows back in their places."""
-        run: TowerRun | None = kwargs.get(CARRIER)
+        run: TowerRun | None = kwargs.get(_CARRIER)
         if run is None:
             return None
         run.rows = left = run.steps[number].left
@@ -295,3 +293,38 @@ def first_block(part: Pruner, view: taps.Tower) -> int:
             " nothing to drop tokens from; let it read earlier ones, or act at stage llm_input."
         )
     return first
+
+
+def _running() -> TowerRun | None:
+    """The forward that this thread is in."""
+    record = taps.current()
+    return None if record is None else record.run
+
+
+def _hand_to_blocks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before all blocks."""
+    run = _running()
+    return None if run is None else (args, kwargs | {_CARRIER: run})
+
+
+def _attend(number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Before a block's attention: take the forward over for the hooks that get no arguments.
+
+    What is added to the logits of every row as a key goes to the attention.
+    """
+    run: TowerRun | None = kwargs.get(_CARRIER)
+    call = CALL.get()
+    if run is not None and run.merges:
+        if call is None:  # in the backward pass
+            CALL.set(call := TowerCall())
+        call.block_run = run
+    elif call is not None:
+        call.block_run = None
+    if run is None:
+        return None
+    kwargs = {name: value for name, value in kwargs.items() if name != _CARRIER}
+    rows = run.steps[number].rows
+    if rows is not None and (bias := rows.bias()) is not None:
+        states: Tensor = args[0] if args else kwargs["hidden_states"]
+        kwargs["attention_mask"] = bias[:, None, None].to(states.dtype)
+    return args, kwargs

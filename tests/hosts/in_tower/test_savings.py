@@ -24,7 +24,6 @@ from torch import Tensor
 from ocvtp import Needs, OCPruner, Pruner, attach, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Savings
-from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.prompt.select import compiled
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
@@ -227,7 +226,7 @@ def test_the_tower_runs_whole_for_everybody_else(llava: Any) -> None:
         found.append(bare())
         assert llava.model.get_image_features(pixels).pooler_output[0].abs().max() > 0
         with taps.recording() as record:  # as in a call of ours
-            skip_unread.leave_out(record, 0)
+            record.first_unread = 0
             assert bare().last_hidden_state.equal(expected.hidden_states[0])
             thread = Thread(target=lambda: found.append(bare()))
             thread.start()
