@@ -27,8 +27,8 @@ from ocvtp.hosts.registry import check, find_host, unwrap
 from ocvtp.hosts.runtime import caller_processors, calls, inner
 from ocvtp.hosts.runtime.calls import STATE, State
 from ocvtp.hosts.runtime.forward_output import Logits, check_logits
+from ocvtp.hosts.runtime.installed_hooks import InstalledHooks
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
-from ocvtp.hosts.runtime.site import Site
 from ocvtp.hosts.wrap_methods import Wrapped
 from ocvtp.pruners import Compose, Pruner, build_pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -56,14 +56,14 @@ class Handle:
         """Put everything into the model, or nothing if that fails; `attach` has done it."""
         self._model.__dict__[STATE] = self._state
         try:
-            self._state.site.renew()
+            self._state.hooks.renew()
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Leave the model as it was."""
-        self._state.site.remove()
+        self._state.hooks.remove()
         attributes = self._model.__dict__
         if attributes.get(STATE) is self._state:  # not removed before
             del attributes[STATE]
@@ -151,13 +151,13 @@ def attach(
         keeps_all=pruner.name == "none" and shared is None,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
-    state.site = _site(state, pruner, looked_for)
+    state.hooks = _installed_hooks(state, pruner, looked_for)
     handle = Handle(model, state, savings)
     handle.put()
     return handle
 
 
-def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
+def _installed_hooks(state: State, pruner: Pruner | Compose, needs: Needs) -> InstalledHooks:
     """Where everything goes in a model that is read for `needs`."""
     host = state.host
     methods = [(calls.forward, "forward"), (calls.generate, "generate")]
@@ -166,7 +166,7 @@ def _site(state: State, pruner: Pruner | Compose, needs: Needs) -> Site:
     groups = [partial(_method, host.model, *method) for method in methods]
     groups.append(partial(_inner_method, host.model))
     groups.append(partial(_hooks, host, needs, state.layers))
-    return Site(host.model, partial(check, host, pruner), groups)
+    return InstalledHooks(host.model, partial(check, host, pruner), groups)
 
 
 def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:

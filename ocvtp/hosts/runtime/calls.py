@@ -23,7 +23,7 @@ from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt, Shortened, shorten
 from ocvtp.hosts.runtime import caller_processors, conversation, forward_output, generate_arguments
 from ocvtp.hosts.runtime.forward_output import Logits
-from ocvtp.hosts.runtime.site import Site
+from ocvtp.hosts.runtime.installed_hooks import InstalledHooks
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -49,11 +49,11 @@ class State:
     logits: Logits = "short"
     keeps_all: bool = False
     cache_name: str = field(default_factory=cache_name)
-    site: Site = field(init=False)
+    hooks: InstalledHooks = field(init=False)
 
     def shorten(self, inputs: dict[str, Any], whole: bool = False) -> Shortened:
         """The short inputs and the prompt, reported; `whole`: see `look`."""
-        self.site.renew()
+        self.hooks.renew()
         seen = look(self.host, self.needs, inputs, self.reader, self.encode, whole)
         settings = (self.positions, self.layers, self.select)
         short = shorten(self.host, self.pruner, inputs, seen, *settings)
@@ -160,7 +160,7 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
         kwargs["input_ids"] = kwargs.pop("inputs")
     running, remembered = None, conversation.remembered_prompt(kwargs)
     if remembered is not None:  # a later turn: the images are in the cache
-        state.site.renew()
+        state.hooks.renew()
         turn, full_ids = conversation.later_turn(state.host, remembered, kwargs)
         shown = generate_arguments.Shown(full_ids, turn["input_ids"].shape[1])
         deltas = remembered.rope_deltas

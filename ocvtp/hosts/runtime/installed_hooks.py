@@ -30,7 +30,7 @@ Put = tuple[nn.Module, Removable]
 """What was put into a module."""
 
 
-class Site:
+class InstalledHooks:
     """What a pruner has put into a model.
 
     Args:
