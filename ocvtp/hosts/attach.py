@@ -166,7 +166,8 @@ def _installed_hooks(state: State, pruner: Pruner | Compose, needs: Needs) -> In
     groups = [partial(_method, host.model, *method) for method in methods]
     groups.append(partial(_inner_method, host.model))
     groups.append(partial(_hooks, host, needs, state.layers))
-    return InstalledHooks(host.model, partial(check, host, pruner), groups)
+    settings = partial(getattr, host, "hook_settings")
+    return InstalledHooks(host.model, partial(check, host, pruner), groups, settings)
 
 
 def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:

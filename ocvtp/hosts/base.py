@@ -160,6 +160,11 @@ class Host(ABC):
             ValueError: that names the alternative.
         """
 
+    @property
+    def hook_settings(self) -> Any:
+        """What of the model's configuration decides where `hooks` go."""
+        return None
+
     @abstractmethod
     def hooks(self, needs: Needs) -> list[Hook]:
         """Inert hooks where `needs` looks, and where there is something to save."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial, wraps
@@ -160,6 +160,11 @@ class Wrapped:
 def has_methods(module: Any) -> bool:
     """Whether anything stands for methods of a module."""
     return _METHODS in module.__dict__
+
+
+def any_lost(found: Iterable[Any]) -> bool:
+    """Whether somebody has put back a module's own in place of one that is `Wrapped`."""
+    return any(put.is_lost() for put in found if isinstance(put, Wrapped))
 
 
 def _is_own(module: Any, name: str) -> bool:

@@ -148,6 +148,11 @@ class ClipFamilyHost(Host):
                 f" several: vision_feature_layer={layer}; use a pruner that does not."
             )
 
+    @property
+    def hook_settings(self) -> Any:
+        """See `Host.hook_settings`: a pruner may read the CLS of the selected layer."""
+        return self.model.config.vision_feature_layer
+
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
         hooks = taps.hooks_for(self._view(), self._inside(needs))
