@@ -13,30 +13,10 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import merge
+from ocvtp.hosts.cache_notes import LayersNote, Left
 from ocvtp.hosts.in_llm.plan import LayerPlan, Stayed
 from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at, with_tail
 from ocvtp.transformers_names import causal_mask
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is left of the prompt behind a layer.
-
-    Args:
-        mask: [B, L''] bool, False on padding; None where there is none.
-        lost: [B, 1] how far later positions move down; None where they stay.
-    """
-
-    mask: Tensor | None
-    lost: Tensor | None
-
-
-@dataclass
-class Note:
-    """What a cache remembers: L' and the stages, by their layers."""
-
-    prompt_length: int
-    stages: dict[int, Stage] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,7 +35,7 @@ class Pass:
     """
 
     model: Any
-    note: Note
+    note: LayersNote
     plan: LayerPlan | None
     positions: Tensor | None
     tail: Tensor | None
@@ -87,7 +67,7 @@ def drop(run: Pass, place: Place) -> Tensor:
     current.rope = _rope(run, hidden, place.rope, index, new)
     even = current.lengths is not None and len(set(current.lengths)) == 1
     lost = None if new is None else new[1]
-    run.note.stages[place.number] = Stage(None if even else current.mask, lost)
+    run.note.stages[place.number] = Left(None if even else current.mask, lost)
     return hidden
 
 

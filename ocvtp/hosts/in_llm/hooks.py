@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.in_llm.drop import Note, Pass, drop, prepare
+from ocvtp.hosts.cache_notes import LayersNote, leave_note, notes_on
+from ocvtp.hosts.in_llm.drop import Pass, drop, prepare
 from ocvtp.hosts.in_llm.plan import LayerPlan
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before, is_compiled
 from ocvtp.transformers_names import cache_in, is_checkpointed
-
-_ON_CACHE = "_ocvtp_layers"
 
 _PLAN: ContextVar[LayerPlan | None] = ContextVar("ocvtp_layer_plan", default=None)
 _PASS: ContextVar[Pass | None] = ContextVar("ocvtp_layer_pass", default=None)
@@ -102,9 +101,9 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """In front of the language model: begin a pass, if tokens are or were dropped."""
     plan, cache = _PLAN.get(), cache_in(kwargs)
     past = 0 if cache is None else cache.get_seq_length()
-    note: Note | None = getattr(cache, _ON_CACHE, None)
+    note = notes_on(cache).layers
     if not past and note is not None:  # emptied, and filled with another prompt
-        delattr(cache, _ON_CACHE)
+        leave_note(cache, layers=None)
         note = None
     if plan is None and note is None:
         _PASS.set(None)
@@ -113,7 +112,7 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     batch, num_columns, _ = embeddings.shape
     if plan is not None:
         plan = plan.repeat(batch)
-        note = Note(plan.mask.shape[1])
+        note = LayersNote(plan.mask.shape[1])
     assert note is not None
     if getattr(cache, "is_compileable", False) or not (mask is None or mask.ndim == 2):
         raise ValueError(
@@ -182,7 +181,7 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
         )
     if current is not None:
         assert run.plan is not None
-        setattr(cache, _ON_CACHE, run.note)
+        leave_note(cache, layers=run.note)
         if number in run.plan.layers:
             hidden = hidden.to(_device(layer, hidden))
             rope = current.rope if run.note.stages else kwargs["position_embeddings"]

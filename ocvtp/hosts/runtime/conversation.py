@@ -5,46 +5,23 @@ B rows of the batch, L tokens of the caller's first prompt, L' of the short one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.cache_notes import PromptNote, leave_note, notes_on
 from ocvtp.hosts.prompt.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.prompt.columns import continue_positions
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.runtime.generate_arguments import cache_length, given_or_inferred_mask
 from ocvtp.transformers_names import cache_in, cache_of
 
-_ON_CACHE = "_ocvtp_prompt"
-
-
-@dataclass(frozen=True)
-class Remembered:
-    """What a cache remembers of the prompt that it was filled with.
-
-    Args:
-        input_ids: [B, L] the caller's.
-        pixel_values: its images.
-        short_ids: [B, L'].
-        short_mask: [B, L'] bool.
-        positions: see `Prompt`.
-        rope_deltas: see `Prompt`.
-    """
-
-    input_ids: Tensor
-    pixel_values: Tensor
-    short_ids: Tensor
-    short_mask: Tensor
-    positions: Tensor | None
-    rope_deltas: Tensor | None
-
 
 def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
     """Leave a note of the prompt on the caches that a call filled, for the next turn."""
-    note = Remembered(
+    note = PromptNote(
         prompt.input_ids,
         prompt.images["pixel_values"],
         prompt.short_ids,
@@ -54,10 +31,10 @@ def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
     )
     for cache in (cache_of(output), cache_in(kwargs)):
         if cache is not None and not isinstance(cache, tuple):
-            setattr(cache, _ON_CACHE, note)
+            leave_note(cache, prompt=note)
 
 
-def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
+def remembered_prompt(kwargs: dict[str, Any]) -> PromptNote | None:
     """The prompt that the given cache was filled with under a pruner.
 
     Raises:
@@ -65,9 +42,9 @@ def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
     """
     if not cache_length(kwargs):
         if (cache := cache_in(kwargs)) is not None:  # emptied, perhaps
-            vars(cache).pop(_ON_CACHE, None)
+            leave_note(cache, prompt=None)
         return None
-    found: Remembered | None = getattr(cache_in(kwargs), _ON_CACHE, None)
+    found = notes_on(cache_in(kwargs)).prompt
     if found is None and kwargs.get("pixel_values") is not None:
         raise ValueError(
             "generate() got images and a cache that was filled without the pruner; pass an empty"
@@ -77,7 +54,7 @@ def remembered_prompt(kwargs: dict[str, Any]) -> Remembered | None:
 
 
 def later_turn(
-    host: Host, first: Remembered, kwargs: dict[str, Any]
+    host: Host, first: PromptNote, kwargs: dict[str, Any]
 ) -> tuple[dict[str, Any], Tensor]:
     """Arguments of a later turn on a warm cache, and the caller's whole prompt.
 
@@ -110,7 +87,7 @@ def later_turn(
     return turn, kwargs["input_ids"]
 
 
-def _new_part(host: Host, first: Remembered, kwargs: dict[str, Any]) -> Tensor:
+def _new_part(host: Host, first: PromptNote, kwargs: dict[str, Any]) -> Tensor:
     """The ids behind the prompt in the cache."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is None:
@@ -149,7 +126,7 @@ def next_step(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
     Raises:
         ValueError: for a mask of the caller's length, or gapped positions without position_ids.
     """
-    first: Remembered | None = getattr(cache_in(kwargs), _ON_CACHE, None)
+    first = notes_on(cache_in(kwargs)).prompt
     if first is None or ids is None:
         return kwargs
     mask = kwargs.get("attention_mask")
