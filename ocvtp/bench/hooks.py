@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 
 from ocvtp.bench.timeline import MODEL, PROJECT, SELECT, TOWER, Marks
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.runtime.calls import STATE
+from ocvtp.hosts.runtime.attachment import attachment_of
 from ocvtp.pruners import Pruner
 
 _PROJECTORS = ("multi_modal_projector", "merger", "deepstack_merger_list")
@@ -88,8 +88,8 @@ def watching(host: Host, parts: Sequence[Pruner], marks: Marks) -> Iterator[None
             hooks.append(module.register_forward_hook(leave))
     inside = [part for part in parts if part.stage != "llm_input"]
     wrapped: list[tuple[Any, str]] = [(p, name) for p in inside for name in _CHOOSE]
-    if (state := vars(host.model).get(STATE)) is not None:
-        wrapped.append((state, "select"))  # around what is compiled, not inside
+    if (attachment := attachment_of(host.model)) is not None:
+        wrapped.append((attachment, "select"))  # around what is compiled, not inside
     wrapped = [(owner, name) for owner, name in wrapped if hasattr(owner, name)]
     before = [vars(owner).get(name) for owner, name in wrapped]
     for owner, name in wrapped:

@@ -24,8 +24,8 @@ from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import compiled, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
-from ocvtp.hosts.runtime import caller_processors, calls, inner
-from ocvtp.hosts.runtime.calls import STATE, State
+from ocvtp.hosts.runtime import caller_processors, calls
+from ocvtp.hosts.runtime.attachment import Attachment, attachment_of
 from ocvtp.hosts.runtime.forward_output import Logits, check_logits
 from ocvtp.hosts.runtime.installed_hooks import InstalledHooks
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
@@ -41,32 +41,18 @@ class Handle:
     """An attached pruner; `remove()` takes it out, and may be called more than once.
 
     Args:
-        model: that it is attached to.
-        state: what the model carries.
+        attachment: what the model carries.
         savings: see below.
     """
 
-    def __init__(self, model: Any, state: State, savings: Savings) -> None:
-        self._model = model
-        self._state = state
+    def __init__(self, attachment: Attachment, savings: Savings) -> None:
+        self._attachment = attachment
         self.savings = savings
         """Which of the savings asked for leave out anything with this pruner in this model."""
 
-    def put(self) -> None:
-        """Put everything into the model, or nothing if that fails; `attach` has done it."""
-        self._model.__dict__[STATE] = self._state
-        try:
-            self._state.hooks.renew()
-        except BaseException:
-            self.remove()
-            raise
-
     def remove(self) -> None:
         """Leave the model as it was."""
-        self._state.hooks.remove()
-        attributes = self._model.__dict__
-        if attributes.get(STATE) is self._state:  # not removed before
-            del attributes[STATE]
+        self._attachment.remove()
 
 
 def attach(
@@ -137,7 +123,7 @@ def attach(
     encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
     chosen = by_stage.get("llm_input", build_pruner("none"))
     compiles = host.savings.compile_select and "llm_input" in by_stage
-    state = State(
+    attachment = Attachment(
         host=host,
         pruner=chosen,
         needs=needs,
@@ -151,21 +137,22 @@ def attach(
         keeps_all=pruner.name == "none" and shared is None,
     )
     savings = replace(host.savings_for(looked_for), compile_select=compiles)
-    state.hooks = _installed_hooks(state, pruner, looked_for)
-    handle = Handle(model, state, savings)
-    handle.put()
-    return handle
+    attachment.hooks = _installed_hooks(attachment, pruner, looked_for)
+    attachment.put()
+    return Handle(attachment, savings)
 
 
-def _installed_hooks(state: State, pruner: Pruner | Compose, needs: Needs) -> InstalledHooks:
+def _installed_hooks(
+    attachment: Attachment, pruner: Pruner | Compose, needs: Needs
+) -> InstalledHooks:
     """Where everything goes in a model that is read for `needs`."""
-    host = state.host
+    host = attachment.host
     methods = [(calls.forward, "forward"), (calls.generate, "generate")]
     if hasattr(type(host.model), MERGE_PROCESSORS):
         methods.append((caller_processors.merge, MERGE_PROCESSORS))
     groups = [partial(_method, host.model, *method) for method in methods]
     groups.append(partial(_inner_method, host.model))
-    groups.append(partial(_hooks, host, needs, state.layers))
+    groups.append(partial(_hooks, host, needs, attachment.layers))
     settings = partial(getattr, host, "hook_settings")
     return InstalledHooks(host.model, partial(check, host, pruner), groups, settings)
 
@@ -185,12 +172,13 @@ def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
 
 def _inner_method(model: Any) -> list[Hook]:
     """What stands for the forward() of the model without a head, inside of `model`."""
-    return [Hook(model.model, partial(Wrapped, inner.forward, model.model, model))]
+    method = partial(Wrapped, calls.inner_forward, model.model, model, name="forward")
+    return [Hook(model.model, method)]
 
 
 def _check_free(model: Any) -> None:
     """Refuse a model that has a pruner."""
-    if STATE in model.__dict__:
+    if attachment_of(model) is not None:
         raise ValueError(
             "a pruner is attached to this model already; remove it first (handle.remove(), or"
             " leave its `with` block)."

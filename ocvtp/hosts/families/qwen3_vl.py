@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.families.qwen_vl import QwenHost
-from ocvtp.hosts.in_llm import deepstack
+from ocvtp.hosts.in_llm.hooks import deepstack_hook
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
 
@@ -34,7 +34,7 @@ class Qwen3VLHost(QwenHost):
 
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
-        return [*super().hooks(needs), deepstack.hook(self.language_model)]
+        return [*super().hooks(needs), deepstack_hook(self.language_model)]
 
     def _layer_rows(self, output: Any) -> list[Tensor]:
         # transformers 5.17 leaves the images together

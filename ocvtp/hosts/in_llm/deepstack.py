@@ -11,17 +11,11 @@ Paper: https://arxiv.org/abs/2406.04334.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-
-from ocvtp.towers.hooks import Hook, before
 
 
 @dataclass(frozen=True)
@@ -52,52 +46,3 @@ class Deepstack:
         mask = self.places >= 0  # [B, n]
         rows = self.rows[:, self.places[mask].to(self.rows.device)]
         return {"visual_pos_masks": mask, "deepstack_visual_embeds": list(rows)}
-
-
-@dataclass
-class _Handed:
-    deepstack: Deepstack
-    is_taken: bool = False
-
-
-_HANDED: ContextVar[_Handed | None] = ContextVar("ocvtp_deepstack", default=None)
-
-
-@contextmanager
-def handing(deepstack: Deepstack | None) -> Iterator[None]:
-    """Hand rows to the language model that runs inside the block, in this thread.
-
-    Raises:
-        RuntimeError: if it did not take them.
-    """
-    if deepstack is None:
-        yield
-        return
-    handed = _Handed(deepstack)
-    token = _HANDED.set(handed)
-    try:
-        yield
-    finally:
-        _HANDED.reset(token)
-    if not handed.is_taken:
-        raise RuntimeError(
-            "the language model ran but the hook on it did not fire, so it did not add what the"
-            " vision tower has for its layers; attach the pruner before the language model is"
-            " compiled or exported, and replace no modules while a call runs."
-        )
-
-
-def hook(language_model: nn.Module) -> Hook:
-    """An inert hook on a language model, which takes what is handed to it."""
-    return before(language_model, _take, with_kwargs=True)
-
-
-def _take(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if torch.compiler.is_compiling() and kwargs["inputs_embeds"].shape[1] == 1:
-        return None  # a decode step takes nothing; dynamo need not follow the ContextVar
-    if (handed := _HANDED.get()) is None:
-        return None
-    handed.is_taken = True
-    return args, kwargs | handed.deepstack.arguments()

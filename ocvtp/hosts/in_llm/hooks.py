@@ -11,37 +11,22 @@ read behind the prompt in the same pass (drafts), q columns of a pass, D' width.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.cache_notes import LayersNote, leave_note, notes_on
 from ocvtp.hosts.in_llm.drop import Pass, drop, prepare
-from ocvtp.hosts.in_llm.plan import LayerPlan
+from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before, is_compiled
+from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import cache_in, is_checkpointed
-
-_PLAN: ContextVar[LayerPlan | None] = ContextVar("ocvtp_layer_plan", default=None)
-_PASS: ContextVar[Pass | None] = ContextVar("ocvtp_layer_pass", default=None)
-
-
-@contextmanager
-def reading(plan: LayerPlan | None) -> Iterator[None]:
-    """Let the language model's next pass read a prompt of which tokens will be dropped."""
-    token = _PLAN.set(plan)
-    try:
-        yield
-    finally:
-        _PLAN.reset(token)
 
 
 def check(host: Host, pruner: LayerPruner) -> None:
@@ -99,14 +84,14 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
 
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """In front of the language model: begin a pass, if tokens are or were dropped."""
-    plan, cache = _PLAN.get(), cache_in(kwargs)
+    call, cache = CALL.get(), cache_in(kwargs)
+    plan = call.plan if isinstance(call, LayerCall) else None
     past = 0 if cache is None else cache.get_seq_length()
     note = notes_on(cache).layers
     if not past and note is not None:  # emptied, and filled with another prompt
         leave_note(cache, layers=None)
         note = None
     if plan is None and note is None:
-        _PASS.set(None)
         return
     embeddings, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
     batch, num_columns, _ = embeddings.shape
@@ -124,7 +109,9 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     run = Pass(model, note, plan, _plain_positions(kwargs, past, num_columns), tail, num_tail)
     if plan is not None:
         run.current = Current.start(plan, embeddings, num_tail)
-    _PASS.set(run)
+    if not isinstance(call, LayerCall):  # a step of the caller's own, on a cache of ours
+        CALL.set(call := LayerCall())
+    call.layer_pass = run
 
 
 def _plain_positions(kwargs: dict[str, Any], past: int, num_columns: int) -> Tensor | None:
@@ -141,8 +128,11 @@ def _behind(model: Any, args: Any, output: Any) -> Any:
 
     A dropped token's is that of the one before it: what comes next is predicted from there.
     """
-    run = _PASS.get()
-    _PASS.set(None)
+    if not isinstance(call := CALL.get(), LayerCall):
+        return output
+    run, call.layer_pass = call.layer_pass, None
+    if type(call) is LayerCall:
+        CALL.set(None)
     if run is None or run.current is None or output is None:
         return output
     states = output[0]
@@ -159,15 +149,21 @@ def _device(layer: Any, hidden: Tensor) -> torch.device:
     return hidden.device if device is None else torch.empty(0, device=device).device
 
 
+def _running() -> Pass | None:
+    """The pass that this thread is in."""
+    call = CALL.get()
+    return call.layer_pass if isinstance(call, LayerCall) else None
+
+
 def _keep_queries(number: int, module: Any, args: Any, output: Tensor) -> None:
-    run = _PASS.get()
+    run = _running()
     if run is not None and run.current is not None:
         run.current.queries[number] = output.detach()
 
 
 def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """In front of a layer: drop tokens, or hand over the mask for what is left."""
-    run = _PASS.get()
+    run = _running()
     if run is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
@@ -204,3 +200,20 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
     if args:
         return (hidden, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": hidden}
+
+
+def deepstack_hook(language_model: nn.Module) -> Hook:
+    """An inert hook on a language model, which takes the rows that a call hands to it."""
+    return before(language_model, _add, with_kwargs=True)
+
+
+def _add(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if torch.compiler.is_compiling() and kwargs["inputs_embeds"].shape[1] == 1:
+        return None  # a decode step takes nothing; dynamo need not follow the ContextVar
+    call = CALL.get()
+    if not isinstance(call, LayerCall) or call.deepstack is None:
+        return None
+    call.has_added = True
+    return args, kwargs | call.deepstack.arguments()

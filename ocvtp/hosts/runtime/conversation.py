@@ -15,7 +15,7 @@ from ocvtp.hosts.cache_notes import PromptNote, leave_note, notes_on
 from ocvtp.hosts.prompt.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.prompt.columns import continue_positions
 from ocvtp.hosts.prompt.shorten import Prompt
-from ocvtp.hosts.runtime.generate_arguments import cache_length, given_or_inferred_mask
+from ocvtp.hosts.runtime.generate_arguments import Shown, cache_length, given_or_inferred_mask
 from ocvtp.transformers_names import cache_in, cache_of
 
 
@@ -55,8 +55,8 @@ def remembered_prompt(kwargs: dict[str, Any]) -> PromptNote | None:
 
 def later_turn(
     host: Host, first: PromptNote, kwargs: dict[str, Any]
-) -> tuple[dict[str, Any], Tensor]:
-    """Arguments of a later turn on a warm cache, and the caller's whole prompt.
+) -> tuple[dict[str, Any], Shown]:
+    """Arguments of a later turn on a warm cache, and what the caller is shown of its prompt.
 
     Raises:
         ValueError: if the prompt does not continue the one in the cache, or brings new images.
@@ -84,7 +84,7 @@ def later_turn(
             first.short_mask.to(tail.device),
             rest,
         )
-    return turn, kwargs["input_ids"]
+    return turn, Shown(kwargs["input_ids"], turn["input_ids"].shape[1])
 
 
 def _new_part(host: Host, first: PromptNote, kwargs: dict[str, Any]) -> Tensor:

@@ -6,7 +6,7 @@ B rows of the batch, L tokens of the caller's prompt, L' of the short one.
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,60 @@ class Shown:
         ids = self.input_ids.to(sequences.device)
         ids = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], dim=0)
         return torch.cat([ids, sequences[:, self.short_length :]], dim=1)
+
+
+@dataclass
+class Callers:
+    """What a caller handed over that reads prompts.
+
+    Args:
+        items: processors and criteria, and the function of a constraint.
+        shown: the prompt that they read.
+        waiting: those that generate() has not put among its own yet.
+    """
+
+    items: list[Any]
+    shown: Shown
+    waiting: list[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = list(self.items)
+
+    def has(self, item: Any) -> bool:
+        """Whether a processor or criterion is the caller's, or asks a function of the caller's."""
+        return any(_is_of(item, own) for own in self.items)
+
+    def find(self, items: list[Any]) -> None:
+        """Note which of them generate() has."""
+        self.waiting = [own for own in self.waiting if not any(_is_of(item, own) for item in items)]
+
+    def check_found(self) -> None:
+        """Refuse an answer to what may be another prompt.
+
+        Raises:
+            ValueError: if generate() has used some in a way that is not known.
+        """
+        if self.waiting:
+            names = ", ".join(getattr(one, "__name__", type(one).__name__) for one in self.waiting)
+            raise ValueError(
+                f"generate() did not put {names} among its own processors and criteria, so that"
+                " they may have read another prompt than yours; leave them out while a pruner is"
+                " attached."
+            )
+
+
+def _is_of(item: Any, own: Any) -> bool:
+    held = vars(item).values() if hasattr(item, "__dict__") else ()
+    return item is own or any(part is own for part in held)
+
+
+def callers_of(kwargs: dict[str, Any], shown: Shown) -> Callers | None:
+    """What among the arguments of generate() reads the prompt; None if nothing does."""
+    lists = (kwargs.get("logits_processor"), kwargs.get("stopping_criteria"))
+    items = [item for some in lists if isinstance(some, (list, tuple)) for item in some]
+    if (constraint := kwargs.get("prefix_allowed_tokens_fn")) is not None:
+        items.append(constraint)
+    return Callers(items, shown) if items else None
 
 
 def cache_length(kwargs: dict[str, Any]) -> int:

@@ -18,8 +18,9 @@ from reference_layers import Choose, Masked, View, best, last_row
 from torch import Tensor
 
 from ocvtp import Compose, OCPruner, build_pruner
-from ocvtp.hosts.in_llm.hooks import hooks, reading
+from ocvtp.hosts.in_llm.hooks import hooks
 from ocvtp.hosts.in_llm.plan import plan_layers
+from ocvtp.hosts.runtime.call import Call
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers.hooks import put
 
@@ -238,7 +239,8 @@ def test_pyramiddrop_is_the_official_one(vectors: Any) -> None:
             caught[number] = args[0], kwargs["position_embeddings"]
 
         handles.append(layer.register_forward_pre_hook(catch, with_kwargs=True))
-    with reading(plan), torch.no_grad():
+    call = Call(model)
+    with call.on_its_way(), call.reading(plan, None), torch.no_grad():
         model(inputs_embeds=hidden, attention_mask=torch.ones(1, length))
     for stage in range(3):
         states, (cosines, _) = caught[stage + 1]

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ocvtp import Needs, Selection, VisualTokens, attach
 from ocvtp.hosts.base import Encoded
+from ocvtp.hosts.runtime.attachment import attachment_of
 
 TEXT = Needs(text=True)
 ROWS = [
@@ -217,7 +218,7 @@ def test_who_does_not_read_loads_nothing(
     model = deepcopy(llava)
     model.name_or_path = "somewhere"
     handle = attach(model, Scripted(), processor=processor, text_tower="nowhere")
-    assert model.__dict__["_ocvtp_state"].reader is None
+    assert attachment_of(model).reader is None
     handle.remove()
     with pytest.warns(UserWarning, match="processor"):
         attach(model, Scripted(wants=TEXT)).remove()  # what fails to load is not there
@@ -285,7 +286,7 @@ def test_an_attached_model_copies_and_pickles(llava: Any, processor: Any) -> Non
         stream.seek(0)
         for other in (deepcopy(fresh), torch.load(stream, weights_only=False)):
             other(**inputs)
-            seen = other.__dict__["_ocvtp_state"].pruner.seen
+            seen = attachment_of(other).pruner.seen
             assert torch.equal(seen[0].text, expected.text)
 
 

@@ -27,8 +27,7 @@ from transformers import (
 )
 
 from ocvtp import Pruner, build_pruner
-from ocvtp.hosts.runtime.caller_processors import Callers
-from ocvtp.hosts.runtime.generate_arguments import Shown
+from ocvtp.hosts.runtime.generate_arguments import Callers, Shown
 from ocvtp.hosts.runtime.processor_lists import CriteriaOfCallers
 
 LENGTH = make_batch(ONE)["input_ids"].shape[1]
