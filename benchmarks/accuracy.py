@@ -63,7 +63,8 @@ def choosing_table() -> str:
         f"Percent of right answers of the demo VLM on {images} drawn test scenes of each level"
         f" ({levels}) with {' and '.join(map(str, CHOSEN_KEEP))} of {tokens} visual tokens."
         f" Unpruned: {whole}; {CHOSEN_KEEP[-1]} random tokens: {random}. A star: the 95%"
-        " interval of the difference to random excludes 0. `ocvtp` was trained on such scenes (3 seeds); the others were not trained."
+        " interval of the difference to random excludes 0. `ocvtp` was trained on such scenes"
+        " (3 seeds); the others were not trained."
     )
     return "\n".join([*lines, "", *wrap(note, width=120), ""])
 
