@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots readme clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots pictures readme docs clean
 
 install: $(STAMP)
 
@@ -41,18 +41,21 @@ test-fast: install
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
 
 # Environments on top of the other one: the oldest transformers that is supported; the last one before
-# `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer; TRL's trainers.
+# `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer; TRL's trainers; what
+# builds the documentation.
 
 OLDEST := $(VENV)/oldest
 BEFORE := $(VENV)/before
 LMMS := $(VENV)/lmms
 TRL := $(VENV)/trl
+DOCS := $(VENV)/docs
 $(OLDEST)/.installed: EXTRA := "transformers==5.17.*"
 $(BEFORE)/.installed: EXTRA := "transformers==5.23.*"
 $(LMMS)/.installed: EXTRA := "lmms-eval>=0.7.3" "filelock<4"
 $(TRL)/.installed: EXTRA := "trl>=1.16"
+$(DOCS)/.installed: EXTRA := --editable ".[docs]"
 
-$(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed: $(STAMP)
+$(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed $(DOCS)/.installed: $(STAMP)
 	$(PYTHON) -m venv $(@D)
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(@D)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
@@ -106,7 +109,12 @@ format: install
 type-check: install
 	$(BIN)/mypy
 
-all-checks: lint type-check test test-oldest test-before test-lmms
+# The documentation site, as a folder that a browser opens: outputs/site/index.html. A broken link is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/python -m mkdocs build --strict --quiet
+
+all-checks: lint type-check docs test test-oldest test-before test-lmms
 
 bench: install
 	$(BIN)/python -m benchmarks.road
@@ -117,7 +125,7 @@ bench: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
-# Every pruner on the shipped demo VLM, then the README's table.
+# Every pruner on the shipped demo VLM, then the tables of the README and the documentation.
 PRUNERS := ocvtp divprune scope fopru fopru:strategy=row visionzip hiprune:object_block=2 fastervlm \
 	vispruner prumerge prumerge_plus holov greedyprune trimtokenator zspaprune todre visiondrop fps \
 	kmeans ridge ridge:weights=none trim trim:nearest=true \
@@ -141,10 +149,16 @@ accuracy: install
 hosts: install $(OLDEST)/.installed
 	$(BIN)/python -m benchmarks.hosts $(BIN)/python $(OLDEST)/bin/python
 
-# The plots of docs/results, from the results.json beside them.
+# The plots of docs/results, from the results beside them.
 plots: install
 	$(BIN)/python -m benchmarks.plots
 
+# The README's picture, of the demo VLM.
+pictures: export OMP_NUM_THREADS := 1
+pictures: install
+	$(BIN)/python -m benchmarks.pictures
+
+# The generated tables of the README and the documentation.
 readme: install
 	$(BIN)/python -m benchmarks.readme
 

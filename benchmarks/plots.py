@@ -1,10 +1,11 @@
-"""Draw the plots of docs/results again, from the results.json beside them: `make plots`."""
+"""Draw the plots of docs/results again, from the results beside them: `make plots`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from benchmarks import curves
 from ocvtp.bench import plots as of_times
 from ocvtp.evaluation import plots as of_figures
 from ocvtp.reporting.results_files import read_results
@@ -29,6 +30,7 @@ def main() -> None:
             }
         for name, drawing in drawings.items():
             save_figure(drawing, path.with_name(f"{name}.png"), dpi=120)
+    save_figure(curves.curves(), curves.FOLDER / "curves.png", dpi=120)
 
 
 if __name__ == "__main__":

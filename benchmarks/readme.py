@@ -1,31 +1,44 @@
-"""Write the README's generated sections: `make readme`."""
+"""Write the generated sections of the README and the documentation: `make readme`."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from benchmarks.accuracy import accuracy_table
+from benchmarks.accuracy import accuracy_table, choosing_table
 from benchmarks.table import hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
+
+ROOT = Path(__file__).parents[1]
+
+
+def sections() -> dict[str, dict[str, str]]:
+    """File -> name of a section -> what stands between its marks."""
+    return {
+        "README.md": {"choosing": choosing_table()},
+        "docs/choosing.md": {"choosing": choosing_table()},
+        "docs/pruners.md": {"pruners": markdown_table()},
+        "docs/hosts.md": {"hosts": hosts_tables()},
+        "docs/results.md": {
+            "accuracy": accuracy_table(),
+            "select": select_table(),
+            "measured": table(),
+            "stages": stages_table(),
+        },
+    }
 
 
 def main() -> None:
     """Replace what stands between the marks of each section."""
-    path = Path(__file__).parents[1] / "README.md"
-    text = path.read_text()
-    sections = {
-        "pruners": markdown_table(),
-        "select": select_table(),
-        "hosts": hosts_tables(),
-        "measured": table(),
-        "stages": stages_table(),
-        "accuracy": accuracy_table(),
-    }
-    for name, content in sections.items():
-        pattern = rf"(<!-- {name}: .*?-->\n).*?(<!-- /{name} -->)"
-        text = re.sub(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL)
-    path.write_text(text)
+    for name, contents in sections().items():
+        path = ROOT / name
+        text = path.read_text()
+        for section, content in contents.items():
+            pattern = rf"(<!-- {section}: .*?-->\n).*?(<!-- /{section} -->)"
+            if not re.search(pattern, text, re.DOTALL):
+                raise ValueError(f"{name} lacks the marks of the section {section!r}; add them.")
+            text = re.sub(pattern, lambda m, c=content: m[1] + c + m[2], text, flags=re.DOTALL)
+        path.write_text(text)
 
 
 if __name__ == "__main__":

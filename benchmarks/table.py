@@ -1,4 +1,4 @@
-"""The README's tables of what was measured and tested, from benchmarks/results."""
+"""The documentation's tables of what was measured and tested, from benchmarks/results."""
 
 from __future__ import annotations
 
