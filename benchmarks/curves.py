@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ocvtp.evaluation.canvas import COLOURS, GREY, canvas, label
+from ocvtp.reporting.plot_style import COLOURS, GREY, canvas, label
 
 FOLDER = Path(__file__).parents[1] / "docs" / "results" / "train-demo"
 Points = list[tuple[float, float]]
