@@ -83,6 +83,12 @@ def cache_in(arguments: dict[str, Any]) -> Any:
     return None
 
 
+def cache_length(arguments: dict[str, Any]) -> int:
+    """Tokens in the cache that a call was given."""
+    cache = cache_in(arguments)
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
 def cache_of(output: Any) -> Any:
     """The KV cache in what a model or `generate()` returned; None without one."""
     return cache_in(getattr(output, "__dict__", {}))

@@ -148,10 +148,10 @@ def _installed_hooks(
     """Where everything goes in a model that is read for `needs`."""
     host = attachment.host
     methods = [(calls.forward, "forward"), (calls.generate, "generate")]
+    groups = [partial(_method, host.model, *method, attachment) for method in methods]
+    groups.append(partial(_inner_method, host.model, attachment))
     if hasattr(type(host.model), MERGE_PROCESSORS):
-        methods.append((caller_processors.merge, MERGE_PROCESSORS))
-    groups = [partial(_method, host.model, *method) for method in methods]
-    groups.append(partial(_inner_method, host.model))
+        groups.append(partial(_method, host.model, caller_processors.merge, MERGE_PROCESSORS))
     groups.append(partial(_hooks, host, needs, attachment.layers))
     settings = partial(getattr, host, "hook_settings")
     return InstalledHooks(host.model, partial(check, host, pruner), groups, settings)
@@ -165,15 +165,14 @@ def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
     return hooks
 
 
-def _method(model: Any, function: Callable[..., Any], name: str) -> list[Hook]:
+def _method(model: Any, function: Callable[..., Any], name: str, *given: Any) -> list[Hook]:
     """What stands for a method of a model."""
-    return [Hook(model, partial(Wrapped, function, model, name=name))]
+    return [Hook(model, partial(Wrapped, function, model, *given, name=name))]
 
 
-def _inner_method(model: Any) -> list[Hook]:
+def _inner_method(model: Any, attachment: Attachment) -> list[Hook]:
     """What stands for the forward() of the model without a head, inside of `model`."""
-    method = partial(Wrapped, calls.inner_forward, model.model, model, name="forward")
-    return [Hook(model.model, method)]
+    return _method(model.model, calls.inner_forward, "forward", attachment)
 
 
 def _check_free(model: Any) -> None:

@@ -119,9 +119,3 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
     trains = tower is not None and any(weight.requires_grad for weight in tower.parameters())
     if record.lost_graph and trains:
         record.guard()
-
-
-def current() -> Recording | None:
-    """The recording that this thread is in."""
-    call = CALL.get()
-    return None if call is None else call.recording

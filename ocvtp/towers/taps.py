@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 
 from ocvtp.structures import AttentionKind, Needs
 from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.recordings import CALL
 from ocvtp.towers.recordings import Recording as Recording
-from ocvtp.towers.recordings import current as current
 from ocvtp.towers.recordings import recording as recording
 from ocvtp.towers.rows import Rows
 
@@ -101,6 +101,12 @@ def hooks_for(tower: Tower, needs: Needs) -> list[Hook]:
         hooks.append(after(query, partial(_keep_output, "queries", block)))
         hooks.append(after(key, partial(_keep_output, "keys", block)))
     return hooks
+
+
+def current() -> Recording | None:
+    """The recording that this thread is in."""
+    call = CALL.get()
+    return None if call is None else call.recording
 
 
 def keep_features_of(projector: nn.Module) -> Hook:

@@ -31,6 +31,7 @@ class Pass:
         tail: [B, T] mask of what stands behind the prompt, None where all of it counts.
         num_tail: T, all that is in the cache and in this pass.
         current: the prompt as it stands, in the pass that reads it.
+        cache: of all layers, from the first on that has a hook.
         prepared: mask and position embeddings for the layers behind a stage.
     """
 
@@ -41,6 +42,7 @@ class Pass:
     tail: Tensor | None
     num_tail: int
     current: Current | None = None
+    cache: Any = None
     prepared: dict[int, tuple[Tensor | None, Any]] = field(default_factory=dict)
 
 
@@ -119,7 +121,7 @@ def _take_columns(part: Tensor, index: Tensor, num_tail: int) -> Tensor:
 
 
 def prepare(
-    run: Pass, stage: int, number: int, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    run: Pass, stage: int, number: int, hidden: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor | None, Any]:
     """Mask and position embeddings of a pass behind a stage."""
     left = run.note.stages[stage]
@@ -129,10 +131,10 @@ def prepare(
         if tail is None:
             tail = torch.ones(size, dtype=torch.bool, device=hidden.device)
         if mask is None:
-            length = cache.get_seq_length(number) + hidden.shape[1] - run.num_tail
+            length = run.cache.get_seq_length(number) + hidden.shape[1] - run.num_tail
             mask = torch.ones((len(hidden), length), dtype=torch.bool, device=hidden.device)
         mask = torch.cat([mask.to(hidden.device), tail.to(hidden.device)], dim=1)
-    causal = causal_mask(run.model.config, hidden, mask, cache, number)
+    causal = causal_mask(run.model.config, hidden, mask, run.cache, number)
     if run.current is not None:
         return causal, run.current.rope
     if left.lost is None:

@@ -167,27 +167,21 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
     if run is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    cache, current = cache_in(kwargs), run.current
-    if cache is None or is_checkpointed(layer):
-        raise ValueError(
-            "tokens can be dropped inside the language model only with a cache; leave"
-            " use_cache=False out, and call gradient_checkpointing_disable() where layers run again"
-            " in the backward pass, or use a pruner that acts before the language model (see"
-            " `ocvtp list`)."
-        )
+    current = run.current
+    if run.cache is None:
+        run.cache = _cache(run, kwargs)
     if current is not None:
         assert run.plan is not None
-        leave_note(cache, layers=run.note)
         if number in run.plan.layers:
             hidden = hidden.to(_device(layer, hidden))
             rope = current.rope if run.note.stages else kwargs["position_embeddings"]
-            hidden = drop(run, Place(run.model, number, layer, hidden, cache, rope))
+            hidden = drop(run, Place(run.model, number, layer, hidden, run.cache, rope))
     layers = [*run.note.stages]
     behind = bisect_right(layers, number)
     if behind:
         stage = layers[behind - 1]
         if stage not in run.prepared:
-            run.prepared[stage] = prepare(run, stage, number, hidden, cache, kwargs)
+            run.prepared[stage] = prepare(run, stage, number, hidden, kwargs)
         mask, rope = run.prepared[stage]
         # Without position_ids: gaps in them would be read as packed sequences.
         kwargs = kwargs | {
@@ -200,6 +194,21 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
     if args:
         return (hidden, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": hidden}
+
+
+def _cache(run: Pass, kwargs: dict[str, Any]) -> Any:
+    """The cache of a pass, by the arguments of its first layer that has a hook."""
+    cache = cache_in(kwargs)
+    if cache is None or any(map(is_checkpointed, run.model.layers)):
+        raise ValueError(
+            "tokens can be dropped inside the language model only with a cache; leave"
+            " use_cache=False out, and call gradient_checkpointing_disable() where layers run again"
+            " in the backward pass, or use a pruner that acts before the language model (see"
+            " `ocvtp list`)."
+        )
+    if run.current is not None:
+        leave_note(cache, layers=run.note)
+    return cache
 
 
 def deepstack_hook(language_model: nn.Module) -> Hook:

@@ -19,6 +19,7 @@ from ocvtp.hosts.wrap_methods import Original, Wrapped
 from ocvtp.structures import Needs
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
+from ocvtp.towers.recordings import CALL
 
 
 def first_unread(tower: taps.Tower, layers: Sequence[int], readers: Sequence[Needs]) -> int:
@@ -77,8 +78,8 @@ def forward(
     **kwargs: Any,
 ) -> Any:
     """`module.forward`, or what stands in for it if nobody reads what it would make."""
-    record = None if torch.compiler.is_compiling() else taps.current()
-    if record is not None:
+    call = None if torch.compiler.is_compiling() else CALL.get()
+    if call is not None and (record := call.recording) is not None:
         given = args[0] if args else next(iter(kwargs.values()))
         if (output := instead(record, given)) is not None:
             return output

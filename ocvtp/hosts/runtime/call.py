@@ -15,8 +15,9 @@ import torch
 from ocvtp.hosts.in_llm.deepstack import Deepstack
 from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.prompt.shorten import Prompt
-from ocvtp.hosts.runtime.generate_arguments import Callers, cache_length
+from ocvtp.hosts.runtime.generate_arguments import Callers
 from ocvtp.towers.recordings import CALL
+from ocvtp.transformers_names import cache_length
 
 
 @dataclass

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor
 
 from ocvtp.hosts.runtime import conversation, forward_output, generate_arguments
-from ocvtp.hosts.runtime.attachment import Attachment, attachment_of
+from ocvtp.hosts.runtime.attachment import Attachment
 from ocvtp.hosts.runtime.call import Call, current_call
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
-from ocvtp.transformers_names import encoded_images, name_cache
+from ocvtp.transformers_names import cache_length, encoded_images, name_cache
 
 
-def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def forward(
+    model: Any, original: Original, attachment: Attachment, *args: Any, **kwargs: Any
+) -> Any:
     """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
-    attachment = _attachment(model)
     kwargs = name_cache(kwargs, attachment.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
     if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
@@ -50,18 +51,19 @@ def forward(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     return _pruned(attachment, model, original, kwargs)
 
 
-def inner_forward(module: Any, original: Original, model: Any, *args: Any, **kwargs: Any) -> Any:
+def inner_forward(
+    module: Any, original: Original, attachment: Attachment, *args: Any, **kwargs: Any
+) -> Any:
     """`forward` of the model without a head, which trainers and embedders call.
 
     Args:
         module: that has no head.
         original: its own.
-        model: around it, that a pruner is attached to.
+        attachment: of the model around it.
         args: of the call. kwargs: of the call.
     """
     if len(args) < 2 and not _brings_images(kwargs):
         return original(*args, **kwargs)
-    attachment = _attachment(model)
     kwargs = name_cache(_by_name(module, "forward", args, kwargs), attachment.cache_name)
     if not _brings_images(kwargs):
         return original(**kwargs)
@@ -79,7 +81,7 @@ def _pruned(
         original: its forward().
         kwargs: of the call.
     """
-    if generate_arguments.cache_length(kwargs):
+    if cache_length(kwargs):
         raise ValueError(
             "forward() got images and a filled cache while a pruner is attached: the attention"
             " mask would not match the short cache. Use generate(), or pass the images with an"
@@ -104,9 +106,10 @@ def _pruned(
 
 
 @torch.no_grad()
-def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
+def generate(
+    model: Any, original: Original, attachment: Attachment, *args: Any, **kwargs: Any
+) -> Any:
     """`model.generate` on the short prompt, in the terms of the caller's."""
-    attachment = _attachment(model)
     kwargs = name_cache(_by_name(model, "generate", args, kwargs), attachment.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
@@ -144,12 +147,6 @@ def generate(model: Any, original: Original, *args: Any, **kwargs: Any) -> Any:
     if prompt is not None:
         conversation.remember(output, turn, prompt)
     return generate_arguments.restore(output, shown)
-
-
-def _attachment(model: Any) -> Attachment:
-    attachment = attachment_of(model)
-    assert attachment is not None
-    return attachment
 
 
 def _by_name(

@@ -15,8 +15,8 @@ from ocvtp.hosts.cache_notes import PromptNote, leave_note, notes_on
 from ocvtp.hosts.prompt.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.prompt.columns import continue_positions
 from ocvtp.hosts.prompt.shorten import Prompt
-from ocvtp.hosts.runtime.generate_arguments import Shown, cache_length, given_or_inferred_mask
-from ocvtp.transformers_names import cache_in, cache_of
+from ocvtp.hosts.runtime.generate_arguments import Shown, given_or_inferred_mask
+from ocvtp.transformers_names import cache_in, cache_length, cache_of
 
 
 def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:

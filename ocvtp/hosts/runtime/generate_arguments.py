@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.transformers_names import cache_in
-
 
 @dataclass(frozen=True)
 class Shown:
@@ -91,12 +89,6 @@ def callers_of(kwargs: dict[str, Any], shown: Shown) -> Callers | None:
     if (constraint := kwargs.get("prefix_allowed_tokens_fn")) is not None:
         items.append(constraint)
     return Callers(items, shown) if items else None
-
-
-def cache_length(kwargs: dict[str, Any]) -> int:
-    """Tokens in the cache that a call was given."""
-    cache = cache_in(kwargs)
-    return int(cache.get_seq_length()) if cache is not None else 0
 
 
 def given_or_inferred_mask(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
