@@ -32,11 +32,6 @@ FullSizeModel = Literal[
 ]
 """VLMs of random weights and of real size."""
 
-Task = Literal["scenes", "pope", "vqa", "coverage"]
-"""Of `ocvtp evaluate`."""
-LmmsTask = Literal["pope", "scenes", "vqa"]
-"""Those of them that lmms-eval can ask."""
-
 SavingRows = Literal["default", "all", "none", "each"]
 """Which savings of hosts `ocvtp bench` measures."""
 

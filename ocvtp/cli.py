@@ -27,6 +27,8 @@ _COMMANDS = {
 }
 
 
+_ASKS_A_TASK = {"evaluate": False, "lmms-task": True}
+"""Whether lmms-eval is to ask it."""
 _CONTINUES = ("evaluate", "bench")
 """Commands that write down what is done as they go."""
 
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = _import_pruners(words)
+        words = _import_files(words)
         if words[:1] == ["train"]:  # LightningCLI has a parser of its own
             from ocvtp.commands.train import run_words
 
@@ -86,7 +88,7 @@ def _continues(words: Sequence[str]) -> bool:
     return bool(words) and words[0] in _CONTINUES
 
 
-def _import_pruners(words: list[str]) -> list[str]:
+def _import_files(words: list[str]) -> list[str]:
     """The words without `--import FILE` before the command; the files are imported."""
     while words:
         flag, is_one_word, file = words[0].partition("=")
@@ -106,7 +108,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--import", metavar="FILE", help="a Python file that registers pruners of your own"
+        "--import", metavar="FILE", help="a Python file that registers pruners or tasks of your own"
     )
     parser.add_argument("--version", action="version", version=f"ocvtp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -114,6 +116,10 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         if words[:1] == [name]:
             FLAGS[name](command)
+            if name in _ASKS_A_TASK:
+                from ocvtp.commands.tasks import add_task
+
+                add_task(command, words[1:], lmms=_ASKS_A_TASK[name])
     return parser
 
 

@@ -12,7 +12,6 @@ import importlib.util
 import sys
 import traceback
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
 
@@ -26,6 +25,8 @@ def load_installed(group: str) -> None:
     Raises:
         ValueError: if one cannot be imported.
     """
+    from importlib.metadata import entry_points  # which takes as long as all the rest
+
     for point in entry_points(group=group):
         try:
             point.load()

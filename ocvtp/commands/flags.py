@@ -67,11 +67,8 @@ def show(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    """A model, a task, pruners and budgets."""
+    """A model, pruners and budgets; cli.py adds the task."""
     options.add_model(parser)
-    parser.add_argument(
-        "--task", required=True, choices=get_args(choices.Task), help="what is asked"
-    )
     parser.add_argument(
         "--pruners",
         nargs="+",
@@ -100,20 +97,15 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         help="folder of results.json, report.md, plots and answers; the same command continues what"
         " it holds, another one of the same task adds to it (default: outputs/evaluate/TASK)",
     )
-    options.add_task(parser)
     options.add_json(parser)
 
 
 def lmms_task(parser: argparse.ArgumentParser) -> None:
-    """A task, and where it goes."""
-    parser.add_argument(
-        "--task", required=True, choices=get_args(choices.LmmsTask), help="what is asked"
-    )
+    """Where a task goes; cli.py adds the task."""
     parser.add_argument(
         "--model", help="folder or hub id of a VLM, for scenes: they are drawn in its size"
     )
     parser.add_argument("--output", required=True, help="folder to write; lmms-eval's include_path")
-    options.add_task(parser)
     options.add_json(parser)
 
 

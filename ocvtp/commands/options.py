@@ -78,31 +78,6 @@ def add_skip_unfit(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """What makes a task of `evaluate`."""
-    levels = get_args(choices.Level)
-    scenes = parser.add_argument_group("scenes")
-    scenes.add_argument("--levels", nargs="+", choices=levels, default=list(levels))
-    scenes.add_argument("--split", choices=get_args(choices.Split), default="test")
-    scenes.add_argument("--questions", type=int, default=8, help="on an image (default: 8)")
-    scenes.add_argument("--seed", type=int, default=0, help="of scenes, and of pope's sets")
-    parser.add_argument(
-        "--num-images", type=int, help="of each level, or the first ones (default: 1000, or all)"
-    )
-    files = parser.add_argument_group("pope, vqa, coverage")
-    files.add_argument("--images", nargs="+", metavar="DIR", help="folders of the images")
-    files.add_argument(
-        "--questions-file", nargs="+", metavar="FILE", help="POPE's JSON lines, or a list for vqa"
-    )
-    files.add_argument(
-        "--instances",
-        metavar="FILE",
-        help="COCO's instances: masks for the oracle and for coverage; pope builds its questions"
-        " from it where there is no --questions-file",
-    )
-    files.add_argument("--suffix", default="", help="put after every question")
-
-
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """What `bench` measures: the sizes of a request, and how often."""
     sizes = parser.add_argument_group("sizes; lists make a grid of cells")

@@ -16,6 +16,7 @@ import ocvtp
 from ocvtp import choices
 from ocvtp.cli import _COMMANDS as COMMANDS
 from ocvtp.commands.flags import FLAGS
+from ocvtp.evaluation.tasks.registry import BUILT_IN
 
 HEAVY = {
     "torch", "numpy", "transformers", "torch._dynamo", "pytorch_lightning", "matplotlib", "timm",
@@ -48,6 +49,13 @@ def test_help_imports_nothing_that_takes_long(words):
 
 def test_a_misspelt_flag_is_refused_at_once():
     assert not imported(RUN.format(words=["evaluate", "--modle", "x"]))
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_task_says_its_flags_and_refuses_others_at_once(name):
+    assert not imported(RUN.format(words=["evaluate", "--task", name, "--help"]))
+    assert not imported(RUN.format(words=["evaluate", "--task", name, "--num-images", "few"]))
+    assert not imported(RUN.format(words=["evaluate", "--task", f"{name}x"]))
 
 
 def test_a_list_imports_torch_and_what_draws_the_table():
@@ -102,13 +110,9 @@ def test_every_command_has_flags():
 
 
 def test_choices_are_what_there_is():
-    from ocvtp.commands.evaluate import TASKS
     from ocvtp.data.scenes import LEVELS
-    from ocvtp.evaluation.lmms.export import shipped_tasks
     from ocvtp.hosts.loading import load_config
 
-    assert get_args(choices.Task) == tuple(TASKS)
-    assert get_args(choices.LmmsTask) == tuple(shipped_tasks())
     assert get_args(choices.Level) == tuple(LEVELS)
     for name in chain(get_args(choices.TinyModel), get_args(choices.FullSizeModel)):
         assert load_config(name).model_type

@@ -15,7 +15,7 @@ _ROWS = "questions.jsonl"
 
 
 def shipped_tasks() -> list[str]:
-    """Names of the tasks that lmms-eval can be given."""
+    """What scores answers in lmms-eval, by `Task.lmms`: a YAML file each."""
     folder = files("ocvtp.evaluation.lmms").joinpath("tasks")
     names = (Path(entry.name) for entry in folder.iterdir())
     return sorted(
@@ -33,7 +33,7 @@ def export_task(task: Task, folder: str | Path) -> Path:
     of `ocvtp evaluate`.
 
     Args:
-        task: of scenes, POPE or VQA.
+        task: one of which `lmms` says who scores it.
         folder: made where absent.
 
     Returns:
@@ -42,7 +42,7 @@ def export_task(task: Task, folder: str | Path) -> Path:
     Raises:
         ValueError: if lmms-eval has no such task.
     """
-    if task.name not in shipped_tasks():
+    if task.lmms not in shipped_tasks():
         raise ValueError(
             f"task {task.name!r} is none that lmms-eval can ask; pass one of"
             f" {', '.join(shipped_tasks())}."
@@ -67,12 +67,15 @@ def export_task(task: Task, folder: str | Path) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         temporary.write_text(text, encoding="utf-8")
     name = f"ocvtp_{task.name}_local"
-    shipped = Path(str(files("ocvtp.evaluation.lmms"))) / "tasks" / f"{name}.yaml"
+    shipped = Path(str(files("ocvtp.evaluation.lmms"))) / "tasks" / f"ocvtp_{task.lmms}_local.yaml"
     config = {
         "include": str(shipped),
         "task": name,
         "dataset_kwargs": {"data_files": {"test": _ROWS}},
     }
+    if task.name != task.lmms:  # whose own length of answers is in that file
+        length = {"max_new_tokens": task.max_new_tokens, "do_sample": False}
+        config["generation_kwargs"] = length
     with replacing(folder / f"{name}.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return folder / f"{name}.yaml"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from PIL import Image
 
 Record = Mapping[str, Any]
 """What is kept of one item under one condition: JSON, e.g. `{"answer": "yes"}`."""
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,57 @@ class Ratio:
         return float(self.hits.sum()) / total if total else float("nan")
 
 
+@dataclass(frozen=True)
+class Supplied:
+    """What a command supplies to a task, beside the values of its flags.
+
+    Args:
+        task: its name.
+        folder: that results are written to.
+        load: makes the model's processor; None where no model was named.
+    """
+
+    task: str
+    folder: Path
+    load: Callable[[], Any] | None = None
+
+    def processor(self, what: str) -> Any:
+        """The model's processor.
+
+        Args:
+            what: to pass where no model was named, e.g. `the VLM whose image size to draw`.
+
+        Raises:
+            ValueError: if none was.
+        """
+        return self.given("model", self.load, what)()
+
+    def given(self, flag: str, value: _V | None, what: str) -> _V:
+        """The value of a flag that is needed.
+
+        Args:
+            flag: without its dashes.
+            value: None, or an empty one, where the flag was not given.
+            what: to pass.
+
+        Raises:
+            ValueError: if it was not.
+        """
+        if not value:
+            flag = "--" + flag.replace("_", "-")
+            raise ValueError(f"--task {self.task} needs {flag}; pass {what}.")
+        return value
+
+
 class Task(ABC):
     """Items and their scoring. Items of one image stand side by side.
 
-    Args (of all subclasses): what makes them the same task again is in `describe()`.
+    What makes two tasks the same is in `describe()`. `register_task` makes a task known by name;
+    then the parameters of its constructor are flags of `ocvtp evaluate`.
     """
 
     name: ClassVar[str]
+    """In the registry."""
     items: Sequence[Item]
     max_new_tokens: ClassVar[int] = 16
     """Length of an answer at most."""
@@ -76,6 +122,23 @@ class Task(ABC):
     """Metrics by which keeping the objects need not win."""
     counts: ClassVar[str] = "questions"
     """What items are called."""
+    lmms: ClassVar[str | None] = None
+    """Who scores the answers where lmms-eval asks: `scenes`, `pope` or `vqa`, see
+    `ocvtp/evaluation/lmms/tasks`; None where it cannot ask."""
+
+    @classmethod
+    def from_command(cls, supplied: Supplied, *_: Any, **settings: Any) -> Self:
+        """The task of a command line.
+
+        A task that needs what the model or the command knows has one of its own; then its
+        parameters, all named, are the flags in place of the constructor's.
+
+        Args:
+            supplied: the model's processor and the output folder.
+            settings: the values of the flags that were given.
+        """
+        del supplied
+        return cls(**settings)
 
     @abstractmethod
     def image(self, owner: int) -> Image.Image:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, TokenTask
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, TokenTask
 from ocvtp.evaluation.tasks.kept_tokens import (
     all_features,
     grid_of,
@@ -28,6 +28,7 @@ from ocvtp.evaluation.tasks.kept_tokens import (
     unrestored,
 )
 from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on, patch_side, source_pixels
+from ocvtp.evaluation.tasks.registry import register_task
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.reporting.results_files import current_names
@@ -36,6 +37,7 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 """COCO's: least area, and the area from which on it is another, in pixels of the original image."""
 
 
+@register_task("coverage")
 class CoverageTask(TokenTask):
     """Object coverage, nearest-kept cosine and the unrestored share on a COCO file's images.
 
@@ -65,7 +67,6 @@ class CoverageTask(TokenTask):
         ValueError: see `CocoImages`; and if the file has objects, but no mask of any.
     """
 
-    name: ClassVar[str] = "coverage"
     metrics = ("coverage/all", "cosine", "unrestored")
     lower_is_better: ClassVar[tuple[str, ...]] = ("unrestored",)
     not_judged: ClassVar[tuple[str, ...]] = ("cosine", "unrestored")
@@ -96,6 +97,21 @@ class CoverageTask(TokenTask):
             Item(str(number), owner, question, ()) for owner, number in enumerate(self._folder.ids)
         ]
         self._on_cells: dict[tuple[int, tuple[int, int]], NDArray[np.bool_]] = {}
+
+    @classmethod
+    def from_command(
+        cls,
+        supplied: Supplied,
+        *,
+        images: Annotated[Sequence[str], "the folder of the images"],
+        instances: Annotated[str, "COCO's annotations of them"],
+        num_images: Annotated[int | None, "the first ones (default: all)"] = None,
+    ) -> CoverageTask:
+        """What is kept of the pictures that the model's processor makes."""
+        if len(images) != 1:
+            raise ValueError(f"--images {' '.join(images)}: coverage reads one folder; pass one.")
+        processor = supplied.processor("the VLM that sees the images")
+        return cls(images[0], instances, processor, limit=num_images)
 
     def image(self, owner: int) -> Image.Image:
         """See `Task.image`; in the orientation in which it is stored."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ocvtp.evaluation.tasks.answers import exact_yes_no, pope_yes_no
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied
 from ocvtp.evaluation.tasks.coco_instances import CocoInstances
 from ocvtp.evaluation.tasks.question_files import (
     Asked,
@@ -25,6 +25,7 @@ from ocvtp.evaluation.tasks.question_files import (
     fingerprint,
     read_entries,
 )
+from ocvtp.evaluation.tasks.registry import register_task
 from ocvtp.images import turn_of
 from ocvtp.reporting.files import replacing
 
@@ -33,6 +34,7 @@ SPLITS = ("random", "popular", "adversarial")
 NUM_POSITIVES = 3  # of an image, each followed by a negative
 
 
+@register_task("pope")
 class PopeTask(ListedTask):
     """POPE's questions, of one split or more.
 
@@ -55,7 +57,7 @@ class PopeTask(ListedTask):
             than yes or no, or if two files are of one split.
     """
 
-    name: ClassVar[str] = "pope"
+    lmms: ClassVar[str] = "pope"
 
     def __init__(
         self,
@@ -75,6 +77,33 @@ class PopeTask(ListedTask):
         self._known = self._instances is not None and all(
             self._instances.knows_masks(name) for name in self.image_names
         )
+
+    @classmethod
+    def from_command(
+        cls,
+        supplied: Supplied,
+        *,
+        images: Annotated[Sequence[str] | None, "folders of the images"] = None,
+        questions_file: Annotated[Sequence[str] | None, "POPE's JSON lines"] = None,
+        instances: Annotated[
+            str | None,
+            "COCO's instances: masks for the oracle, and the questions without --questions-file",
+        ] = None,
+        suffix: Annotated[str, "put after every question"] = "",
+        num_images: Annotated[int | None, "the first ones (default: all)"] = None,
+        seed: Annotated[int, "of the questions that are built"] = 0,
+    ) -> PopeTask:
+        """POPE's own questions, or questions that are built in the output folder."""
+        files: Files
+        if questions_file is None:
+            what = "or --questions-file, POPE's own questions"
+            source = supplied.given("instances", instances, what)
+            files = build_pope(source, supplied.folder / "pope", num_images, seed)
+            num_images = None
+        else:
+            files = questions_file
+        folders = supplied.given("images", images, "the folders of the images")
+        return cls(files, folders, suffix, instances, num_images)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         """Of `all` and each split: see `pope_ratios`."""

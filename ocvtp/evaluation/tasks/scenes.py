@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ocvtp.choices import Level, Split
 from ocvtp.data.questions import KINDS, ask
-from ocvtp.data.scenes import Level, Scene, Split, draw_scene, scene_style, split_seed
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Task, shares
+from ocvtp.data.scenes import Scene, draw_scene, scene_style, split_seed
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, Task, shares
+from ocvtp.evaluation.tasks.registry import register_task
 
 _EVEN = dict.fromkeys(KINDS, 1 / len(KINDS))
 _STREAM = 2  # of random numbers, beside those of drawing and training
 _CACHED = 256
 
 
+@register_task("scenes")
 class SceneTask(Task):
     """Existence, colour, shape and number of drawn objects; an answer is right if it is the word.
 
@@ -37,8 +40,8 @@ class SceneTask(Task):
         ValueError: if a level or split is unknown, or a number is out of range.
     """
 
-    name: ClassVar[str] = "scenes"
     max_new_tokens: ClassVar[int] = 4
+    lmms: ClassVar[str] = "scenes"
 
     def __init__(
         self,
@@ -60,6 +63,23 @@ class SceneTask(Task):
             item for owner in range(num_images * len(levels)) for item in self._ask(owner)
         ]
         self.metrics = tuple(f"{level}/all" for level in levels)
+
+    @classmethod
+    def from_command(
+        cls,
+        supplied: Supplied,
+        *,
+        levels: Annotated[Sequence[Level], "of the scenes"] = ("easy", "hard"),
+        split: Annotated[Split, "of the scenes"] = "test",
+        num_images: Annotated[int, "of each level"] = 1000,
+        questions: Annotated[int, "on an image"] = 8,
+        seed: Annotated[int, "of scenes and questions"] = 0,
+    ) -> SceneTask:
+        """Scenes in the size of the model's images."""
+        processor = supplied.processor("the VLM whose image size to draw")
+        size = getattr(processor.image_processor, "crop_size", None)
+        edge = size["height"] if size else 96
+        return cls(levels, split, num_images, questions, seed, edge)
 
     def image(self, owner: int) -> Image.Image:
         """See `Task.image`."""

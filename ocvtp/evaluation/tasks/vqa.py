@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from ocvtp.evaluation.tasks.answers import vqa_accuracy, vqa_exact
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, shares
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
 from ocvtp.evaluation.tasks.question_files import Asked, Entry, Folders, ListedTask, read_entries
+from ocvtp.evaluation.tasks.registry import register_task
 
 
+@register_task("vqa")
 class VqaTask(ListedTask):
     """A list of `{"image": .., "question": .., "answers": [..]}`, or of `"answer": ".."`.
 
@@ -29,7 +31,7 @@ class VqaTask(ListedTask):
         ValueError: if the file or an image is missing, or an entry lacks a key.
     """
 
-    name: ClassVar[str] = "vqa"
+    lmms: ClassVar[str] = "vqa"
 
     def __init__(
         self,
@@ -41,6 +43,23 @@ class VqaTask(ListedTask):
         asked = [_asked(entry, n) for n, entry in enumerate(read_entries(file), start=1)]
         super().__init__(asked, Path(file).parent if images is None else images, suffix, limit)
         self.metrics = ("all/accuracy",)
+
+    @classmethod
+    def from_command(
+        cls,
+        supplied: Supplied,
+        *,
+        questions_file: Annotated[Sequence[str], "a JSON list of {image, question, answers}"],
+        images: Annotated[Sequence[str] | None, "folders of the images"] = None,
+        suffix: Annotated[str, "put after every question"] = "",
+        num_images: Annotated[int | None, "the first ones (default: all)"] = None,
+    ) -> VqaTask:
+        """The questions of one file."""
+        del supplied
+        if len(questions_file) != 1:
+            given = " ".join(questions_file)
+            raise ValueError(f"--questions-file {given}: vqa reads one file; pass one.")
+        return cls(questions_file[0], images, suffix, num_images)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         """`GROUP/accuracy` and `GROUP/exact`, for all questions and those of each kind."""
