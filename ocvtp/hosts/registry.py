@@ -14,9 +14,7 @@ from ocvtp.hosts.families.internvl import InternVLHost
 from ocvtp.hosts.families.llava import LlavaHost
 from ocvtp.hosts.families.llava_next import LlavaNextHost
 from ocvtp.hosts.families.llava_onevision import LlavaOnevisionHost
-from ocvtp.hosts.families.qwen2_5_vl import Qwen25VLHost
-from ocvtp.hosts.families.qwen2_vl import Qwen2VLHost
-from ocvtp.hosts.families.qwen3_vl import Qwen3VLHost
+from ocvtp.hosts.families.qwen_vl import Qwen2VLHost, Qwen3VLHost, Qwen25VLHost
 from ocvtp.hosts.in_llm import hooks
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner

@@ -1,4 +1,4 @@
-"""What the hosts of Qwen's models share: images of any size, packed behind each other, in units.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, packed behind each other, in units.
 
 I images, N units of the largest one, R of all; P patches of all images, 4 of them a unit; E decoder
 layers that add rows of the tower; D width of the tower, D' of the language model; B rows of the
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
+from ocvtp.hosts.in_llm import deepstack
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
-from ocvtp.towers.windows import Units, segment_means
+from ocvtp.towers.windows import Units, segment_means, window_order
 from ocvtp.transformers_names import rotate_patches
 
 _NO_GRID = (0, 0)
@@ -230,6 +231,56 @@ class QwenHost(Host):
         """See `Host.set_rope_deltas`: hand-written decode loops go on from there."""
         if deltas is not None:
             self.model.model.rope_deltas = deltas
+
+
+class Qwen2VLHost(QwenHost):
+    """Qwen2-VL; see `QwenHost`."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    family: ClassVar[str] = "Qwen2-VL"
+
+
+class Qwen25VLHost(QwenHost):
+    """Qwen2.5-VL; see `QwenHost`.
+
+    Attention sums to 1 over a segment, so patches of a small window at the edge have more of it:
+    for methods that compare tokens of the whole image, choose a block of `fullatt_block_indexes`,
+    e.g. -1.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    family: ClassVar[str] = "Qwen2.5-VL"
+
+    def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:
+        config = self.tower.config
+        window = config.window_size // config.patch_size // config.spatial_merge_size
+        return window_order(grids, window).argsort()
+
+
+class Qwen3VLHost(QwenHost):
+    """Qwen3-VL; see `QwenHost`.
+
+    Tokens that are kept keep the rows that the first decoder layers add to them (DeepStack), and
+    merging methods mix these as they mix the tokens. Pruners do not see them.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    family: ClassVar[str] = "Qwen3-VL"
+    plain_positions_tell: ClassVar[bool] = True
+
+    @property
+    def num_deepstack_layers(self) -> int:
+        """See `Host.num_deepstack_layers`."""
+        return len(self.tower.config.deepstack_visual_indexes)
+
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
+        return [*super().hooks(needs), deepstack.hook(self.language_model)]
+
+    def _layer_rows(self, output: Any) -> list[Tensor]:
+        # transformers 5.17 leaves the images together
+        found = output.deepstack_features
+        return [rows if isinstance(rows, Tensor) else torch.cat(rows) for rows in found]
 
 
 def _blocks(needs: Needs) -> list[int]:
