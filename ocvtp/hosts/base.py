@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -18,10 +18,41 @@ from torch import Tensor, nn
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.hosts.lazy_projection import Rows
-from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
 from ocvtp.towers.hooks import Hook, Removable, is_compiled, put
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Work that changes nothing, each kind of which can be left out or done on its own.
+
+    Where a host or a pruner leaves nothing to save, a setting has no effect: `Handle.savings` tells
+    which have one. Hooks of your own on modules that do not run see what these were given (the
+    tower) or zeros (the projector); compiled modules always run.
+
+    Args:
+        cut_tower: blocks of the vision tower behind the last one that anyone reads do not run, nor
+            does what stands behind them (a norm, a pooling head). Results are the same bit for bit.
+        project_kept: the projector runs on the tokens that are kept, not on all, unless the pruner
+            reads projected tokens. A smaller matrix product may round its last bits in another way;
+            where all tokens are kept it is the same product.
+        compile_select: `torch.compile` makes one graph of how the pruner in front of the language
+            model chooses, on a GPU with CUDA graphs. It takes a while at the first call, and for
+            other shapes.
+
+    Raises:
+        ValueError: for values other than True and False.
+    """
+
+    cut_tower: bool = True
+    project_kept: bool = True
+    compile_select: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not isinstance(value := getattr(self, field.name), bool):
+                raise ValueError(f"{field.name}={value!r}; pass True or False.")
 
 
 @dataclass(frozen=True)
