@@ -19,7 +19,7 @@ from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.pruners import Pruner
-from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 from ocvtp.towers.hooks import Hook, Removable, is_compiled, put
 
 
@@ -294,29 +294,6 @@ class Host(ABC):
         if looks_inside and any(is_compiled(module) for module in self.tower.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
-
-
-def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
-    """Mix tokens of the tower, in fp32 or better, and round once.
-
-    Args:
-        tokens: [I, N, D]; their CLS is read where there is one.
-        weights: [I, K, 1 + N], see `Selection.merge`.
-
-    Returns:
-        [I, K, D]. A row whose only weight is a 1 is that token, bit for bit.
-    """
-    states = tokens.features
-    wide = torch.promote_types(states.dtype, torch.float32)
-    weights = weights[:, :, 1 if tokens.cls is None else 0 :].to(states.device)
-    with torch.autocast(states.device.type, enabled=False):
-        if tokens.cls is not None:
-            states = torch.cat([tokens.cls[:, None], states], dim=1)
-        mixed = (weights.to(wide) @ states.to(wide)).to(states.dtype)
-    chosen = weights.argmax(dim=2, keepdim=True)  # [I, K, 1]
-    alone = (weights != 0).sum(dim=2, keepdim=True) == 1
-    alone &= weights.gather(2, chosen) == 1
-    return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, on_device
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.hosts.in_tower.stages import TowerStages
 from ocvtp.hosts.lazy_projection import LaterRows, Rows
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.hosts.prompt.chat_template import find_processor
+from ocvtp.ops.merging import merge
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, on_device
 from ocvtp.hosts.in_llm import deepstack
 from ocvtp.hosts.prompt import tower_output
+from ocvtp.ops.merging import merge
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
