@@ -7,8 +7,8 @@ images, D' its width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_args
 
@@ -20,7 +20,8 @@ from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
-from ocvtp.towers.hooks import Hook, Removable, is_compiled, put
+from ocvtp.towers.hooks import Hook, Removable, put
+from ocvtp.towers.module_state import is_compiled
 
 
 @dataclass(frozen=True)
@@ -294,16 +295,3 @@ class Host(ABC):
         if looks_inside and any(is_compiled(module) for module in self.tower.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
-
-
-@contextmanager
-def on_device(module: Any) -> Iterator[None]:
-    """Bring a module that accelerate offloads to its device: its methods are no forward."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.post_forward(module, None)

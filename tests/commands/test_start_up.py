@@ -117,7 +117,7 @@ def test_choices_are_what_there_is():
 def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
     import torch
 
-    from ocvtp.towers.uncompiled import uncompiled
+    from ocvtp.towers.module_state import uncompiled
 
     seen, graphs = [], []
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.hosts.in_tower.stages import TowerStages
@@ -25,7 +25,8 @@ from ocvtp.ops.merging import merge
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps
-from ocvtp.towers.hooks import Hook, is_compiled
+from ocvtp.towers.hooks import Hook
+from ocvtp.towers.module_state import is_compiled, on_device
 
 
 @dataclass(frozen=True, kw_only=True)

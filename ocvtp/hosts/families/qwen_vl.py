@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept
 from ocvtp.hosts.in_llm import deepstack
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.ops.merging import merge
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
+from ocvtp.towers.module_state import on_device
 from ocvtp.towers.windows import Units, segment_means, window_order
 from ocvtp.transformers_names import rotate_patches
 

@@ -26,7 +26,8 @@ from ocvtp.hosts.in_llm.plan import LayerPlan
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
-from ocvtp.towers.hooks import Hook, after, before, is_compiled
+from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.module_state import is_compiled
 from ocvtp.transformers_names import cache_in, is_checkpointed
 
 _ON_CACHE = "_ocvtp_layers"
