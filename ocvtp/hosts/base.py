@@ -7,7 +7,7 @@ images, D' its width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_args
@@ -129,6 +129,20 @@ class Kept:
     deepstack: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Tiny:
+    """A model of a family with random weights, for tests and for `random:tiny-NAME`.
+
+    Args:
+        make: tokenizer -> the model, in evaluation mode, and its processor around the tokenizer.
+            Hosts are imported without transformers: it imports what it needs when it is called.
+        special_tokens: of the tokenizer, by their names, beside those that end and pad texts.
+    """
+
+    make: Callable[[Any], tuple[Any, Any]]
+    special_tokens: Mapping[str, str]
+
+
 class Host(ABC):
     """Adapter of one model family. Holds no state of a call.
 
@@ -138,6 +152,10 @@ class Host(ABC):
         savings: what to leave out; see `savings_for`.
     """
 
+    name: ClassVar[str]
+    """What `register_host` calls its family."""
+    tiny: ClassVar[Tiny | None] = None
+    """The model of random weights that `random:tiny-NAME` stands for."""
     model_types: ClassVar[tuple[str, ...]]
     """Values of `config.model_type` that it serves."""
     image_keys: ClassVar[tuple[str, ...]]

@@ -110,7 +110,7 @@ def test_choices_are_what_there_is():
     assert get_args(choices.Task) == tuple(TASKS)
     assert get_args(choices.LmmsTask) == tuple(shipped_tasks())
     assert get_args(choices.Level) == tuple(LEVELS)
-    for name in chain(get_args(choices.TinyModel), get_args(choices.FullSizeModel)):
+    for name in chain(choices.TINY_MODELS, get_args(choices.FullSizeModel)):
         assert load_config(name).model_type
 
 

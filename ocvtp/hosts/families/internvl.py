@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.ops.token_views import seen_of_tiles
+from ocvtp.random_models import tiny_internvl
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
@@ -53,6 +54,7 @@ class InternVLHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "InternVL"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     towers: ClassVar[dict[str, int]] = {"internvl_vision": 1}
     image_keys: ClassVar[tuple[str, ...]] = (

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.ops.token_views import counted, left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.random_models import tiny_llava
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 
 
@@ -25,6 +26,7 @@ class LlavaHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "LLaVA"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
 

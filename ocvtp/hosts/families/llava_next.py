@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.hosts.families.tiles import TokenMap, newline_of
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
+from ocvtp.random_models import tiny_llava
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 from ocvtp.transformers_names import count_tiles
 
@@ -49,6 +50,7 @@ class LlavaNextHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "LLaVA-NeXT"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
 

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept
+from ocvtp.hosts.base import Encoded, Host, Kept, Tiny
 from ocvtp.hosts.in_llm import deepstack
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.ops.merging import merge
+from ocvtp.random_models import tiny_qwen
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
@@ -238,6 +239,7 @@ class QwenHost(Host):
 class Qwen2VLHost(QwenHost):
     """Qwen2-VL; see `QwenHost`."""
 
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen2, tiny_qwen.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     family: ClassVar[str] = "Qwen2-VL"
 
@@ -250,6 +252,7 @@ class Qwen25VLHost(QwenHost):
     e.g. -1.
     """
 
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     family: ClassVar[str] = "Qwen2.5-VL"
 
@@ -266,6 +269,7 @@ class Qwen3VLHost(QwenHost):
     merging methods mix these as they mix the tokens. Pruners do not see them.
     """
 
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen3, tiny_qwen.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
     family: ClassVar[str] = "Qwen3-VL"
     plain_positions_tell: ClassVar[bool] = True
