@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ocvtp.flops import operations
-from ocvtp.flops.formulas import linear
+from ocvtp.flops.formulas import BlockRows, linear, window_lengths
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
-from ocvtp.flops.towers import BlockRows, window_lengths
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
 from ocvtp.structures import AttentionKey, LayerTokens, Needs, VisualTokens
 from ocvtp.towers import taps

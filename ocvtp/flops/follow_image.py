@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ocvtp.flops import dummy_tokens, towers
+from ocvtp.flops import dummy_tokens, formulas
 from ocvtp.flops.dummy_tokens import Draw, counted
-from ocvtp.flops.formulas import linear
+from ocvtp.flops.formulas import BlockRows, linear
 from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
-from ocvtp.flops.towers import BlockRows
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.stages import first_block
@@ -127,7 +126,7 @@ def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
     if image.savings.cut_tower:
         read = [_with_selected(needs, tower) for needs in readers]
         halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
-    image.tower = image.num_views * towers.clip_tower(tower, image.rows, halves)
+    image.tower = image.num_views * formulas.clip_tower(tower, image.rows, halves)
     reads, tokens = dummy_tokens.clip_tokens(
         sizes, image.needs, image.rows, image.left, image.num_views, image.text_length
     )
@@ -140,7 +139,7 @@ def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
         rows = image.left
     elif part is not None and part.merging:  # mixtures are projected beside all tokens
         rows = everything + image.left
-    image.projector = towers.clip_projector(tower, sizes.text.width, rows)
+    image.projector = formulas.clip_projector(tower, sizes.text.width, rows)
     return tokens
 
 
@@ -166,8 +165,8 @@ def _behind_qwen(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
         )
     rows = next(n for n in range(math.isqrt(image.left), 0, -1) if image.left % n == 0)
     grid_hw = (rows, image.left // rows)
-    image.tower = towers.qwen_tower(tower, grid_hw)
-    image.projector = towers.qwen_merger(tower, sizes.text.width, image.left)
+    image.tower = formulas.qwen_tower(tower, grid_hw)
+    image.projector = formulas.qwen_merger(tower, sizes.text.width, image.left)
     reads, tokens = dummy_tokens.qwen_tokens(sizes, image.needs, grid_hw, image.text_length)
     image.select += reads
     if (part := parts.get("llm_input")) is not None:
