@@ -20,6 +20,7 @@ from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, Removable, put
 from ocvtp.towers.module_state import is_compiled
 
@@ -164,6 +165,10 @@ class Host(ABC):
     """Pruner stages that it can serve."""
     plain_positions_tell: ClassVar[bool] = True
     """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
+    features_are_projected: ClassVar[bool] = False
+    """Whether pruners see as `features` what the projector makes, in place of what it reads."""
+    counts_operations: ClassVar[bool] = False
+    """Whether `ocvtp flops` counts its models, as they are run: a test holds that against torch."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
@@ -182,15 +187,58 @@ class Host(ABC):
         """The language model, its `layers` in order."""
         return self.model.model.language_model
 
-    @property
     @abstractmethod
+    def tower_parts(self) -> taps.Tower:
+        """Where things are in the vision tower, as it is now; its blocks have an `mlp`."""
+
+    @property
     def num_tower_blocks(self) -> int:
         """Blocks of the vision tower."""
+        return len(self.tower_parts().blocks)
+
+    @property
+    @abstractmethod
+    def projectors(self) -> Sequence[nn.Module]:
+        """Modules that make rows of the language model of what the tower gives."""
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens of the tower before the patches, e.g. its CLS."""
+        return 0
+
+    @property
+    def unit_side(self) -> int:
+        """Patches along the side of a visual token."""
+        return 1
+
+    @property
+    def grid_hw(self) -> tuple[int, int] | None:
+        """Tokens of every image, or of every tile of one; None where images have any shape."""
+        return None
+
+    def segments(self, block: int, grid_hw: tuple[int, int]) -> list[int]:
+        """Patches of the parts of an image that attend inside themselves, in a block of the tower.
+
+        Args:
+            block: its number. grid_hw: rows and columns of the image's tokens.
+        """
+        del block
+        return [grid_hw[0] * grid_hw[1] * self.unit_side**2]
+
+    def layers_read(self, images: dict[str, Any]) -> list[int]:
+        """Layers of `hidden_states` that go to the projector, side by side; see `encode`."""
+        del images
+        return [self.num_tower_blocks]
 
     @property
     def image_tokens(self) -> int | None:
         """Visual tokens of every image; None where images differ."""
         return None
+
+    @property
+    def usual_tokens(self) -> int | None:
+        """Visual tokens of an image where nobody says its size, to count operations."""
+        return self.image_tokens
 
     @property
     def num_deepstack_layers(self) -> int:

@@ -5,6 +5,7 @@ I images, N tokens of an image, D' width of the language model.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -29,12 +30,12 @@ class LlavaHost(ClipFamilyHost):
     tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
+    counts_operations: ClassVar[bool] = True
 
     @property
     def image_tokens(self) -> int:
         """See `Host.image_tokens`."""
-        config = self.tower.config
-        return int(config.image_size // config.patch_size) ** 2
+        return math.prod(self.grid_hw)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""

@@ -7,6 +7,7 @@ pruners see (images, or tiles), M tokens of a view, K kept of each, D width of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -53,6 +54,12 @@ class LlavaNextHost(ClipFamilyHost):
     tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
+    counts_operations: ClassVar[bool] = True
+
+    @property
+    def usual_tokens(self) -> int:
+        """See `Host.usual_tokens`: of a square of two tiles by two, and its base view."""
+        return 5 * math.prod(self.grid_hw)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`: each tile is one image to them."""

@@ -47,6 +47,7 @@ class QwenHost(Host):
 
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     plain_positions_tell: ClassVar[bool] = False
+    features_are_projected: ClassVar[bool] = True
     family: ClassVar[str]
     """Its name in messages."""
 
@@ -56,16 +57,18 @@ class QwenHost(Host):
         return self.model.model.visual
 
     @property
-    def _side(self) -> int:
-        """Patches along the side of a unit."""
-        return int(self.tower.spatial_merge_size)
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """See `Host.projectors`: the merger, and one for each of the layers of DeepStack."""
+        return (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
 
     @property
-    def num_tower_blocks(self) -> int:
-        """See `Host.num_tower_blocks`."""
-        return len(self._view().blocks)
+    def unit_side(self) -> int:
+        """See `Host.unit_side`."""
+        return int(self.tower.spatial_merge_size)
 
-    def _view(self) -> taps.Tower:
+    def tower_parts(self) -> taps.Tower:
+        """See `Host.tower_parts`."""
+
         def fused(block: Any) -> tuple[nn.Module, nn.Module]:
             raise AssertionError("queries and keys come from one module")
 
@@ -84,7 +87,7 @@ class QwenHost(Host):
                 f" {self.family} are not; use a pruner that reads the language model's `text`, or"
                 " none of the prompt (see `ocvtp list`)."
             )
-        view = self._view()
+        view = self.tower_parts()
         for layer in needs.hidden:
             view.layer(layer)
         for block in _blocks(needs):
@@ -92,7 +95,7 @@ class QwenHost(Host):
 
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
-        view = self._view()
+        view = self.tower_parts()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
         for number in sorted({view.block(block) for block in _blocks(needs)}):
             attention = self.tower.blocks[number].attn
@@ -112,7 +115,7 @@ class QwenHost(Host):
             output = self.model.model.get_image_features(**images, return_dict=True)
         embeddings = torch.cat(list(output.pooler_output))  # [R, D']
         counts = [height * width for height, width in grids]
-        units = Units(self._side**2, counts, self._places(grids))
+        units = Units(self.unit_side**2, counts, self._places(grids))
         features = units.split(embeddings)
         sizes = torch.tensor(counts, device=embeddings.device)
         places = torch.arange(features.shape[1], device=embeddings.device)
@@ -154,11 +157,11 @@ class QwenHost(Host):
                 f"image_grid_thw={sizes} has several frames; videos are not pruned, call the model"
                 " without the pruner for them."
             )
-        return [(height // self._side, width // self._side) for _, height, width in sizes]
+        return [(height // self.unit_side, width // self.unit_side) for _, height, width in sizes]
 
     def _found(self, record: taps.Recording, needs: Needs, units: Units) -> dict[str, Any]:
         """What `needs` names of the tower, as keyword arguments of `VisualTokens`."""
-        view = self._view()
+        view = self.tower_parts()
         layers = {number: view.layer(number) for number in needs.hidden}
         blocks = {number: view.block(number) for number in _blocks(needs)}
         missing = {f"layer {n}" for n in layers.values() if n not in record.hidden}
@@ -206,7 +209,7 @@ class QwenHost(Host):
     def picture(self, images: dict[str, Any]) -> Tensor:
         """See `Host.picture`: patches put together, the first of their equal frames."""
         rows, columns = self._grids(images)[0]
-        side, config = self._side, self.tower.config
+        side, config = self.unit_side, self.tower.config
         patch = config.patch_size
         patches = images["pixel_values"][: rows * columns * side**2]
         sizes = (rows, columns, side, side, -1, config.temporal_patch_size, patch, patch)
@@ -255,11 +258,28 @@ class Qwen25VLHost(QwenHost):
     tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     family: ClassVar[str] = "Qwen2.5-VL"
+    counts_operations: ClassVar[bool] = True
+
+    @property
+    def usual_tokens(self) -> int:
+        """See `Host.usual_tokens`: of a square of 672 pixels."""
+        return 576
+
+    @property
+    def _window(self) -> int:
+        """Units along the side of a window."""
+        config = self.tower.config
+        return int(config.window_size // config.patch_size // config.spatial_merge_size)
+
+    def segments(self, block: int, grid_hw: tuple[int, int]) -> list[int]:
+        """See `Host.segments`: windows, of which those at the edge may be smaller."""
+        if block in self.tower.config.fullatt_block_indexes:
+            return super().segments(block, grid_hw)
+        rows, columns = (_parts(length, self._window) for length in grid_hw)
+        return [height * width * self.unit_side**2 for height in rows for width in columns]
 
     def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:
-        config = self.tower.config
-        window = config.window_size // config.patch_size // config.spatial_merge_size
-        return window_order(grids, window).argsort()
+        return window_order(grids, self._window).argsort()
 
 
 class Qwen3VLHost(QwenHost):
@@ -291,3 +311,9 @@ class Qwen3VLHost(QwenHost):
 
 def _blocks(needs: Needs) -> list[int]:
     return [*needs.keys, *(block for block, _ in needs.attention)]
+
+
+def _parts(length: int, window: int) -> list[int]:
+    """A side cut into windows, the last of which may be smaller."""
+    whole, rest = divmod(length, window)
+    return [window] * whole + ([rest] if rest else [])
