@@ -27,7 +27,7 @@ from ocvtp.bench.summary import series
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.savings import Savings
+from ocvtp.hosts.base import Savings
 from ocvtp.random_models.clip_config import vision_config
 from ocvtp.slots import OCPruner
 

@@ -17,16 +17,18 @@ TileBudget = Literal["per_image", "per_tile"]
 Separators = Literal["rows", "all", "none"]
 """Which tokens that end rows of tiles stay."""
 
-TinyModel = Literal[
-    "random:tiny-llava",
-    "random:tiny-llava-next",
-    "random:tiny-llava-onevision",
-    "random:tiny-internvl",
-    "random:tiny-qwen2-vl",
-    "random:tiny-qwen2.5-vl",
-    "random:tiny-qwen3-vl",
-]
-"""VLMs of random weights that load at once."""
+FAMILIES = {
+    "llava": "llava.LlavaHost",
+    "llava-next": "llava_next.LlavaNextHost",
+    "llava-onevision": "llava_onevision.LlavaOnevisionHost",
+    "internvl": "internvl.InternVLHost",
+    "qwen2-vl": "qwen_vl.Qwen2VLHost",
+    "qwen2.5-vl": "qwen_vl.Qwen25VLHost",
+    "qwen3-vl": "qwen_vl.Qwen3VLHost",
+}
+"""Families of VLMs by name, and where their adapters are in `ocvtp.hosts.families`."""
+TINY_MODELS = tuple(f"random:tiny-{family}" for family in FAMILIES)
+"""VLMs of random weights that load at once, one of every family."""
 FullSizeModel = Literal[
     "llava-1.5-7b", "llava-1.5-13b", "llava-mid", "llava-next-7b", "qwen2.5-vl-7b", "demo"
 ]

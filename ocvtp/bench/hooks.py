@@ -16,7 +16,6 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.runtime.attachment import attachment_of
 from ocvtp.pruners import Pruner
 
-_PROJECTORS = ("multi_modal_projector", "merger", "deepstack_merger_list")
 _CHOOSE = ("select", "select_at", "rows")
 """Methods in which pruners choose: in the tower, in the language model's layers, by merging."""
 
@@ -51,17 +50,9 @@ def modules_of(host: Host) -> dict[str, list[nn.Module]]:
     The projector is what makes the language model's rows of the tower's: a module behind the tower,
     or its merger, which is inside.
     """
-    owners = (host.model.model, host.tower)
-    found = [getattr(owner, name, None) for owner in owners for name in _PROJECTORS]
-    projectors: list[nn.Module] = []
-    for module in found:
-        if isinstance(module, nn.ModuleList):
-            projectors += list(module)
-        elif isinstance(module, nn.Module):
-            projectors.append(module)
     head = host.model.get_output_embeddings()
     models = [host.language_model, *([] if head is None else [head])]
-    return {TOWER: [host.tower], PROJECT: projectors, MODEL: models}
+    return {TOWER: [host.tower], PROJECT: list(host.projectors), MODEL: models}
 
 
 @contextmanager

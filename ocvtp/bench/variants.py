@@ -20,9 +20,9 @@ from ocvtp.evaluation.conditions import (
 )
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.attach import attached
+from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.savings import Savings
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
 from ocvtp.slots import OCPruner, OCPrunerConfig

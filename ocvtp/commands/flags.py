@@ -114,8 +114,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument(
         "--model",
-        help="folder or hub id of a VLM; tiny random ones: "
-        + ", ".join(get_args(choices.TinyModel)),
+        help="folder or hub id of a VLM; tiny random ones: " + ", ".join(choices.TINY_MODELS),
     )
     model.add_argument(
         "--random-weights",

@@ -12,6 +12,7 @@ from ocvtp.commands import output
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.report import ANY, UNPRUNED, bars, results, to_markdown
+from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec, known_settings
 from ocvtp.reporting.files import replacing
@@ -23,23 +24,23 @@ def run(arguments: argparse.Namespace) -> int:
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
     folder = None if arguments.output is None else output.folder(arguments.output)
-    config = load_config(arguments.model)
+    sizes = sizes_of(load_config(arguments.model))
     shared = {
         "num_visual": arguments.num_visual,
         "text_length": arguments.text_length,
         "num_images": arguments.images,
         "num_newlines": arguments.newlines,
     }
-    whole = count(config, **shared)
+    whole = count(sizes, **shared)
     per_image = whole.visual[0] // arguments.images - arguments.newlines
     if beyond := [k for k in arguments.num_keep if not 1 <= k <= per_image]:
         raise ValueError(f"--num-keep {beyond[0]}; pass 1 to the {per_image} tokens of an image.")
     counts, notes = {(UNPRUNED, per_image): whole}, list[str]()
     for k in dict.fromkeys(arguments.num_keep):
         if arguments.pruners:
-            notes += _count_pruners(counts, config, k, arguments, shared)
+            notes += _count_pruners(counts, sizes, k, arguments, shared)
         elif k < per_image:
-            counts[ANY, k] = count(config, num_keep=k, **shared)
+            counts[ANY, k] = count(sizes, num_keep=k, **shared)
     if arguments.pruners and len(counts) == 1:
         raise ValueError(f"nothing could be counted: {' '.join(notes)}")
     settings = shared | {"num_visual": per_image, "savings": not arguments.whole_tower}
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _count_pruners(
     counts: dict[tuple[str, int], Count],
-    config: Any,
+    sizes: Sizes,
     k: int,
     arguments: argparse.Namespace,
     shared: dict[str, Any],
@@ -65,7 +66,7 @@ def _count_pruners(
     for spec in arguments.pruners:
         try:
             pruner = build_spec(spec, num_keep=k, checkpoint=arguments.checkpoint)
-            counts[spec, k] = count(config, pruner=pruner, savings=savings, **shared)
+            counts[spec, k] = count(sizes, pruner=pruner, savings=savings, **shared)
         except ValueError as error:
             notes.append(f"`{spec}` at K={k}: {error}")
     return notes

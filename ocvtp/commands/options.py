@@ -18,7 +18,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         required=True,
-        help="folder or hub id of a VLM; random weights: " + ", ".join(get_args(choices.TinyModel)),
+        help="folder or hub id of a VLM; random weights: " + ", ".join(choices.TINY_MODELS),
     )
     add_place(parser)
 

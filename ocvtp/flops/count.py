@@ -72,7 +72,8 @@ def count(
     `count(config).total / count(config, pruner=pruner).total` bounds the speed-up of a pruner.
 
     Args:
-        model: a transformers model, or its configuration: no weights are needed.
+        model: a transformers model, or its configuration: no weights are needed; or what
+            `sizes_of` made of these, for many counts of one model.
         num_visual: visual tokens of an image before pruning; None for what an image gives usually:
             all of a fixed size, of LLaVA-NeXT a square of 672 pixels, and so of Qwen2.5-VL.
         text_length: tokens of the prompt that are none of an image's.

@@ -8,22 +8,22 @@ language model.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ocvtp.flops import operations
-from ocvtp.flops.formulas import linear
-from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
-from ocvtp.flops.towers import BlockRows, window_lengths
+from ocvtp.flops.formulas import BlockRows, linear
+from ocvtp.flops.sizes import Sizes
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
 from ocvtp.structures import AttentionKey, LayerTokens, Needs, VisualTokens
 from ocvtp.towers import taps
-from ocvtp.towers.windows import segment_means
 
 _T = TypeVar("_T")
 
@@ -49,58 +49,52 @@ class Draw:
         return torch.randn(*shape, generator=self._generator)
 
 
-def blocks(tower: ClipSizes) -> list[torch.nn.Module]:
-    """Stand-ins for the blocks of a tower, to count them."""
-    return [torch.nn.Identity()] * tower.blocks
-
-
-def no_modules(block: Any) -> Any:
-    """Queries and keys of a stand-in: there are none."""
-    raise AssertionError(f"{block} is no block of a tower")
-
-
-def pixels(tower: ClipSizes) -> VisualTokens:
+def pixels(sizes: Sizes, grid_hw: tuple[int, int]) -> VisualTokens:
     """The patches of one view, 0 to 255."""
-    values = 64 * Draw()(1, tower.view_tokens, tower.patch_inputs) + 128
-    return VisualTokens(values.clamp(0, 255), tower.grid_hw)
+    values = 64 * Draw()(1, math.prod(grid_hw), sizes.tower.patch_inputs) + 128
+    return VisualTokens(values.clamp(0, 255), grid_hw)
 
 
-def clip_tokens(
+def tower_tokens(
     sizes: Sizes,
     needs: Needs,
+    grid_hw: tuple[int, int],
     rows: Sequence[BlockRows],
     count: int,
     num_views: int,
     text_length: int,
 ) -> tuple[int, VisualTokens]:
-    """What a pruner reads of an image behind a CLIP or SigLIP tower, and what it takes to have it.
+    """What a pruner reads of an image behind the vision tower, and what it takes to have it.
 
     Args:
         sizes: of the model.
         needs: of the pruner.
+        grid_hw: rows and columns of a view.
         rows: T of each block.
         count: N.
         num_views: V.
         text_length: M.
     """
-    draw = Draw()
-    tower = sizes.tower
-    assert isinstance(tower, ClipSizes)
-    view = taps.Tower(blocks(tower), tower.heads, no_modules)
+    draw, tower, prefix = Draw(), sizes.tower, sizes.host.num_prefix
     attention: dict[AttentionKey, Tensor] = {}
     total = 0
     for block, kind in needs.attention:
-        queries = draw(num_views, rows[view.block(block)].attention, tower.width)
-        settings = (tower.heads, kind, tower.prefix, needs.patch_queries)
-        operations, mean = counted(partial(taps.attention_mean, queries, queries, *settings))
-        total += operations
-        attention[block, kind] = mean[:, : count // num_views].reshape(1, count)
+        found = []
+        for length, times in Counter(
+            rows[taps.resolve(block, len(rows), "blocks")].attention
+        ).items():
+            queries = draw(num_views * times, length, tower.width)
+            settings = (tower.heads, kind, prefix, needs.patch_queries)
+            operations, mean = counted(partial(taps.attention_mean, queries, queries, *settings))
+            total += operations
+            found.append(mean.flatten())
+        attention[block, kind] = torch.cat(found)[None, :count]
     one = draw(1, count, tower.width)
-    cls = draw(1, tower.width) if tower.prefix else None
+    cls = draw(1, tower.width) if prefix else None
     tokens = VisualTokens(
-        features=one.repeat(1, 1, len(tower.layers_read)),
-        grid_hw=tower.grid_hw,
-        cls=None if cls is None else cls.repeat(1, len(tower.layers_read)),
+        features=draw(1, count, tower.features),
+        grid_hw=grid_hw,
+        cls=None if cls is None else draw(1, tower.features),
         hidden=dict.fromkeys(needs.hidden, one),
         attention=attention,
         keys=dict.fromkeys(needs.keys, one),
@@ -113,38 +107,13 @@ def clip_tokens(
         parts = draw(1, 1, tower.shared_width)
         visual = draw(1, count, tower.shared_width)
         tokens = replace(tokens, clip_visual=visual, clip_text=parts)
-    return total, _with_language(tokens, sizes, needs, text_length)
-
-
-def qwen_tokens(
-    sizes: Sizes, needs: Needs, grid_hw: tuple[int, int], text_length: int
-) -> tuple[int, VisualTokens]:
-    """What a pruner reads of an image behind Qwen's tower; see `clip_tokens`."""
-    draw = Draw()
-    tower = sizes.tower
-    assert isinstance(tower, QwenSizes)
-    count = grid_hw[0] * grid_hw[1]
-    patches = draw(count * tower.unit**2, tower.width)
-    attention: dict[AttentionKey, Tensor] = {}
-    total = 0
-    for block, kind in needs.attention:
-        number = taps.resolve(block, tower.blocks, "blocks")
-        lengths = window_lengths(tower, grid_hw, whole=number in tower.whole)
-        ends = [0, *torch.tensor(lengths).cumsum(dim=0).tolist()]
-        means = partial(segment_means, patches, patches, tower.heads, kind, ends)
-        operations, by_patch = counted(means)
-        total += operations
-        attention[block, kind] = by_patch.view(1, count, -1).mean(dim=2)
-    one = patches[:count][None]
-    tokens = VisualTokens(
-        features=draw(1, count, sizes.text.width),
-        grid_hw=grid_hw,
-        hidden=dict.fromkeys(needs.hidden, one),
-        attention=attention,
-        keys=dict.fromkeys(needs.keys, one),
-        num_heads=tower.heads,
+    width = sizes.text.width
+    return total, replace(
+        tokens,
+        projected=draw(1, count, width) if needs.projected else None,
+        text=draw(1, text_length, width) if needs.text else None,
+        text_valid=torch.ones(1, text_length, dtype=torch.bool) if needs.text else None,
     )
-    return total, _with_language(tokens, sizes, needs, text_length)
 
 
 def layer_tokens(
@@ -206,15 +175,3 @@ def raters(pruner: LayerPruner, sizes: Sizes, count: int, text_length: int) -> i
         return 0
     tokens = layer_tokens(sizes, LayerNeeds(text=True), count, text_length)
     return counted(partial(pruner.raters, tokens))[0]
-
-
-def _with_language(
-    tokens: VisualTokens, sizes: Sizes, needs: Needs, text_length: int
-) -> VisualTokens:
-    draw, count, width = Draw(), tokens.num_tokens, sizes.text.width
-    return replace(
-        tokens,
-        projected=draw(1, count, width) if needs.projected else None,
-        text=draw(1, text_length, width) if needs.text else None,
-        text_valid=torch.ones(1, text_length, dtype=torch.bool) if needs.text else None,
-    )

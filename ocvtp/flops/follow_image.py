@@ -10,19 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
-from ocvtp.flops import dummy_tokens, towers
+from ocvtp.flops import dummy_tokens, formulas
 from ocvtp.flops.dummy_tokens import Draw, counted
-from ocvtp.flops.formulas import linear
-from ocvtp.flops.sizes import ClipSizes, QwenSizes, Sizes
-from ocvtp.flops.towers import BlockRows
+from ocvtp.flops.formulas import BlockRows, linear
+from ocvtp.flops.sizes import Sizes, TowerSizes
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.stages import first_block
+from ocvtp.hosts.registry import check
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs, Selection, VisualTokens
-from ocvtp.towers import taps
 
 
 @dataclass
@@ -32,9 +31,9 @@ class Image:
     Args:
         sizes: of the model. text_length: see `Count`. savings: what is left out.
         needs: of what reads the vision tower behind its own stages.
-        num_views: V.
+        num_views: V. grid_hw: rows and columns of a view's tokens.
         left: tokens of it that are left so far.
-        rows: of each block of a CLIP or SigLIP tower.
+        rows: of each block of the tower.
         tower, projector, select: operations so far, see `Count`.
         visual: of each layer of the language model, the tokens that it reads.
     """
@@ -44,12 +43,20 @@ class Image:
     savings: Savings
     needs: Needs
     num_views: int
+    grid_hw: tuple[int, int]
     left: int
     rows: list[BlockRows] = field(default_factory=list)
     tower: int = 0
     projector: int = 0
     select: int = 0
     visual: tuple[int, ...] = ()
+
+    def tokens(
+        self, needs: Needs, count: int, num_views: int, text_length: int
+    ) -> tuple[int, VisualTokens]:
+        """Operations of what is read behind the tower, and that; see `tower_tokens`."""
+        sizes = (count, num_views, text_length)
+        return dummy_tokens.tower_tokens(self.sizes, needs, self.grid_hw, self.rows, *sizes)
 
     def choose(self, part: Pruner, tokens: VisualTokens, times: int = 1) -> int:
         """Let a pruner choose, so many times; returns K."""
@@ -87,60 +94,71 @@ def follow(
                 f"how many tokens {part.name!r} keeps hangs on what is in the image; give it"
                 " num_keep or keep_ratio, without adaptive."
             )
+    if pruner is not None:
+        check(sizes.host, pruner)
     needs = Needs() if pruner is None else pruner.tower_needs
-    tower, views = sizes.tower, 1
-    if isinstance(tower, ClipSizes):
-        views, rest = divmod(num_tokens, tower.view_tokens)
-        if rest or not views:
-            raise ValueError(
-                f"num_visual={num_tokens}; this model makes {tower.view_tokens} tokens of an image"
-                f" or tile: pass a multiple of {tower.view_tokens}."
-            )
-        _check_tiles(parts, views)
-    image = Image(sizes, text_length, savings, needs, views, num_tokens)
-    run = _behind_clip if isinstance(tower, ClipSizes) else _behind_qwen
-    tokens = run(image, parts)
+    views, grid_hw = _views(sizes, num_tokens)
+    _check_tiles(parts, views)
+    image = Image(sizes, text_length, savings, needs, views, grid_hw, num_tokens)
+    tokens = _before_language_model(image, parts)
     image.left += num_newlines
     _inside(image, parts.get("llm_layers"), tokens)
     return image
 
 
-def _behind_clip(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
+def _views(sizes: Sizes, num_tokens: int) -> tuple[int, tuple[int, int]]:
+    """V of an image, and rows and columns of one: nearly square where images have any shape."""
+    if (grid_hw := sizes.host.grid_hw) is None:
+        rows = next(n for n in range(math.isqrt(num_tokens), 0, -1) if num_tokens % n == 0)
+        return 1, (rows, num_tokens // rows)
+    per_view = math.prod(grid_hw)
+    views, rest = divmod(num_tokens, per_view)
+    if rest or not views:
+        raise ValueError(
+            f"num_visual={num_tokens}; this model makes {per_view} tokens of an image or tile: pass"
+            f" a multiple of {per_view}."
+        )
+    return views, grid_hw
+
+
+def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
     """Tower, choice and projector; returns what pruners read of the tower."""
-    sizes, tower = image.sizes, image.sizes.tower
-    assert isinstance(tower, ClipSizes)
-    view = taps.Tower(dummy_tokens.blocks(tower), tower.heads, dummy_tokens.no_modules)
-    readers = [image.needs]
-    per_view = tower.view_tokens
+    sizes, host, tower = image.sizes, image.sizes.host, image.sizes.tower
+    view, readers = host.tower_parts(), [image.needs]
+    per_view = math.prod(image.grid_hw)
+    patches = per_view * host.unit_side**2
+    image.rows = [
+        BlockRows((lengths[0] + host.num_prefix, *lengths[1:]), patches + host.num_prefix)
+        for lengths in (host.segments(n, image.grid_hw) for n in range(len(tower.blocks)))
+    ]
     if (part := parts.get("pixels")) is not None:
-        pixels = dummy_tokens.pixels(tower)
+        pixels = dummy_tokens.pixels(sizes, image.grid_hw)
         per_view = image.choose(part, pixels, image.num_views)
-    image.rows = [BlockRows.equal(per_view + tower.prefix)] * tower.blocks
+        image.rows = [BlockRows.equal(per_view + host.num_prefix)] * len(tower.blocks)
     inside = parts.get("encoder")
     if isinstance(inside, BlockMerger):
-        per_view = _merge(image, tower, inside, per_view)
+        per_view = _merge(image, inside, per_view)
     elif inside is not None:
         readers.append(inside.needs)
-        per_view = _drop(image, tower, inside, first_block(inside, view))
+        per_view = _drop(image, inside, first_block(inside, view))
     image.left = image.num_views * per_view
-    halves = 2 * tower.blocks
+    halves = 2 * len(tower.blocks)
     if image.savings.cut_tower:
         read = [_with_selected(needs, tower) for needs in readers]
         halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
-    image.tower = image.num_views * towers.clip_tower(tower, image.rows, halves)
-    reads, tokens = dummy_tokens.clip_tokens(
-        sizes, image.needs, image.rows, image.left, image.num_views, image.text_length
-    )
+    image.tower = image.num_views * formulas.tower(tower, patches, image.rows, halves)
+    reads, tokens = image.tokens(image.needs, image.left, image.num_views, image.text_length)
     image.select += reads
-    everything = image.num_views * tower.view_tokens
-    rows, part = everything, parts.get("llm_input")
+    everything = rows = image.num_views * math.prod(image.grid_hw)
+    part = parts.get("llm_input")
     if part is not None:
         image.left = image.choose(part, tokens)
-    if image.savings.project_kept and not image.needs.projected:
-        rows = image.left
-    elif part is not None and part.merging:  # mixtures are projected beside all tokens
-        rows = everything + image.left
-    image.projector = towers.clip_projector(tower, sizes.text.width, rows)
+    if not host.features_are_projected:
+        if image.savings.project_kept and not image.needs.projected:
+            rows = image.left
+        elif part is not None and part.merging:  # mixtures are projected beside all tokens
+            rows = everything + image.left
+    image.projector = linear(rows, tower.projector, 1)
     return tokens
 
 
@@ -153,26 +171,6 @@ def _check_tiles(parts: Mapping[str, Pruner], num_views: int) -> None:
                 f"{part.name!r} acts in the vision tower, on one tile at a time, so that"
                 f" num_keep={part.num_keep} cannot be that of an image; pass keep_ratio."
             )
-
-
-def _behind_qwen(image: Image, parts: Mapping[str, Pruner]) -> VisualTokens:
-    """See `_behind_clip`."""
-    sizes, tower = image.sizes, image.sizes.tower
-    assert isinstance(tower, QwenSizes)
-    if unserved := parts.keys() & {"pixels", "encoder"}:
-        raise ValueError(
-            f"pruners of stage {' and '.join(sorted(unserved))} do not go with Qwen's towers; pass"
-            " one of stage llm_input or llm_layers."
-        )
-    rows = next(n for n in range(math.isqrt(image.left), 0, -1) if image.left % n == 0)
-    grid_hw = (rows, image.left // rows)
-    image.tower = towers.qwen_tower(tower, grid_hw)
-    image.projector = towers.qwen_merger(tower, sizes.text.width, image.left)
-    reads, tokens = dummy_tokens.qwen_tokens(sizes, image.needs, grid_hw, image.text_length)
-    image.select += reads
-    if (part := parts.get("llm_input")) is not None:
-        image.left = image.choose(part, tokens)
-    return tokens
 
 
 def _inside(image: Image, part: Pruner | None, tower: VisualTokens) -> None:
@@ -201,35 +199,35 @@ def _inside(image: Image, part: Pruner | None, tower: VisualTokens) -> None:
     image.visual = tuple(visual)
 
 
-def _merge(image: Image, tower: ClipSizes, part: BlockMerger, per_view: int) -> int:
+def _merge(image: Image, part: BlockMerger, per_view: int) -> int:
     """Merge in blocks up to the layer that is read; returns what is left of a view."""
+    tower, prefix = image.sizes.tower, image.sizes.host.num_prefix
     num_read = max(tower.layers_read)
-    merges = part.schedule(per_view, tower.blocks, num_read)
-    left, rows = per_view + tower.prefix, []
+    merges = part.schedule(per_view, len(tower.blocks), num_read)
+    left, rows = per_view + prefix, []
     for number, merged in enumerate(merges):
-        rows.append(BlockRows(left, left - merged))
+        rows.append(BlockRows((left,), left - merged))
         runs = number < num_read or not image.savings.cut_tower
         if merged and runs:
             keys = Draw()(1, left, tower.width)
-            settings = (tower.heads, merged, tower.prefix == 1)
-            operations, _ = counted(partial(part.rows, keys, *settings))
+            operations, _ = counted(partial(part.rows, keys, tower.heads, merged, prefix == 1))
             image.select += image.num_views * operations
         left -= merged
     image.rows = rows
-    return rows[num_read - 1].mlp - tower.prefix
+    return rows[num_read - 1].mlp - prefix
 
 
-def _drop(image: Image, tower: ClipSizes, part: Pruner, at: int) -> int:
+def _drop(image: Image, part: Pruner, at: int) -> int:
     """Drop in front of block `at`; returns what is left of a view."""
-    per_view = image.rows[0].mlp - tower.prefix
-    reads, tokens = dummy_tokens.clip_tokens(image.sizes, part.needs, image.rows, per_view, 1, 1)
+    prefix = image.sizes.host.num_prefix
+    reads, tokens = image.tokens(part.needs, image.rows[0].mlp - prefix, 1, 1)
     image.select += image.num_views * reads
     left = image.choose(part, tokens, image.num_views)
-    image.rows[at:] = [BlockRows.equal(left + tower.prefix)] * (tower.blocks - at)
+    image.rows[at:] = [BlockRows.equal(left + prefix)] * (len(image.rows) - at)
     return left
 
 
-def _with_selected(needs: Needs, tower: ClipSizes) -> Needs:
+def _with_selected(needs: Needs, tower: TowerSizes) -> Needs:
     """Needs of a tower alone; the CLS is read of the selected layer."""
     return needs | Needs(hidden=tower.layers_read if needs.cls else ())
 

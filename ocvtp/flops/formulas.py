@@ -1,4 +1,4 @@
-"""Operations of a language model that reads a prompt, by three conventions.
+"""Operations of a language model that reads a prompt, by three conventions, and of vision towers.
 
 n tokens, d width, m width of the MLP, L layers; F2 = 4 n d^2 + 2 n^2 d + 2 n d m and
 F3 = 4 n d^2 + 2 n^2 d + 3 n d m are multiplications with their additions (MACs) of one layer whose
@@ -7,14 +7,17 @@ queries and keys, and 2 n^2 d is 2 n^2 q: a generalisation that the papers do no
 
 Attention counts whole, also the half that a causal mask leaves out; norms, activations, softmax and
 positions count nothing.
+
+T tokens of a block of a tower (with the CLS, where there is one), P patches of a view.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ocvtp.flops.sizes import TextSizes
+from ocvtp.flops.sizes import TextSizes, TowerSizes
 
 Convention = Literal["oc-vtp", "macs", "true"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
@@ -68,3 +71,41 @@ def language_model(
 def _macs(text: TextSizes, n: int, matrices: int) -> int:
     projections = 2 * n * text.width * (text.query_width + text.key_width)
     return projections + 2 * n**2 * text.query_width + matrices * n * text.width * text.ffn
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """T of one block of a tower.
+
+    Args:
+        attention: of each segment of an image that attends inside itself.
+        mlp: of its MLP, which pruners that merge make fewer.
+    """
+
+    attention: tuple[int, ...]
+    mlp: int
+
+    @classmethod
+    def equal(cls, rows: int) -> BlockRows:
+        """A block that attends to all of its tokens and merges nothing."""
+        return cls((rows,), rows)
+
+
+def tower(sizes: TowerSizes, patches: int, rows: Sequence[BlockRows], num_halves: int) -> int:
+    """Operations of a vision tower on one view of an image.
+
+    Args:
+        sizes: of the tower.
+        patches: P.
+        rows: of each block.
+        num_halves: how many halves of blocks run, the attention of a block and its MLP.
+    """
+    total = linear(patches, sizes.patch_inputs, sizes.width)
+    for number, (block, weights) in enumerate(zip(rows, sizes.blocks, strict=True)):
+        if 2 * number < num_halves:
+            total += linear(sum(block.attention), weights[0], 1)
+            pairs = sum(length**2 for length in block.attention)
+            total += attention(1, pairs, sizes.width)
+        if 2 * number + 1 < num_halves:
+            total += linear(block.mlp, weights[1], 1)
+    return total

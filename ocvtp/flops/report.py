@@ -31,8 +31,10 @@ _LEGEND = """\
 - `select` is the pruner's own `select` with what it reads (attention of single rows or blocks), as
   far as these are matrix products, convolutions or attention. CLIP's text tower is not in it.
 - `total` is tower, projector, select and the true language model. `any` has K tokens, whoever
-  chooses them, and nothing left out before it. K of pruners inside the language model is an
-  average over its layers."""
+  chooses them, and nothing left out before it.
+- K of pruners inside the language model is an average over its layers. Where `stages` or a
+  published `setting` say how many tokens stay, K is the number that stands for K in `stages`, if
+  any: what each layer reads is in the list of layers."""
 
 
 def results(

@@ -1,18 +1,21 @@
 """Widths and depths of a vision-language model, as far as operations depend on them.
 
-N visual tokens of a view (an image, or a tile of one), D width of the tower, D' of the language
-model.
+They are read from the model itself, which its host knows: of a configuration it is made without
+memory, so that a new family needs nothing here. D width of the tower, D' of the language model.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-_CLIP_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-_CLIP_FAMILIES = ("llava", "llava_next")
-_QWEN_FAMILIES = ("qwen2_5_vl",)
+import torch
+from torch import nn
+
+from ocvtp.hosts.base import Host
+from ocvtp.hosts.registry import host_class, hosts
 
 
 @dataclass(frozen=True)
@@ -38,52 +41,26 @@ class TextSizes:
 
 
 @dataclass(frozen=True)
-class ClipSizes:
-    """A CLIP or SigLIP tower, and the two-layer projector of LLaVA behind it.
+class TowerSizes:
+    """A vision tower, and what projects its tokens.
 
     Args:
-        blocks: of the tower. width: D. ffn: of its MLPs. heads: of its attention.
-        patch_inputs: numbers of a patch's pixels. grid_hw: patches of a view, N.
-        prefix: tokens in front of them: 1 with a CLS.
+        blocks: of each block, weights of its matrices without its MLP, and of its MLP.
+        width: D. heads: of its attention. patch_inputs: numbers of a patch's pixels.
+        projector: weights of the matrices that every row of the language model goes through.
+        features: width of what pruners see as `features`.
         layers_read: of `hidden_states`, that go to the projector side by side.
         shared_width: of CLIP's space for images and texts; 0 without one.
     """
 
-    blocks: int
+    blocks: tuple[tuple[int, int], ...]
     width: int
-    ffn: int
     heads: int
     patch_inputs: int
-    grid_hw: tuple[int, int]
-    prefix: int
+    projector: int
+    features: int
     layers_read: tuple[int, ...]
     shared_width: int
-
-    @property
-    def view_tokens(self) -> int:
-        """N."""
-        return math.prod(self.grid_hw)
-
-
-@dataclass(frozen=True)
-class QwenSizes:
-    """The tower of Qwen2.5-VL, most of whose blocks attend inside windows, and its merger.
-
-    Args:
-        blocks, width, ffn, heads, patch_inputs: see `ClipSizes`; MLPs are gated.
-        unit: patches along the side of a visual token.
-        window: visual tokens along the side of a window.
-        whole: blocks that attend to the whole image.
-    """
-
-    blocks: int
-    width: int
-    ffn: int
-    heads: int
-    patch_inputs: int
-    unit: int
-    window: int
-    whole: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -91,36 +68,53 @@ class Sizes:
     """A vision-language model.
 
     Args:
+        host: of a model without memory.
         text: the language model. tower: the vision tower, with what projects its tokens.
-        usual_tokens: N of an image where nobody says it: LLaVA-NeXT's of a square of two tiles by
-            two, Qwen2.5-VL's of 672 pixels.
+        usual_tokens: visual tokens of an image where nobody says it, see `Host.usual_tokens`.
     """
 
+    host: Host
     text: TextSizes
-    tower: ClipSizes | QwenSizes
+    tower: TowerSizes
     usual_tokens: int
 
 
 def sizes_of(model: Any) -> Sizes:
-    """The sizes of a transformers model or configuration.
+    """The sizes of a transformers model or configuration; of sizes, they themselves.
 
     Raises:
-        ValueError: for a family whose operations are not known here.
+        ValueError: for a family whose operations are not counted.
     """
+    if isinstance(model, Sizes):
+        return model
     config = getattr(model, "config", model)
     kind = getattr(config, "model_type", None)
-    if kind in _QWEN_FAMILIES:
-        return Sizes(_text(config), _qwen(config), usual_tokens=576)
-    tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-    if kind in _CLIP_FAMILIES and tower in _CLIP_TOWERS:
-        clip = _clip(config)
-        views = 5 if kind == "llava_next" else 1
-        return Sizes(_text(config), clip, views * clip.view_tokens)
-    raise ValueError(
-        f"operations of model_type={kind!r} with a tower of {tower!r} are not known; pass a"
-        f" configuration or model of {', '.join((*_CLIP_FAMILIES, *_QWEN_FAMILIES))} with a tower"
-        f" of {' or '.join(_CLIP_TOWERS)}, or Qwen's own."
-    )
+    family = host_class(kind)
+    if family is None or not family.counts_operations:
+        counted = [host for host in hosts().values() if host.counts_operations]
+        known = sorted(name for host in counted for name in host.model_types)
+        raise ValueError(
+            f"operations of model_type={kind!r} are not counted; pass a configuration or model of"
+            f" {', '.join(known)}."
+        )
+    host = family(_empty(config))
+    if host.usual_tokens is None:
+        raise ValueError(
+            f"{type(host).__name__} counts operations and does not say the `usual_tokens` of an"
+            " image; mend it."
+        )
+    text = _text(config)
+    return Sizes(host, text, _tower(host, text.width), host.usual_tokens)
+
+
+def _empty(config: Any) -> Any:
+    """A model of a configuration, without numbers."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(
+            deepcopy(config), attn_implementation="eager"
+        )
 
 
 def _text(config: Any) -> TextSizes:
@@ -137,34 +131,27 @@ def _text(config: Any) -> TextSizes:
     )
 
 
-def _clip(config: Any) -> ClipSizes:
-    vision, chosen = config.vision_config, config.vision_feature_layer
-    side = vision.image_size // vision.patch_size
-    count = vision.num_hidden_layers + 1
-    return ClipSizes(
-        blocks=vision.num_hidden_layers,
-        width=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        heads=vision.num_attention_heads,
-        patch_inputs=vision.num_channels * vision.patch_size**2,
-        grid_hw=(side, side),
-        prefix=_CLIP_TOWERS[vision.model_type],
-        layers_read=tuple(
-            number % count for number in ([chosen] if isinstance(chosen, int) else chosen)
-        ),
-        shared_width=getattr(vision, "projection_dim", 0),
+def _tower(host: Host, text_width: int) -> TowerSizes:
+    parts = host.tower_parts()
+    patches = next(m for m in _matrices(host.tower) if not isinstance(m, nn.Linear))
+    into = next(m for m in _matrices(host.projectors[0]) if isinstance(m, nn.Linear))
+    return TowerSizes(
+        blocks=tuple((_weights(b) - _weights(b.mlp), _weights(b.mlp)) for b in parts.blocks),
+        width=patches.out_channels,
+        heads=parts.num_heads,
+        patch_inputs=patches.weight[0].numel(),
+        projector=sum(map(_weights, host.projectors)),
+        features=text_width if host.features_are_projected else into.in_features,
+        layers_read=tuple(map(parts.layer, host.layers_read({}))),
+        shared_width=getattr(host.tower.config, "projection_dim", 0),
     )
 
 
-def _qwen(config: Any) -> QwenSizes:
-    vision = config.vision_config
-    return QwenSizes(
-        blocks=vision.depth,
-        width=vision.hidden_size,
-        ffn=vision.intermediate_size,
-        heads=vision.num_heads,
-        patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-        unit=vision.spatial_merge_size,
-        window=vision.window_size // vision.patch_size // vision.spatial_merge_size,
-        whole=frozenset(vision.fullatt_block_indexes),
-    )
+def _matrices(module: nn.Module) -> Iterator[Any]:
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return (part for part in module.modules() if isinstance(part, kinds))
+
+
+def _weights(module: Any) -> int:
+    """Of a module's matrices: half the operations of a row that goes through all of them."""
+    return sum(matrix.weight.numel() for matrix in _matrices(module))

@@ -7,9 +7,9 @@ images, D' its width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, get_args
 
 import torch
@@ -18,10 +18,43 @@ from torch import Tensor, nn
 from ocvtp.choices import Separators as Separators
 from ocvtp.choices import TileBudget as TileBudget
 from ocvtp.hosts.lazy_projection import Rows
-from ocvtp.hosts.savings import Savings as Savings
 from ocvtp.pruners import Pruner
-from ocvtp.structures import Needs, Selection, Stage, VisualTokens, take
-from ocvtp.towers.hooks import Hook, Removable, is_compiled, put
+from ocvtp.structures import Needs, Selection, Stage, VisualTokens
+from ocvtp.towers import taps
+from ocvtp.towers.hooks import Hook, Removable, put
+from ocvtp.towers.module_state import is_compiled
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Work that changes nothing, each kind of which can be left out or done on its own.
+
+    Where a host or a pruner leaves nothing to save, a setting has no effect: `Handle.savings` tells
+    which have one. Hooks of your own on modules that do not run see what these were given (the
+    tower) or zeros (the projector); compiled modules always run.
+
+    Args:
+        cut_tower: blocks of the vision tower behind the last one that anyone reads do not run, nor
+            does what stands behind them (a norm, a pooling head). Results are the same bit for bit.
+        project_kept: the projector runs on the tokens that are kept, not on all, unless the pruner
+            reads projected tokens. A smaller matrix product may round its last bits in another way;
+            where all tokens are kept it is the same product.
+        compile_select: `torch.compile` makes one graph of how the pruner in front of the language
+            model chooses, on a GPU with CUDA graphs. It takes a while at the first call, and for
+            other shapes.
+
+    Raises:
+        ValueError: for values other than True and False.
+    """
+
+    cut_tower: bool = True
+    project_kept: bool = True
+    compile_select: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if not isinstance(value := getattr(self, field.name), bool):
+                raise ValueError(f"{field.name}={value!r}; pass True or False.")
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,20 @@ class Kept:
     deepstack: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Tiny:
+    """A model of a family with random weights, for tests and for `random:tiny-NAME`.
+
+    Args:
+        make: tokenizer -> the model, in evaluation mode, and its processor around the tokenizer.
+            Hosts are imported without transformers: it imports what it needs when it is called.
+        special_tokens: of the tokenizer, by their names, beside those that end and pad texts.
+    """
+
+    make: Callable[[Any], tuple[Any, Any]]
+    special_tokens: Mapping[str, str]
+
+
 class Host(ABC):
     """Adapter of one model family. Holds no state of a call.
 
@@ -106,6 +153,10 @@ class Host(ABC):
         savings: what to leave out; see `savings_for`.
     """
 
+    name: ClassVar[str]
+    """What `register_host` calls its family."""
+    tiny: ClassVar[Tiny | None] = None
+    """The model of random weights that `random:tiny-NAME` stands for."""
     model_types: ClassVar[tuple[str, ...]]
     """Values of `config.model_type` that it serves."""
     image_keys: ClassVar[tuple[str, ...]]
@@ -114,6 +165,10 @@ class Host(ABC):
     """Pruner stages that it can serve."""
     plain_positions_tell: ClassVar[bool] = True
     """Whether position_ids [B, L] tell packed samples apart, where there is no mask."""
+    features_are_projected: ClassVar[bool] = False
+    """Whether pruners see as `features` what the projector makes, in place of what it reads."""
+    counts_operations: ClassVar[bool] = False
+    """Whether `ocvtp flops` counts its models, as they are run: a test holds that against torch."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
@@ -132,15 +187,58 @@ class Host(ABC):
         """The language model, its `layers` in order."""
         return self.model.model.language_model
 
-    @property
     @abstractmethod
+    def tower_parts(self) -> taps.Tower:
+        """Where things are in the vision tower, as it is now; its blocks have an `mlp`."""
+
+    @property
     def num_tower_blocks(self) -> int:
         """Blocks of the vision tower."""
+        return len(self.tower_parts().blocks)
+
+    @property
+    @abstractmethod
+    def projectors(self) -> Sequence[nn.Module]:
+        """Modules that make rows of the language model of what the tower gives."""
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens of the tower before the patches, e.g. its CLS."""
+        return 0
+
+    @property
+    def unit_side(self) -> int:
+        """Patches along the side of a visual token."""
+        return 1
+
+    @property
+    def grid_hw(self) -> tuple[int, int] | None:
+        """Tokens of every image, or of every tile of one; None where images have any shape."""
+        return None
+
+    def segments(self, block: int, grid_hw: tuple[int, int]) -> list[int]:
+        """Patches of the parts of an image that attend inside themselves, in a block of the tower.
+
+        Args:
+            block: its number. grid_hw: rows and columns of the image's tokens.
+        """
+        del block
+        return [grid_hw[0] * grid_hw[1] * self.unit_side**2]
+
+    def layers_read(self, images: dict[str, Any]) -> list[int]:
+        """Layers of `hidden_states` that go to the projector, side by side; see `encode`."""
+        del images
+        return [self.num_tower_blocks]
 
     @property
     def image_tokens(self) -> int | None:
         """Visual tokens of every image; None where images differ."""
         return None
+
+    @property
+    def usual_tokens(self) -> int | None:
+        """Visual tokens of an image where nobody says its size, to count operations."""
+        return self.image_tokens
 
     @property
     def num_deepstack_layers(self) -> int:
@@ -268,39 +366,3 @@ class Host(ABC):
         if looks_inside and any(is_compiled(module) for module in self.tower.modules()):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()
-
-
-def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
-    """Mix tokens of the tower, in fp32 or better, and round once.
-
-    Args:
-        tokens: [I, N, D]; their CLS is read where there is one.
-        weights: [I, K, 1 + N], see `Selection.merge`.
-
-    Returns:
-        [I, K, D]. A row whose only weight is a 1 is that token, bit for bit.
-    """
-    states = tokens.features
-    wide = torch.promote_types(states.dtype, torch.float32)
-    weights = weights[:, :, 1 if tokens.cls is None else 0 :].to(states.device)
-    with torch.autocast(states.device.type, enabled=False):
-        if tokens.cls is not None:
-            states = torch.cat([tokens.cls[:, None], states], dim=1)
-        mixed = (weights.to(wide) @ states.to(wide)).to(states.dtype)
-    chosen = weights.argmax(dim=2, keepdim=True)  # [I, K, 1]
-    alone = (weights != 0).sum(dim=2, keepdim=True) == 1
-    alone &= weights.gather(2, chosen) == 1
-    return torch.where(alone, take(states, chosen.squeeze(2)), mixed)
-
-
-@contextmanager
-def on_device(module: Any) -> Iterator[None]:
-    """Bring a module that accelerate offloads to its device: its methods are no forward."""
-    hook = getattr(module, "_hf_hook", None)
-    if hook is not None:
-        hook.pre_forward(module)
-    try:
-        yield
-    finally:
-        if hook is not None:
-            hook.post_forward(module, None)

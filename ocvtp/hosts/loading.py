@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from ocvtp.choices import TinyModel
+from ocvtp.choices import TINY_MODELS
+from ocvtp.hosts.registry import hosts
 from ocvtp.images import open_image as open_image  # to be found beside `load_model`
-from ocvtp.random_models import full_size, tiny_internvl, tiny_llava, tiny_qwen
+from ocvtp.random_models import full_size
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.shipped import find_folder
 
-_RANDOM: dict[str, tuple[Callable[[Any], tuple[Any, Any]], dict[str, str]]] = {
-    "random:tiny-llava": (tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS),
-    "random:tiny-llava-next": (tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS),
-    "random:tiny-llava-onevision": (tiny_llava.tiny_onevision, tiny_llava.SPECIAL_TOKENS),
-    "random:tiny-internvl": (tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS),
-    "random:tiny-qwen2-vl": (tiny_qwen.tiny_qwen2, tiny_qwen.SPECIAL_TOKENS),
-    "random:tiny-qwen2.5-vl": (tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS),
-    "random:tiny-qwen3-vl": (tiny_qwen.tiny_qwen3, tiny_qwen.SPECIAL_TOKENS),
-}
-RANDOM_MODELS = get_args(TinyModel)
+_TINY = "random:tiny-"
+RANDOM_MODELS = TINY_MODELS
 FULL_SIZE_MODELS = tuple(f"random:{name}" for name in full_size.FULL_SIZE_MODELS)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -32,7 +24,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
 
     Args:
         name: folder or hub id; or random weights, whose answers mean nothing: one of
-            `RANDOM_MODELS` (tiny) or of `FULL_SIZE_MODELS` (real sizes, for times and FLOPs).
+            `RANDOM_MODELS` (tiny; those of registered hosts too) or of `FULL_SIZE_MODELS` (real
+            sizes, for times and FLOPs).
         dtype: `auto` (as saved; float16 becomes float32 on a CPU, which is slow at it), `float32`,
             `bfloat16` or `float16`. Of the weights: buffers keep their precision (rotary
             frequencies in bfloat16 are wrong by whole positions).
@@ -62,7 +55,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
             raise ValueError(
                 f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
                 " folder or hub id of a vision-language model, or one of"
-                f" {[*RANDOM_MODELS, *FULL_SIZE_MODELS]}."
+                f" {[*_tiny_models(), *FULL_SIZE_MODELS]}."
             ) from error
     return model.to(device).eval(), processor
 
@@ -102,16 +95,21 @@ def load_config(name: str) -> Any:
         raise ValueError(
             f"model={name!r} has no configuration that can be read"
             f" ({' '.join(str(error).split())[:300]}); pass a folder or hub id of a vision-language"
-            f" model, or one of {[*full_size.FULL_SIZE_MODELS, *RANDOM_MODELS]}."
+            f" model, or one of {[*full_size.FULL_SIZE_MODELS, *_tiny_models()]}."
         ) from error
 
 
 def _random_model(name: str) -> tuple[Any, Any]:
-    if name not in _RANDOM:
-        known = [*RANDOM_MODELS, *FULL_SIZE_MODELS]
+    host = hosts().get(name.removeprefix(_TINY))
+    if not name.startswith(_TINY) or host is None or host.tiny is None:
+        known = [*_tiny_models(), *FULL_SIZE_MODELS]
         raise ValueError(f"{name!r} is unknown; random models are {known}.")
-    build, special_tokens = _RANDOM[name]
-    return build(byte_tokenizer(special_tokens))
+    return host.tiny.make(byte_tokenizer(host.tiny.special_tokens))
+
+
+def _tiny_models() -> list[str]:
+    """`RANDOM_MODELS`, and those of hosts from outside."""
+    return [f"{_TINY}{name}" for name, host in hosts().items() if host.tiny is not None]
 
 
 def _cast_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:

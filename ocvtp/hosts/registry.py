@@ -1,35 +1,76 @@
 """Which models pruners can be put into: the adapters, and how the model to adapt is found.
 
-A new family is an adapter in a file of its own and its class in `HOSTS`.
+A new family is an adapter in a file of its own and a line of `choices.FAMILIES`; one from outside
+is registered with `register_host`. A package says where its adapters are by an entry point of group
+`ocvtp.hosts`. See docs/add-a-host.md.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, TypeVar
 
 from torch import nn
 
+from ocvtp import plugins
+from ocvtp.choices import FAMILIES
 from ocvtp.hosts.base import Host, Savings, Tiling
-from ocvtp.hosts.families.internvl import InternVLHost
-from ocvtp.hosts.families.llava import LlavaHost
-from ocvtp.hosts.families.llava_next import LlavaNextHost
-from ocvtp.hosts.families.llava_onevision import LlavaOnevisionHost
-from ocvtp.hosts.families.qwen2_5_vl import Qwen25VLHost
-from ocvtp.hosts.families.qwen2_vl import Qwen2VLHost
-from ocvtp.hosts.families.qwen3_vl import Qwen3VLHost
 from ocvtp.hosts.in_llm import hooks
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 
-HOSTS: tuple[type[Host], ...] = (
-    LlavaHost,
-    LlavaNextHost,
-    LlavaOnevisionHost,
-    Qwen2VLHost,
-    Qwen25VLHost,
-    Qwen3VLHost,
-    InternVLHost,
-)
+HOSTS: dict[str, type[Host]] = {}
+"""Adapters by the name of their family; `hosts()` also finds those of installed packages."""
+GROUP = "ocvtp.hosts"
+"""Of entry points."""
+_H = TypeVar("_H", bound=type[Host])
+
+
+def register_host(name: str) -> Callable[[_H], _H]:
+    """Class decorator: make the adapter of a model family known.
+
+    Args:
+        name: of the family; `random:tiny-NAME` is its `tiny` model, where it has one.
+
+    Raises:
+        ValueError: if the name, or one of the `model_types`, is taken.
+    """
+
+    def add(cls: _H) -> _H:
+        if name in HOSTS:
+            raise ValueError(f"host {name!r} is registered already; choose another name.")
+        for other in HOSTS.values():
+            if taken := set(cls.model_types) & set(other.model_types):
+                raise ValueError(
+                    f"host {name!r} serves model_type {', '.join(sorted(taken))}, as"
+                    f" {other.name!r} does; a model_type has one host."
+                )
+        cls.name = name
+        HOSTS[name] = cls
+        return cls
+
+    return add
+
+
+for _name, _home in FAMILIES.items():
+    _module, _, _class = _home.partition(".")
+    register_host(_name)(getattr(import_module(f"ocvtp.hosts.families.{_module}"), _class))
+
+
+def hosts() -> dict[str, type[Host]]:
+    """Adapters by the name of their family, those of installed packages included.
+
+    Raises:
+        ValueError: if one of these cannot be imported.
+    """
+    plugins.load_installed(GROUP)
+    return HOSTS
+
+
+def host_class(model_type: str | None) -> type[Host] | None:
+    """The adapter of a `model_type`; None if there is none."""
+    return next((host for host in hosts().values() if model_type in host.model_types), None)
 
 
 def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None = None) -> Host:
@@ -47,7 +88,7 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
     if (host := _host_of(model)) is not None:
         return host(model, tiling, savings)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    supported = ", ".join(sorted(t for host in HOSTS for t in host.model_types))
+    supported = ", ".join(sorted(t for host in HOSTS.values() for t in host.model_types))
     raise ValueError(
         f"{type(model).__name__} (model_type={kind!r}) is not supported; pass a transformers"
         f" ...ForConditionalGeneration of model_type {supported}."
@@ -60,8 +101,7 @@ def _host_of(model: Any) -> type[Host] | None:
 
     if not (isinstance(model, PreTrainedModel) and hasattr(model, "generate")):
         return None
-    kind = model.config.model_type
-    return next((host for host in HOSTS if kind in host.model_types), None)
+    return host_class(model.config.model_type)
 
 
 def unwrap(model: Any) -> Any:

@@ -167,3 +167,26 @@ def keep_short_images(selection: Selection, tokens: VisualTokens) -> Selection:
         merge=torch.where(short[:, :, None], identity.to(selection.merge), selection.merge),
         anchors=torch.where(short, keep, anchors),
     )
+
+
+def merge(tokens: VisualTokens, weights: Tensor) -> Tensor:
+    """Mix tokens of the tower, in fp32 or better, and round once.
+
+    Args:
+        tokens: [I, N, D]; their CLS is read where there is one.
+        weights: [I, K, 1 + N], see `Selection.merge`.
+
+    Returns:
+        [I, K, D]. A row whose only weight is a 1 is that token, bit for bit.
+    """
+    states = tokens.features
+    wide = torch.promote_types(states.dtype, torch.float32)
+    weights = weights[:, :, 1 if tokens.cls is None else 0 :].to(states.device)
+    with torch.autocast(states.device.type, enabled=False):
+        if tokens.cls is not None:
+            states = torch.cat([tokens.cls[:, None], states], dim=1)
+        mixed = (weights.to(wide) @ states.to(wide)).to(states.dtype)
+    chosen = weights.argmax(dim=2, keepdim=True)  # [I, K, 1]
+    alone = (weights != 0).sum(dim=2, keepdim=True) == 1
+    alone &= weights.gather(2, chosen) == 1
+    return torch.where(alone, take(states, chosen.squeeze(2)), mixed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
-def byte_tokenizer(special_tokens: dict[str, str]) -> Any:
+def byte_tokenizer(special_tokens: Mapping[str, str]) -> Any:
     """A tokenizer that reads any text, byte by byte.
 
     Args:
@@ -26,6 +27,6 @@ def byte_tokenizer(special_tokens: dict[str, str]) -> Any:
         eos_token="</s>",
         pad_token="<pad>",
         unk_token="<unk>",
-        extra_special_tokens=special_tokens,
+        extra_special_tokens=dict(special_tokens),
         padding_side="left",
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPImageProcessor, PreTrainedConfig
 
 from ocvtp.shipped import find_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _FAMILIES = ("clip_vision_model", "siglip_vision_model")
 
@@ -44,6 +46,8 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
     Raises:
         ValueError: if it is unknown, or not a CLIP or SigLIP tower.
     """
+    from transformers import AutoConfig
+
     if isinstance(tower, str) and tower.startswith("random:"):
         name = tower.removeprefix("random:")
         if name not in RANDOM_TOWERS:
@@ -72,6 +76,8 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
 
 def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
     """A tower with random weights: the same for the same settings and seed."""
+    from transformers import AutoModel
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower: nn.Module = AutoModel.from_config(config, attn_implementation="sdpa")
@@ -80,6 +86,8 @@ def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:
 
 def plain_processor(size: int) -> Any:
     """CLIP's image processor for square images of `size` pixels."""
+    from transformers import CLIPImageProcessor
+
     return CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )

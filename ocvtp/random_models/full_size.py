@@ -9,12 +9,11 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any, get_args
 
-import torch
-
 from ocvtp.choices import FullSizeModel
 from ocvtp.random_models import tiny_llava, tiny_qwen
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.clip_config import plain_processor, vision_config
+from ocvtp.random_models.weights import materialise as materialise
 from ocvtp.shipped import ROOT
 
 DEMO = ROOT / "checkpoints" / "demo-vlm"
@@ -106,30 +105,6 @@ def build(name: str, dtype: str = "auto", device: str = "cpu", seed: int = 0) ->
     config = config_of(name)
     model = materialise(config, dtype, device, seed)
     return model, _processor(name, config)
-
-
-def materialise(config: Any, dtype: str = "auto", device: str = "cpu", seed: int = 0) -> Any:
-    """A model of a configuration with random weights, in evaluation mode.
-
-    Weights are drawn on the device in `dtype`; buffers keep the precision that loading a checkpoint
-    gives them (rotary frequencies stay in float32).
-
-    Args:
-        config: of a vision-language model, of transformers.
-        dtype, device, seed: see `build`; `auto` is the configuration's dtype.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    name = (config.dtype or torch.float32) if dtype == "auto" else dtype
-    kind = name if isinstance(name, torch.dtype) else getattr(torch, name)
-    place = torch.device(device)
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(config, dtype=kind)
-    text = config.get_text_config()
-    model.generation_config.eos_token_id = text.eos_token_id
-    model.generation_config.pad_token_id = text.pad_token_id
-    return model.eval()
 
 
 def _llava_config(config_class: Any, text: dict[str, Any], dtype: str, **settings: Any) -> Any:

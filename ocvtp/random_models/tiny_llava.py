@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
+from ocvtp.random_models.weights import materialise
 
 SPECIAL_TOKENS = {"image_token": "<image>", "video_token": "<video>"}
 _CHAT_TEMPLATE = (
@@ -20,12 +19,12 @@ _BEHIND_CLIP = {"vision_feature_layer": -2, "vision_feature_select_strategy": "d
 
 def tiny_llava(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """A LLaVA-1.5 of 0.5 M random weights behind the tower `random:tiny`, and its processor."""
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaConfig, LlavaProcessor
 
     vision = vision_config("random:tiny")
     side = vision.image_size // vision.patch_size
     settings = {"image_seq_length": side * side, **_BEHIND_CLIP}
-    model = _model(LlavaForConditionalGeneration, LlavaConfig, vision, tokenizer, seed, settings)
+    model = _model(LlavaConfig, vision, tokenizer, seed, settings)
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
     images = plain_processor(vision.image_size)
     return model, clip_processor(LlavaProcessor, images, tokenizer, vision)
@@ -35,7 +34,6 @@ def tiny_llava_next(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """The same as a LLaVA-NeXT: a base view and up to four tiles."""
     from transformers import (
         LlavaNextConfig,
-        LlavaNextForConditionalGeneration,
         LlavaNextImageProcessor,
         LlavaNextProcessor,
     )
@@ -48,9 +46,7 @@ def tiny_llava_next(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, **grid
     )
     settings = {**grid, **_BEHIND_CLIP}
-    model = _model(
-        LlavaNextForConditionalGeneration, LlavaNextConfig, vision, tokenizer, seed, settings
-    )
+    model = _model(LlavaNextConfig, vision, tokenizer, seed, settings)
     model.model.vision_tower.load_state_dict(random_tower(vision, seed).state_dict())
     return model, clip_processor(LlavaNextProcessor, images, tokenizer, vision)
 
@@ -62,7 +58,6 @@ def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """
     from transformers import (
         LlavaOnevisionConfig,
-        LlavaOnevisionForConditionalGeneration,
         LlavaOnevisionImageProcessor,
         LlavaOnevisionProcessor,
         LlavaOnevisionVideoProcessor,
@@ -88,14 +83,7 @@ def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
         "video_token_id": tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS["video_token"]),
         **tiles,
     }
-    model = _model(
-        LlavaOnevisionForConditionalGeneration,
-        LlavaOnevisionConfig,
-        vision,
-        tokenizer,
-        seed,
-        settings,
-    )
+    model = _model(LlavaOnevisionConfig, vision, tokenizer, seed, settings)
     size = {"height": side, "width": side}
     processor = LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=size, **tiles),
@@ -110,12 +98,7 @@ def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 
 
 def _model(
-    model_class: Any,
-    config_class: Any,
-    vision: Any,
-    tokenizer: Any,
-    seed: int,
-    settings: dict[str, Any],
+    config_class: Any, vision: Any, tokenizer: Any, seed: int, settings: dict[str, Any]
 ) -> Any:
     """A model of random weights with a tower of these settings."""
     from transformers import LlamaConfig
@@ -139,12 +122,7 @@ def _model(
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         **settings,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model.eval()
+    return materialise(config, seed=seed)
 
 
 def clip_processor(processor_class: Any, images: Any, tokenizer: Any, vision: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from ocvtp.random_models.weights import materialise
 
 SPECIAL_TOKENS = {
     "image_token": "<|image_pad|>",
@@ -51,60 +51,46 @@ def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """
     from transformers import (
         Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
         Qwen2_5_VLProcessor,
     )
 
     vision = {"patch_size": 14, "hidden_size": 64, "out_hidden_size": 96, "intermediate_size": 192}
     windows = {"window_size": 112, "fullatt_block_indexes": [2, 5]}
-    classes = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig)
-    model = _model(classes, vision | windows, {}, tokenizer, seed)
+    model = _model(Qwen2_5_VLConfig, vision | windows, {}, tokenizer, seed)
     return model, processor(Qwen2_5_VLProcessor, tokenizer, patch=14)
 
 
 def tiny_qwen2(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """The same as a Qwen2-VL: a tower without windows."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
+    from transformers import Qwen2VLConfig, Qwen2VLProcessor
 
     vision = {"patch_size": 14, "embed_dim": 64, "hidden_size": 96, "mlp_ratio": 3}
-    classes = (Qwen2VLForConditionalGeneration, Qwen2VLConfig)
-    model = _model(classes, vision, {}, tokenizer, seed)
+    model = _model(Qwen2VLConfig, vision, {}, tokenizer, seed)
     return model, processor(Qwen2VLProcessor, tokenizer, patch=14)
 
 
 def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """The same as a Qwen3-VL: two layers of the tower are added to the language model's states."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers import Qwen3VLConfig, Qwen3VLProcessor
 
     vision = {"patch_size": 16, "hidden_size": 64, "out_hidden_size": 96, "intermediate_size": 192}
     deepstack = {"num_position_embeddings": 12**2, "deepstack_visual_indexes": [1, 3]}
-    classes = (Qwen3VLForConditionalGeneration, Qwen3VLConfig)
-    model = _model(classes, vision | deepstack, {"head_dim": 24}, tokenizer, seed)
+    model = _model(Qwen3VLConfig, vision | deepstack, {"head_dim": 24}, tokenizer, seed)
     colours: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return model, processor(Qwen3VLProcessor, tokenizer, patch=16, **colours)
 
 
 def _model(
-    classes: tuple[Any, Any],
-    vision: dict[str, Any],
-    text: dict[str, Any],
-    tokenizer: Any,
-    seed: int,
+    config_class: Any, vision: dict[str, Any], text: dict[str, Any], tokenizer: Any, seed: int
 ) -> Any:
-    """A model of these classes (its own and of its settings)."""
-    model_class, config_class = classes
+    """A model of a family, by the class of its settings."""
     ids = token_ids(tokenizer)
     config = config_class(
         vision_config=_VISION | vision,
         text_config={**_TEXT, **text, **ids["text"], "vocab_size": len(tokenizer)},
         **ids["whole"],
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = model_class(config)
-    model.generation_config.eos_token_id = ids["text"]["eos_token_id"]
-    model.generation_config.pad_token_id = ids["text"]["pad_token_id"]
-    return model.eval()
+    return materialise(config, seed=seed)
 
 
 def token_ids(tokenizer: Any) -> dict[str, dict[str, int]]:

@@ -27,7 +27,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import InputProcessingContext
 
-from ocvtp.hosts.base import merge
+from ocvtp.ops.merging import merge
 from ocvtp.serving.plan import Plan, read_plan
 from ocvtp.serving.tower import see
 from ocvtp.structures import Selection, take

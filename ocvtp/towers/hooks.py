@@ -43,9 +43,3 @@ def after(module: nn.Module, function: Callable[..., Any], **options: Any) -> Ho
 def put(hooks: Iterable[Hook]) -> list[Removable]:
     """Put hooks into their modules; returns what takes them out."""
     return [hook.put() for hook in hooks]
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile wraps a module: it may ignore hooks that come later."""
-    in_place = getattr(module, "_compiled_call_impl", None) is not None
-    return in_place or any("_orig_mod" in held for held in (vars(module), module._modules))

@@ -114,14 +114,14 @@ def test_choices_are_what_there_is():
     from ocvtp.hosts.loading import load_config
 
     assert get_args(choices.Level) == tuple(LEVELS)
-    for name in chain(get_args(choices.TinyModel), get_args(choices.FullSizeModel)):
+    for name in chain(choices.TINY_MODELS, get_args(choices.FullSizeModel)):
         assert load_config(name).model_type
 
 
 def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
     import torch
 
-    from ocvtp.towers.uncompiled import uncompiled
+    from ocvtp.towers.module_state import uncompiled
 
     seen, graphs = [], []
 

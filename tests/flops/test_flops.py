@@ -10,6 +10,8 @@ import torch
 from ocvtp import Compose, build_pruner
 from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
+from ocvtp.flops.sizes import sizes_of
+from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models import full_size
 
 # model, convention -> visual tokens: 10^12 operations of the language model; from the papers
@@ -182,6 +184,32 @@ def test_other_families_are_refused_with_those_that_are_known():
 
     with pytest.raises(ValueError, match=r"internvl.*llava_next.*qwen2_5_vl"):
         count(load_config("random:tiny-internvl"))
+
+
+def test_counting_makes_no_numbers_and_changes_no_configuration():
+    model, _ = full_size.build("llava-mid", device="meta")
+    config = full_size.config_of("qwen2.5-vl-7b")
+    before, random = config.to_dict(), torch.random.get_rng_state()
+    sizes = sizes_of(config)
+    assert {weight.device.type for weight in sizes.host.model.parameters()} == {"meta"}
+    assert config.to_dict() == before
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert count(sizes, num_keep=9) == count(config, num_keep=9)
+    assert count(model) == count(model.config) == count(full_size.config_of("llava-mid"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pruner", "reason"),
+    [
+        ("qwen2.5-vl-7b", "fastervlm", "reads the CLS token, which the tower of Qwen2.5-VL"),
+        ("qwen2.5-vl-7b", "cdpruner", "CLIP's space"),
+        ("qwen2.5-vl-7b", "vprune", "the host of 'qwen2_5_vl' serves llm_input, llm_layers"),
+        ("llava-1.5-7b", "fopru:block=24", r"blocks\[24\] does not exist"),
+    ],
+)
+def test_what_a_model_cannot_run_is_refused_as_attach_does(name, pruner, reason):
+    with pytest.raises(ValueError, match=reason):
+        count(full_size.config_of(name), pruner=build_spec(pruner, num_keep=64))
 
 
 def test_words_that_ask_and_what_they_attend_to_are_part_of_the_choice():

@@ -56,6 +56,17 @@ def test_json_report_and_plot_of_pruners(tmp_path, capsys):
         assert image.width > 600
 
 
+def test_k_of_stages_is_no_average(capsys):
+    words = ["flops", "--model", "llava-1.5-7b", "--num-keep", "64", "--pruners"]
+    assert main([*words, "fastv:stages=[[2,K]]", "--json"]) == 0
+    _, row = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["num_keep"], row["visual"][2]) == (64, 64)
+    assert sum(row["visual"]) / len(row["visual"]) == 96
+    assert main([*words, "fastv:stages=[[2,K]]"]) == 0
+    legend = " ".join(capsys.readouterr().out.split())
+    assert "an average over its layers. Where `stages` or a published `setting` say" in legend
+
+
 def test_what_cannot_be_counted_is_said(capsys):
     words = ["flops", "--model", "llava-1.5-7b", "--num-keep", "64", "--pruners"]
     assert main([*words, "pyramiddrop", "random"]) == 0

@@ -54,7 +54,7 @@ def test_supplies(family: Family, tower: str, record_property: Record) -> None:
 
 
 def test_every_host_is_here() -> None:
-    types = {name for host in HOSTS for name in host.model_types}
+    types = {name for host in HOSTS.values() for name in host.model_types}
     assert types == {family.host for family in FAMILIES}
 
 

@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.hosts.base import merge
 from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.merging import merge
 from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.structures import LayerTokens, VisualTokens, take
 

@@ -14,17 +14,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling, merge, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, Savings, Tiling
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.hosts.in_tower.stages import TowerStages
 from ocvtp.hosts.lazy_projection import LaterRows, Rows
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.hosts.prompt.chat_template import find_processor
+from ocvtp.ops.merging import merge
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps
-from ocvtp.towers.hooks import Hook, is_compiled
+from ocvtp.towers.hooks import Hook
+from ocvtp.towers.module_state import is_compiled, on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class _View:
     host: ClipFamilyHost
 
     def __call__(self) -> taps.Tower:
-        return self.host._view()
+        return self.host.tower_parts()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _View:
         is_whole = id(self.host.model) in memo
@@ -86,7 +88,6 @@ class ClipFamilyHost(Host):
                 f"this {self.family} has a {kind} tower; visual tokens can be pruned behind"
                 f" {' and '.join(self.towers)}."
             )
-        self._num_prefix = self.towers[kind]
 
     @property
     def tower(self) -> Any:
@@ -99,12 +100,24 @@ class ClipFamilyHost(Host):
         return projector
 
     @property
-    def num_tower_blocks(self) -> int:
-        """See `Host.num_tower_blocks`."""
-        return len(self._view().blocks)
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """See `Host.projectors`."""
+        return (self._projector,)
 
-    def _view(self) -> taps.Tower:
+    def tower_parts(self) -> taps.Tower:
+        """See `Host.tower_parts`."""
         return taps.clip_tower(self.tower)
+
+    @property
+    def num_prefix(self) -> int:
+        """See `Host.num_prefix`."""
+        return self.towers[self.tower.config.model_type]
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """See `Host.grid_hw`."""
+        side = int(self.tower.config.image_size // self.tower.config.patch_size)
+        return side, side
 
     def _inside(self, needs: Needs) -> Needs:
         """What to tap in the tower, the selected layer included where its CLS is wanted."""
@@ -116,7 +129,7 @@ class ClipFamilyHost(Host):
     def check(self, needs: Needs) -> None:
         """See `Host.check`."""
         asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
-        if asks_cls and self._num_prefix == 0:
+        if asks_cls and self.num_prefix == 0:
             raise ValueError(
                 f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
                 " use `received` attention where the method offers it, or a pruner without CLS."
@@ -128,7 +141,7 @@ class ClipFamilyHost(Host):
                 " that does not (see `ocvtp list`)."
             )
         self._check_clip(needs)
-        view = self._view()
+        view = self.tower_parts()
         for layer in self._inside(needs).hidden:
             view.layer(layer)
         for block in skip_unread.blocks_of(needs):
@@ -136,7 +149,7 @@ class ClipFamilyHost(Host):
 
     def _check_clip(self, needs: Needs) -> None:
         layer = self.model.config.vision_feature_layer
-        if needs.clip and self._num_prefix == 0:
+        if needs.clip and self.num_prefix == 0:
             raise ValueError(
                 "the pruner compares images with the prompt in CLIP's space, where the tokens of a"
                 f" {self.tower.config.model_type} are not; use a pruner that reads the language"
@@ -155,12 +168,12 @@ class ClipFamilyHost(Host):
 
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
-        hooks = taps.hooks_for(self._view(), self._inside(needs))
+        hooks = taps.hooks_for(self.tower_parts(), self._inside(needs))
         hooks.append(taps.keep_features_of(self._projector))
         if self._tower_stages is not None:
             hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
-            hooks += skip_unread.hooks(self._view().blocks, self._behind_blocks())
+            hooks += skip_unread.hooks(self.tower_parts().blocks, self._behind_blocks())
         if self._may_project_later:
             hooks += skip_unread.hooks_of_projector(self._projector)
         return hooks
@@ -198,7 +211,7 @@ class ClipFamilyHost(Host):
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
             readers.append(self._tower_stages.dropper.needs)
-        return skip_unread.first_unread(self._view(), self._layers_read(images), readers)
+        return skip_unread.first_unread(self.tower_parts(), self.layers_read(images), readers)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`."""
@@ -211,7 +224,7 @@ class ClipFamilyHost(Host):
         patch = self.tower.config.patch_size
         for part in parts:
             self.check(part.needs)
-        stages = TowerStages(parts, _View(self), self._num_prefix, patch, scale)
+        stages = TowerStages(parts, _View(self), self.num_prefix, patch, scale)
         stages.check(needs, self.tower.config._attn_implementation)
         self._tower_stages = stages
 
@@ -241,7 +254,7 @@ class ClipFamilyHost(Host):
         with taps.recording(self.tower) as record, on_device(self.model.model), eager:
             if stages is not None:
                 attention = self.tower.config._attn_implementation
-                stages.begin(record, self._layers_read(images), attention)
+                stages.begin(record, self.layers_read(images), attention)
             record.first_unread = half = self._first_unread(images, needs)
             if per_token and not needs.projected:
                 record.projected_width = self.model.config.get_text_config().hidden_size
@@ -251,7 +264,7 @@ class ClipFamilyHost(Host):
                 "the projector ran but its hook did not fire: attach the pruner before the model"
                 " is compiled."
             )
-        found = taps.gather(record, self._view(), self._inside(needs), self._num_prefix)
+        found = taps.gather(record, self.tower_parts(), self._inside(needs), self.num_prefix)
         if stages is not None:
             stages.watch(self.tower, features)
         if needs.cls:
@@ -270,19 +283,19 @@ class ClipFamilyHost(Host):
             return torch.cat(list(rows))
         return LaterRows.of(features, self._projector, source, None if later else rows)
 
-    def _layers_read(self, images: dict[str, Any]) -> list[int]:
-        """Layers that go to the projector."""
+    def layers_read(self, images: dict[str, Any]) -> list[int]:
+        """See `Host.layers_read`."""
         chosen = images.get("vision_feature_layer")
         layers = self.model.config.vision_feature_layer if chosen is None else chosen
         return [layers] if isinstance(layers, int) else list(layers)
 
     def _selected(self, record: taps.Recording) -> Tensor:
         """[U, T, D] the selected layer, CLS included."""
-        return record.hidden[self._view().layer(self.model.config.vision_feature_layer)]
+        return record.hidden[self.tower_parts().layer(self.model.config.vision_feature_layer)]
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = self._strategy(images)
-        wanted = "default" if self._num_prefix else "full"
+        wanted = "default" if self.num_prefix else "full"
         if strategy != wanted:
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} does not hand the language model the"

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.ops.token_views import seen_of_tiles
+from ocvtp.random_models import tiny_internvl
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
@@ -53,6 +54,7 @@ class InternVLHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "InternVL"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     towers: ClassVar[dict[str, int]] = {"internvl_vision": 1}
     image_keys: ClassVar[tuple[str, ...]] = (
@@ -61,7 +63,9 @@ class InternVLHost(ClipFamilyHost):
         "vision_feature_select_strategy",
     )
 
-    def _view(self) -> taps.Tower:
+    def tower_parts(self) -> taps.Tower:
+        """See `Host.tower_parts`."""
+
         def query_key(block: Any) -> tuple[nn.Module, nn.Module]:
             return block.attention.q_norm, block.attention.k_norm
 
@@ -93,7 +97,7 @@ class InternVLHost(ClipFamilyHost):
         for name in ("hidden", "attention", "keys"):
             found[name] = {key: self._by_unit(values) for key, values in found[name].items()}
         if needs.cls:
-            found["cls"] = found["cls"].repeat(1, self._side**2)
+            found["cls"] = found["cls"].repeat(1, self.unit_side**2)
         tokens = VisualTokens(
             grid_hw=self._grid(images["pixel_values"], num_tokens),
             projected=rows if needs.projected else None,
@@ -176,8 +180,15 @@ class InternVLHost(ClipFamilyHost):
         return super().describe() | {"budget": self.tiling.budget}
 
     @property
-    def _side(self) -> int:
-        """Patches along the side of a unit."""
+    def grid_hw(self) -> tuple[int, int]:
+        """See `Host.grid_hw`."""
+        config, side = self.tower.config, self.unit_side
+        rows, columns = (n // p for n, p in zip(config.image_size, config.patch_size, strict=True))
+        return rows // side, columns // side
+
+    @property
+    def unit_side(self) -> int:
+        """See `Host.unit_side`."""
         return round(1 / self.model.config.downsample_ratio)
 
     def _selected(self, record: taps.Recording) -> Tensor:
@@ -188,7 +199,7 @@ class InternVLHost(ClipFamilyHost):
 
     def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:
         height, width = self._num_patches(pixel_values)
-        grid = height // self._side, width // self._side
+        grid = height // self.unit_side, width // self.unit_side
         assert grid[0] * grid[1] == num_tokens, (grid, num_tokens)
         return grid
 
@@ -200,10 +211,10 @@ class InternVLHost(ClipFamilyHost):
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         super()._check_settings(images, needs)
         rows, columns = self._num_patches(images["pixel_values"])
-        if rows != columns or rows % self._side:
+        if rows != columns or rows % self.unit_side:
             raise ValueError(
-                f"a tile of {rows} x {columns} patches is no square of units of {self._side} x"
-                f" {self._side}, as InternVL needs; pass tiles as the processor makes them."
+                f"a tile of {rows} x {columns} patches is no square of units of {self.unit_side} x"
+                f" {self.unit_side}, as InternVL needs; pass tiles as the processor makes them."
             )
 
     def _by_unit(self, patches: Tensor) -> Tensor:
@@ -211,7 +222,7 @@ class InternVLHost(ClipFamilyHost):
         side = round(patches.shape[1] ** 0.5)
         square = patches.reshape(len(patches), side, side, -1)
         units = self.model.model.pixel_shuffle(square, self.model.config.downsample_ratio)
-        means = units.unflatten(3, (self._side**2, -1)).mean(dim=3)
+        means = units.unflatten(3, (self.unit_side**2, -1)).mean(dim=3)
         return means.reshape(len(patches), -1, *patches.shape[2:])
 
 

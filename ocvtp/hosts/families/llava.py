@@ -5,14 +5,16 @@ I images, N tokens of an image, D' width of the language model.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.ops.token_views import counted, left_over, numbers_of_rows, seen_of_tiles
+from ocvtp.random_models import tiny_llava
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 
 
@@ -25,14 +27,15 @@ class LlavaHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "LLaVA"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
+    counts_operations: ClassVar[bool] = True
 
     @property
     def image_tokens(self) -> int:
         """See `Host.image_tokens`."""
-        config = self.tower.config
-        return int(config.image_size // config.patch_size) ** 2
+        return math.prod(self.grid_hw)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         """See `Host.encode`."""

@@ -7,6 +7,7 @@ pruners see (images, or tiles), M tokens of a view, K kept of each, D width of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -14,12 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.hosts.families.tiles import TokenMap, newline_of
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
+from ocvtp.random_models import tiny_llava
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
 from ocvtp.transformers_names import count_tiles
 
@@ -49,8 +51,15 @@ class LlavaNextHost(ClipFamilyHost):
     """
 
     family: ClassVar[str] = "LLaVA-NeXT"
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_llava_next, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava_next",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
+    counts_operations: ClassVar[bool] = True
+
+    @property
+    def usual_tokens(self) -> int:
+        """See `Host.usual_tokens`: of a square of two tiles by two, and its base view."""
+        return 5 * math.prod(self.grid_hw)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`: each tile is one image to them."""

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Kept
+from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.llava_next import LlavaNextHost, Packed, sizes_of
 from ocvtp.hosts.families.tiles import newline_of
 from ocvtp.hosts.lazy_projection import Rows
+from ocvtp.random_models import tiny_llava
 from ocvtp.structures import Needs, Selection
 
 
@@ -33,6 +34,8 @@ class LlavaOnevisionHost(LlavaNextHost):
     """
 
     family: ClassVar[str] = "LLaVA-OneVision"
+    counts_operations: ClassVar[bool] = False
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_onevision, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     image_keys: ClassVar[tuple[str, ...]] = (
         *LlavaNextHost.image_keys,

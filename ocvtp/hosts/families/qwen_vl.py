@@ -1,4 +1,4 @@
-"""What the hosts of Qwen's models share: images of any size, packed behind each other, in units.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, packed behind each other, in units.
 
 I images, N units of the largest one, R of all; P patches of all images, 4 of them a unit; E decoder
 layers that add rows of the tower; D width of the tower, D' of the language model; B rows of the
@@ -14,12 +14,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ocvtp.hosts.base import Encoded, Host, Kept, merge, on_device
+from ocvtp.hosts.base import Encoded, Host, Kept, Tiny
+from ocvtp.hosts.in_llm.hooks import deepstack_hook
 from ocvtp.hosts.prompt import tower_output
+from ocvtp.ops.merging import merge
+from ocvtp.random_models import tiny_qwen
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
-from ocvtp.towers.windows import Units, segment_means
+from ocvtp.towers.module_state import on_device
+from ocvtp.towers.windows import Units, segment_means, window_order
 from ocvtp.transformers_names import rotate_patches
 
 _NO_GRID = (0, 0)
@@ -43,6 +47,7 @@ class QwenHost(Host):
 
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     plain_positions_tell: ClassVar[bool] = False
+    features_are_projected: ClassVar[bool] = True
     family: ClassVar[str]
     """Its name in messages."""
 
@@ -52,16 +57,18 @@ class QwenHost(Host):
         return self.model.model.visual
 
     @property
-    def _side(self) -> int:
-        """Patches along the side of a unit."""
-        return int(self.tower.spatial_merge_size)
+    def projectors(self) -> tuple[nn.Module, ...]:
+        """See `Host.projectors`: the merger, and one for each of the layers of DeepStack."""
+        return (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
 
     @property
-    def num_tower_blocks(self) -> int:
-        """See `Host.num_tower_blocks`."""
-        return len(self._view().blocks)
+    def unit_side(self) -> int:
+        """See `Host.unit_side`."""
+        return int(self.tower.spatial_merge_size)
 
-    def _view(self) -> taps.Tower:
+    def tower_parts(self) -> taps.Tower:
+        """See `Host.tower_parts`."""
+
         def fused(block: Any) -> tuple[nn.Module, nn.Module]:
             raise AssertionError("queries and keys come from one module")
 
@@ -80,7 +87,7 @@ class QwenHost(Host):
                 f" {self.family} are not; use a pruner that reads the language model's `text`, or"
                 " none of the prompt (see `ocvtp list`)."
             )
-        view = self._view()
+        view = self.tower_parts()
         for layer in needs.hidden:
             view.layer(layer)
         for block in _blocks(needs):
@@ -88,7 +95,7 @@ class QwenHost(Host):
 
     def hooks(self, needs: Needs) -> list[Hook]:
         """See `Host.hooks`."""
-        view = self._view()
+        view = self.tower_parts()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
         for number in sorted({view.block(block) for block in _blocks(needs)}):
             hooks += taps.keep_fused_of(number, self.tower.blocks[number].attn)
@@ -105,7 +112,7 @@ class QwenHost(Host):
             output = self.model.model.get_image_features(**images, return_dict=True)
         embeddings = torch.cat(list(output.pooler_output))  # [R, D']
         counts = [height * width for height, width in grids]
-        units = Units(self._side**2, counts, self._places(grids))
+        units = Units(self.unit_side**2, counts, self._places(grids))
         features = units.split(embeddings)
         sizes = torch.tensor(counts, device=embeddings.device)
         places = torch.arange(features.shape[1], device=embeddings.device)
@@ -147,11 +154,11 @@ class QwenHost(Host):
                 f"image_grid_thw={sizes} has several frames; videos are not pruned, call the model"
                 " without the pruner for them."
             )
-        return [(height // self._side, width // self._side) for _, height, width in sizes]
+        return [(height // self.unit_side, width // self.unit_side) for _, height, width in sizes]
 
     def _found(self, record: taps.Recording, needs: Needs, units: Units) -> dict[str, Any]:
         """What `needs` names of the tower, as keyword arguments of `VisualTokens`."""
-        view = self._view()
+        view = self.tower_parts()
         layers = {number: view.layer(number) for number in needs.hidden}
         blocks = {number: view.block(number) for number in _blocks(needs)}
         missing = {f"layer {n}" for n in layers.values() if n not in record.hidden}
@@ -199,7 +206,7 @@ class QwenHost(Host):
     def picture(self, images: dict[str, Any]) -> Tensor:
         """See `Host.picture`: patches put together, the first of their equal frames."""
         rows, columns = self._grids(images)[0]
-        side, config = self._side, self.tower.config
+        side, config = self.unit_side, self.tower.config
         patch = config.patch_size
         patches = images["pixel_values"][: rows * columns * side**2]
         sizes = (rows, columns, side, side, -1, config.temporal_patch_size, patch, patch)
@@ -229,5 +236,81 @@ class QwenHost(Host):
             self.model.model.rope_deltas = deltas
 
 
+class Qwen2VLHost(QwenHost):
+    """Qwen2-VL; see `QwenHost`."""
+
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen2, tiny_qwen.SPECIAL_TOKENS)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    family: ClassVar[str] = "Qwen2-VL"
+
+
+class Qwen25VLHost(QwenHost):
+    """Qwen2.5-VL; see `QwenHost`.
+
+    Attention sums to 1 over a segment, so patches of a small window at the edge have more of it:
+    for methods that compare tokens of the whole image, choose a block of `fullatt_block_indexes`,
+    e.g. -1.
+    """
+
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
+    family: ClassVar[str] = "Qwen2.5-VL"
+    counts_operations: ClassVar[bool] = True
+
+    @property
+    def usual_tokens(self) -> int:
+        """See `Host.usual_tokens`: of a square of 672 pixels."""
+        return 576
+
+    @property
+    def _window(self) -> int:
+        """Units along the side of a window."""
+        config = self.tower.config
+        return int(config.window_size // config.patch_size // config.spatial_merge_size)
+
+    def segments(self, block: int, grid_hw: tuple[int, int]) -> list[int]:
+        """See `Host.segments`: windows, of which those at the edge may be smaller."""
+        if block in self.tower.config.fullatt_block_indexes:
+            return super().segments(block, grid_hw)
+        rows, columns = (_parts(length, self._window) for length in grid_hw)
+        return [height * width * self.unit_side**2 for height in rows for width in columns]
+
+    def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:
+        return window_order(grids, self._window).argsort()
+
+
+class Qwen3VLHost(QwenHost):
+    """Qwen3-VL; see `QwenHost`.
+
+    Tokens that are kept keep the rows that the first decoder layers add to them (DeepStack), and
+    merging methods mix these as they mix the tokens. Pruners do not see them.
+    """
+
+    tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen3, tiny_qwen.SPECIAL_TOKENS)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_vl",)
+    family: ClassVar[str] = "Qwen3-VL"
+    plain_positions_tell: ClassVar[bool] = True
+
+    @property
+    def num_deepstack_layers(self) -> int:
+        """See `Host.num_deepstack_layers`."""
+        return len(self.tower.config.deepstack_visual_indexes)
+
+    def hooks(self, needs: Needs) -> list[Hook]:
+        """See `Host.hooks`."""
+        return [*super().hooks(needs), deepstack_hook(self.language_model)]
+
+    def _layer_rows(self, output: Any) -> list[Tensor]:
+        # transformers 5.17 leaves the images together
+        found = output.deepstack_features
+        return [rows if isinstance(rows, Tensor) else torch.cat(rows) for rows in found]
+
+
 def _blocks(needs: Needs) -> list[int]:
     return [*needs.keys, *(block for block, _ in needs.attention)]
+
+
+def _parts(length: int, window: int) -> list[int]:
+    """A side cut into windows, the last of which may be smaller."""
+    whole, rest = divmod(length, window)
+    return [window] * whole + ([rest] if rest else [])

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import merge
 from ocvtp.hosts.cache_notes import LayersNote, Left
 from ocvtp.hosts.in_llm.plan import LayerPlan, Stayed
 from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at, with_tail
+from ocvtp.ops.merging import merge
 from ocvtp.transformers_names import causal_mask
 
 

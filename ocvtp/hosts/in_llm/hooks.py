@@ -24,7 +24,8 @@ from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
-from ocvtp.towers.hooks import Hook, after, before, is_compiled
+from ocvtp.towers.hooks import Hook, after, before
+from ocvtp.towers.module_state import is_compiled
 from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import cache_in, is_checkpointed
 

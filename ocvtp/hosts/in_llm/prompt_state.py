@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import on_device
 from ocvtp.hosts.in_llm.attention import among_each_other, rows_of_attention, turn, turn_to_start
 from ocvtp.hosts.in_llm.plan import Group, LayerPlan
 from ocvtp.structures import LayerTokens, take
+from ocvtp.towers.module_state import on_device
 
 
 @dataclass

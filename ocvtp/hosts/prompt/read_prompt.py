@@ -18,7 +18,7 @@ from ocvtp.hosts.prompt.chat_template import find_processor
 from ocvtp.hosts.prompt.clip_text import ClipText, TextTower, load_clip_text
 from ocvtp.hosts.prompt.user_words import Prompts, embed_words
 from ocvtp.structures import Needs
-from ocvtp.towers.uncompiled import uncompiled
+from ocvtp.towers.module_state import uncompiled
 
 
 @dataclass(frozen=True, eq=False)

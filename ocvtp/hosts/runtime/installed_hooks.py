@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ocvtp.hosts.wrap_methods import Wrapped, any_lost, has_methods
 from ocvtp.towers.hooks import Hook, Removable
-from ocvtp.towers.uncompiled import uncompiled
+from ocvtp.towers.module_state import uncompiled
 
 _HOOKS = (
     "_forward_hooks",

@@ -18,7 +18,7 @@ from ocvtp.hosts.prompt.read_call import Encode, encode_anew
 from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
-from ocvtp.towers.uncompiled import uncompiled
+from ocvtp.towers.module_state import uncompiled
 
 _IN_TOWER = ("pixels", "encoder")
 

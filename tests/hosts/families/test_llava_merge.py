@@ -20,7 +20,7 @@ from reference import (
 from torch import Tensor
 
 from ocvtp import Needs, Selection, VisualTokens, build_pruner
-from ocvtp.hosts.base import merge
+from ocvtp.ops.merging import merge
 
 KEPT = [[1, 4, 5], [0, 2, 3], [7, 8, 15]]
 ANCHORS = [[5, 1, 4], [2, 3, 0], [15, 8, 7]]

@@ -27,10 +27,8 @@ from tiny_onevision import tiny_onevision
 from torch import Tensor
 
 from ocvtp import Selection, VisualTokens
-from ocvtp.random_models import tiny_internvl as random_internvl
-from ocvtp.random_models import tiny_llava as random_llava
-from ocvtp.random_models import tiny_qwen as random_qwen
-from ocvtp.random_models.byte_tokenizer import byte_tokenizer
+from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.registry import host_class
 
 Row = tuple[int | str, ...]
 """Numbers stand for so many text tokens, `IMG` for an image; images have another size each."""
@@ -59,7 +57,6 @@ class Family:
 
     Args:
         host: its `model_type`.
-        with_processor: makes a model of random weights and its processor.
         towers: name of a vision tower -> a tiny model with it; the first one has all features.
         make: rows and the side of padding -> what a processor returns.
         single: a batch and the number of a row -> that row, without its padding.
@@ -70,13 +67,16 @@ class Family:
     """
 
     host: str
-    with_processor: Callable[[], tuple[Any, Any]]
     towers: dict[str, Callable[[], Any]]
     make: Callable[[Sequence[Row], Side], Inputs]
     single: Callable[[Inputs, int], Inputs]
     shorten: Callable[[Any, Inputs, Side], Any]
     ids: Callable[[Any, Inputs], Tensor] = lambda short, inputs: short.gather(inputs["input_ids"])
     make_unresized: Callable[[Sequence[Row], Side], Inputs] | None = None
+
+    def with_processor(self) -> tuple[Any, Any]:
+        """Its model of random weights, and a processor."""
+        return load_model(f"random:tiny-{host_class(self.host).name}")
 
     @cached_property
     def model(self) -> Any:
@@ -95,11 +95,6 @@ def untouched(family: Family) -> Iterator[Family]:
     yield family
     changed = {key for key, _ in reference.fingerprint(family.model).items() ^ before.items()}
     assert changed <= {"model.rope_deltas."}
-
-
-def around(make: Callable[..., Any], special: dict[str, str]) -> Callable[[], tuple[Any, Any]]:
-    """`make` with a tokenizer that has these special tokens."""
-    return lambda: make(byte_tokenizer(special))
 
 
 def shorten_llava(model: Any, inputs: Inputs, side: Side) -> Any:
@@ -155,11 +150,10 @@ def shorten_qwen(model: Any, inputs: Inputs, side: Side) -> Any:
     return qwen_reference.shorten(model, inputs, places(len(sizes)), side, looked)
 
 
-def qwen(host: str, tiny: Callable[[], Any], with_processor: Callable[..., Any]) -> Family:
+def qwen(host: str, tiny: Callable[[], Any]) -> Family:
     """The families differ in their towers only."""
     return Family(
         host=host,
-        with_processor=around(with_processor, random_qwen.SPECIAL_TOKENS),
         towers={"own": tiny},
         make=make_qwen,
         single=tiny_qwen.single,
@@ -171,7 +165,6 @@ def qwen(host: str, tiny: Callable[[], Any], with_processor: Callable[..., Any])
 FAMILIES = (
     Family(
         host="llava",
-        with_processor=around(random_llava.tiny_llava, random_llava.SPECIAL_TOKENS),
         towers={"CLIP": lambda: tiny_llava("clip"), "SigLIP": lambda: tiny_llava("siglip")},
         make=reference.make_batch,
         single=reference.single,
@@ -179,7 +172,6 @@ FAMILIES = (
     ),
     Family(
         host="llava_next",
-        with_processor=around(random_llava.tiny_llava_next, random_llava.SPECIAL_TOKENS),
         towers={"CLIP": lambda: tiny_next("clip"), "SigLIP": lambda: tiny_next("siglip")},
         make=reference_next.make_next,
         single=reference_next.single_next,
@@ -187,7 +179,6 @@ FAMILIES = (
     ),
     Family(
         host="llava_onevision",
-        with_processor=around(random_llava.tiny_onevision, random_llava.SPECIAL_TOKENS),
         towers={"SigLIP": tiny_onevision},
         make=lambda rows, side: reference_onevision.make_onevision(
             rows, side, reference_onevision.EITHER
@@ -200,15 +191,14 @@ FAMILIES = (
     ),
     Family(
         host="internvl",
-        with_processor=around(random_internvl.tiny_internvl, random_internvl.SPECIAL_TOKENS),
         towers={"own": tiny_internvl},
         make=make_internvl,
         single=reference_internvl.single_internvl,
         shorten=shorten_internvl,
     ),
-    qwen("qwen2_vl", tiny_qwen.tiny_qwen2, random_qwen.tiny_qwen2),
-    qwen("qwen2_5_vl", tiny_qwen.tiny_qwen, random_qwen.tiny_qwen),
-    qwen("qwen3_vl", tiny_qwen.tiny_qwen3, random_qwen.tiny_qwen3),
+    qwen("qwen2_vl", tiny_qwen.tiny_qwen2),
+    qwen("qwen2_5_vl", tiny_qwen.tiny_qwen),
+    qwen("qwen3_vl", tiny_qwen.tiny_qwen3),
 )
 
 QUICK = ("llava", "qwen2_5_vl")
