@@ -363,6 +363,6 @@ class Host(ABC):
     def eager_tower(self, needs: Needs, acts: bool = False) -> AbstractContextManager[Any]:
         """Run a compiled tower eagerly if hooks look into it, or act: dynamo ignores them."""
         looks_inside = acts or needs.hidden or needs.attention or needs.keys or needs.cls
-        if looks_inside and any(is_compiled(module) for module in self.tower.modules()):
+        if looks_inside and is_compiled(self.tower):
             return torch.compiler.set_stance("force_eager")
         return nullcontext()

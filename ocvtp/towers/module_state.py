@@ -15,7 +15,11 @@ _T = TypeVar("_T")
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile wraps a module: it may ignore hooks that come later."""
+    """Whether torch.compile wraps a module or a part of it: it may ignore hooks that come later."""
+    return any(_is_wrapped(part) for part in module.modules())
+
+
+def _is_wrapped(module: nn.Module) -> bool:
     in_place = getattr(module, "_compiled_call_impl", None) is not None
     return in_place or any("_orig_mod" in held for held in (vars(module), module._modules))
 

@@ -173,7 +173,9 @@ class ClipFamilyHost(Host):
         if self._tower_stages is not None:
             hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
-            hooks += skip_unread.hooks(self.tower_parts().blocks, self._behind_blocks())
+            view, readers = self.tower_parts(), self._readers(needs)
+            asked = {view.block(b) for some in readers for b in skip_unread.blocks_of(some)}
+            hooks += skip_unread.hooks(view.blocks, self._behind_blocks(), asked)
         if self._may_project_later:
             hooks += skip_unread.hooks_of_projector(self._projector)
         return hooks
@@ -188,11 +190,11 @@ class ClipFamilyHost(Host):
 
     @property
     def _may_cut(self) -> bool:
-        return self.savings.cut_tower and not any(map(is_compiled, self.tower.modules()))
+        return self.savings.cut_tower and not is_compiled(self.tower)
 
     @property
     def _may_project_later(self) -> bool:
-        return self.savings.project_kept and not any(map(is_compiled, self._projector.modules()))
+        return self.savings.project_kept and not is_compiled(self._projector)
 
     def _behind_blocks(self) -> list[nn.Module]:
         """The tower's norm, and the head that pools what it gives."""
@@ -208,10 +210,15 @@ class ClipFamilyHost(Host):
         """From where on nobody reads the tower, see `unread.first_unread`."""
         if tower_output.is_asked(images):
             return self._last_half + 1
+        view, layers = self.tower_parts(), self.layers_read(images)
+        return skip_unread.first_unread(view, layers, self._readers(needs))
+
+    def _readers(self, needs: Needs) -> list[Needs]:
+        """What is read of the tower beside the layers that go to the projector."""
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
             readers.append(self._tower_stages.dropper.needs)
-        return skip_unread.first_unread(self.tower_parts(), self.layers_read(images), readers)
+        return readers
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """See `Host.set_stages`."""

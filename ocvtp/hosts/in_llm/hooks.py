@@ -38,7 +38,7 @@ def check(host: Host, pruner: LayerPruner) -> None:
     """
     model = host.language_model
     places = pruner.layers(len(model.layers))
-    if any(is_compiled(module) for module in model.modules()):
+    if is_compiled(model):
         raise ValueError(
             f"{pruner.name} drops tokens inside the language model, whose layers are compiled:"
             " hooks on them would be ignored. Attach it to a model that is not, or use a pruner"

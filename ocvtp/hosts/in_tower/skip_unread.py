@@ -8,7 +8,7 @@ code, they run as ever.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -51,17 +51,19 @@ def blocks_of(needs: Needs) -> list[int]:
     return [*needs.keys, *(block for block, _ in needs.attention)]
 
 
-def hooks(blocks: Sequence[Any], behind: Sequence[nn.Module]) -> list[Hook]:
+def hooks(blocks: Sequence[Any], behind: Sequence[nn.Module], asked: Collection[int]) -> list[Hook]:
     """Let blocks be left out, or the `mlp` of one, and what stands behind them.
 
     Args:
         blocks: of the tower.
         behind: its norm, and what reads that.
+        asked: numbers of blocks whose attention may be the last thing that is read.
     """
     modules = [module for block in blocks for module in (block, block.mlp)]
     return [
         Hook(module, partial(Wrapped, forward, module, partial(_hand_on, half)))
         for half, module in enumerate([*modules, *behind])
+        if half % 2 == 0 or half // 2 in asked or half > 2 * len(blocks)
     ]
 
 

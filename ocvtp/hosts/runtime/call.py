@@ -105,9 +105,3 @@ class Call(LayerCall):
         if prompt.deepstack is None:
             return kwargs, None
         return kwargs, prompt.deepstack.part(here, repeats, tail.shape[1])
-
-
-def current_call() -> Call | None:
-    """The call of an attached model that this thread is in."""
-    call = CALL.get()
-    return call if isinstance(call, Call) else None

@@ -9,15 +9,16 @@ from __future__ import annotations
 from copy import copy
 from typing import Any
 
-from ocvtp.hosts.runtime.call import current_call
+from ocvtp.hosts.runtime.call import Call
 from ocvtp.hosts.wrap_methods import Original, Wrapped, has_methods
+from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import MERGE_PROCESSORS
 
 
 def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -> Any:
     """What generate() makes of its own processors (or criteria) and of those that it is given."""
-    merged, call = original(default_list, custom_list), current_call()
-    if call is None or call.callers is None:
+    merged, call = original(default_list, custom_list), CALL.get()
+    if not isinstance(call, Call) or call.callers is None:
         return merged
     callers = call.callers
     callers.find([*default_list, *custom_list])

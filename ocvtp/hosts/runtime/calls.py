@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ocvtp.hosts.runtime import conversation, forward_output, generate_arguments
 from ocvtp.hosts.runtime.attachment import Attachment
-from ocvtp.hosts.runtime.call import Call, current_call
+from ocvtp.hosts.runtime.call import Call
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
+from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import cache_length, encoded_images, name_cache
 
 
@@ -32,8 +33,8 @@ def forward(
         kwargs = conversation.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     kwargs = _by_name(model, "forward", args, kwargs)
-    call = current_call()
-    if call is not None and call.model is model and call.prompt is not None:
+    call = CALL.get()
+    if isinstance(call, Call) and call.model is model and call.prompt is not None:
         kwargs, deepstack = call.step(kwargs)  # the ids are short already
         plan = None if kwargs.get("inputs_embeds") is None else call.prompt.layers
         with call.reading(plan, deepstack):
@@ -87,9 +88,9 @@ def _pruned(
             " mask would not match the short cache. Use generate(), or pass the images with an"
             " empty cache."
         )
-    around, is_tuple = current_call(), _wants_tuple(module, kwargs)
+    around, is_tuple = CALL.get(), _wants_tuple(module, kwargs)
     # In a tuple, what is missing would move what stands behind it.
-    whole = is_tuple or attachment.keeps_all or (around is not None and around.wants_tuple)
+    whole = is_tuple or attachment.keeps_all or (isinstance(around, Call) and around.wants_tuple)
     call = Call(attachment.host.model)
     with call.on_its_way():
         short = attachment.shorten(kwargs, whole)
