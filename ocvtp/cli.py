@@ -108,7 +108,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--import", metavar="FILE", help="a Python file that registers pruners or tasks of your own"
+        "--import",
+        metavar="FILE",
+        help="a Python file that registers pruners, tasks or hosts of your own",
     )
     parser.add_argument("--version", action="version", version=f"ocvtp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -45,7 +45,9 @@ def import_file(path: str) -> None:
     """
     file = Path(path).resolve()
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"{path!r} is no Python file; pass one that registers pruners or tasks.")
+        raise ValueError(
+            f"{path!r} is no Python file; pass one that registers pruners, tasks or hosts."
+        )
     known = sys.modules.get(file.stem)
     if known is not None:
         if getattr(known, "__file__", None) == str(file):

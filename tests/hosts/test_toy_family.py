@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -184,6 +185,16 @@ def test_a_host_without_a_tiny_model_has_none_by_name():
         assert "'random:tiny-plain'" not in str(error.value).split("random models are")[1]
     finally:
         del registry.HOSTS["plain"]
+
+
+def test_the_page_about_hosts_names_what_a_host_says():
+    page = Path("docs/add-a-host.md").read_text()
+    cells = re.findall(r"^\| (`.+?) \|", page, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    said = {name for name in dir(Host) if not name.startswith("_")} | set(Host.__annotations__)
+    assert len(named) > 20
+    assert named <= said
+    assert Host.__abstractmethods__ <= named
 
 
 def test_every_family_of_the_package_has_a_name_and_a_tiny_model():
