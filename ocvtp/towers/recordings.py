@@ -41,6 +41,8 @@ class Recording:
     """What the projector was given."""
     normed: Tensor | None = None
     """What the norm behind the last block gave."""
+    is_cut: bool = False
+    """Whether anything did not run."""
     is_projected_later: bool = False
     """Whether zeros stand for what the projector makes."""
     has_graph: bool = field(default_factory=torch.is_grad_enabled)

@@ -182,9 +182,10 @@ class ClipFamilyHost(Host):
 
     def savings_for(self, needs: Needs) -> Savings:
         """See `Host.savings_for`; for the layers that the model's config selects."""
+        first_unread = self._first_unread(self.tower_parts(), {}, needs)
         return replace(
             self.savings,
-            cut_tower=self._may_cut and self._first_unread({}, needs) <= self._last_half,
+            cut_tower=self._may_cut and first_unread <= self._last_half,
             project_kept=self._may_project_later and not needs.projected,
         )
 
@@ -206,12 +207,11 @@ class ClipFamilyHost(Host):
         """The number of the last module that `unread` may leave out."""
         return 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
 
-    def _first_unread(self, images: dict[str, Any], needs: Needs) -> int:
+    def _first_unread(self, view: taps.Tower, images: dict[str, Any], needs: Needs) -> int:
         """From where on nobody reads the tower, see `unread.first_unread`."""
         if tower_output.is_asked(images):
             return self._last_half + 1
-        view, layers = self.tower_parts(), self.layers_read(images)
-        return skip_unread.first_unread(view, layers, self._readers(needs))
+        return skip_unread.first_unread(view, self.layers_read(images), self._readers(needs))
 
     def _readers(self, needs: Needs) -> list[Needs]:
         """What is read of the tower beside the layers that go to the projector."""
@@ -256,13 +256,13 @@ class ClipFamilyHost(Host):
             RuntimeError: if a hook did not fire.
         """
         self._check_settings(images, needs)
-        stages = self._tower_stages
+        stages, view = self._tower_stages, self.tower_parts()
         eager = self.eager_tower(needs, acts=stages is not None)
         with taps.recording(self.tower) as record, on_device(self.model.model), eager:
             if stages is not None:
                 attention = self.tower.config._attn_implementation
                 stages.begin(record, self.layers_read(images), attention)
-            record.first_unread = half = self._first_unread(images, needs)
+            record.first_unread = self._first_unread(view, images, needs)
             if per_token and not needs.projected:
                 record.projected_width = self.model.config.get_text_config().hidden_size
             output = self.model.model.get_image_features(**images, return_dict=True)
@@ -271,15 +271,15 @@ class ClipFamilyHost(Host):
                 "the projector ran but its hook did not fire: attach the pruner before the model"
                 " is compiled."
             )
-        found = taps.gather(record, self.tower_parts(), self._inside(needs), self.num_prefix)
+        found = taps.gather(record, view, self._inside(needs), self.num_prefix)
         if stages is not None:
             stages.watch(self.tower, features)
         if needs.cls:
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:
             found["valid"] = ran
-        is_cut = self._may_cut and half <= self._last_half
-        output = tower_output.known(output, half if is_cut else None, stages is None)
+        first_unread = record.first_unread if record.is_cut else None
+        output = tower_output.known(output, first_unread, stages is None)
         return output, {"features": features, **found}, record.is_projected_later
 
     def _rows(

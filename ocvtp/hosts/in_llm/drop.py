@@ -51,7 +51,8 @@ def drop(run: Pass, place: Place) -> Tensor:
     plan, current = run.plan, run.current
     assert plan is not None
     assert current is not None
-    current.to(place.hidden.device)
+    if current.mask.device != place.hidden.device:
+        current.to(place.hidden.device)
     hidden, keep = _choose(plan, current, place)
     length = int(keep.sum(dim=1).max()) if current.lengths is None else max(current.lengths)
     # A stable sort moves what stays to one side and keeps its order.

@@ -64,8 +64,6 @@ class Current:
 
     def to(self, device: torch.device) -> None:
         """Go on where a layer of a model in several places is."""
-        if self.mask.device == device:
-            return
         self.groups = tuple(group.to(device) for group in self.groups)
         self.mask, self.last = self.mask.to(device), self.last.to(device)
         self.origin = self.origin.to(device)
@@ -150,14 +148,15 @@ def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> 
         },
         num_heads=next((k.shape[1] for k in keys.values()), None),
     )
-    norms = {"final": place.model.norm, "layer": place.layer.input_layernorm}
-    with on_device(place.layer):
-        normed: dict[str, Tensor] = {name: norms[name](tokens.features) for name in needs.normed}
-        text_normed: dict[str, Tensor] = (
-            {} if tokens.text is None else {n: norms[n](tokens.text) for n in needs.normed}
-        )
-    tower = None if plan.tower is None else plan.tower.map(lambda values: values[group.images])
-    return replace(tokens, normed=normed, text_normed=text_normed, tower=tower)
+    if needs.normed:
+        norms = {"final": place.model.norm, "layer": place.layer.input_layernorm}
+        with on_device(place.layer):
+            normed = {name: norms[name](tokens.features) for name in needs.normed}
+            text = {} if tokens.text is None else {n: norms[n](tokens.text) for n in needs.normed}
+        tokens = replace(tokens, normed=normed, text_normed=text)
+    if plan.tower is None:
+        return tokens
+    return replace(tokens, tower=plan.tower.map(lambda values: values[group.images]))
 
 
 def _of_hidden(group: Group, hidden: Tensor, with_text: bool, **more: Any) -> LayerTokens:

@@ -89,8 +89,10 @@ def forward(
 
 
 def _hand_on(half: int, record: taps.Recording, given: Tensor) -> Tensor | None:
-    first = record.first_unread
-    return given if first is not None and half >= first else None
+    if record.first_unread is None or half < record.first_unread:
+        return None
+    record.is_cut = True
+    return given
 
 
 def _zeros(record: taps.Recording, features: Tensor) -> Tensor | None:
