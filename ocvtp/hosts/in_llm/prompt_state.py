@@ -151,8 +151,9 @@ def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> 
     if needs.normed:
         norms = {"final": place.model.norm, "layer": place.layer.input_layernorm}
         with on_device(place.layer):
-            normed = {name: norms[name](tokens.features) for name in needs.normed}
-            text = {} if tokens.text is None else {n: norms[n](tokens.text) for n in needs.normed}
+            normed: dict[str, Tensor] = {n: norms[n](tokens.features) for n in needs.normed}
+            asked = needs.normed if tokens.text is not None else ()
+            text: dict[str, Tensor] = {n: norms[n](tokens.text) for n in asked}
         tokens = replace(tokens, normed=normed, text_normed=text)
     if plan.tower is None:
         return tokens
