@@ -30,7 +30,25 @@ STOREYS = (
     "commands",
     "cli __init__",
 )
-STOREY = {part: number for number, parts in enumerate(STOREYS) for part in parts.split()}
+# The same inside of ocvtp/hosts.
+HOST_STOREYS = (
+    "cache_notes lazy_projection wrap_methods",
+    "base",
+    "in_llm in_tower",
+    "prompt",
+    "families",
+    "registry",
+    "loading runtime",
+    "attach",
+    "__init__",
+)
+
+
+def storeys(lines: tuple[str, ...]) -> dict[str, int]:
+    return {part: number for number, parts in enumerate(lines) for part in parts.split()}
+
+
+STOREY, HOST_STOREY = storeys(STOREYS), storeys(HOST_STOREYS)
 LIGHTNING = {"training", "data/module.py"}
 TRANSFORMERS = {
     "encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation", "flops",
@@ -90,6 +108,17 @@ def test_imports_go_down(path):
             continue
         same = part(path) == part(target)
         assert same or STOREY[part(target)] < STOREY[part(path)], f"{path} imports {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hosts").rglob("*.py")), ids=str)
+def test_imports_of_hosts_go_down(path):
+    own = path.relative_to(ROOT / "hosts").parts[0].removesuffix(".py")
+    for target in imported(path):
+        if part(target) != "hosts":
+            continue
+        other = target.relative_to(ROOT / "hosts").parts[0].removesuffix(".py")
+        is_below = HOST_STOREY[other] < HOST_STOREY[own]
+        assert other == own or is_below, f"{path} imports {target}"
 
 
 def test_no_files_import_each_other_in_a_circle():
