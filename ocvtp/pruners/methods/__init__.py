@@ -1,1 +1,7 @@
-"""One file a method."""
+"""One file a method: what is in this folder registers itself."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
