@@ -135,6 +135,14 @@ def test_what_a_prompt_cannot_hold_is_refused(processor, part, problem):
         ask(processor, [{"role": "user", "content": [part]}])
 
 
+def test_tasks_that_earlier_versions_wrote_find_what_they_include():
+    earlier = SHIPPED.parents[1] / "lmms_tasks"
+    for name in shipped_tasks():
+        (line,) = (earlier / f"ocvtp_{name}_local.yaml").read_text().splitlines()[1:]
+        included = earlier / line.removeprefix("include: ")
+        assert included.resolve() == SHIPPED / f"ocvtp_{name}_local.yaml"
+
+
 def test_a_written_task_asks_the_same(tmp_path, scoring):
     task = SceneTask(num_images=2, questions=3)
     path = export_task(task, tmp_path / "scenes")
