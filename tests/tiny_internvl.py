@@ -17,7 +17,7 @@ def tiny_internvl(vision: dict[str, Any] | None = None, **settings: Any) -> Any:
         vision: further settings of the tower.
         settings: of the model.
     """
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
+    from transformers import InternVLConfig
 
     tower = {
         "image_size": 56,
@@ -38,7 +38,7 @@ def tiny_internvl(vision: dict[str, Any] | None = None, **settings: Any) -> Any:
         attn_implementation="sdpa",
         **settings,
     )
-    model = random_model(InternVLForConditionalGeneration, config)
+    model = random_model(config)
     random = torch.Generator().manual_seed(0)
     with torch.no_grad():  # what a fresh tower has all equal
         for name, parameter in model.model.vision_tower.named_parameters():

@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 
+from ocvtp.random_models.clip_config import plain_processor
+from ocvtp.random_models.tiny_llava import clip_processor
+from ocvtp.random_models.weights import materialise
+
 IMAGE_TOKEN, PAD, BOS, VOCABULARY = 100, 0, 1, 128
 TEXT = {  # of the language models
     "vocab_size": VOCABULARY,
@@ -40,7 +44,7 @@ def tiny_vision(family: str) -> Any:
 
 
 def _llava(vision: Any, **settings: Any) -> Any:
-    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlamaConfig, LlavaConfig
 
     config = LlavaConfig(
         vision_config=vision,
@@ -50,19 +54,17 @@ def _llava(vision: Any, **settings: Any) -> Any:
         attn_implementation="sdpa",
         **settings,
     )
-    return random_model(LlavaForConditionalGeneration, config)
+    return random_model(config)
 
 
-def random_model(model_class: Any, config: Any) -> Any:
+def random_model(config: Any) -> Any:
     """A model of random weights in evaluation mode, whose answers run to their full length."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = model_class(config)
+    model = materialise(config)
     widen(model)
     model.generation_config.pad_token_id = PAD
     model.generation_config.bos_token_id = BOS
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model
 
 
 @torch.no_grad()
@@ -89,20 +91,12 @@ def tiny_processor(chat_template: str | None = LLAVA_TEMPLATE) -> Any:
     """The processor of `tiny_llava`: a token for every character."""
     from transformers import LlavaProcessor
 
-    from ocvtp.random_models.clip_config import plain_processor
-
     vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": 2, "<unk>": 99, "<image>": IMAGE_TOKEN}
     ends = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return LlavaProcessor(
-        image_processor=plain_processor(56),
-        tokenizer=character_tokenizer(
-            vocabulary, **ends, extra_special_tokens={"image_token": "<image>"}
-        ),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
+    special = {"image_token": "<image>"}
+    tokenizer = character_tokenizer(vocabulary, **ends, extra_special_tokens=special)
+    images, vision = plain_processor(56), tiny_vision("clip")
+    return clip_processor(LlavaProcessor, images, tokenizer, vision, chat_template)
 
 
 def tiny_clip(tower: Any) -> tuple[Any, Any]:

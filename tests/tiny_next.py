@@ -13,12 +13,14 @@ from tiny_models import (
     tiny_vision,
 )
 
+from ocvtp.random_models.tiny_llava import clip_processor
+
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
 
 
 def tiny_next(tower: str = "clip", **settings: Any) -> Any:
     """LLaVA-NeXT on tiles of 56 pixels: 16 tokens a tile, a `clip` or `siglip` tower."""
-    from transformers import LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
+    from transformers import LlamaConfig, LlavaNextConfig
 
     config = LlavaNextConfig(
         vision_config=tiny_vision(tower),
@@ -29,7 +31,7 @@ def tiny_next(tower: str = "clip", **settings: Any) -> Any:
         attn_implementation="sdpa",
         **{"image_grid_pinpoints": PINPOINTS} | settings,
     )
-    return random_model(LlavaNextForConditionalGeneration, config)
+    return random_model(config)
 
 
 def tiny_next_processor(**settings: Any) -> Any:
@@ -41,12 +43,5 @@ def tiny_next_processor(**settings: Any) -> Any:
         crop_size={"height": 56, "width": 56},
         image_grid_pinpoints=PINPOINTS,
     )
-    return LlavaNextProcessor(
-        image_processor=images,
-        tokenizer=tiny_processor().tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-        **settings,
-    )
+    tokenizer, vision = tiny_processor().tokenizer, tiny_vision("clip")
+    return clip_processor(LlavaNextProcessor, images, tokenizer, vision, LLAVA_TEMPLATE, **settings)

@@ -31,32 +31,32 @@ VISION = {
 
 def tiny_qwen(**settings: Any) -> Any:
     """Qwen2.5-VL with 4 blocks, of which 1 and 3 attend to whole images, and 3 decoder layers."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLConfig
 
     vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 64}
     windows = {"window_size": 56, "fullatt_block_indexes": [1, 3]}
     config = Qwen2_5_VLConfig(**_parts(vision | windows, type="mrope"), **settings)
-    return random_model(Qwen2_5_VLForConditionalGeneration, config)
+    return random_model(config)
 
 
 def tiny_qwen2(**settings: Any) -> Any:
     """Qwen2-VL of the same sizes, without windows."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    from transformers import Qwen2VLConfig
 
     vision = {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
     config = Qwen2VLConfig(**_parts(vision, type="mrope"), **settings)
-    return random_model(Qwen2VLForConditionalGeneration, config)
+    return random_model(config)
 
 
 def tiny_qwen3(**settings: Any) -> Any:
     """Qwen3-VL of the same sizes; blocks 0 and 2 of the tower reach two decoder layers."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLConfig
 
     vision = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 64}
     deepstack = {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 2]}
     parts = _parts(vision | deepstack, mrope_interleaved=True)
     parts["text_config"]["head_dim"] = 12
-    return random_model(Qwen3VLForConditionalGeneration, Qwen3VLConfig(**parts, **settings))
+    return random_model(Qwen3VLConfig(**parts, **settings))
 
 
 FAMILIES = {"qwen2": tiny_qwen2, "qwen2.5": tiny_qwen, "qwen3": tiny_qwen3}

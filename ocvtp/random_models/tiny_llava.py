@@ -125,13 +125,21 @@ def _model(
     return materialise(config, seed=seed)
 
 
-def clip_processor(processor_class: Any, images: Any, tokenizer: Any, vision: Any) -> Any:
-    """A family's own processor around a tokenizer, for a tower of these settings."""
+def clip_processor(
+    processor_class: Any,
+    images: Any,
+    tokenizer: Any,
+    vision: Any,
+    chat_template: str | None = _CHAT_TEMPLATE,
+    **settings: Any,
+) -> Any:
+    """A family's own processor around a tokenizer, for a CLIP tower of these settings."""
     return processor_class(
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_CHAT_TEMPLATE,
+        chat_template=chat_template,
+        **settings,
     )

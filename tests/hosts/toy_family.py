@@ -25,6 +25,7 @@ from ocvtp.hosts import register_host
 from ocvtp.hosts.base import Encoded, Kept, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.random_models.clip_config import plain_processor, vision_config
+from ocvtp.random_models.tiny_llava import clip_processor
 from ocvtp.random_models.weights import materialise
 
 
@@ -80,17 +81,8 @@ def tiny_toy(tokenizer: Any) -> tuple[Any, Any]:
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-    processor = LlavaProcessor(
-        image_processor=plain_processor(vision.image_size),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template="{% for message in messages %}{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endfor %}",
-    )
-    return materialise(config), processor
+    images = plain_processor(vision.image_size)
+    return materialise(config), clip_processor(LlavaProcessor, images, tokenizer, vision)
 
 
 @register_host("toy")

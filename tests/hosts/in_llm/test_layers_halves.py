@@ -378,7 +378,7 @@ def test_a_whole_budget_on_a_deeper_model() -> None:
     """Numbers of the paper, on a language model of its depth."""
     config = deepcopy(FAMILIES[0].model.config)
     config.text_config.num_hidden_layers = 32
-    model = random_model(type(FAMILIES[0].model), config)
+    model = random_model(config)
     inputs, prompts = FAMILIES[0].make(ROWS, "left"), []
     pruner = build_pruner("visiondrop", num_keep=8, later=True)
     with pruner(model, on_prune=prompts.append), torch.no_grad():
