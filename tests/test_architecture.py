@@ -202,3 +202,18 @@ def test_names_that_differ_by_version_are_found(tmp_path):
     for name, code in spellings.items():
         (tmp_path / name).write_text(code)
         assert MOVING_NAMES & looked_up(tmp_path / name), name
+
+
+def test_there_is_one_context_variable():
+    made = [path for path in FILES if "ContextVar(" in path.read_text()]
+    assert made == [ROOT / "towers" / "recordings.py"]
+
+
+# Who may leave something on objects of others, which it owns.
+OWNERS = {"cache_notes.py", "attachment.py", "wrap_methods.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "hosts").rglob("*.py")), ids=str)
+def test_nothing_else_is_hidden_on_models_and_caches(path):
+    text = path.read_text()
+    assert "_ocvtp_" not in text or path.name in OWNERS
