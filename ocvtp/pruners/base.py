@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from inspect import cleandoc
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -41,6 +42,12 @@ class Pruner(ABC):
 
     name: ClassVar[str] = ""
     """Key in the registry; `register` sets it."""
+    title: ClassVar[str] = ""
+    """The method's name and what it does, in one line; of a class that does not say so itself, the
+    first line of its docstring."""
+    reads: ClassVar[str] = "not said"
+    """What the host must supply, in a few words for tables; `-` if features and grid are enough. A
+    class that does not say so itself has not said it, whatever it is made from."""
     stage: ClassVar[Stage] = "llm_input"
     status: ClassVar[Status] = "yours"
     """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick; a
@@ -59,8 +66,13 @@ class Pruner(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "status" not in vars(cls):
+        own = vars(cls)
+        if "status" not in own:
             cls.status = "yours"
+        if "title" not in own:
+            cls.title = cleandoc(cls.__doc__ or cls.__name__).partition("\n")[0]
+        if "reads" not in own:
+            cls.reads = "not said"
 
     def __post_init__(self) -> None:
         self._check_budget()

@@ -25,7 +25,6 @@ class CDPruner(Pruner):
     """CDPruner: keep a diverse set of tokens by a determinantal process under the prompt.
 
     Paper: https://arxiv.org/abs/2506.10967, section 3.
-    Stage: llm_input.  Needs: projected, clip.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
@@ -38,6 +37,10 @@ class CDPruner(Pruner):
 
     nearest: bool = False
 
+    title: ClassVar[str] = (
+        "CDPruner: keep a diverse set of tokens by a determinantal process under the prompt."
+    )
+    reads: ClassVar[str] = "projected, clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.10967"
 

@@ -25,7 +25,6 @@ class DART(OneStagePruner):
     """DART: of a few pivots, among image and text, keep the tokens that duplicate them least.
 
     Paper: https://arxiv.org/abs/2502.11494, section 4.
-    Stage: llm_layers.  Needs: keys, hidden states (with text).  Deterministic: yes.
 
     Pivots are the visual and text tokens with the largest L1 norm of their keys, all heads side by
     side, turned by their positions. Visual pivots stay, and each of the P pivots in turn takes the
@@ -52,6 +51,10 @@ class DART(OneStagePruner):
     legacy: bool = False
     legacy_start: int = 35
 
+    title: ClassVar[str] = (
+        "DART: of a few pivots, among image and text, keep the tokens that duplicate them least."
+    )
+    reads: ClassVar[str] = "keys, hidden states (with text)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.11494"
 

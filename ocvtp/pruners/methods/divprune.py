@@ -22,7 +22,6 @@ class DivPrune(Pruner):
     """DivPrune: keep the K most mutually distant tokens (max-min diversity).
 
     Paper: https://arxiv.org/abs/2503.02175, Alg. 1.
-    Stage: llm_input.  Needs: projected.  Deterministic: yes.
 
     The first pick is the token farthest from its nearest neighbour under 1 - cosine; each further
     one is the farthest from all that are picked.
@@ -32,6 +31,8 @@ class DivPrune(Pruner):
     Deviations: none.
     """
 
+    title: ClassVar[str] = "DivPrune: keep the K most mutually distant tokens (max-min diversity)."
+    reads: ClassVar[str] = "projected"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2503.02175"
 

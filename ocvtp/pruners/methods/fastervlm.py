@@ -20,7 +20,6 @@ class FasterVLM(Pruner):
     """FasterVLM: keep the K tokens that the CLS token attends to most.
 
     Paper: https://arxiv.org/abs/2412.01818, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image; paper: 288 to 29 of 576.
@@ -30,6 +29,8 @@ class FasterVLM(Pruner):
 
     block: int = -2
 
+    title: ClassVar[str] = "FasterVLM: keep the K tokens that the CLS token attends to most."
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.01818"
 

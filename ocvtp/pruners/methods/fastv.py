@@ -21,7 +21,6 @@ class FastV(OneStagePruner):
     """FastV: behind an early layer keep the tokens that the prompt's last token attends to most.
 
     Paper: https://arxiv.org/abs/2403.06764, section 4.
-    Stage: llm_layers.  Needs: attention (last token).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, on average over the layers: of 576 in 32 layers 192, 128
@@ -32,6 +31,10 @@ class FastV(OneStagePruner):
     Deviations: none. Tokens keep their positions.
     """
 
+    title: ClassVar[str] = (
+        "FastV: behind an early layer keep the tokens that the prompt's last token attends to most."
+    )
+    reads: ClassVar[str] = "attention (last token)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.06764"
     published: ClassVar[bool] = True

@@ -20,7 +20,6 @@ class FillOnly(Pruner):
     """Fill-only: keep the K tokens that receive the most attention, a control for the OC-pruner.
 
     Paper: none.
-    Stage: llm_input.  Needs: attention (received).  Deterministic: yes.
 
     The OC-pruner fills up with these where slots share a token; what its slots are worth is what it
     gains over them.
@@ -33,6 +32,10 @@ class FillOnly(Pruner):
 
     block: int = -2
 
+    title: ClassVar[str] = (
+        "Fill-only: keep the K tokens that receive the most attention, a control for the OC-pruner."
+    )
+    reads: ClassVar[str] = "attention (received)"
     status: ClassVar[Status] = "control"
 
     @property

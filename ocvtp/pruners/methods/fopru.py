@@ -23,7 +23,6 @@ class FoPru(Pruner):
     """FoPru: keep the tokens of the highest visual focus, single ones or whole rows of the grid.
 
     Paper: https://arxiv.org/abs/2411.14164, Alg. 1.
-    Stage: llm_input.  Needs: attention (given, received).  Deterministic: yes.
 
     A token's significance is the attention that it gives or that it receives among the patches,
     whichever varies more over the image.
@@ -40,6 +39,10 @@ class FoPru(Pruner):
     strategy: Literal["rank", "row"] = "rank"
     block: int = -2
 
+    title: ClassVar[str] = (
+        "FoPru: keep the tokens of the highest visual focus, single ones or whole rows of the grid."
+    )
+    reads: ClassVar[str] = "attention (given, received)"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2411.14164"
 

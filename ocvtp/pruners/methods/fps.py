@@ -25,7 +25,6 @@ class FPS(Pruner):
     """FPS: farthest-point sampling from the first token on, a control without any saliency.
 
     Paper: none.
-    Stage: llm_input.  Needs: - (or projected).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image.
@@ -35,6 +34,10 @@ class FPS(Pruner):
 
     space: Literal["features", "projected"] = "features"
 
+    title: ClassVar[str] = (
+        "FPS: farthest-point sampling from the first token on, a control without any saliency."
+    )
+    reads: ClassVar[str] = "- (or projected)"
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:

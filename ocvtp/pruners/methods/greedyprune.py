@@ -25,7 +25,6 @@ class GreedyPrune(Pruner):
     """GreedyPrune: keep the most salient tokens, leaving out what resembles one that is kept.
 
     Paper: https://arxiv.org/abs/2506.13166, section 3.
-    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
 
     Saliency is the cosine to the last token of the prompt. If too little is left, tokens that were
     left out fill up, the most salient first.
@@ -38,6 +37,10 @@ class GreedyPrune(Pruner):
 
     tau: float = 0.9
 
+    title: ClassVar[str] = (
+        "GreedyPrune: keep the most salient tokens, leaving out what resembles one that is kept."
+    )
+    reads: ClassVar[str] = "projected, text"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.13166"
 

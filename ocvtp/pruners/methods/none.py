@@ -20,13 +20,14 @@ class NoPruning(Pruner):
     """None: keep every token, the yardstick of every table.
 
     Paper: none.
-    Stage: llm_input.  Needs: -.  Deterministic: yes.
 
     Args:
         num_keep: accepted, so that sweeps can name it beside the others; has no effect.
     Deviations: none.
     """
 
+    title: ClassVar[str] = "None: keep every token, the yardstick of every table."
+    reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:

@@ -23,7 +23,6 @@ class PyramidDrop(LayerPruner):
     """PyramidDrop: at each quarter of the layers keep half of what the last token attends to most.
 
     Paper: https://arxiv.org/abs/2410.17247, section 3.2.
-    Stage: llm_layers.  Needs: attention (last token, coming layer).  Deterministic: yes.
 
     The scores are those of the layer that comes: its norm, projections and positions, the prompt's
     last token against everything that is still there.
@@ -37,6 +36,11 @@ class PyramidDrop(LayerPruner):
     Deviations: none. What stays is numbered anew at every stage.
     """
 
+    title: ClassVar[str] = (
+        "PyramidDrop: at each quarter of the layers keep half of what the last token attends to"
+        " most."
+    )
+    reads: ClassVar[str] = "attention (last token, coming layer)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.17247"
     published: ClassVar[bool] = True

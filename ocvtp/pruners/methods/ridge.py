@@ -26,7 +26,6 @@ class Ridge(Pruner):
     """Ridge: keep, one by one, the tokens from which ridge regression restores the others best.
 
     Paper: none.
-    Stage: llm_input.  Needs: attention (CLS or received), or -.  Deterministic: yes.
 
     Tokens are standardised per feature and centred in their image. Each step picks the token that
     explains the most of what is left of all tokens, every token weighted by its attention to the
@@ -52,6 +51,10 @@ class Ridge(Pruner):
     statistics_of: str | None = None
     statistics: FeatureStatistics | None = field(default=None, repr=False)
 
+    title: ClassVar[str] = (
+        "Ridge: keep, one by one, the tokens from which ridge regression restores the others best."
+    )
+    reads: ClassVar[str] = "attention (CLS or received), or -"
     status: ClassVar[Status] = "unofficial"
 
     def __post_init__(self) -> None:

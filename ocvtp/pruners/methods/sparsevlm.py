@@ -33,7 +33,6 @@ class SparseVLM(LayerPruner):
     """SparseVLM: keep what the relevant words attend to in three stages, recycle some of the rest.
 
     Paper: https://arxiv.org/abs/2410.04417, v1.5; `plus` is SparseVLM+ (v2.0).
-    Stage: llm_layers.  Needs: attention (raters among the text).  Deterministic: yes.
 
     Raters are the text tokens that get more than the mean share of the image's softmax over the
     text behind it, of input embeddings. Behind layers 2, 6 and 15 the tokens that they attend to
@@ -52,6 +51,11 @@ class SparseVLM(LayerPruner):
 
     plus: bool = False
 
+    title: ClassVar[str] = (
+        "SparseVLM: keep what the relevant words attend to in three stages, recycle some of the"
+        " rest."
+    )
+    reads: ClassVar[str] = "attention (raters among the text)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.04417"
     merging: ClassVar[bool] = True

@@ -25,7 +25,6 @@ class ToDRE(Pruner):
     """ToDRE: start from the token the CLS attends to most, add the least similar ones in total.
 
     Paper: https://arxiv.org/abs/2505.18757, Alg. 1, and with `later` stage 2.
-    Stage: llm_input.  Needs: attention (CLS), projected.  Deterministic: yes.
 
     Each further pick has the least sum of cosines to those picked before.
 
@@ -43,6 +42,10 @@ class ToDRE(Pruner):
     later: bool = False
     threshold: float = 0.1
 
+    title: ClassVar[str] = (
+        "ToDRE: start from the token the CLS attends to most, add the least similar ones in total."
+    )
+    reads: ClassVar[str] = "attention (CLS), projected"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2505.18757"
 

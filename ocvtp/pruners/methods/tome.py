@@ -33,7 +33,6 @@ class ToMe(BlockMerger):
     """ToMe: merge the most similar tokens in every block of the vision tower.
 
     Paper: https://arxiv.org/abs/2210.09461, section 3.
-    Stage: encoder.  Needs: keys.  Deterministic: yes.
 
     Between attention and MLP, tokens in even places are compared with those in odd places by their
     keys, and the most similar pairs are averaged by their sizes; blocks behind attend to a mean of
@@ -55,6 +54,8 @@ class ToMe(BlockMerger):
     r: MergeSpec | None = None
     block: int = -1
 
+    title: ClassVar[str] = "ToMe: merge the most similar tokens in every block of the vision tower."
+    reads: ClassVar[str] = "keys"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2210.09461"
 

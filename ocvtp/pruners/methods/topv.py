@@ -26,7 +26,6 @@ class TopV(OneStagePruner):
     """TopV: keep the tokens whose states cost least to be carried to the normed ones.
 
     Paper: https://arxiv.org/abs/2503.18278.
-    Stage: llm_layers.  Needs: hidden states, grid.  Deterministic: yes.
 
     An entropic transport, of three Sinkhorn steps, goes from the image's hidden states in front of
     a layer to the same behind its norm. To carry token i to j costs their squared distance, plus
@@ -52,6 +51,10 @@ class TopV(OneStagePruner):
     sigma: float = 10.0
     entropy: float = 0.1
 
+    title: ClassVar[str] = (
+        "TopV: keep the tokens whose states cost least to be carried to the normed ones."
+    )
+    reads: ClassVar[str] = "hidden states, grid"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2503.18278"
 

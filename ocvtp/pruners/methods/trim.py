@@ -26,7 +26,6 @@ class TRIM(AdaptivePruner):
     """TRIM: keep the tokens that CLIP relates to the prompt, and the mean of all others.
 
     Paper: https://arxiv.org/abs/2409.10994, section 3.
-    Stage: llm_input.  Needs: clip.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, the mean of the others included.
@@ -40,6 +39,10 @@ class TRIM(AdaptivePruner):
 
     nearest: bool = False
 
+    title: ClassVar[str] = (
+        "TRIM: keep the tokens that CLIP relates to the prompt, and the mean of all others."
+    )
+    reads: ClassVar[str] = "clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2409.10994"
     merging: ClassVar[bool] = True

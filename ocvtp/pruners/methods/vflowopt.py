@@ -27,7 +27,6 @@ class VFlowOpt(Pruner):
     """VFlowOpt: keep what the image's global tokens attend to, recycle the rest, drop again later.
 
     Paper: https://arxiv.org/abs/2508.05211.
-    Stage: llm_input + llm_layers.  Needs: attention (global).  Deterministic: yes.
 
     Global tokens receive more than twice the mean attention; a token's importance is their mean
     attention to it. What is dropped before the language model is averaged onto the most important
@@ -51,6 +50,11 @@ class VFlowOpt(Pruner):
     block: int = -2
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "VFlowOpt: keep what the image's global tokens attend to, recycle the rest, drop again"
+        " later."
+    )
+    reads: ClassVar[str] = "attention (global)"
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2508.05211"

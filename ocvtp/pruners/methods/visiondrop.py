@@ -23,7 +23,6 @@ class VisionDrop(Pruner):
     """VisionDrop: keep the tokens that all others attend to, and merge the rest into a few.
 
     Paper: https://arxiv.org/abs/2506.22283, section 3.
-    Stage: llm_input.  Needs: attention (received), keys.  Deterministic: yes.
 
     With `later`, tokens are dropped and merged in the same way at each quarter of the language
     model's layers, by the attention that an image's tokens receive of each other there.
@@ -49,6 +48,10 @@ class VisionDrop(Pruner):
     later: bool = False
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "VisionDrop: keep the tokens that all others attend to, and merge the rest into a few."
+    )
+    reads: ClassVar[str] = "attention (received), keys"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
     merging: ClassVar[bool] = True

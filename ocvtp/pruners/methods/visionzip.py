@@ -21,7 +21,6 @@ class VisionZip(Pruner):
     """VisionZip: keep the CLS and the tokens it attends to, and merge the rest into a few.
 
     Paper: https://arxiv.org/abs/2412.04467, section 3.
-    Stage: llm_input.  Needs: attention (CLS), keys, CLS.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, the CLS included; paper: 192, 128 or 64 of 576.
@@ -36,6 +35,10 @@ class VisionZip(Pruner):
     guidance: Literal["cls", "received"] = "cls"
     block: int = -2
 
+    title: ClassVar[str] = (
+        "VisionZip: keep the CLS and the tokens it attends to, and merge the rest into a few."
+    )
+    reads: ClassVar[str] = "attention (CLS), keys, CLS"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.04467"
     merging: ClassVar[bool] = True

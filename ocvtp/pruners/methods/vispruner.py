@@ -24,7 +24,6 @@ class VisPruner(Pruner):
     """VisPruner: keep the tokens the CLS attends to, and of the rest those without duplicates.
 
     Paper: https://arxiv.org/abs/2412.01818, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     The rest, ordered by attention, is thinned out in rounds: every second token is compared with
     the ones between, and the `step` tokens most similar to one of these go.
@@ -41,6 +40,10 @@ class VisPruner(Pruner):
     step: int = 8
     block: int = -2
 
+    title: ClassVar[str] = (
+        "VisPruner: keep the tokens the CLS attends to, and of the rest those without duplicates."
+    )
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.01818"
 

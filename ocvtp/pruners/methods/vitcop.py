@@ -25,7 +25,6 @@ class ViTCoP(Pruner):
     """ViTCoP: drop what the CLS passes over, merge clusters early and drop by key norm late.
 
     Paper: https://arxiv.org/abs/2601.17818.
-    Stage: llm_input + llm_layers.  Needs: attention (CLS), keys (both).  Deterministic: yes.
 
     Before the language model int(.2 N + .9 K) tokens stay. In front of layer 2 they are clustered
     by the tower's keys: of each cluster the tokens whose key is shortest stay, the others become
@@ -51,6 +50,10 @@ class ViTCoP(Pruner):
     block: int = -2
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "ViTCoP: drop what the CLS passes over, merge clusters early and drop by key norm late."
+    )
+    reads: ClassVar[str] = "attention (CLS), keys (both)"
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2601.17818"

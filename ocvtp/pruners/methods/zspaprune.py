@@ -25,7 +25,6 @@ class ZSPAPrune(Pruner):
     """ZSPAPrune: keep a core of tokens close to the prompt, and the most diverse of the others.
 
     Paper: https://arxiv.org/abs/2510.17197, section 3.
-    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image.
@@ -36,6 +35,10 @@ class ZSPAPrune(Pruner):
 
     core_ratio: float = 0.6
 
+    title: ClassVar[str] = (
+        "ZSPAPrune: keep a core of tokens close to the prompt, and the most diverse of the others."
+    )
+    reads: ClassVar[str] = "projected, text"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.17197"
 
