@@ -1,7 +1,4 @@
-"""The contract of a pruner.
-
-B images, N visual tokens, K kept.
-"""
+"""The contract of a pruner."""
 
 from __future__ import annotations
 
@@ -79,7 +76,7 @@ class Pruner(ABC):
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Itself; several of different stages in a `Compose`."""
+        """Itself; of a method that acts at several stages, one pruner for each."""
         return (self,)
 
     @property
@@ -147,7 +144,7 @@ class Pruner(ABC):
         return self.num_keep is None and self.keep_ratio is not None
 
     def of_size(self, num_tokens: int) -> Pruner:
-        """The same for images of `num_tokens` tokens alone, padding apart; K is then a number."""
+        """The same pruner for images of `num_tokens` real tokens; K is then a number."""
         if not self.keeps_share:
             return self
         changed = copy(self)
@@ -180,7 +177,6 @@ class Pruner(ABC):
         return height, width
 
     def _check_budget(self) -> None:
-        """Refuse a budget that is none."""
         if (self.num_keep is None) == (self.keep_ratio is None):
             raise ValueError(
                 f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
@@ -189,7 +185,7 @@ class Pruner(ABC):
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        """Refuse what is no count or share, and hold the others as plain numbers."""
+        """Refuse what is no count or share; keep the others as plain numbers."""
         if self.num_keep is not None:
             self.num_keep = check_count("num_keep", self.num_keep)
         if self.keep_ratio is not None:
@@ -219,7 +215,6 @@ class AdaptivePruner(Pruner):
 
     @property
     def exact(self) -> bool:
-        """Whether it does not count."""
         return not self.adaptive
 
     def budget(self, num_tokens: int) -> int:

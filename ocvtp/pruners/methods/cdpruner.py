@@ -1,8 +1,3 @@
-"""CDPruner.
-
-B images, N visual tokens, K kept, P width of CLIP's shared space, D' width of the projected tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -46,7 +41,6 @@ class CDPruner(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The tokens that the language model would read, and CLIP's view of them and the prompt."""
         return Needs(projected=True, clip=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""DivPrune.
-
-B images, N visual tokens, K kept, D' width of the projected tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,7 +33,6 @@ class DivPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The tokens that the language model would read."""
         return Needs(projected=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

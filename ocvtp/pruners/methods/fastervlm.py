@@ -1,8 +1,3 @@
-"""FasterVLM.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -36,7 +31,6 @@ class FasterVLM(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block's attention."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

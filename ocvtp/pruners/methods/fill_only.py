@@ -1,8 +1,3 @@
-"""The OC-pruner without its slots.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -40,7 +35,6 @@ class FillOnly(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """One mean over the rows of one block's attention."""
         return Needs(attention=((self.block, "received"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""FoPru.
-
-B images, N visual tokens on a grid of H x W, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -53,7 +48,6 @@ class FoPru(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Both means of one block's attention, the CLS left out of queries and keys."""
         means = ((self.block, "given"), (self.block, "received"))
         return Needs(attention=means, patch_queries=True)  # type: ignore[arg-type]
 

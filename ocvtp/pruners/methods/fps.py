@@ -1,8 +1,3 @@
-"""Farthest-point sampling.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -47,7 +42,6 @@ class FPS(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The space that distances are measured in."""
         return Needs(projected=self.space == "projected")
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""GreedyPrune.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -51,7 +46,6 @@ class GreedyPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
@@ -59,7 +53,7 @@ class GreedyPrune(Pruner):
         directions = unit(tokens.projected)
         saliency = (directions @ unit(last_text(tokens))[:, :, None]).squeeze(2)  # [B, N]
         rank = ranks(descending(saliency, tokens.valid))
-        if tokens.valid is not None:  # behind all repetitions too
+        if tokens.valid is not None:  # after all repetitions too
             rank = rank + 2 * tokens.num_tokens * ~tokens.valid
         picks = self._suppress(rank, directions, num_keep)
         return ascending(picks, tokens.valid, tokens.num_tokens)

@@ -1,8 +1,3 @@
-"""HiPrune.
-
-B images, N visual tokens on a grid of H x W, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -55,7 +50,6 @@ class HiPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """What two blocks attend to."""
         return Needs(attention=((self.object_block, "received"), (self.deep_block, "received")))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""HoloV.
-
-B images, N visual tokens, K kept, C crops.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -56,7 +51,6 @@ class HoloV(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

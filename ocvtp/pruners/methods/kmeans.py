@@ -1,8 +1,3 @@
-"""k-means medoids.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -54,7 +49,6 @@ class KMeans(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The space that distances are measured in."""
         return Needs(projected=self.space == "projected")
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""The unpruned control.
-
-B images, N visual tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -31,15 +26,12 @@ class NoPruning(Pruner):
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:
-        """Any budget will do, and none."""
         self._check_numbers()
 
     def budget(self, num_tokens: int) -> int:
-        """N."""
         return num_tokens
 
     def exceeds(self, num_tokens: int) -> bool:
-        """No."""
         return False
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""Average pooling.
-
-B images, N visual tokens, K kept on a grid of H x W.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

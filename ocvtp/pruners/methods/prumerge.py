@@ -1,8 +1,3 @@
-"""LLaVA-PruMerge.
-
-B images, N visual tokens, K kept, C width of the keys.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -57,7 +52,6 @@ class PruMerge(AdaptivePruner):
 
     @property
     def needs(self) -> Needs:
-        """Keys of one block with the query and key of its CLS."""
         return Needs(keys=(self.block,), cls_queries=(self.block,))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

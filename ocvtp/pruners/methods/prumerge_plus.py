@@ -1,8 +1,3 @@
-"""LLaVA-PruMerge+.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,8 +1,3 @@
-"""Greedy ridge reconstruction.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -77,7 +72,6 @@ class Ridge(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The attention that the weights are made of."""
         return Needs(attention=weight_attention(self.weights, self.block))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""SCOPE.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -47,7 +42,6 @@ class SCOPE(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     @torch.no_grad()

@@ -1,8 +1,3 @@
-"""TRIM.
-
-B images, N visual tokens, K kept, P width of CLIP's shared space.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -49,7 +44,6 @@ class TRIM(AdaptivePruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt in CLIP's shared space."""
         return Needs(clip=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

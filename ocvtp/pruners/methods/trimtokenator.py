@@ -1,8 +1,3 @@
-"""TrimTokenator.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -52,7 +47,6 @@ class TrimTokenator(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

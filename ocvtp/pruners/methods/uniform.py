@@ -1,8 +1,3 @@
-"""The uniform control.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,8 +1,3 @@
-"""VisionZip.
-
-B images, N visual tokens, K kept, D width, d width of a head.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -52,7 +47,6 @@ class VisionZip(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """One block's attention and keys, and the CLS row that is kept."""
         attention = ((self.block, self.guidance),)
         return Needs(attention=attention, keys=(self.block,), cls=self.guidance == "cls")
 

@@ -1,8 +1,3 @@
-"""VisPruner.
-
-B images, N visual tokens, K kept, R tokens not kept yet, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -57,7 +52,6 @@ class VisPruner(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

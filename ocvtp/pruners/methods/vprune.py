@@ -1,8 +1,3 @@
-"""V-PRUNE.
-
-B images, N patches, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,8 +1,3 @@
-"""ZSPAPrune.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -49,7 +44,6 @@ class ZSPAPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
