@@ -3,7 +3,7 @@
     python examples/your_own_pruner.py
 
 `contrast` keeps the tokens that differ most from the mean of their image. A pruner says where it
-acts (`stage`, by default in front of the language model) and what it reads beside the tower's
+acts (`stage`, by default before the language model) and what it reads beside the tower's
 tokens (`needs`); every host then serves it. What a method may ask for is in `ocvtp.Needs`.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from PIL import Image
 
@@ -29,16 +30,14 @@ from ocvtp.pruners.registry import register
 class Contrast(ocvtp.Pruner):
     """Contrast: keep the K tokens that differ most from the mean of their image.
 
-    Paper: none.
-    Stage: llm_input.  Needs: projected.  Deterministic: yes.
-
     Args:
         num_keep: tokens kept per image.
         power: of the differences; 2 is the squared distance, 1 the sum of absolute values.
-    Deviations: none.
     """
 
     power: float = 2.0
+
+    reads: ClassVar[str] = "projected"
 
     @property
     def needs(self) -> ocvtp.Needs:

@@ -1,9 +1,13 @@
-"""What crosses stages: what a pruner asks for, what it is given, what it answers.
+"""What a pruner asks for, what it is given, and what it answers.
 
-B images, N visual tokens of an image (CLS apart), K kept, D encoder width, D' width of the language
-model, M text tokens. `hidden_states[i]` is the *input* of block i, so block i's output is
-`hidden_states[i + 1]`; blocks are numbered from 0. Negative numbers count from the end as in
-Python: block -2 of a 24-block tower is block 22 and its output is `hidden_states[-2]`.
+Letters in shapes, in every file: B images (I of them inside the language model, all of one size),
+N visual tokens of an image without its CLS, K tokens kept of it, H x W its grid, D width of the
+tower, D' width of the language model, M text tokens, S slots. Where a file needs other letters,
+it explains them.
+
+`hidden_states[i]` is the *input* of block i, so block i's output is `hidden_states[i + 1]`; blocks
+are numbered from 0. Negative numbers count from the end as in Python: block -2 of a 24-block tower
+is block 22 and its output is `hidden_states[-2]`.
 """
 
 from __future__ import annotations

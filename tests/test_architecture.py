@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from functools import cache
+from functools import cache, cached_property
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import pytest
 
@@ -148,6 +149,50 @@ def test_sizes_and_forbidden_things(path):
             length = node.end_lineno - node.lineno + 1
             body = length - len((ast.get_docstring(node) or "").splitlines())
             assert body <= 50, f"{path}: {node.name} has {body} lines"
+
+
+def undocumented(module: ModuleType) -> list[str]:
+    """Public methods and properties that have no docstring, and override nothing that could."""
+    kinds = (FunctionType, property, classmethod, staticmethod, cached_property)
+    return [
+        f"{cls.__name__}.{name}"
+        for cls in vars(module).values()
+        if isinstance(cls, type) and cls.__module__ == module.__name__
+        for name, value in vars(cls).items()
+        if isinstance(value, kinds) and not value.__doc__
+        if not cls.__name__.startswith("_") and not name.startswith("_")
+        if not any(hasattr(base, name) for base in cls.__mro__[1:])
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_public_methods_say_what_they_do(name):
+    """Ruff asks it of classes and functions; an override is documented by its base."""
+    assert not undocumented(pytest.importorskip(name, exc_type=ModuleNotFoundError))
+
+
+def test_methods_that_say_nothing_are_found():
+    class Base:
+        def documented(self):
+            """Words."""
+
+        def silent(self): ...
+
+        @property
+        def still(self): ...
+
+        def _private(self): ...
+
+    class Derived(Base):
+        def documented(self): ...
+
+        def further(self): ...
+
+    module = ModuleType("found")
+    for cls in (Base, Derived):
+        cls.__module__ = "found"
+        setattr(module, cls.__name__, cls)
+    assert undocumented(module) == ["Base.silent", "Base.still", "Derived.further"]
 
 
 def test_inference_imports_neither_lightning_nor_transformers():

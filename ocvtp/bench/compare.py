@@ -79,7 +79,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not whole: {problem}; pass {what}.")
     if found["schema"] != SCHEMA:
         raise ValueError(
-            f"{path} has schema {found['schema']}, this version reads {SCHEMA}; time it anew."
+            f"{path} has schema {found['schema']}, this version reads {SCHEMA}; time it again."
         )
     return found
 
@@ -224,7 +224,6 @@ def _uneven(found: Facts) -> str:
 
 
 def _check(a: Facts, b: Facts) -> None:
-    """Refuse what cannot be compared."""
     problems = [
         f"{name} is {a['settings'][name]!r} in a and {b['settings'][name]!r} in b"
         for name in ("new_tokens", "model")

@@ -1,4 +1,4 @@
-"""Operations of a row as `ocvtp flops` counts them, beside those that were seen while it ran."""
+"""Operations of a row as `ocvtp flops` counts them, next to those that were seen while it ran."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def flops_of(
         num_images: of a prompt.
 
     Returns:
-        None where they hang on what is in an image, or the model's family is not known there.
+        None where they depend on what is in an image, or the model's family is not known there.
     """
     try:
         found = count(

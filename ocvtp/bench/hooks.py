@@ -47,7 +47,7 @@ class Tokens(StoppingCriteria):  # type: ignore[misc]
 def modules_of(host: Host) -> dict[str, list[nn.Module]]:
     """The modules of every stage.
 
-    The projector is what makes the language model's rows of the tower's: a module behind the tower,
+    The projector makes the language model's rows of the tower's tokens: a module after the tower,
     or its merger, which is inside.
     """
     head = host.model.get_output_embeddings()

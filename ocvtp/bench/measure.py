@@ -1,6 +1,6 @@
-"""One cell: every row once in every round, in an order by lot.
+"""One cell: every row once in every round, in random order.
 
-Before the rounds, every row runs once under the eyes of `ocvtp.bench.memory`.
+Before the rounds, every row runs once while `ocvtp.bench.memory` watches it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Bench:
 
     Args:
         subject: the model.
-        new_tokens: of every answer, whose end is not looked for.
+        new_tokens: of every answer; none ends earlier.
     """
 
     subject: Subject
@@ -74,7 +74,7 @@ class Bench:
         repetitions: int,
         tick: Callable[[str], None],
     ) -> dict[str, dict[str, list[float]]]:
-        """Milliseconds of every row's `PARTS` in every round behind the warm-up.
+        """Milliseconds of every row's `PARTS` in every round after the warm-up.
 
         Args:
             request: what is asked. Its images are prepared once in a round, for all rows.
@@ -216,7 +216,7 @@ def _by_kind(above: Peaks, base: int, cache: int, last_cache: int) -> dict[str, 
     Args:
         above: peak of every stage above `base`, and what the allocator had reserved.
         base: allocated before the request.
-        cache: keys and values behind the prompt. last_cache: behind the answer.
+        cache: keys and values after the prompt. last_cache: after the answer.
     """
     held = {spans.MODEL: cache, spans.DECODE: last_cache}
     activations = {stage: peak - held.get(stage, 0) for stage, (peak, _) in above.items() if peak}

@@ -43,7 +43,6 @@ class Watch(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and look at what it returns."""
         result = func(*args, **(kwargs or {}))
         stage = self._stage()
         if _ATTENTION in (name := func.name()):

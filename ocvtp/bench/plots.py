@@ -197,7 +197,6 @@ def _on_one_clock(cell: Facts) -> Facts:
 
 
 def _lines(cell: Facts) -> list[_Line]:
-    """The pruners of a cell."""
     pruned = [row for row in cell["rows"] if row["kept"] is not None]
     found: dict[str, list[Facts]] = {}
     for row in pruned:

@@ -19,10 +19,10 @@ _MIB = 2**20
 
 _LEGEND = f"""\
 - **TTFT**: from tensors on the device to the first token. It holds the tower, the pruner, the
-  projector, and the language model's pass over the prompt. **TPOT**: each token behind the first;
+  projector, and the language model's pass over the prompt. **TPOT**: each token after the first;
   answers have a fixed length, their end is not looked for. **Request**: tensors on the device to
   the last token. Throughput is of one batch after the other, without preprocessing.
-- All rows run once in every round, in an order by lot; ratios are medians of those within rounds.
+- All rows run once in every round, in random order; ratios are medians of those within rounds.
   In brackets: 95% intervals, from {RESAMPLES} resamples of blocks of neighbouring rounds. What
   changes from one process to the next is in no interval.
 - **Operations left**: multiplications and additions before the first token (matrix products,
@@ -38,7 +38,7 @@ _LEGEND = f"""\
   work, rewriting the prompt, and what a host computes for a pruner to read (a row of attention, the
   prompt as CLIP reads it). `decode` is the rest of the answer. `other` is what the stages leave of
   the whole, which has a clock of its own.
-- Memory: `weights` of model and pruner; `KV` behind the prompt and behind the answer; `activations`
+- Memory: `weights` of model and pruner; `KV` after the prompt and after the answer; `activations`
   the most that was allocated beside these. On a CPU kernels' own buffers are not seen."""
 
 
@@ -214,7 +214,7 @@ def _notes(cell: Facts) -> Iterator[str]:
     if yours := sorted({row["label"] for row in cell["rows"] if row.get("yours")}):
         lines.append(f"- Yours: {', '.join(yours)}.")
     for stage, where in (
-        ("pixels", "in front of the vision tower"),
+        ("pixels", "before the vision tower"),
         ("encoder", "inside the vision tower"),
         ("llm_layers", "inside the language model"),
     ):
@@ -237,7 +237,7 @@ def _summary(results: Facts) -> str:
     timer = 1e6 * where["timer_seconds"]
     return (
         f"{where['device']}, {where['threads']} threads, {where['dtype']}, torch {where['torch']},"
-        f" transformers {where['transformers']}. {settings['repetitions']} rounds behind"
+        f" transformers {where['transformers']}. {settings['repetitions']} rounds after"
         f" {settings['warmup']} to warm up; answers of {settings['new_tokens']} tokens. Attention:"
         f" {attention['tower']} in the tower, {attention['language_model']} in the language model"
         f" (kernels called: {seen or 'none of PyTorch'}). A mark of the timer costs"

@@ -188,7 +188,6 @@ def _sit(
 
 
 def _variants(subject: Subject, plan: Plan, inputs: Any, num_tokens: int) -> list[Variant]:
-    """The rows of a plan."""
     lacks = needs_network(plan.pruners, plan.checkpoint)
     return variants(
         plan.pruners,
@@ -225,7 +224,7 @@ def _tick(progress: Progress, bar: Any, where: str, row: str, total: int | None 
 
 
 def _has_effect(variant: Variant, seen: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a row of a setting turned round differs from the row without."""
+    """Whether a row with one setting reversed differs from the row without."""
     if not variant.changed.startswith(("with ", "without ")):
         return True
     plain = variant.key.removesuffix(f" [{variant.changed}]")

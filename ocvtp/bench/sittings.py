@@ -64,7 +64,7 @@ class Sittings:
         return found
 
     def add(self, found: dict[str, Any]) -> None:
-        """Write a sitting down."""
+        """Write a sitting to its file."""
         found = {"header": self._header, **found}
         name = f"{self.key}.json" if self._next == 1 else f"{self.key}.{self._next}.json"
         with replacing(self._folder / name) as temporary:

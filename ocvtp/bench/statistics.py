@@ -78,7 +78,7 @@ def deviations(samples: Sequence[float], block: int) -> Array:
 
 
 def quantile_of_t(freedom: int) -> float:
-    """Student's 97.5% quantile, by Hill's expansion around the normal one; by heart below 4."""
+    """Student's 97.5% quantile, by Hill's expansion around the normal one; from a table below 4."""
     if freedom < 4:
         return {1: 12.7062, 2: 4.3027, 3: 3.1824}[max(freedom, 1)]
     z, v = _Z, float(freedom)

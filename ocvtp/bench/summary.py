@@ -29,7 +29,7 @@ def series(samples: Mapping[str, Sequence[float]], metric: str, new_tokens: int)
     Args:
         samples: of a row, by `ocvtp.bench.measure.PARTS`.
         metric: `ttft` (tensors on the device to the first token: tower, pruner, projector and
-            prefill), `tpot` (each token behind the first), `request` (tensors on the device to the
+            prefill), `tpot` (each token after the first), `request` (tensors on the device to the
             end), `other` (what no stage has, of `whole`), or one of the parts.
         new_tokens: of every answer.
     """

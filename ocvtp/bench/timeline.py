@@ -24,7 +24,7 @@ AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER = (
 )
 SPANS = (AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER)
 """`around`: what generate() and the rewriting of the prompt do before the first token, outside of
-all modules. `model`: the language model's pass over the prompt, and its head. `after`: behind the
+all modules. `model`: the language model's pass over the prompt, and its head. `after`: after the
 last token."""
 
 
@@ -111,7 +111,7 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def wall_clock(device: torch.device, into: list[float]) -> Iterator[None]:
-    """Add the seconds of a block to a list, the device idle before and behind it."""
+    """Add the seconds of a block to a list, the device idle before and after it."""
     synchronize(device)
     begin = time.perf_counter()
     yield

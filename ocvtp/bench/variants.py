@@ -114,8 +114,8 @@ def variants(
         checkpoint: exported OC-pruner, for pruners that take one.
         network: what they get in place of it.
         rows: which settings of `Savings` there are rows for: `default` (attach's own), `all` or
-            `none` of them on, or `each`: attach's own, and beside it one row a setting with that
-            one turned round.
+            `none` of them on, or `each`: attach's own, and one more row for each setting with
+            that one reversed.
 
     Raises:
         ValueError: for what `build_spec` refuses, and for rows that double.

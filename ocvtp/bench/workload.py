@@ -125,7 +125,7 @@ def tokens_of(host: Host, inputs: Any) -> dict[str, int]:
 
 
 def _pictures(count: int, size: tuple[int, int]) -> list[Image.Image]:
-    """Soft colours by lot, always the same."""
+    """Soft random colours, always the same."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, size=(count, 12, 12, 3), dtype=np.uint8)
     return [Image.fromarray(one).resize(size, Image.Resampling.BICUBIC) for one in coarse]

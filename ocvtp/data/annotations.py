@@ -1,6 +1,6 @@
 """COCO `instances` files: the one place where they are read and checked.
 
-h x w pixels of an image as the file says, O objects of it.
+h x w are the pixels of an image as the file says.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CocoFile:
 
     Ids are whole numbers from 0 on, and everything that is listed has its own; every annotation is
     of an image that is listed. Objects may have no mask: boxes alone say what is there. Boxes,
-    licences and whatever else the file holds are not read.
+    licences and everything else in the file are not read.
 
     Attributes:
         path: of the file.
@@ -65,7 +65,7 @@ class CocoFile:
         return all(_has_mask(entry) for entry in self.objects(image_id) if _is_object(entry))
 
     def mask(self, entry: Entry) -> NDArray[np.bool_]:
-        """[h, w] pixels of an annotation.
+        """The pixels of an annotation, [h, w].
 
         Raises:
             ValueError: if it has no readable mask.
@@ -202,7 +202,7 @@ class CocoFile:
             self._refuse(f"{where} {shortened(text)}; pass a text")
 
     def _read_annotations(self, entries: list[Any], with_categories: bool) -> None:
-        """Keep them by image. There may be a million: a fault is put into words when it is one."""
+        """Keep them by image. There may be a million: messages are made for faults only."""
         seen: set[int] = set()
         for place, entry in enumerate(entries, start=1):
             if not isinstance(entry, dict) or "image_id" not in entry:
@@ -252,7 +252,7 @@ def _is_id(number: Any) -> bool:
 
 
 def _name(number: int) -> str:
-    """Of an annotation in messages: its id, or minus its place where it has none."""
+    """What messages call an annotation: its id, or minus its place where it has none."""
     return f"annotation {number}" if number >= 0 else f"entry {-number} of 'annotations'"
 
 

@@ -1,6 +1,6 @@
 """COCO images and instance masks, from a folder with or without an annotation file.
 
-B images, H x W pixels after the transform, h x w pixels before it.
+H x W are an image's pixels after the transform, h x w before it.
 
 Images that are read with masks are used in the orientation in which their pixels are stored: COCO's
 masks are drawn on it. All others are turned upright, see `ocvtp.images`.
@@ -133,7 +133,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         return read_image(path, upright=self._coco is None)
 
     def _unusable(self, file_name: str, error: BaseException, remedy: str) -> dict[str, Any]:
-        """The item that says so, or the error."""
+        """The item of an image that cannot be used; or the error is raised."""
         reason = str(error) or type(error).__name__
         if self.on_error == "skip":
             return {"error": f"{file_name}: {reason}"}
@@ -183,7 +183,6 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _together(images: list[Tensor]) -> Tensor | list[Tensor]:
-    """One tensor of images of one size, else the list."""
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 

@@ -1,4 +1,4 @@
-"""What scenes are drawn with: outlines, textures and the laying of one over the other.
+"""What scenes are drawn with: outlines, textures, and laying one over the other.
 
 H = W = the edge of an image in pixels.
 """
@@ -84,9 +84,9 @@ def coverage(outline: Array, angle: float, extent: int) -> Array:
 
 
 def draw_clutter(rng: np.random.Generator, canvas: Array, coloured: bool = False) -> None:
-    """A ring, bar or patch of speckle, which objects may cover, laid over [H, W, 3] in place.
+    """Lay a ring, bar or patch of speckle over a canvas [H, W, 3], in place; objects may cover it.
 
-    Grey, or of one of `COLOURS`.
+    It is grey, or of one of `COLOURS`.
     """
     extent = round(rng.uniform(6, 17) * len(canvas) / UNIT)
     kind = rng.integers(3)

@@ -22,12 +22,13 @@ def has_mask(segmentation: Any) -> bool:
 
 
 def read_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """[h, w] the pixels of an object.
+    """The pixels of an object, [h, w].
 
     Args:
         segmentation: polygons `[[x, y, x, y, ..], ..]`, or `{"size": [h, w], "counts": ..}` with
             run lengths in columns, the first of them background: a list, or COCO's compressed text.
-        height: h. width: w.
+        height: h.
+        width: w.
 
     Raises:
         ValueError: if it is neither, or does not fit the image.

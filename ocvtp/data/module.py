@@ -1,4 +1,4 @@
-"""The LightningDataModules."""
+"""The LightningDataModules of images in folders and of drawn scenes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Bipartite soft matching, and how many tokens to merge in which block (ToMe, arXiv 2210.09461).
 
-B images, T tokens (the CLS first, where there is one), r of them merged away, T' = T - r rows left,
-N patch tokens, K left behind all blocks, L blocks, D width, d width of the metric.
+T are the tokens of a block, the CLS first where there is one; r of them are merged away, and
+T' = T - r rows are left. L blocks; d is the width of the metric.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def match(
     is_merged = rank < num_merged
     count = metric.shape[1]
     number = torch.arange(count, device=metric.device).repeat(len(metric), 1)
-    key = number + count  # A in front of B, padding behind them, what is merged last
+    key = number + count  # A before B, padding after them, what is merged last
     key[:, ::2] = number[:, : rank.shape[1]] if has_cls else rank
     if real is not None:
         key = key + 2 * count * ~real
@@ -122,7 +122,7 @@ def even_schedule(num_tokens: int, num_keep: int, num_blocks: int) -> tuple[int,
     """How many tokens each of L blocks merges so that just K of N are left, as evenly as can be.
 
     A block merges at most half of its tokens; where an even share would leave more than the blocks
-    behind it can merge, it takes more.
+    after it can merge, it takes more.
 
     Raises:
         ValueError: if halving them in every block leaves more than K.
@@ -134,9 +134,9 @@ def even_schedule(num_tokens: int, num_keep: int, num_blocks: int) -> tuple[int,
             f" most half of its tokens: pass at least {least}."
         )
     merged, left = [], num_tokens
-    for behind in reversed(range(num_blocks)):
-        share = -(-(left - num_keep) // (behind + 1))
-        merged.append(max(share, left - num_keep * 2**behind))
+    for blocks_after in reversed(range(num_blocks)):
+        share = -(-(left - num_keep) // (blocks_after + 1))
+        merged.append(max(share, left - num_keep * 2**blocks_after))
         left -= merged[-1]
     return tuple(merged)
 
@@ -145,7 +145,7 @@ def parse_r(spec: MergeSpec, num_blocks: int) -> tuple[int, ...]:
     """The official code's language for how many tokens each of L blocks merges.
 
     Args:
-        spec: see `MergeSpec`; in a list, blocks behind its end merge none.
+        spec: see `MergeSpec`; in a list, blocks after its end merge none.
         num_blocks: L.
 
     Raises:
@@ -171,7 +171,6 @@ def parse_r(spec: MergeSpec, num_blocks: int) -> tuple[int, ...]:
 
 
 def _is_whole(r: object) -> bool:
-    """Whether it is a number of tokens, 0 or more."""
     if isinstance(r, bool) or not isinstance(r, Real):
         return False
     return float(r).is_integer() and float(r) >= 0

@@ -1,7 +1,4 @@
-"""Clusters of tokens around peaks of density.
-
-B images, n points of each, D width, c clusters.
-"""
+"""Clusters of tokens around peaks of density."""
 
 from __future__ import annotations
 

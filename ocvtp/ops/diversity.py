@@ -1,7 +1,4 @@
-"""Greedy cores: K sequential steps over all images at once, each reading one row of the kernel.
-
-B images, N visual tokens, D width.
-"""
+"""Greedy choices: K steps over all images at once, each reading one row of the kernel."""
 
 from __future__ import annotations
 
@@ -54,7 +51,7 @@ def spread_from(
     candidates: Tensor | None = None,
     accumulate: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
 ) -> Tensor:
-    """`spread` beside tokens that are chosen already.
+    """`spread` where some tokens are chosen already.
 
     Args:
         kernel: see `spread`.

@@ -1,7 +1,4 @@
-"""Merge matrices: kept tokens as weighted sums of the CLS and all tokens.
-
-B images, N visual tokens, K rows.
-"""
+"""Merge matrices: kept tokens as weighted sums of the CLS and all tokens; K are their rows."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ def merge_rows(row_of: Tensor, weights: Tensor, num_rows: int) -> Tensor:
 
 
 def kept_and_rest(order: Tensor, num_kept: Tensor, rest_weights: Tensor, num_rows: int) -> Tensor:
-    """Rows that hold one kept token each, and behind them one row for all the others.
+    """Rows that hold one kept token each, and after them one row for all the others.
 
     Args:
         order: [B, N] token numbers, the kept ones first.
@@ -139,7 +136,7 @@ def _targets(rest: Tensor, num: int) -> tuple[Tensor, Tensor]:
 
 
 def keep_all(tokens: VisualTokens) -> Selection:
-    """Every token as it is."""
+    """All tokens, unchanged."""
     everything = torch.arange(tokens.num_tokens, device=tokens.features.device)
     return ascending(everything.repeat(tokens.batch_size, 1), tokens.valid, tokens.num_tokens)
 

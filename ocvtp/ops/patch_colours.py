@@ -1,7 +1,7 @@
-"""How alike patches of an image are in colour, and in which order they can be spared.
+"""How alike patches of an image are in colour, and in which order they can be dropped.
 
-B images, N patches on a grid of H x W, M of them at one level, G groups of S = s x s neighbours,
-P values of a patch in each colour.
+N are its patches, M those of one level, in G groups of S = s x s neighbours; a patch has P values
+in each colour.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def sparing_order(
     """When each patch is dropped if one after the other is: the later, the longer it stays.
 
     In groups of s x s neighbours the pair of the smallest chi-square distance goes first, and of it
-    the patch behind the other, until every group has one left. Then these are a grid of their own,
+    the later patch, until every group has one left. Then these are a grid of their own,
     and so on to the last patch.
 
     Args:

@@ -1,7 +1,4 @@
-"""What the prompt says about visual tokens, through the language model's own embeddings.
-
-B images, N visual tokens, M text tokens, D' width of the language model.
-"""
+"""What the prompt says about visual tokens, through the language model's own embeddings."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Clusters that keep a few tokens each and merge the others.
-
-B images, N tokens, C clusters, R rows that are left.
-"""
+"""Clusters that keep a few tokens each and merge the others."""
 
 from __future__ import annotations
 
@@ -66,7 +63,6 @@ def shared_out(sizes: Tensor, total: int) -> Tensor:
 
 
 def _sizes(labels: Tensor, num_clusters: int) -> Tensor:
-    """[B, C]."""
     sizes = labels.new_zeros(len(labels), num_clusters)
     return sizes.scatter_add(1, labels, torch.ones_like(labels))
 

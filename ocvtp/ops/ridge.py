@@ -1,7 +1,7 @@
 """Restoring all tokens of an image from the kept ones: ridge regression in closed form.
 
-B images, N visual tokens, K kept, S slots, D width. Targets Y [B, N, D] are centred in their image
-and 0 on padding; weights omega [B, N] sum to 1 over an image and are 0 on padding.
+Targets Y [B, N, D] are centred in their image and 0 on padding; weights omega [B, N] sum to 1 over
+an image and are 0 on padding.
 
 The penalty of an image is `lambda e` with `e = sum_n omega_n |y_n|^2`, so that it does not depend
 on the scale of the tokens.
@@ -153,5 +153,4 @@ def greedy_ridge(
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    """[B, R, C] times [B, C]: [B, R]."""
     return (matrix @ vector[:, :, None]).squeeze(2)

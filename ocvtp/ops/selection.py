@@ -1,6 +1,6 @@
-"""Pure tensor cores that methods share.
+"""Choosing tokens by score: top-k, filling up, equal steps.
 
-B images, N visual tokens, K kept. Ties go to the lower index, on every device.
+Ties go to the lower index, on every device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Cosine similarities, a row of the kernel at a time.
-
-B images, N visual tokens, D width, k rows.
-"""
+"""Cosine similarities, one row of the kernel at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ def row(directions: Tensor, pick: Tensor) -> Tensor:
 def nearest_other(directions: Tensor, valid: Tensor | None) -> Tensor:
     """Cosine of every token to the most similar other one, without holding N x N values.
 
-    Every pair is computed once: block i meets itself and the blocks behind it.
+    Every pair is computed once: block i meets itself and the blocks after it.
 
     Args:
         directions: [B, N, D] of length 1.
@@ -60,6 +57,6 @@ def nearest_other(directions: Tensor, valid: Tensor | None) -> Tensor:
             cosine = cosine.masked_fill(~valid[:, start:stop, None], float("-inf"))
         best[:, start:stop] = torch.maximum(best[:, start:stop], cosine.amax(dim=2))
         if stop < count:
-            behind = cosine[:, :, stop - start :].amax(dim=1)
-            best[:, stop:] = torch.maximum(best[:, stop:], behind)
+            after = cosine[:, :, stop - start :].amax(dim=1)
+            best[:, stop:] = torch.maximum(best[:, stop:], after)
     return best

@@ -1,7 +1,4 @@
-"""The contract of a pruner.
-
-B images, N visual tokens, K kept.
-"""
+"""The contract of a pruner."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from inspect import cleandoc
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -41,6 +39,12 @@ class Pruner(ABC):
 
     name: ClassVar[str] = ""
     """Key in the registry; `register` sets it."""
+    title: ClassVar[str] = ""
+    """The method's name and what it does, in one line; of a class that does not say so itself, the
+    first line of its docstring."""
+    reads: ClassVar[str] = "not said"
+    """What the host must supply, in a few words for tables; `-` if features and grid are enough. A
+    class that does not say so itself has not said it, whatever it is made from."""
     stage: ClassVar[Stage] = "llm_input"
     status: ClassVar[Status] = "yours"
     """`official` follows public code, `unofficial` is reconstructed, `control` is a yardstick; a
@@ -59,15 +63,20 @@ class Pruner(ABC):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if "status" not in vars(cls):
+        own = vars(cls)
+        if "status" not in own:
             cls.status = "yours"
+        if "title" not in own:
+            cls.title = cleandoc(cls.__doc__ or cls.__name__).partition("\n")[0]
+        if "reads" not in own:
+            cls.reads = "not said"
 
     def __post_init__(self) -> None:
         self._check_budget()
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Itself; several of different stages in a `Compose`."""
+        """Itself; of a method that acts at several stages, one pruner for each."""
         return (self,)
 
     @property
@@ -135,7 +144,7 @@ class Pruner(ABC):
         return self.num_keep is None and self.keep_ratio is not None
 
     def of_size(self, num_tokens: int) -> Pruner:
-        """The same for images of `num_tokens` tokens alone, padding apart; K is then a number."""
+        """The same pruner for images of `num_tokens` real tokens; K is then a number."""
         if not self.keeps_share:
             return self
         changed = copy(self)
@@ -168,7 +177,6 @@ class Pruner(ABC):
         return height, width
 
     def _check_budget(self) -> None:
-        """Refuse a budget that is none."""
         if (self.num_keep is None) == (self.keep_ratio is None):
             raise ValueError(
                 f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
@@ -177,7 +185,7 @@ class Pruner(ABC):
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        """Refuse what is no count or share, and hold the others as plain numbers."""
+        """Refuse what is no count or share; keep the others as plain numbers."""
         if self.num_keep is not None:
             self.num_keep = check_count("num_keep", self.num_keep)
         if self.keep_ratio is not None:
@@ -207,7 +215,6 @@ class AdaptivePruner(Pruner):
 
     @property
     def exact(self) -> bool:
-        """Whether it does not count."""
         return not self.adaptive
 
     def budget(self, num_tokens: int) -> int:

@@ -1,6 +1,6 @@
 """Pruners that merge tokens in the blocks of the vision tower.
 
-B images, T tokens (the CLS first, where there is one), N patch tokens, L blocks, D width.
+T are the tokens of a block: the CLS first, where there is one, then the N of the patches.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ocvtp.structures import Needs, Stage
 class BlockMerger(Pruner):
     """A pruner of stage `encoder` that merges tokens between attention and MLP, block by block.
 
-    The host averages the tokens of each row, and lets the blocks behind attend to a mean of s
-    tokens as to s. A row stands in the place of the first of its tokens.
+    The host averages the tokens of each row, and lets later blocks attend to a mean of s
+    tokens as to s tokens. A row stands in the place of the first of its tokens.
     """
 
     stage: ClassVar[Stage] = "encoder"
@@ -28,7 +28,6 @@ class BlockMerger(Pruner):
 
     @property
     def tower_needs(self) -> Needs:
-        """Nothing beside the keys that `rows` is given."""
         return Needs()
 
     @abstractmethod

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 StagePairs = Sequence[tuple[int, float]]
-"""`(layer, K)` pairs: in front of which layer how many tokens stay, or which share of them."""
+"""`(layer, K)` pairs: before which layer how many tokens stay, or which share of them."""
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
-import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.registry import list_pruners, pruner_class
-from ocvtp.structures import STAGES
 
 
 @dataclass(frozen=True)
@@ -16,10 +14,14 @@ class Entry:
     """One pruner.
 
     Args:
-        name: in the registry. title: the paper's branding and one line about the method.
-        stage: where it acts, e.g. `llm_input + llm_layers`. needs: what the host must supply.
-        budget: `exact` or `exact or adaptive`. merges: whether kept tokens are mixtures.
-        status: see `Pruner.status`. paper: URL.
+        name: in the registry.
+        title: `Pruner.title`.
+        stage: where it acts, e.g. `llm_input + llm_layers`.
+        needs: what the host must supply, `Pruner.reads`.
+        budget: `exact`, `exact or adaptive` or `average`.
+        merges: whether kept tokens are mixtures.
+        status: `Pruner.status`.
+        paper: URL.
     """
 
     name: str
@@ -38,47 +40,33 @@ class Entry:
 
 
 def entry(name: str) -> Entry:
-    """The facts about one pruner, from its class and docstring.
+    """The facts about one pruner, all of them attributes of its class and of its parts.
 
     Raises:
-        ValueError: if the docstring lacks its line `Stage: ...  Needs: ...`, which a pruner of
-            status `yours` may, or names other stages than the class.
+        ValueError: if no pruner has this name.
     """
     cls = pruner_class(name)
-    text = inspect.getdoc(cls) or ""
-    line = re.search(r"^Stage: ([\w +]+)\.  Needs: (.+?)\.  Deterministic: ", text, re.MULTILINE)
-    if line is None and cls.status == "yours":
-        return _entry(name, cls, text, cls.stage, "not said")
-    if line is None:
-        raise ValueError(
-            f"the docstring of {cls.__name__} lacks its line"
-            " `Stage: STAGE.  Needs: NEEDS.  Deterministic: yes|no`."
-        )
-    stages = line[1].split(" + ")
-    if cls.stage not in stages or not set(stages) <= set(STAGES):
-        raise ValueError(
-            f"the docstring of {cls.__name__} names stage {line[1]!r}, the class {cls.stage!r};"
-            f" write one or several of {', '.join(STAGES)}, joined by ' + '."
-        )
-    return _entry(name, cls, text, line[1], line[2])
-
-
-def _entry(name: str, cls: type[Pruner], text: str, stage: str, needs: str) -> Entry:
+    parts = _parts(cls)
     return Entry(
         name=name,
-        title=text.partition("\n")[0],
-        stage=stage,
-        needs=needs,
+        title=cls.title,
+        stage=" + ".join(part.stage for part in parts),
+        needs=cls.reads,
         budget=" or ".join(cls.budgets),
-        merges=cls.merging or (" + " in stage and _merges_later(cls)),
+        merges=cls.merging or any(part.merging for part in parts),
         status=cls.status,
         paper=cls.paper,
     )
 
 
-def _merges_later(cls: type[Pruner]) -> bool:
-    """Whether a method of several stages mixes tokens at any of them."""
-    return any(part.merging for part in cls(num_keep=1).parts)
+def _parts(cls: type[Pruner]) -> Sequence[type[Pruner] | Pruner]:
+    """The class; of a method of several stages, its parts as it is built by default."""
+    if cls.parts is Pruner.parts:
+        return (cls,)
+    try:
+        return cls(num_keep=1).parts
+    except (TypeError, ValueError):  # it takes more than a budget; what its class says holds
+        return (cls,)
 
 
 def catalog() -> list[Entry]:

@@ -1,7 +1,4 @@
-"""Pruners of one stage, one after the other.
-
-B images, N visual tokens, M of them kept by the first pruner, K by the second.
-"""
+"""Pruners of one stage, one after the other; M tokens are kept by the first, K by the second."""
 
 from __future__ import annotations
 
@@ -74,21 +71,17 @@ class Chain(Pruner):
 
     @property
     def exact(self) -> bool:
-        """Whether all steps are."""
         return all(step.exact for step in self.steps)
 
     @property
     def needs(self) -> Needs:
-        """What any of them reads."""
         return reduce(or_, (step.needs for step in self.steps))
 
     @property
     def keeps_share(self) -> bool:
-        """Whether any step does."""
         return any(step.keeps_share for step in self.steps)
 
     def of_size(self, num_tokens: int) -> Chain:
-        """The same for images of `num_tokens` tokens; see `Pruner.of_size`."""
         changed, steps = copy(self), []
         for step in self.steps:
             steps.append(step.of_size(num_tokens))
@@ -98,7 +91,6 @@ class Chain(Pruner):
         return changed
 
     def select(self, tokens: VisualTokens) -> Selection:
-        """Choose; see `Pruner.select`."""
         selection = self.steps[0].select(tokens)
         for step in self.steps[1:]:
             left = _take(tokens, selection)

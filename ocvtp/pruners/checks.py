@@ -1,7 +1,7 @@
 """Whether a pruner keeps to the contract: for methods of your own, before a model sees them.
 
-B images, N visual tokens, K kept. `check_pruner` shows a pruner random tokens that hold just what
-it needs, so it takes no model and well under a second.
+`check_pruner` shows a pruner random tokens that hold just what it needs, so it takes no model and
+well under a second.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ _WAITS = (
 
 
 def check_pruner(pruner: Pruner, grid_hw: tuple[int, int] = (6, 3), batch_size: int = 3) -> None:
-    """Hold a pruner to what hosts rely on.
+    """Check that a pruner does what hosts rely on.
 
-    Checked are, for every K from 1 to N and one more, with images of one size and of several:
-    exactly K unique ascending indices of real tokens, or all of an image that has fewer; that an
-    image keeps the same alone, in a batch and beside padding; that what is in is not changed, and
-    the same comes out again; bf16; equal tokens; and that the host never waits for the device.
+    Checked for every K from 1 to N + 1, with images of one size and of several:
+
+    - exactly K unique ascending indices of real tokens, or all of an image that has fewer;
+    - an image keeps the same tokens alone, in a batch and next to padding;
+    - the input is not changed, and a second call gives the same;
+    - bf16, equal tokens, and that the host never waits for the device.
 
     Args:
         pruner: of stage `encoder` or `llm_input`; its own budget does not matter.
@@ -46,7 +48,7 @@ def check_pruner(pruner: Pruner, grid_hw: tuple[int, int] = (6, 3), batch_size: 
         batch_size: B, at least 2.
 
     Raises:
-        ValueError: that says what it breaks, for which K; or if it cannot be checked here.
+        ValueError: that says what is broken, and for which K; or if it cannot be checked here.
     """
     part = pruner.parts[0]
     if len(pruner.parts) > 1 or part.stage not in _STAGES:
@@ -129,8 +131,6 @@ def _explained(pruner: Pruner, num_keep: int) -> Iterator[None]:
 
 
 class _NoWaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a device."""
-
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
@@ -202,7 +202,6 @@ def _check_merge(pruner: Pruner, selection: Selection, tokens: VisualTokens) -> 
 def _check_alone(
     pruner: Pruner, together: Selection, tokens: VisualTokens, grid_hw: tuple[int, int]
 ) -> None:
-    """Every image by itself, without its padding."""
     counts = tokens.real.sum(dim=1).tolist()
     for image in range(tokens.batch_size if pruner.batch_invariant else 1):
         alone = _cut(tokens, image, counts[image], grid_hw)
@@ -218,7 +217,6 @@ def _check_alone(
 
 
 def _cut(tokens: VisualTokens, image: int, count: int, grid_hw: tuple[int, int]) -> VisualTokens:
-    """One image of a batch, without padding."""
     num_tokens = tokens.num_tokens
     one = tokens.map(lambda t: t[image : image + 1])
     short = one.map(lambda t: t[:, :count] if t.shape[1:2] == (num_tokens,) else t)
@@ -247,7 +245,6 @@ def _same(a: Selection, b: Selection) -> bool:
 
 
 def _tensors(tokens: VisualTokens) -> list[Tensor]:
-    """All there are, in a fixed order."""
     found: list[Tensor] = []
     for one in fields(tokens):
         value = getattr(tokens, one.name)

@@ -1,7 +1,4 @@
-"""Pruners that drop tokens between the layers of the language model.
-
-I images, N visual tokens of each, K kept, M text tokens, L layers.
-"""
+"""Pruners that drop tokens between the L layers of the language model."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ class LayerStage:
     """One place where tokens are dropped.
 
     Args:
-        layer: in front of which; layers are numbered from 0.
+        layer: before which; layers are numbered from 0.
         num_keep: K, tokens of an image that stay.
     """
 
@@ -35,7 +32,7 @@ class LayerStage:
 
 @dataclass(frozen=True)
 class LayerNeeds:
-    """What a pruner reads in front of a layer besides hidden states.
+    """What a pruner reads before a layer besides hidden states.
 
     Args:
         attention: `(layer, kind)` of `last`, `text` and `visual`; of the layer before, or of the
@@ -62,7 +59,7 @@ class LayerPruner(Pruner):
     Args:
         num_keep: tokens kept per image, on average over the layers.
         keep_ratio: the same as a share of the tokens that the language model reads.
-        stages: `(layer, K)` pairs that replace the method's own schedule: in front of which layer
+        stages: `(layer, K)` pairs that replace the method's own schedule: before which layer
             how many tokens stay. An int is their number, at most; a float, up to 1.0, their share
             of the image's tokens. No stage may keep more than the one before.
     """
@@ -90,23 +87,23 @@ class LayerPruner(Pruner):
 
     @abstractmethod
     def needs_at(self, layer: int) -> LayerNeeds:
-        """What is read in front of a layer."""
+        """What is read before a layer."""
 
     @abstractmethod
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
-        """The method itself, in front of a layer; `num_keep` is K, 1 <= K <= N."""
+        """The method itself, before a layer; `num_keep` is K, 1 <= K <= N."""
 
     def raters(self, tokens: LayerTokens) -> Tensor | None:
         """[I, M] bool, the text tokens whose rows `text` attention is the mean of.
 
         Args:
-            tokens: in front of layer 0, i.e. embeddings.
+            tokens: before layer 0, i.e. embeddings.
         """
         del tokens
         return None
 
     def schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        """How many tokens of an image stay in front of which layer, for N tokens and L layers.
+        """How many tokens of an image stay before which layer, for N tokens and L layers.
 
         Raises:
             ValueError: if the budget cannot be met, or a share is of more than is left.
@@ -117,7 +114,7 @@ class LayerPruner(Pruner):
         return tuple(LayerStage(*stage) for stage in stages)
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
-        """In front of which of L layers tokens are dropped, ascending.
+        """Before which of L layers tokens are dropped, ascending.
 
         Raises:
             ValueError: if the model has no such layers.
@@ -136,12 +133,11 @@ class LayerPruner(Pruner):
 
     @property
     def positions(self) -> Literal["contiguous", "original"]:
-        """Whether tokens are numbered anew when some are dropped."""
+        """Whether tokens are numbered again when some are dropped."""
         return "original"
 
     @property
     def tower_needs(self) -> Needs:
-        """What is read of the vision tower, see `LayerTokens.tower`."""
         return Needs()
 
     @property
@@ -155,7 +151,7 @@ class LayerPruner(Pruner):
         return self._layers(32)[0] if self.stages is None else self.stages[0][0]
 
     def select_at(self, tokens: LayerTokens, layer: int, num_keep: int) -> Selection:
-        """Choose the tokens that stay in front of a layer.
+        """Choose the tokens that stay before a layer.
 
         Args:
             tokens: with everything that `needs_at(layer)` names.
@@ -174,14 +170,13 @@ class LayerPruner(Pruner):
         return super().budget(num_tokens)
 
     def _average(self, num_tokens: int) -> float:
-        """Tokens of an image on average over the layers; not above N."""
+        """Tokens of an image on average over the layers; at most N."""
         if self.num_keep is None:
             assert self.keep_ratio is not None
             return self.keep_ratio * num_tokens
         return min(self.num_keep, num_tokens)
 
     def _check_unpadded(self, tokens: VisualTokens) -> None:
-        """Refuse padding, for methods whose counts depend on N; hosts give none here."""
         if tokens.valid is not None:
             raise ValueError(
                 f"{self.name} cannot read padded images; give it images of equally many tokens at a"
@@ -200,10 +195,10 @@ class LayerPruner(Pruner):
 
 @dataclass(kw_only=True, eq=False)
 class OneStagePruner(LayerPruner):
-    """A pruner that drops tokens in front of one layer.
+    """A pruner that drops tokens before one layer.
 
     Args:
-        layer: in front of which.
+        layer: before which.
     """
 
     layer: int = 2
@@ -235,7 +230,7 @@ def to_average(
     """Counts in proportion to `shares` that come to an average over all layers.
 
     Args:
-        layers: in front of which tokens are dropped. shares: how much stays there, in proportion.
+        layers: before which tokens are dropped. shares: how much stays there, in proportion.
         num_layers: L. num_tokens: N, which the layers before the first stage read.
         average: over the L layers.
 
@@ -262,7 +257,7 @@ def to_average(
         raise ValueError(
             f"an average of {average:g} tokens cannot be had: the first {layers[0]} of"
             f" {num_layers} layers read all {num_tokens}. Pass num_keep={math.ceil(least)} or more,"
-            " drop tokens in front of an earlier layer, or compose it with a pruner that acts"
+            " drop tokens before an earlier layer, or compose it with a pruner that acts"
             " before the language model."
         )
     return tuple(

@@ -109,7 +109,6 @@ _KINDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    """The kinds that an annotation allows."""
     return get_args(kind) if isinstance(kind, UnionType) else (kind,)
 
 

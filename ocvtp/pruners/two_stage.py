@@ -1,6 +1,6 @@
 """Methods of two halves: one before the language model, one inside it.
 
-I images, N' tokens that the first half leaves of each, N of the tower, D width.
+N' tokens of an image are left by the first half, of the tower's N.
 """
 
 from __future__ import annotations
@@ -43,19 +43,15 @@ class FirstHalf(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Those of the method outside of a language model."""
         return self._whole.needs
 
     def budget(self, num_tokens: int) -> int:
-        """That of the method; see `Pruner.budget`."""
         return self._whole.budget(num_tokens)
 
     def spares(self, num_tokens: int) -> bool:
-        """See `Pruner.spares`."""
         return self.num_keep is not None and num_tokens < self._before(self.num_keep)
 
     def of_size(self, num_tokens: int) -> Pruner:
-        """See `Pruner.of_size`."""
         return self._whole.of_size(num_tokens).parts[0] if self.keeps_share else self
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -83,6 +83,48 @@ def test_a_pruner_without_a_docstring_is_listed(mine):
 
     found = entry("mine")
     assert (found.stage, found.needs, found.status) == ("llm_input", "not said", "yours")
+    assert found.title == "Mine"
+
+
+def test_a_pruner_that_has_only_a_docstring_is_listed(mine):
+    """As plug-ins were written before facts were attributes."""
+    exec(compile(PRUNER, "my_pruner.py", "exec"), {"__name__": "my_pruner"})
+    found = entry("mine")
+    assert (found.title, found.stage) == ("Mine: a pruner of mine.", "llm_input")
+    assert (found.needs, found.status) == ("not said", "yours")
+    assert ocvtp.build_pruner("mine", num_keep=2).name == "mine"
+
+
+def test_facts_are_attributes(mine):
+    @registry.register("mine")
+    class Mine(FasterVLM):
+        """Words for a reader, with a line Stage: nowhere.  Needs: nothing.  Deterministic: no."""
+
+        title: ClassVar[str] = "Mine: two halves."
+        reads: ClassVar[str] = "attention (CLS)"
+
+        @property
+        def parts(self):
+            return ocvtp.build_pruner("vitcop", num_keep=self.num_keep).parts
+
+    found = entry("mine")
+    assert (found.title, found.needs) == ("Mine: two halves.", "attention (CLS)")
+    assert (found.stage, found.merges) == ("llm_input + llm_layers", True)
+
+
+def test_a_method_of_parts_that_takes_more_than_a_budget_is_listed(mine):
+    @registry.register("mine")
+    class Mine(FasterVLM):
+        """Mine: it cannot be built from a number."""
+
+        def __init__(self, *, num_keep, network):
+            super().__init__(num_keep=num_keep)
+
+        @property
+        def parts(self):
+            return (self,)
+
+    assert entry("mine").stage == "llm_input"
 
 
 def test_an_installed_package(tmp_path, mine, monkeypatch):

@@ -1,8 +1,3 @@
-"""CDPruner.
-
-B images, N visual tokens, K kept, P width of CLIP's shared space, D' width of the projected tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ class CDPruner(Pruner):
     """CDPruner: keep a diverse set of tokens by a determinantal process under the prompt.
 
     Paper: https://arxiv.org/abs/2506.10967, section 3.
-    Stage: llm_input.  Needs: projected, clip.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
@@ -38,12 +32,15 @@ class CDPruner(Pruner):
 
     nearest: bool = False
 
+    title: ClassVar[str] = (
+        "CDPruner: keep a diverse set of tokens by a determinantal process under the prompt."
+    )
+    reads: ClassVar[str] = "projected, clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.10967"
 
     @property
     def needs(self) -> Needs:
-        """The tokens that the language model would read, and CLIP's view of them and the prompt."""
         return Needs(projected=True, clip=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,7 +1,4 @@
-"""DART.
-
-I images, N visual tokens, K kept, M text tokens, P pivots.
-"""
+"""P is the number of pivots in shapes."""
 
 from __future__ import annotations
 
@@ -25,19 +22,18 @@ class DART(OneStagePruner):
     """DART: of a few pivots, among image and text, keep the tokens that duplicate them least.
 
     Paper: https://arxiv.org/abs/2502.11494, section 4.
-    Stage: llm_layers.  Needs: keys, hidden states (with text).  Deterministic: yes.
 
     Pivots are the visual and text tokens with the largest L1 norm of their keys, all heads side by
     side, turned by their positions. Visual pivots stay, and each of the P pivots in turn takes the
-    tokens of the lowest cosine to it from what is left, behind the language model's last norm.
+    tokens of the lowest cosine to it from what is left, after the language model's last norm.
 
     Args:
-        num_keep: tokens kept per image, on average over the layers. Of the K that stay in front of
+        num_keep: tokens kept per image, on average over the layers. Of the K that stay before
             `layer`, each pivot takes (K - image_pivots) / P; the first pivots take one more where
             that is no whole number. K = 4 + T is the official code's T where 8 divides T.
-        layer: in front of which tokens are dropped; keys are of the layer before.
+        layer: before which tokens are dropped; keys are of the layer before.
         image_pivots: visual tokens that are pivots (K, if that is less).
-        text_pivots: text tokens behind the image that are pivots (all, if there are fewer).
+        text_pivots: text tokens after the image that are pivots (all, if there are fewer).
         legacy: whether pivots come in the order of a CPython set of their columns in the prompt, as
             in the official code, and not in that of the prompt; this waits for the device.
         legacy_start: the column of the first image token then: 35 with LLaVA-1.5's system prompt.
@@ -52,6 +48,10 @@ class DART(OneStagePruner):
     legacy: bool = False
     legacy_start: int = 35
 
+    title: ClassVar[str] = (
+        "DART: of a few pivots, among image and text, keep the tokens that duplicate them least."
+    )
+    reads: ClassVar[str] = "keys, hidden states (with text)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2502.11494"
 
@@ -64,7 +64,6 @@ class DART(OneStagePruner):
             )
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """Keys of the layer before, and normed hidden states of image and text."""
         return LayerNeeds(keys=(layer - 1,), text=True, normed=("final",))
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""DivPrune.
-
-B images, N visual tokens, K kept, D' width of the projected tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,7 +17,6 @@ class DivPrune(Pruner):
     """DivPrune: keep the K most mutually distant tokens (max-min diversity).
 
     Paper: https://arxiv.org/abs/2503.02175, Alg. 1.
-    Stage: llm_input.  Needs: projected.  Deterministic: yes.
 
     The first pick is the token farthest from its nearest neighbour under 1 - cosine; each further
     one is the farthest from all that are picked.
@@ -32,12 +26,13 @@ class DivPrune(Pruner):
     Deviations: none.
     """
 
+    title: ClassVar[str] = "DivPrune: keep the K most mutually distant tokens (max-min diversity)."
+    reads: ClassVar[str] = "projected"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2503.02175"
 
     @property
     def needs(self) -> Needs:
-        """The tokens that the language model would read."""
         return Needs(projected=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

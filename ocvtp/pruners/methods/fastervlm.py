@@ -1,8 +1,3 @@
-"""FasterVLM.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,7 +15,6 @@ class FasterVLM(Pruner):
     """FasterVLM: keep the K tokens that the CLS token attends to most.
 
     Paper: https://arxiv.org/abs/2412.01818, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image; paper: 288 to 29 of 576.
@@ -30,12 +24,13 @@ class FasterVLM(Pruner):
 
     block: int = -2
 
+    title: ClassVar[str] = "FasterVLM: keep the K tokens that the CLS token attends to most."
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.01818"
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block's attention."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""FastV.
-
-I images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -18,20 +13,23 @@ from ocvtp.structures import Selection, VisualTokens
 @register("fastv")
 @dataclass(kw_only=True, eq=False)
 class FastV(OneStagePruner):
-    """FastV: behind an early layer keep the tokens that the prompt's last token attends to most.
+    """FastV: after an early layer keep the tokens that the prompt's last token attends to most.
 
     Paper: https://arxiv.org/abs/2403.06764, section 4.
-    Stage: llm_layers.  Needs: attention (last token).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, on average over the layers: of 576 in 32 layers 192, 128
-            and 64 are 166, 98 and 30 behind layer 2. None, or `setting="paper"`,
+            and 64 are 166, 98 and 30 after layer 2. None, or `setting="paper"`,
             for the paper's half of them there.
-        layer: in front of which tokens are dropped; paper: 2.
+        layer: before which tokens are dropped; paper: 2.
         stages: `((layer, K),)` in place of an average.
     Deviations: none. Tokens keep their positions.
     """
 
+    title: ClassVar[str] = (
+        "FastV: behind an early layer keep the tokens that the prompt's last token attends to most."
+    )
+    reads: ClassVar[str] = "attention (last token)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.06764"
     published: ClassVar[bool] = True
@@ -39,7 +37,6 @@ class FastV(OneStagePruner):
     paper_share: ClassVar[float | None] = 0.5
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """The last row of the layer before."""
         return LayerNeeds(attention=((layer - 1, "last"),))
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:

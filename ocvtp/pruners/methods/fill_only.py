@@ -1,8 +1,3 @@
-"""The OC-pruner without its slots.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,7 +15,6 @@ class FillOnly(Pruner):
     """Fill-only: keep the K tokens that receive the most attention, a control for the OC-pruner.
 
     Paper: none.
-    Stage: llm_input.  Needs: attention (received).  Deterministic: yes.
 
     The OC-pruner fills up with these where slots share a token; what its slots are worth is what it
     gains over them.
@@ -33,11 +27,14 @@ class FillOnly(Pruner):
 
     block: int = -2
 
+    title: ClassVar[str] = (
+        "Fill-only: keep the K tokens that receive the most attention, a control for the OC-pruner."
+    )
+    reads: ClassVar[str] = "attention (received)"
     status: ClassVar[Status] = "control"
 
     @property
     def needs(self) -> Needs:
-        """One mean over the rows of one block's attention."""
         return Needs(attention=((self.block, "received"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

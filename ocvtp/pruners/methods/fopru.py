@@ -1,8 +1,3 @@
-"""FoPru.
-
-B images, N visual tokens on a grid of H x W, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class FoPru(Pruner):
     """FoPru: keep the tokens of the highest visual focus, single ones or whole rows of the grid.
 
     Paper: https://arxiv.org/abs/2411.14164, Alg. 1.
-    Stage: llm_input.  Needs: attention (given, received).  Deterministic: yes.
 
     A token's significance is the attention that it gives or that it receives among the patches,
     whichever varies more over the image.
@@ -40,6 +34,10 @@ class FoPru(Pruner):
     strategy: Literal["rank", "row"] = "rank"
     block: int = -2
 
+    title: ClassVar[str] = (
+        "FoPru: keep the tokens of the highest visual focus, single ones or whole rows of the grid."
+    )
+    reads: ClassVar[str] = "attention (given, received)"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2411.14164"
 
@@ -50,7 +48,6 @@ class FoPru(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Both means of one block's attention, the CLS left out of queries and keys."""
         means = ((self.block, "given"), (self.block, "received"))
         return Needs(attention=means, patch_queries=True)  # type: ignore[arg-type]
 

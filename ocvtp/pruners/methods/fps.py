@@ -1,8 +1,3 @@
-"""Farthest-point sampling.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ class FPS(Pruner):
     """FPS: farthest-point sampling from the first token on, a control without any saliency.
 
     Paper: none.
-    Stage: llm_input.  Needs: - (or projected).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image.
@@ -35,6 +29,10 @@ class FPS(Pruner):
 
     space: Literal["features", "projected"] = "features"
 
+    title: ClassVar[str] = (
+        "FPS: farthest-point sampling from the first token on, a control without any saliency."
+    )
+    reads: ClassVar[str] = "- (or projected)"
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:
@@ -44,7 +42,6 @@ class FPS(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The space that distances are measured in."""
         return Needs(projected=self.space == "projected")
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""GreedyPrune.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ class GreedyPrune(Pruner):
     """GreedyPrune: keep the most salient tokens, leaving out what resembles one that is kept.
 
     Paper: https://arxiv.org/abs/2506.13166, section 3.
-    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
 
     Saliency is the cosine to the last token of the prompt. If too little is left, tokens that were
     left out fill up, the most salient first.
@@ -38,6 +32,10 @@ class GreedyPrune(Pruner):
 
     tau: float = 0.9
 
+    title: ClassVar[str] = (
+        "GreedyPrune: keep the most salient tokens, leaving out what resembles one that is kept."
+    )
+    reads: ClassVar[str] = "projected, text"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.13166"
 
@@ -48,7 +46,6 @@ class GreedyPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
@@ -56,7 +53,7 @@ class GreedyPrune(Pruner):
         directions = unit(tokens.projected)
         saliency = (directions @ unit(last_text(tokens))[:, :, None]).squeeze(2)  # [B, N]
         rank = ranks(descending(saliency, tokens.valid))
-        if tokens.valid is not None:  # behind all repetitions too
+        if tokens.valid is not None:  # after all repetitions too
             rank = rank + 2 * tokens.num_tokens * ~tokens.valid
         picks = self._suppress(rank, directions, num_keep)
         return ascending(picks, tokens.valid, tokens.num_tokens)

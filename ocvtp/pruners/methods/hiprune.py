@@ -1,8 +1,3 @@
-"""HiPrune.
-
-B images, N visual tokens on a grid of H x W, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class HiPrune(Pruner):
     """HiPrune: keep anchors of a middle layer, their neighbours, and the registers of a deep one.
 
     Paper: https://arxiv.org/abs/2508.00553, section 3.
-    Stage: llm_input.  Needs: attention (received, two blocks).  Deterministic: yes.
 
     Anchors receive the most attention in the object block. They and the tokens beside, above and
     below them are kept; the rest of the budget goes to what the deep block attends to.
@@ -41,6 +35,11 @@ class HiPrune(Pruner):
     object_block: int = 8
     deep_block: int = -2
 
+    title: ClassVar[str] = (
+        "HiPrune: keep anchors of a middle layer, their neighbours, and the registers of a deep"
+        " one."
+    )
+    reads: ClassVar[str] = "attention (received, two blocks)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2508.00553"
 
@@ -51,7 +50,6 @@ class HiPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """What two blocks attend to."""
         return Needs(attention=((self.object_block, "received"), (self.deep_block, "received")))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""HoloV.
-
-B images, N visual tokens, K kept, C crops.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class HoloV(Pruner):
     """HoloV: share the budget among crops by their attention, keep the best tokens of each.
 
     Paper: https://arxiv.org/abs/2510.02912, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     Crops are runs of tokens in raster order; where they cannot be equal, the first N % C have one
     token more. Each gets a share of the budget by its mean attention, rounded down; what is left
@@ -43,6 +37,10 @@ class HoloV(Pruner):
     num_crops: int = 16
     block: int = -2
 
+    title: ClassVar[str] = (
+        "HoloV: share the budget among crops by their attention, keep the best tokens of each."
+    )
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.02912"
 
@@ -53,7 +51,6 @@ class HoloV(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""k-means medoids.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +19,6 @@ class KMeans(Pruner):
     """k-means: keep the token nearest to each of K cluster centres, a control.
 
     Paper: none.
-    Stage: llm_input.  Needs: - (or projected).  Deterministic: yes.
 
     Lloyd's algorithm from K tokens at equal steps in raster order. Where a cluster runs empty, the
     token farthest from its own centre is kept instead.
@@ -39,6 +33,10 @@ class KMeans(Pruner):
     iterations: int = 10
     space: Literal["features", "projected"] = "features"
 
+    title: ClassVar[str] = (
+        "k-means: keep the token nearest to each of K cluster centres, a control."
+    )
+    reads: ClassVar[str] = "- (or projected)"
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:
@@ -51,7 +49,6 @@ class KMeans(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The space that distances are measured in."""
         return Needs(projected=self.space == "projected")
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,7 +1,4 @@
-"""What methods of two halves do inside the language model.
-
-I images, N visual tokens of each that their first halves left, K or R that stay.
-"""
+"""What methods of two halves do inside the language model."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _CONTEXTUAL = 0.135  # of 35, 26 and 19: 5, 4 and 3
 
 @dataclass(kw_only=True, eq=False)
 class VisionDropLater(LaterHalf):
-    """VisionDrop's: dominant and contextual tokens again; see `visiondrop`."""
+    """Dominant and contextual tokens again, see `VisionDrop`."""
 
     name: ClassVar[str] = "visiondrop"
     status: ClassVar[Status] = "official"
@@ -31,7 +28,6 @@ class VisionDropLater(LaterHalf):
     positions: ClassVar[Literal["contiguous", "original"]] = "contiguous"
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """What the image's tokens attend to among each other, and keys, of the layer before."""
         return LayerNeeds(attention=((layer - 1, "visual"),), keys=(layer - 1,))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
@@ -57,7 +53,7 @@ class VisionDropLater(LaterHalf):
 
 @dataclass(kw_only=True, eq=False)
 class ViTCoPLater(LaterHalf):
-    """ViTCoP's: one of clusters, then one of key norms; see `vitcop`."""
+    """Clusters first, then the shortest keys, see `ViTCoP`."""
 
     block: int
     cluster_share: float | None
@@ -68,11 +64,9 @@ class ViTCoPLater(LaterHalf):
 
     @property
     def tower_needs(self) -> Needs:
-        """Keys of one block."""
         return Needs(keys=(self.block,))
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """Keys of the layer before."""
         return LayerNeeds(keys=(layer - 1,))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
@@ -83,7 +77,6 @@ class ViTCoPLater(LaterHalf):
         return to_average(self._layers(num_layers), (5, 1), num_layers, num_tokens, average)
 
     def _num_clusters(self, num_tokens: int) -> int:
-        """Of N tokens."""
         share, budget = self.cluster_share, self.keep_ratio
         if share is None and self.num_keep is not None:  # N is .2 of all and .9 K
             budget = self.num_keep / max(num_tokens, 5 * num_tokens - 4.5 * self.num_keep)
@@ -105,7 +98,7 @@ class ViTCoPLater(LaterHalf):
 
 @dataclass(kw_only=True, eq=False)
 class VFlowOptLater(LaterHalf):
-    """VFlowOpt's: the importance that the tower gave, again; see `vflowopt`."""
+    """The importance that the tower gave, again, see `VFlowOpt`."""
 
     block: int
 
@@ -114,11 +107,9 @@ class VFlowOptLater(LaterHalf):
 
     @property
     def tower_needs(self) -> Needs:
-        """What the global tokens of one block attend to."""
         return Needs(attention=((self.block, "global"),))
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """Nothing of the language model."""
         return LayerNeeds()
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:

@@ -1,8 +1,3 @@
-"""The unpruned control.
-
-B images, N visual tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,25 +15,23 @@ class NoPruning(Pruner):
     """None: keep every token, the yardstick of every table.
 
     Paper: none.
-    Stage: llm_input.  Needs: -.  Deterministic: yes.
 
     Args:
         num_keep: accepted, so that sweeps can name it beside the others; has no effect.
     Deviations: none.
     """
 
+    title: ClassVar[str] = "None: keep every token, the yardstick of every table."
+    reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
 
     def __post_init__(self) -> None:
-        """Any budget will do, and none."""
         self._check_numbers()
 
     def budget(self, num_tokens: int) -> int:
-        """N."""
         return num_tokens
 
     def exceeds(self, num_tokens: int) -> bool:
-        """No."""
         return False
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -25,7 +25,6 @@ class OCVTP(Pruner):
     """OC-VTP: keep the token that each slot of a trained Slot Attention attends to most.
 
     Paper: https://arxiv.org/abs/2511.20439, section 3.
-    Stage: llm_input.  Needs: hidden (layer of the network), attention.  Deterministic: yes.
 
     Slots that share a token leave room; it is filled by the attention of one block of the tower. By
     the choice `one_to_one` or `restore` (of the objective `kept`) they share none.
@@ -54,6 +53,10 @@ class OCVTP(Pruner):
     early: bool = False
     choice: Choice | None = None
 
+    title: ClassVar[str] = (
+        "OC-VTP: keep the token that each slot of a trained Slot Attention attends to most."
+    )
+    reads: ClassVar[str] = "hidden (layer of the network), attention"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2511.20439"
 

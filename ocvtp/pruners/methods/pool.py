@@ -1,8 +1,3 @@
-"""Average pooling.
-
-B images, N visual tokens, K kept on a grid of H x W.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +19,6 @@ class Pool(Pruner):
     """Pool: average the grid in cells, as if the image had been smaller; a control.
 
     Paper: none.
-    Stage: llm_input.  Needs: -.  Deterministic: yes.
 
     Cells are those of adaptive average pooling to h x w. Where K has no such factors, some rows of
     cells have one cell more than others.
@@ -34,6 +28,10 @@ class Pool(Pruner):
     Deviations: none. A cell centred on padding gives its place to a token of its own.
     """
 
+    title: ClassVar[str] = (
+        "Pool: average the grid in cells, as if the image had been smaller; a control."
+    )
+    reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
     merging: ClassVar[bool] = True
 

@@ -1,8 +1,3 @@
-"""LLaVA-PruMerge.
-
-B images, N visual tokens, K kept, C width of the keys.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ class PruMerge(AdaptivePruner):
     """PruMerge: keep the tokens the CLS attends to, add their neighbours to them, sum up the rest.
 
     Paper: https://arxiv.org/abs/2403.15388, section 3.
-    Stage: llm_input.  Needs: keys (with CLS).  Deterministic: yes.
 
     Every kept token is added the sum of its nearest neighbours among all tokens, each weighted by
     its attention; one last token is such a sum of all that are not kept.
@@ -42,6 +36,11 @@ class PruMerge(AdaptivePruner):
     num_neighbours: int = 32
     block: int = -1
 
+    title: ClassVar[str] = (
+        "PruMerge: keep the tokens the CLS attends to, add their neighbours to them, sum up the"
+        " rest."
+    )
+    reads: ClassVar[str] = "keys (with CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
     merging: ClassVar[bool] = True
@@ -53,7 +52,6 @@ class PruMerge(AdaptivePruner):
 
     @property
     def needs(self) -> Needs:
-        """Keys of one block with the query and key of its CLS."""
         return Needs(keys=(self.block,), cls_queries=(self.block,))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

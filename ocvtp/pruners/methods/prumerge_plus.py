@@ -1,8 +1,3 @@
-"""LLaVA-PruMerge+.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class PruMergePlus(PruMerge):
     """PruMerge+: PruMerge with further tokens at equal steps over the image.
 
     Paper: https://arxiv.org/abs/2403.15388, section 3.4.
-    Stage: llm_input.  Needs: keys (with CLS).  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image: a quarter of them by attention, the others at equal steps
@@ -38,6 +32,8 @@ class PruMergePlus(PruMerge):
         the last one of its order is what is summed up.
     """
 
+    title: ClassVar[str] = "PruMerge+: PruMerge with further tokens at equal steps over the image."
+    reads: ClassVar[str] = "keys (with CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
 

@@ -1,8 +1,3 @@
-"""PyramidDrop.
-
-I images, N visual tokens, K kept, L layers.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,20 +18,24 @@ class PyramidDrop(LayerPruner):
     """PyramidDrop: at each quarter of the layers keep half of what the last token attends to most.
 
     Paper: https://arxiv.org/abs/2410.17247, section 3.2.
-    Stage: llm_layers.  Needs: attention (last token, coming layer).  Deterministic: yes.
 
     The scores are those of the layer that comes: its norm, projections and positions, the prompt's
     last token against everything that is still there.
 
     Args:
-        num_keep: tokens kept per image, on average over the layers; then 4 : 2 : 1 in front of
+        num_keep: tokens kept per image, on average over the layers; then 4 : 2 : 1 before
             layers L/4, L/2 and 3L/4, as far as there are so many: the first L/4 layers alone
             make N/4. None, or `setting="paper"`, for the paper's int(.5 N), int(.25 N) and
             int(.125 N).
         stages: `((layer, K), ...)` in place of an average.
-    Deviations: none. What stays is numbered anew at every stage.
+    Deviations: none. What stays is numbered again at every stage.
     """
 
+    title: ClassVar[str] = (
+        "PyramidDrop: at each quarter of the layers keep half of what the last token attends to"
+        " most."
+    )
+    reads: ClassVar[str] = "attention (last token, coming layer)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.17247"
     published: ClassVar[bool] = True
@@ -44,7 +43,6 @@ class PyramidDrop(LayerPruner):
     positions: ClassVar[Literal["contiguous", "original"]] = "contiguous"
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """The last row of the coming layer."""
         return LayerNeeds(attention=((layer, "last"),))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:

@@ -1,8 +1,3 @@
-"""The random control.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,16 +18,20 @@ class Random(Pruner):
     """Random: keep K tokens without replacement, a control that every method must beat.
 
     Paper: none.
-    Stage: llm_input.  Needs: -.  Deterministic: yes, by (seed, position in the batch).
 
     Args:
         num_keep: tokens kept per image.
-        seed: of the draw; average accuracies over several.
+        seed: of the draw; average accuracies over several. An image's draw depends on it and on
+            the image's place in the batch.
     Deviations: none.
     """
 
     seed: int = 0
 
+    title: ClassVar[str] = (
+        "Random: keep K tokens without replacement, a control that every method must beat."
+    )
+    reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
     batch_invariant: ClassVar[bool] = False
 

@@ -1,8 +1,3 @@
-"""Greedy ridge reconstruction.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -26,7 +21,6 @@ class Ridge(Pruner):
     """Ridge: keep, one by one, the tokens from which ridge regression restores the others best.
 
     Paper: none.
-    Stage: llm_input.  Needs: attention (CLS or received), or -.  Deterministic: yes.
 
     Tokens are standardised per feature and centred in their image. Each step picks the token that
     explains the most of what is left of all tokens, every token weighted by its attention to the
@@ -52,6 +46,10 @@ class Ridge(Pruner):
     statistics_of: str | None = None
     statistics: FeatureStatistics | None = field(default=None, repr=False)
 
+    title: ClassVar[str] = (
+        "Ridge: keep, one by one, the tokens from which ridge regression restores the others best."
+    )
+    reads: ClassVar[str] = "attention (CLS or received), or -"
     status: ClassVar[Status] = "unofficial"
 
     def __post_init__(self) -> None:
@@ -74,7 +72,6 @@ class Ridge(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The attention that the weights are made of."""
         return Needs(attention=weight_attention(self.weights, self.block))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""SCOPE.
-
-B images, N visual tokens, K kept, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class SCOPE(Pruner):
     """SCOPE: keep the tokens that add the most coverage of all others, weighted by their saliency.
 
     Paper: https://arxiv.org/abs/2510.24214, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     A token adds sum_j max(0, cos_ij - c_j) times its CLS attention, where c_j is the cosine of
     token j to the nearest kept one.
@@ -38,12 +32,16 @@ class SCOPE(Pruner):
     alpha: float = 1.0
     block: int = -2
 
+    title: ClassVar[str] = (
+        "SCOPE: keep the tokens that add the most coverage of all others, weighted by their"
+        " saliency."
+    )
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.24214"
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     @torch.no_grad()

@@ -1,8 +1,3 @@
-"""SparseVLM.
-
-I images, N visual tokens, T that stay, c of them recycled, M text tokens, L layers.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,11 +28,10 @@ class SparseVLM(LayerPruner):
     """SparseVLM: keep what the relevant words attend to in three stages, recycle some of the rest.
 
     Paper: https://arxiv.org/abs/2410.04417, v1.5; `plus` is SparseVLM+ (v2.0).
-    Stage: llm_layers.  Needs: attention (raters among the text).  Deterministic: yes.
 
     Raters are the text tokens that get more than the mean share of the image's softmax over the
-    text behind it, of input embeddings. Behind layers 2, 6 and 15 the tokens that they attend to
-    most stay. Of the dropped ones the best .3 are clustered; the means stand behind what is kept.
+    text after it, of input embeddings. After layers 2, 6 and 15 the tokens that they attend to
+    most stay. Of the dropped ones the best .3 are clustered; the means stand after what is kept.
     What the paper calls 192, 128 and 64 tokens is `setting="paper-192"` etc., 206.5, 145.4 and 82.3
     on average over 32 layers; `plus-192` etc. are SparseVLM+'s: 206.8, 144.1 and 81.8.
 
@@ -52,6 +46,11 @@ class SparseVLM(LayerPruner):
 
     plus: bool = False
 
+    title: ClassVar[str] = (
+        "SparseVLM: keep what the relevant words attend to in three stages, recycle some of the"
+        " rest."
+    )
+    reads: ClassVar[str] = "attention (raters among the text)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2410.04417"
     merging: ClassVar[bool] = True
@@ -63,11 +62,9 @@ class SparseVLM(LayerPruner):
 
     @property
     def positions(self) -> Literal["contiguous", "original"]:
-        """Anew, but for SparseVLM+."""
         return "original" if self.plus else "contiguous"
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """The raters' rows of the layer before."""
         return LayerNeeds(attention=((layer - 1, "text"),))
 
     def raters(self, tokens: LayerTokens) -> Tensor:

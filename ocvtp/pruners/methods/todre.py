@@ -1,8 +1,3 @@
-"""ToDRE.
-
-B or I images, N visual tokens, K kept, D' width of the projected tokens.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -25,24 +20,27 @@ class ToDRE(Pruner):
     """ToDRE: start from the token the CLS attends to most, add the least similar ones in total.
 
     Paper: https://arxiv.org/abs/2505.18757, Alg. 1, and with `later` stage 2.
-    Stage: llm_input.  Needs: attention (CLS), projected.  Deterministic: yes.
 
     Each further pick has the least sum of cosines to those picked before.
 
     Args:
         num_keep: tokens kept per image.
         block: block of the tower whose attention is read; paper: the last one.
-        later: whether all tokens of an image are dropped in front of layer 7L/8 of L if the text
-            behind it gives it less than `threshold` of its attention (of the layer before).
+        later: whether all tokens of an image are dropped before layer 7L/8 of L if the text
+            after it gives it less than `threshold` of its attention (of the layer before).
         threshold: paper: 0.1.
     Deviations: unofficial, written from the paper's algorithm. Stage 1 alone is the default; the
-        share of attention is that of each image, and the mean over the text behind it.
+        share of attention is that of each image, and the mean over the text after it.
     """
 
     block: int = -1
     later: bool = False
     threshold: float = 0.1
 
+    title: ClassVar[str] = (
+        "ToDRE: start from the token the CLS attends to most, add the least similar ones in total."
+    )
+    reads: ClassVar[str] = "attention (CLS), projected"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2505.18757"
 
@@ -53,14 +51,12 @@ class ToDRE(Pruner):
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Itself, and with `later` what it does inside the language model."""
         if not self.later:
             return (self,)
         return replace(self, later=False), _Later(threshold=self.threshold)
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block, and the tokens that the language model would read."""
         return Needs(attention=((self.block, "cls"),), projected=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
@@ -83,7 +79,6 @@ class _Later(LayerPruner):
     published: ClassVar[bool] = True
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """What the text attends to in the layer before."""
         return LayerNeeds(attention=((layer - 1, "text"),))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:

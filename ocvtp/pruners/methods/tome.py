@@ -1,7 +1,4 @@
-"""Token Merging.
-
-B images, N visual tokens, K kept, T tokens of a block with its CLS, L blocks.
-"""
+"""T are the tokens of a block with its CLS, L the blocks of the tower."""
 
 from __future__ import annotations
 
@@ -33,10 +30,9 @@ class ToMe(BlockMerger):
     """ToMe: merge the most similar tokens in every block of the vision tower.
 
     Paper: https://arxiv.org/abs/2210.09461, section 3.
-    Stage: encoder.  Needs: keys.  Deterministic: yes.
 
     Between attention and MLP, tokens in even places are compared with those in odd places by their
-    keys, and the most similar pairs are averaged by their sizes; blocks behind attend to a mean of
+    keys, and the most similar pairs are averaged by their sizes; later blocks attend to a mean of
     s tokens as to s (`log s` is added to its logits). The CLS is left alone. The language model
     reads merged tokens in raster order, each in the place of the first of its tokens. `select` on
     tokens outside of a tower merges them in one go, by the keys of one block.
@@ -55,6 +51,8 @@ class ToMe(BlockMerger):
     r: MergeSpec | None = None
     block: int = -1
 
+    title: ClassVar[str] = "ToMe: merge the most similar tokens in every block of the vision tower."
+    reads: ClassVar[str] = "keys"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2210.09461"
 
@@ -70,17 +68,15 @@ class ToMe(BlockMerger):
 
     @property
     def needs(self) -> Needs:
-        """Keys of one block."""
         return Needs(keys=(self.block,))
 
     def budget(self, num_tokens: int) -> int:
-        """K; with `r`, what is left behind one block."""
+        """K; with `r`, what is left after one block."""
         if self.r is None:
             return super().budget(num_tokens)
         return num_tokens - min(self._first_r(self.r), num_tokens // 2)
 
     def schedule(self, num_tokens: int, num_blocks: int, num_read: int) -> tuple[int, ...]:
-        """See `BlockMerger.schedule`."""
         if self.r is None:
             keep = self.budget(num_tokens)
             merged_away = even_schedule(num_tokens, keep, num_read)
@@ -92,7 +88,6 @@ class ToMe(BlockMerger):
         return tuple(found)
 
     def rows(self, keys: Tensor, num_heads: int, num_merged: int, has_cls: bool) -> Tensor:
-        """See `BlockMerger.rows`."""
         return match(head_mean(keys, num_heads), num_merged, has_cls)
 
     @staticmethod

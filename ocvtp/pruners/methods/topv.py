@@ -1,8 +1,3 @@
-"""TopV.
-
-I images, N visual tokens on a grid of H x W, K kept, D' width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,15 +21,14 @@ class TopV(OneStagePruner):
     """TopV: keep the tokens whose states cost least to be carried to the normed ones.
 
     Paper: https://arxiv.org/abs/2503.18278.
-    Stage: llm_layers.  Needs: hidden states, grid.  Deterministic: yes.
 
-    An entropic transport, of three Sinkhorn steps, goes from the image's hidden states in front of
-    a layer to the same behind its norm. To carry token i to j costs their squared distance, plus
+    An entropic transport, of three Sinkhorn steps, goes from the image's hidden states before
+    a layer to the same after its norm. To carry token i to j costs their squared distance, plus
     1 - exp(-r^2 / 2 sigma^2) at a distance of r tokens, plus how far i is from the centre.
 
     Args:
         num_keep: tokens kept per image, on average over the layers.
-        layer: in front of which tokens are dropped; paper: 2.
+        layer: before which tokens are dropped; paper: 2.
         appearance: weight of the squared distance, as a share of the image's largest; paper: 1.
         relative: weight of the distance between places; paper: 1. 0 with `centre=0` reads no grid.
         centre: weight of the distance from the centre, in tokens; paper: 0.01.
@@ -42,7 +36,7 @@ class TopV(OneStagePruner):
         entropy: of the transport, as a share of the unit of cost.
         stages: `((layer, K), ...)` in place of an average.
     Deviations: unofficial. Not known are the entropy, the scale of squared distances, which norm is
-        meant (here the one in front of the attention of the same layer) and how the plan becomes a
+        meant (here the one before the attention of the same layer) and how the plan becomes a
         score: here a token's mean cost under it, the lowest stay. Tokens keep their positions.
     """
 
@@ -52,6 +46,10 @@ class TopV(OneStagePruner):
     sigma: float = 10.0
     entropy: float = 0.1
 
+    title: ClassVar[str] = (
+        "TopV: keep the tokens whose states cost least to be carried to the normed ones."
+    )
+    reads: ClassVar[str] = "hidden states, grid"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2503.18278"
 
@@ -66,11 +64,10 @@ class TopV(OneStagePruner):
 
     @property
     def tower_needs(self) -> Needs:
-        """The grid, which comes with whatever is asked for; projected tokens cost nothing."""
+        """The grid, which comes with any need; projected tokens cost nothing."""
         return Needs(projected=bool(self.relative or self.centre))
 
     def needs_at(self, layer: int) -> LayerNeeds:
-        """Hidden states behind the norm."""
         return LayerNeeds(normed=("layer",))
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""TRIM.
-
-B images, N visual tokens, K kept, P width of CLIP's shared space.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,7 +21,6 @@ class TRIM(AdaptivePruner):
     """TRIM: keep the tokens that CLIP relates to the prompt, and the mean of all others.
 
     Paper: https://arxiv.org/abs/2409.10994, section 3.
-    Stage: llm_input.  Needs: clip.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, the mean of the others included.
@@ -40,13 +34,16 @@ class TRIM(AdaptivePruner):
 
     nearest: bool = False
 
+    title: ClassVar[str] = (
+        "TRIM: keep the tokens that CLIP relates to the prompt, and the mean of all others."
+    )
+    reads: ClassVar[str] = "clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2409.10994"
     merging: ClassVar[bool] = True
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt in CLIP's shared space."""
         return Needs(clip=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""TrimTokenator.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -26,7 +21,6 @@ class TrimTokenator(Pruner):
     """TrimTokenator: leave out what is far from the prompt, then keep the least similar tokens.
 
     Paper: https://arxiv.org/abs/2509.00320, section 3.
-    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
 
     The first pick has the least mean cosine to all that stayed, each further one to those picked.
 
@@ -39,6 +33,10 @@ class TrimTokenator(Pruner):
 
     first_ratio: float = 0.8
 
+    title: ClassVar[str] = (
+        "TrimTokenator: leave out what is far from the prompt, then keep the least similar tokens."
+    )
+    reads: ClassVar[str] = "projected, text"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2509.00320"
 
@@ -49,7 +47,6 @@ class TrimTokenator(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""The uniform control.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -20,13 +15,16 @@ class Uniform(Pruner):
     """Uniform: keep tokens at equal steps in raster order, index floor((i + 1/2) N / K).
 
     Paper: none.
-    Stage: llm_input.  Needs: -.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image.
     Deviations: none.
     """
 
+    title: ClassVar[str] = (
+        "Uniform: keep tokens at equal steps in raster order, index floor((i + 1/2) N / K)."
+    )
+    reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""VFlowOpt.
-
-B images, N visual tokens on a grid of H x W, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -27,11 +22,10 @@ class VFlowOpt(Pruner):
     """VFlowOpt: keep what the image's global tokens attend to, recycle the rest, drop again later.
 
     Paper: https://arxiv.org/abs/2508.05211.
-    Stage: llm_input + llm_layers.  Needs: attention (global).  Deterministic: yes.
 
     Global tokens receive more than twice the mean attention; a token's importance is their mean
     attention to it. What is dropped before the language model is averaged onto the most important
-    token of its cell of the grid, by importance, if that stays. In front of layers 9 and 18 (of 28)
+    token of its cell of the grid, by importance, if that stays. Before layers 9 and 18 (of 28)
     of the language model half of the tokens is dropped again, by the same importance. `select` on
     tokens outside of a language model keeps K by the first rule.
 
@@ -51,6 +45,11 @@ class VFlowOpt(Pruner):
     block: int = -2
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "VFlowOpt: keep what the image's global tokens attend to, recycle the rest, drop again"
+        " later."
+    )
+    reads: ClassVar[str] = "attention (global)"
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2508.05211"
@@ -64,7 +63,6 @@ class VFlowOpt(Pruner):
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Before the language model, and inside it."""
         settings = later_settings(self, self.stages, lambda ratio: 1.75 * ratio)
         return FirstHalf(self, self._first, self._before), VFlowOptLater(
             block=self.block, **settings
@@ -72,7 +70,6 @@ class VFlowOpt(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """What the global tokens of one block attend to."""
         return Needs(attention=((self.block, "global"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""VisionDrop.
-
-B images, N visual tokens, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -23,7 +18,6 @@ class VisionDrop(Pruner):
     """VisionDrop: keep the tokens that all others attend to, and merge the rest into a few.
 
     Paper: https://arxiv.org/abs/2506.22283, section 3.
-    Stage: llm_input.  Needs: attention (received), keys.  Deterministic: yes.
 
     With `later`, tokens are dropped and merged in the same way at each quarter of the language
     model's layers, by the attention that an image's tokens receive of each other there.
@@ -31,7 +25,7 @@ class VisionDrop(Pruner):
     Args:
         num_keep: tokens kept per image before the language model. With `later` their average over
             its layers: K = 32 of 576 is the paper's 42 + 6 before it, and 30 + 5, 22 + 4 and 16 + 3
-            in front of layers 8, 16 and 24 of 32, also as `setting="paper-32"`; others are in
+            before layers 8, 16 and 24 of 32, also as `setting="paper-32"`; others are in
             proportion.
         num_contextual: merged tokens among those before the language model; None for the paper's
             share of 6 / 48.
@@ -40,8 +34,8 @@ class VisionDrop(Pruner):
         stages: `((layer, K), ...)` of these in place of an average; `num_keep` is then what stays
             before them.
     Deviations: which layer's attention and keys the later stages read is not sure: here those of
-        the layer before, keys turned by their positions; and that merged tokens stand behind the
-        others and all are numbered anew. The first stage alone is the default.
+        the layer before, keys turned by their positions; and that merged tokens stand after the
+        others and all are numbered again. The first stage alone is the default.
     """
 
     num_contextual: int | None = None
@@ -49,6 +43,10 @@ class VisionDrop(Pruner):
     later: bool = False
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "VisionDrop: keep the tokens that all others attend to, and merge the rest into a few."
+    )
+    reads: ClassVar[str] = "attention (received), keys"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.22283"
     merging: ClassVar[bool] = True
@@ -66,7 +64,6 @@ class VisionDrop(Pruner):
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Itself; with `later`, before the language model and inside it."""
         if not self.later:
             return (self,)
         later = VisionDropLater(**later_settings(self, self.stages, lambda ratio: 1.5 * ratio))
@@ -74,7 +71,6 @@ class VisionDrop(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """One block's attention and keys."""
         return Needs(attention=((self.block, "received"),), keys=(self.block,))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""VisionZip.
-
-B images, N visual tokens, K kept, D width, d width of a head.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +16,6 @@ class VisionZip(Pruner):
     """VisionZip: keep the CLS and the tokens it attends to, and merge the rest into a few.
 
     Paper: https://arxiv.org/abs/2412.04467, section 3.
-    Stage: llm_input.  Needs: attention (CLS), keys, CLS.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image, the CLS included; paper: 192, 128 or 64 of 576.
@@ -36,6 +30,10 @@ class VisionZip(Pruner):
     guidance: Literal["cls", "received"] = "cls"
     block: int = -2
 
+    title: ClassVar[str] = (
+        "VisionZip: keep the CLS and the tokens it attends to, and merge the rest into a few."
+    )
+    reads: ClassVar[str] = "attention (CLS), keys, CLS"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.04467"
     merging: ClassVar[bool] = True
@@ -49,7 +47,6 @@ class VisionZip(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """One block's attention and keys, and the CLS row that is kept."""
         attention = ((self.block, self.guidance),)
         return Needs(attention=attention, keys=(self.block,), cls=self.guidance == "cls")
 

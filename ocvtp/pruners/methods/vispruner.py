@@ -1,8 +1,3 @@
-"""VisPruner.
-
-B images, N visual tokens, K kept, R tokens not kept yet, D width.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +19,6 @@ class VisPruner(Pruner):
     """VisPruner: keep the tokens the CLS attends to, and of the rest those without duplicates.
 
     Paper: https://arxiv.org/abs/2412.01818, section 3.
-    Stage: llm_input.  Needs: attention (CLS).  Deterministic: yes.
 
     The rest, ordered by attention, is thinned out in rounds: every second token is compared with
     the ones between, and the `step` tokens most similar to one of these go.
@@ -41,6 +35,10 @@ class VisPruner(Pruner):
     step: int = 8
     block: int = -2
 
+    title: ClassVar[str] = (
+        "VisPruner: keep the tokens the CLS attends to, and of the rest those without duplicates."
+    )
+    reads: ClassVar[str] = "attention (CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.01818"
 
@@ -54,7 +52,6 @@ class VisPruner(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """The CLS row of one block."""
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

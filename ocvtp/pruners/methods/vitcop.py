@@ -1,8 +1,3 @@
-"""ViTCoP.
-
-B images, N visual tokens, K kept, R of them inside the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,11 +20,10 @@ class ViTCoP(Pruner):
     """ViTCoP: drop what the CLS passes over, merge clusters early and drop by key norm late.
 
     Paper: https://arxiv.org/abs/2601.17818.
-    Stage: llm_input + llm_layers.  Needs: attention (CLS), keys (both).  Deterministic: yes.
 
-    Before the language model int(.2 N + .9 K) tokens stay. In front of layer 2 they are clustered
+    Before the language model int(.2 N + .9 K) tokens stay. Before layer 2 they are clustered
     by the tower's keys: of each cluster the tokens whose key is shortest stay, the others become
-    one. In front of layer 22 (of 32) a fifth of them stays, again those of the shortest keys.
+    one. Before layer 22 (of 32) a fifth of them stays, again those of the shortest keys.
     `select` on tokens outside of a language model keeps K by the first rule.
 
     Args:
@@ -43,7 +37,7 @@ class ViTCoP(Pruner):
     Deviations: unofficial where tokens are clustered, whose rule is not public: by DPC-kNN over
         head-mean keys. Quotas, merging and norms are the official code's. Keys are those of the
         layer before. Between the paper's settings its numbers are interpolated. A separator of
-        LLaVA-NeXT is clustered with the token in front of it.
+        LLaVA-NeXT is clustered with the token before it.
     """
 
     guidance: Literal["cls", "received"] = "cls"
@@ -51,6 +45,10 @@ class ViTCoP(Pruner):
     block: int = -2
     stages: StagePairs | None = None
 
+    title: ClassVar[str] = (
+        "ViTCoP: drop what the CLS passes over, merge clusters early and drop by key norm late."
+    )
+    reads: ClassVar[str] = "attention (CLS), keys (both)"
     stage: ClassVar[Stage] = "llm_layers"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2601.17818"
@@ -69,19 +67,16 @@ class ViTCoP(Pruner):
 
     @property
     def parts(self) -> tuple[Pruner, ...]:
-        """Before the language model, and inside it."""
         settings = later_settings(self, self.stages, lambda ratio: 0.2 + 0.9 * ratio)
         later = ViTCoPLater(block=self.block, cluster_share=self.cluster_share, **settings)
         return FirstHalf(self, self._first), later
 
     @property
     def needs(self) -> Needs:
-        """Attention of one block."""
         return Needs(attention=((self.block, self.guidance),))
 
     @property
     def tower_needs(self) -> Needs:
-        """That, and the keys to cluster by."""
         return needs_of(self.parts)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -1,8 +1,3 @@
-"""V-PRUNE.
-
-B images, N patches, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -24,7 +19,6 @@ class VPrune(AdaptivePruner):
     """V-PRUNE: leave out patches that look like a neighbour, before the vision tower.
 
     Paper: Applied Sciences 2025, 15(17), 9463.
-    Stage: pixels.  Needs: -.  Deterministic: yes.
 
     In groups of 2 x 2 patches, those whose colour histograms are close (chi-square distance) and
     whose colours point the same way (cosine) are redundant; in raster order, a patch is dropped
@@ -49,6 +43,10 @@ class VPrune(AdaptivePruner):
     bins: int = 16
     group_side: int = 2
 
+    title: ClassVar[str] = (
+        "V-PRUNE: leave out patches that look like a neighbour, before the vision tower."
+    )
+    reads: ClassVar[str] = "-"
     stage: ClassVar[Stage] = "pixels"
     status: ClassVar[Status] = "unofficial"
 

@@ -1,8 +1,3 @@
-"""ZSPAPrune.
-
-B images, N visual tokens, K kept, M text tokens, D' width of the language model.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -25,7 +20,6 @@ class ZSPAPrune(Pruner):
     """ZSPAPrune: keep a core of tokens close to the prompt, and the most diverse of the others.
 
     Paper: https://arxiv.org/abs/2510.17197, section 3.
-    Stage: llm_input.  Needs: projected, text.  Deterministic: yes.
 
     Args:
         num_keep: tokens kept per image.
@@ -36,6 +30,10 @@ class ZSPAPrune(Pruner):
 
     core_ratio: float = 0.6
 
+    title: ClassVar[str] = (
+        "ZSPAPrune: keep a core of tokens close to the prompt, and the most diverse of the others."
+    )
+    reads: ClassVar[str] = "projected, text"
     status: ClassVar[Status] = "unofficial"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2510.17197"
 
@@ -46,7 +44,6 @@ class ZSPAPrune(Pruner):
 
     @property
     def needs(self) -> Needs:
-        """Tokens and prompt as the language model reads them."""
         return Needs(projected=True, text=True)
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
