@@ -9,9 +9,8 @@ import torch
 from torch.testing import assert_close
 
 import ocvtp
-from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.clustering import density_peaks, keep_in_clusters, shared_out
 from ocvtp.ops.merging import head_mean
-from ocvtp.ops.quotas import keep_in_clusters, shared_out
 from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.pruners.two_stage import of_tower, tower_places
 from ocvtp.structures import LayerTokens, Needs, VisualTokens

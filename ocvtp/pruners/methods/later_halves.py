@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from ocvtp.ops.clustering import density_peaks
+from ocvtp.ops.clustering import density_peaks, keep_in_clusters
 from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean, keep_all
-from ocvtp.ops.quotas import keep_in_clusters
 from ocvtp.ops.selection import top_k
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
