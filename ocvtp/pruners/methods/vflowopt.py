@@ -6,13 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.ops.merging import merge_rows, merged
+from ocvtp.ops.merging import (
+    merge_rows,
+    merged,
+)
 from ocvtp.ops.selection import descending, mask_of, ranks, top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.methods.later_halves import VFlowOptLater
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.two_stage import FirstHalf, later_settings
+from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, inside, later_settings, of_tower
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 
@@ -113,3 +116,31 @@ def _recycled(kept: Tensor, importance: Tensor, real: Tensor, cells: Tensor) -> 
     total = torch.zeros_like(weight).scatter_add(1, cell, shared).gather(1, cell)
     weight = torch.where(chosen & ~leads, 1.0, shared / total.clamp(min=1e-37))
     return merged(merge_rows(row_of, weight, num_keep), kept)
+
+
+@dataclass(kw_only=True, eq=False)
+class VFlowOptLater(LaterHalf):
+    """The importance that the tower gave, again, see `VFlowOpt`."""
+
+    block: int
+
+    name: ClassVar[str] = "vflowopt"
+    status: ClassVar[Status] = "unofficial"
+
+    @property
+    def tower_needs(self) -> Needs:
+        return Needs(attention=((self.block, "global"),))
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        return LayerNeeds()
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return round(9 * num_layers / 28), round(18 * num_layers / 28)
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        average = self._average(num_tokens)
+        return to_average(self._layers(num_layers), (2, 1), num_layers, num_tokens, average)
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        here, tower = inside(self, tokens)
+        return top_k(of_tower(here, tower.attention[self.block, "global"]), num_keep)

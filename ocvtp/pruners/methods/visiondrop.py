@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean
+from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean, keep_all
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs, check_count
-from ocvtp.pruners.methods.later_halves import VisionDropLater
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.two_stage import FirstHalf, later_settings
+from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, later_settings
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
@@ -91,3 +91,41 @@ class VisionDrop(Pruner):
     def _before(self, num_keep: int) -> int:
         """Tokens that stay before the language model, for a budget of K."""
         return num_keep if self.stages is not None else round(1.5 * num_keep)
+
+
+_KEPT = (35, 26, 19)
+
+_CONTEXTUAL = 0.135  # of 35, 26 and 19: 5, 4 and 3
+
+
+@dataclass(kw_only=True, eq=False)
+class VisionDropLater(LaterHalf):
+    """Dominant and contextual tokens again, see `VisionDrop`."""
+
+    name: ClassVar[str] = "visiondrop"
+    status: ClassVar[Status] = "official"
+    merging: ClassVar[bool] = True
+    positions: ClassVar[Literal["contiguous", "original"]] = "contiguous"
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        return LayerNeeds(attention=((layer - 1, "visual"),), keys=(layer - 1,))
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return num_layers // 4, num_layers // 2, 3 * num_layers // 4
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        average = self._average(num_tokens)
+        return to_average(self._layers(num_layers), _KEPT, num_layers, num_tokens, average)
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        if num_keep == tokens.num_tokens:
+            return keep_all(tokens)
+        contextual = contextual_share(None, _CONTEXTUAL, num_keep, num_keep)
+        return dominant_and_contextual(
+            tokens.attention[layer - 1, "visual"],
+            head_mean(tokens.keys[layer - 1], tokens.num_heads),
+            num_dominant=num_keep - contextual,
+            num_contextual=contextual,
+            with_cls=False,
+            valid=None,
+        )

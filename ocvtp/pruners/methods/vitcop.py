@@ -3,12 +3,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from ocvtp.ops.clustering import density_peaks, keep_in_clusters
+from ocvtp.ops.merging import head_mean, keep_all
 from ocvtp.ops.selection import ascending, descending, ranks, top_k
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.methods.later_halves import ViTCoPLater
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.two_stage import FirstHalf, later_settings, needs_of
+from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, inside, later_settings, needs_of, of_tower
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 _PAPER = {192: (288, 0.18, 253, 51), 128: (230, 0.15, 165, 33), 64: (172, 0.12, 77, 15)}
@@ -97,3 +99,48 @@ class ViTCoP(Pruner):
         order = descending(tokens.attention[self.block, self.guidance], tokens.valid)
         chosen = tokens.valid & (ranks(order) < counts)
         return ascending(order[:, :most], chosen, tokens.num_tokens)
+
+
+@dataclass(kw_only=True, eq=False)
+class ViTCoPLater(LaterHalf):
+    """Clusters first, then the shortest keys, see `ViTCoP`."""
+
+    block: int
+    cluster_share: float | None
+
+    name: ClassVar[str] = "vitcop"
+    status: ClassVar[Status] = "unofficial"
+    merging: ClassVar[bool] = True
+
+    @property
+    def tower_needs(self) -> Needs:
+        return Needs(keys=(self.block,))
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        return LayerNeeds(keys=(layer - 1,))
+
+    def _layers(self, num_layers: int) -> tuple[int, ...]:
+        return 2, max(3, 22 * num_layers // 32)
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        average = self._average(num_tokens)
+        return to_average(self._layers(num_layers), (5, 1), num_layers, num_tokens, average)
+
+    def _num_clusters(self, num_tokens: int) -> int:
+        share, budget = self.cluster_share, self.keep_ratio
+        if share is None and self.num_keep is not None:  # N is .2 of all and .9 K
+            budget = self.num_keep / max(num_tokens, 5 * num_tokens - 4.5 * self.num_keep)
+        if share is None:
+            share = 0.15 if budget is None else 0.09 + 0.27 * min(1.0, budget)
+        return max(1, int(share * num_tokens))
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        if num_keep == tokens.num_tokens:
+            return keep_all(tokens)
+        lengths = head_mean(tokens.keys[layer - 1], tokens.num_heads).norm(dim=2)
+        if layer != self._first_layer:
+            return top_k(-lengths, num_keep)
+        here, tower = inside(self, tokens)
+        points = head_mean(of_tower(here, tower.keys[self.block]), tower.num_heads)
+        count = self._num_clusters(tokens.num_tokens)
+        return keep_in_clusters(density_peaks(points, count)[0], count, lengths, num_keep)
