@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ocvtp.bench import timeline as spans
-from ocvtp.bench.hooks import Tokens, watching
 from ocvtp.bench.memory import (
     CudaPeaks,
     Watch,
@@ -23,7 +22,7 @@ from ocvtp.bench.memory import (
     tensors_of,
     weight_bytes,
 )
-from ocvtp.bench.timeline import Marks
+from ocvtp.bench.timeline import Marks, Tokens, watching
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
 from ocvtp.evaluation.runner import Subject

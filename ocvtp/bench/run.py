@@ -16,10 +16,9 @@ import torch
 from rich.progress import Progress
 
 from ocvtp.bench import timeline
-from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
-from ocvtp.bench.variants import Variant, needs_network, network_for, variants
+from ocvtp.bench.variants import Variant, flops_of, needs_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -19,6 +19,7 @@ from ocvtp.evaluation.conditions import (
     random_network,
 )
 from ocvtp.evaluation.runner import Subject
+from ocvtp.flops import count
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.shorten import look
@@ -195,3 +196,32 @@ def _savings(rows: SavingRows) -> dict[str, Savings]:
             changed = replace(Savings(), **{name: not is_on})
             found[f"without {name}" if is_on else f"with {name}"] = changed
     return found
+
+
+def flops_of(
+    model: Any, variant: Variant, sizes: Mapping[str, int], num_images: int
+) -> dict[str, int] | None:
+    """Of one prompt until its first token: `tower`, `projector`, `select`, `language_model`, all.
+
+    Args:
+        model: of transformers.
+        variant: the row.
+        sizes: `image_tokens` and `text_tokens` of a prompt.
+        num_images: of a prompt.
+
+    Returns:
+        None where they depend on what is in an image, or the model's family is not known there.
+    """
+    try:
+        found = count(
+            model,
+            num_visual=sizes["image_tokens"] // num_images,
+            text_length=sizes["text_tokens"],
+            pruner=variant.pruner,
+            num_images=num_images,
+            savings=variant.savings,
+        )
+    except ValueError:
+        return None
+    parts = ("tower", "projector", "select", "language_model", "total")
+    return {part: int(getattr(found, part)) for part in parts}

@@ -9,13 +9,11 @@ import pytest
 import torch
 
 from ocvtp import build_pruner
-from ocvtp.bench import hooks
 from ocvtp.bench import timeline as spans
-from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import PARTS, Bench
 from ocvtp.bench.memory import Watch, cache_bytes, weight_bytes
 from ocvtp.bench.timeline import Marks
-from ocvtp.bench.variants import network_for, variants
+from ocvtp.bench.variants import flops_of, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import operations
@@ -103,7 +101,7 @@ def test_work_is_the_stages_that_does_it(subject, inputs, stage, savings, monkey
         choose = type(row.pruner)._select
         monkeypatch.setattr(type(row.pruner), "_select", lambda *a: (wait(), choose(*a))[1])
     else:
-        module = (hooks.modules_of(host) | {"decode": [host.language_model]})[stage][0]
+        module = (spans.modules_of(host) | {"decode": [host.language_model]})[stage][0]
         planted.append(module.register_forward_pre_hook(plant, with_kwargs=True))
     try:
         took = Bench(subject, 3)._time(row, inputs, 0.0)
@@ -135,8 +133,8 @@ def test_answers_are_the_same_under_the_timer(subject, inputs):
     with row.installed(subject):
         plain = model.generate(**inputs, **lengths)
         marks = Marks(time.perf_counter)
-        tokens = hooks.Tokens(marks, 4, 2, torch.device("cpu"))
-        with hooks.watching(Bench(subject, 4).host, row.parts, marks):
+        tokens = spans.Tokens(marks, 4, 2, torch.device("cpu"))
+        with spans.watching(Bench(subject, 4).host, row.parts, marks):
             marks.start()
             timed = model.generate(**inputs, **lengths, stopping_criteria=[tokens])
     assert torch.equal(plain, timed)
