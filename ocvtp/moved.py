@@ -1,4 +1,4 @@
-"""Modules that plug-ins of earlier versions import by the names that these had then."""
+"""Modules that plug-ins and scripts of earlier versions import by their names of then."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 HOMES = {
+    "ocvtp.evaluation.coverage": "ocvtp.evaluation.tasks.coverage",
+    "ocvtp.evaluation.pope": "ocvtp.evaluation.tasks.pope",
+    "ocvtp.evaluation.scenes": "ocvtp.evaluation.tasks.scenes",
+    "ocvtp.evaluation.vqa": "ocvtp.evaluation.tasks.vqa",
     "ocvtp.files": "ocvtp.reporting.files",
+    "ocvtp.hosts.rewrite": "ocvtp.hosts.prompt.shorten",
+    "ocvtp.hosts.sharing": "ocvtp.hosts.runtime.shared_encodings",
+    "ocvtp.hosts.templates": "ocvtp.hosts.prompt.chat_template",
     "ocvtp.pruners.colours": "ocvtp.ops.patch_colours",
     "ocvtp.pruners.diversity": "ocvtp.ops.diversity",
     "ocvtp.pruners.halves": "ocvtp.pruners.two_stage",
@@ -20,6 +27,7 @@ HOMES = {
     "ocvtp.pruners.layered": "ocvtp.pruners.layer_pruner",
     "ocvtp.pruners.merging": "ocvtp.ops.merging",
     "ocvtp.pruners.plugins": "ocvtp.plugins",
+    "ocvtp.pruners.quotas": "ocvtp.ops.clustering",
     "ocvtp.pruners.selection": "ocvtp.ops.selection",
     "ocvtp.pruners.similarity": "ocvtp.ops.similarity",
     "ocvtp.pruners.text": "ocvtp.ops.prompt_text",
