@@ -177,13 +177,11 @@ def write(report: Report, folder: Path, answers: Mapping[str, Any]) -> list[Path
 
 
 def _row(row: Row, unpruned: Row | None, random: Row | None) -> dict[str, Any]:
-    """One condition as JSON."""
     facts = {name: value for name, value in vars(row).items() if name != "figures"}
     return facts | {"figures": {name: _figure(row, name, unpruned, random) for name in row.figures}}
 
 
 def _figure(row: Row, name: str, unpruned: Row | None, random: Row | None) -> dict[str, Any]:
-    """One figure of a condition as JSON."""
     return asdict(estimate(row.figures[name])) | {
         "minus_unpruned": _minus(row, unpruned, name),
         "minus_random": _minus(row, random, name),

@@ -62,7 +62,7 @@ def pope_yes_no(text: str) -> YesNo:
 def exact_yes_no(text: str) -> YesNo | None:
     """Yes or no if the answer is this one word; None, which is always wrong, for all else.
 
-    Case, white space around it and punctuation behind it do not matter.
+    Case, white space around it and punctuation after it do not matter.
     """
     word = _TRAILING.sub("", text).strip().lower()
     if word == "yes":
