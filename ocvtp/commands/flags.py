@@ -192,7 +192,7 @@ def flops(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME[:KEY=VALUE,...]",
-        help="see `ocvtp list`; without any, the model with so many tokens, whoever chooses them",
+        help="see `ocvtp list`; without any, the model with so many tokens, whichever they are",
     )
     parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
     parser.add_argument(
