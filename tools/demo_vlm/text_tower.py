@@ -3,7 +3,7 @@
 Pruners that compare visual tokens with the prompt read the two in CLIP's shared space; a vision
 tower that was trained without texts has none. As in CLIP only the CLS learns it: an image is
 `visual_projection(post_layernorm(CLS))`, a text `text_projection` of its EOS, and nothing is said
-of patches. B scenes of a step, T texts, P width of the shared space.
+of patches. T are the texts of a step, P is the width of the shared space.
 """
 
 from __future__ import annotations
