@@ -141,8 +141,8 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "--savings",
         choices=get_args(choices.SavingRows),
         default="default",
-        help="what hosts leave out: attach's own settings, all, none, or a row beside its own for"
-        " `each` setting turned round",
+        help="what hosts leave out: attach's own settings, all, none, or for `each` setting one"
+        " more row, in which it is reversed",
     )
     options.add_skip_unfit(parser)
     parser.add_argument(

@@ -41,7 +41,7 @@ class Row:
         num_keep: tokens kept per image; None as for `budget`.
         seeds: how many the figures are the mean of.
         control: whether it is there to be compared with.
-        visual_tokens: kept, mean per image; None where nobody counted.
+        visual_tokens: kept, mean per image; None where they were not counted.
         figures: by name; without the report's metrics where the condition could not be run.
         note: what a reader must know, e.g. why it could not be run.
         trained: whether it learned from data; the best of the others is set off.

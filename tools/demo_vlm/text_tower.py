@@ -208,7 +208,7 @@ def _check(folder: Path, recipe: dict[str, Any], resume: bool) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, renamed to it when the block ends without an error."""
+    """A folder next to `folder`, renamed to it when the block ends without an error."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

@@ -74,7 +74,7 @@ def normalise_vqa(text: str) -> str:
     """An answer in the form in which VQA v2's official script compares answers.
 
     Punctuation and articles go, number words become digits, missing apostrophes are put back, and
-    all is lower case. A mark becomes a space; it becomes nothing where the text has it beside a
+    all is lower case. A mark becomes a space; it becomes nothing where the text has it next to a
     space as well, or has any comma between digits. A full stop before a digit stays.
     From https://github.com/GT-Vision-Lab/VQA (https://arxiv.org/abs/1612.00837).
     """
