@@ -104,7 +104,7 @@ def measure(case: dict[str, Any], rounds: int, tower: Any) -> dict[str, Any]:
 
 
 def against_goals(results: dict[str, Any]) -> dict[str, Any]:
-    """Each goal beside what was measured, at both widths where there are two."""
+    """Each goal next to what was measured, at both widths where there are two."""
     found: dict[str, Any] = {}
     for case, goals in GOALS_MS.items():
         for name, goal in goals.items():

@@ -47,7 +47,7 @@ def table() -> str:
 
 
 def stages_table() -> str:
-    """What one method of each stage saves of tower and prefill, beside what operations allow."""
+    """What one method of each stage saves of tower and prefill, next to what operations allow."""
     results = json.loads((RESULTS / "stages-cpu.json").read_text())
     rows: dict[str, dict[str, Any]] = results["rows"]
     bare = rows["bare"]["ms"]
@@ -76,7 +76,7 @@ def _ms(value: float) -> str:
 
 
 def select_table() -> str:
-    """Milliseconds of every pruner's `select`, beside the tower's."""
+    """Milliseconds of every pruner's `select`, next to the tower's."""
     results = json.loads((RESULTS / "select-cpu.json").read_text())
     cases: dict[str, dict[str, float]] = results["ms"]
     lines = [

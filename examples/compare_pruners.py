@@ -5,7 +5,7 @@
         --images DIR --questions FILE --pruners divprune visionzip fastervlm --num-keep 192 64
 
 FILE is a JSON list of `{"image": "NAME.jpg", "question": "..", "answers": [".."]}`. Unpruned,
-random and other controls run beside your pruners. A run that was stopped goes on where it stood.
+random and other controls run next to your pruners. A run that was stopped continues where it stood.
 """
 
 from __future__ import annotations

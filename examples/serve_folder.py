@@ -4,7 +4,7 @@
     python examples/serve_folder.py --model llava-hf/llava-1.5-7b-hf --device cuda --num-keep 64 \
         --images DIR --prompt "Describe the image." --max-new-tokens 64 --output answers.jsonl
 
-A run that was stopped goes on where it stood: run the same command again.
+A run that was stopped continues where it stood: run the same command again.
 """
 
 from __future__ import annotations

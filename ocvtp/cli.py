@@ -59,7 +59,7 @@ def _told(error: BaseException, words: Sequence[str]) -> int | None:
         again = "; the same command continues after what is done" if _continues(words) else ""
         sys.stderr.write(f"ocvtp: stopped{again}\n")
         return 130
-    if isinstance(error, BrokenPipeError):  # whoever read stdout has seen enough
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has seen enough
         sys.stdout = None  # nothing is left to be flushed there
         return 1
     if not isinstance(error, ValueError | OSError):

@@ -1,7 +1,7 @@
 """Names that are imported when they are first used: those of a package (PEP 562), and bound ones.
 
-What lies below may call what lies above by a name that the package binds: pruners plug themselves
-in with `attached`.
+A lower module may call a function of a higher one by a name that the package binds: pruners
+plug themselves in with `attached`.
 """
 
 from __future__ import annotations

@@ -69,11 +69,11 @@ def with_configs(words: Sequence[str], kind: Kind) -> list[str]:
 
 
 def find_folder(name: str) -> str:
-    """A folder by its path in the repository, e.g. `checkpoints/demo-vlm`, from wherever one works.
+    """A folder by its path in the repository, e.g. `checkpoints/demo-vlm`, from any place.
 
     Args:
-        name: a path, which wins where it exists; whatever is not shipped, say a hub id, is returned
-            as it stands.
+        name: a path, which wins where it exists; what is not shipped, say a hub id, is returned
+            unchanged.
     """
     path = Path(name)
     if path.exists() or path.is_absolute() or path.parts[:1] != ("checkpoints",):

@@ -159,12 +159,12 @@ class VisualTokens:
 
     @property
     def batch_size(self) -> int:
-        """B."""
+        """B, the number of images."""
         return self.features.shape[0]
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """N, the visual tokens of an image, padding included."""
         return self.features.shape[1]
 
     @property
@@ -206,19 +206,19 @@ class VisualTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTokens(VisualTokens):
-    """The visual tokens of B images in front of a layer of the language model.
+    """The visual tokens of B images before a layer of the language model.
 
     `features` are its hidden states, `attention` and `keys` of its layers (turned by their
     positions, counted from the row's first token), `num_heads` those of the keys, `text` the hidden
-    states of the text behind each image (of all text, where none follows). Images of one call come
+    states of the text after each image (of all text, where none follows). Images of one call come
     together where they are equally long.
 
     Args:
         places: [B, N] the number of every token among those of its image in the tower, to look up
             what the tower said of it; -1 for separators between rows or tiles.
         text_keys: layer -> [B, M, D].
-        normed: `final` -> [B, N, D'], `features` behind the language model's last norm; `layer` ->
-            behind the norm in front of the attention of the coming layer.
+        normed: `final` -> [B, N, D'], `features` after the language model's last norm; `layer` ->
+            after the norm that precedes the attention of the coming layer.
         text_normed: the same of `text`, where it is read.
         tower: what the vision tower gave, [B, ...] images of N' tokens, as `tower_needs` names it.
     """

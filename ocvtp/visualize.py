@@ -1,6 +1,6 @@
 """Pictures of what pruners keep and of what slots look at.
 
-H x W pixels of an image, N = h w visual tokens (row by row), K kept, S slots. A token's patch is
+H x W are the pixels of an image here, h x w its token grid: N = h w, row by row. A token's patch is
 the rectangle of pixels it covers; sides need not be multiples of the grid. Figures are drawn on
 their own Agg canvas: nothing here touches pyplot or matplotlib's global state.
 """

@@ -34,7 +34,7 @@ class Trip:
 
     @property
     def hops(self) -> int:
-        """Changes of file."""
+        """How often the file changes."""
         return max(0, len(self.files) - 1)
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:

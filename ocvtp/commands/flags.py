@@ -141,8 +141,8 @@ def bench(parser: argparse.ArgumentParser) -> None:
         "--savings",
         choices=get_args(choices.SavingRows),
         default="default",
-        help="what hosts leave out: attach's own settings, all, none, or a row beside its own for"
-        " `each` setting turned round",
+        help="what hosts leave out: attach's own settings, all, none, or for `each` setting one"
+        " more row, in which it is reversed",
     )
     options.add_skip_unfit(parser)
     parser.add_argument(
@@ -192,7 +192,7 @@ def flops(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME[:KEY=VALUE,...]",
-        help="see `ocvtp list`; without any, the model with so many tokens, whoever chooses them",
+        help="see `ocvtp list`; without any, the model with so many tokens, whichever they are",
     )
     parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
     parser.add_argument(

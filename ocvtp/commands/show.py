@@ -1,7 +1,4 @@
-"""`ocvtp show`: what pruners keep of an image, and slot masks.
-
-N visual tokens, K kept, S slots.
-"""
+"""`ocvtp show`: what pruners keep of an image, and slot masks."""
 
 from __future__ import annotations
 
@@ -130,7 +127,6 @@ class _Stage:
     masks: Tensor | None = None
 
     def panels(self) -> list[Panel]:
-        """One a grid."""
         panels, first = [], 0
         for rows, columns in self.grids:
             last = first + rows * columns
@@ -181,7 +177,7 @@ def _before_llm(host: Host, encoded: Encoded, pruner: Pruner) -> _Stage:
 def _by_running(
     vlm: Any, host: Host, pruner: Pruner, inputs: Any, settings: dict[str, Any]
 ) -> list[_Stage]:
-    """What is left behind each stage of a pruner."""
+    """What is left after each stage of a pruner."""
     prompts: list[Prompt] = []
     with attached(vlm, pruner, on_prune=prompts.append, **settings):
         vlm(**inputs, logits_to_keep=1)

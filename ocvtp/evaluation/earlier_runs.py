@@ -1,6 +1,6 @@
 """Rows of earlier runs in a folder, which a later run of the same task does not ask for again.
 
-What results.json lists is made again from the answers beside it, so that all rows are compared with
+What results.json lists is made again from the stored answers, so that all rows are compared with
 the same ones, whichever run asked them.
 """
 

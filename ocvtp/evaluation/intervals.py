@@ -99,7 +99,7 @@ def average(ratios: Sequence[Ratio]) -> Ratio:
 
 
 def mcnemar(more: int, less: int) -> float:
-    """Two-sided exact p: how odd `more` against `less` is for a fair coin.
+    """Two-sided exact p: how unlikely `more` against `less` is for a fair coin.
 
     P(X <= min) + P(X >= max) for X ~ Binomial(more + less, 1/2): McNemar 1947 in its exact form.
     """
@@ -164,20 +164,18 @@ def _rows_at_once(images: int) -> int:
 
 
 def _is_binary(ratio: Ratio) -> bool:
-    """Whether each item counts once and is right or wrong."""
     right_or_wrong = (ratio.hits == 0) | (ratio.hits == 1)
     return bool(len(ratio.hits) and right_or_wrong.all() and (ratio.of == 1).all())
 
 
 def _check(ratio: Ratio) -> None:
-    """Three arrays of one length."""
     shapes = [np.shape(part) for part in (ratio.hits, ratio.of, ratio.owners)]
     if shapes != [(len(ratio.owners),)] * 3:
         raise ValueError(f"hits, of and owners are {shapes}; pass three arrays [n] of one length.")
 
 
 def _check_same(ratios: Sequence[Ratio]) -> None:
-    """The same items in the same order, as far as their images tell."""
+    """Refuse ratios of other items; the order of their images tells."""
     for ratio in ratios:
         _check(ratio)
         if not np.array_equal(ratio.owners, ratios[0].owners):

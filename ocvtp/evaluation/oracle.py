@@ -1,7 +1,4 @@
-"""The control that knows where the objects are.
-
-B images, O objects of an image, N visual tokens, K kept.
-"""
+"""The control that knows where the objects are. O are the objects of an image."""
 
 from __future__ import annotations
 

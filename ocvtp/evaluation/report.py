@@ -41,7 +41,7 @@ class Row:
         num_keep: tokens kept per image; None as for `budget`.
         seeds: how many the figures are the mean of.
         control: whether it is there to be compared with.
-        visual_tokens: kept, mean per image; None where nobody counted.
+        visual_tokens: kept, mean per image; None where they were not counted.
         figures: by name; without the report's metrics where the condition could not be run.
         note: what a reader must know, e.g. why it could not be run.
         trained: whether it learned from data; the best of the others is set off.
@@ -177,13 +177,11 @@ def write(report: Report, folder: Path, answers: Mapping[str, Any]) -> list[Path
 
 
 def _row(row: Row, unpruned: Row | None, random: Row | None) -> dict[str, Any]:
-    """One condition as JSON."""
     facts = {name: value for name, value in vars(row).items() if name != "figures"}
     return facts | {"figures": {name: _figure(row, name, unpruned, random) for name in row.figures}}
 
 
 def _figure(row: Row, name: str, unpruned: Row | None, random: Row | None) -> dict[str, Any]:
-    """One figure of a condition as JSON."""
     return asdict(estimate(row.figures[name])) | {
         "minus_unpruned": _minus(row, unpruned, name),
         "minus_random": _minus(row, random, name),

@@ -170,7 +170,6 @@ def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str,
 
 @torch.no_grad()
 def _first_tokens(subject: Subject, task: Task, needs: Needs) -> VisualTokens:
-    """The tokens of the first image."""
     item = task.items[0]
     inputs = subject.inputs(task, [item], [item.owner])
     host = find_host(subject.model)

@@ -1,8 +1,8 @@
 """Ask a model every item under every condition.
 
 Batch by batch: the images of a batch are prepared and encoded once, then every condition answers,
-and its answers are written down. A run that was stopped goes on with the first batch that a
-condition lacks.
+and its answers are written to its log. A run that was stopped continues with the first batch that
+a condition lacks.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _LEGEND = f"""\
 - In brackets: 95% intervals, from {RESAMPLES} resamples of the images.
 - Differences are paired: both sides answer the same questions. A star marks an interval without 0.
   Of many pruners that are no better than random, one in twenty earns a star by chance.
-- Controls are there to be compared with. `random` keeps tokens by lot, `shuffled` asks about
+- Controls are there to be compared with. `random` keeps tokens at random, `shuffled` asks about
   another image, `oracle` knows where the objects are.
 - Further figures with their intervals, and p values, are in results.json."""
 

@@ -113,7 +113,7 @@ def _infer(
 
     def size(name: str, dim: int) -> int:
         if name not in ours or ours[name].ndim <= dim:
-            raise ValueError(f"the tensor behind {name!r} is missing or has another shape.")
+            raise ValueError(f"the tensor of {name!r} is missing or has another shape.")
         return int(ours[name].shape[dim])
 
     feature_dim = size("encode.0.weight", 0)

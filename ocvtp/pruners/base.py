@@ -51,7 +51,7 @@ class Pruner(ABC):
     class that does not say so itself is `yours`, whatever it is made from."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
-    """`adaptive` beside `exact` if the method can also choose how many tokens an image keeps;
+    """`adaptive` after `exact` if the method can also choose how many tokens an image keeps;
     `average` if the budget is one over the layers of the language model."""
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the

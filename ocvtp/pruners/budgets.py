@@ -49,7 +49,7 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
 
     Raises:
         ValueError: for anything else, layers that do not ascend, and stages that keep more than
-            those before them, as far as that shows without an image.
+            those before them, where that shows without an image.
     """
     try:
         pairs = [(layer, kept) for layer, kept in stages]

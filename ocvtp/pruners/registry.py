@@ -129,7 +129,7 @@ def takes_named_setting(cls: type[Pruner]) -> bool:
 
 
 def _with_named(cls: type[Pruner], setting: Any = None, **given: Any) -> dict[str, Any]:
-    """The arguments of a named setting, and those given beside it."""
+    """The arguments of a named setting, and those given with it."""
     if setting is None:
         return given
     known = cls.named_settings

@@ -1,4 +1,4 @@
-"""What figures depend on beside the settings: versions, device, commit."""
+"""What figures depend on besides the settings: versions, device, commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 
 def environment_of(model: Any) -> dict[str, str]:
-    """Where figures come from."""
+    """What figures of a model depend on: versions, device, commit."""
     device = torch.device(model.device)
     name = platform.processor() or platform.machine()
     if device.type == "cuda":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to `path` when the block ends without an error.
+    """A temporary name next to `path`, renamed to `path` when the block ends without an error.
 
     The folder is made where absent.
     """

@@ -61,7 +61,7 @@ def canvas(heights: Sequence[float]) -> tuple[Figure, list[Any]]:
 
 
 def height_for(names: int, least: float) -> float:
-    """Inches of a panel beside which so many names find room."""
+    """Inches of a panel that has room for so many names at its right."""
     return max(least, _AROUND + _LINE * (names + 2))
 
 

@@ -1,7 +1,4 @@
-"""What a server is told about pruning, and whether it can be done there.
-
-N visual tokens of an image, K kept.
-"""
+"""What a server is told about pruning, and whether it can be done there."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ class ServedTower:
 
     Args:
         num_blocks: of the whole tower.
-        num_built: blocks that the server builds and runs: those in front of the selected layer.
+        num_built: blocks that the server builds and runs: those before the selected layer.
         num_prefix: tokens before the patches: 1 with a CLS, else 0.
         grid_hw: rows and columns of the patches.
     """
@@ -40,7 +37,7 @@ class ServedTower:
 
     @property
     def num_tokens(self) -> int:
-        """N."""
+        """N, visual tokens of an image."""
         return self.grid_hw[0] * self.grid_hw[1]
 
     def layer(self, number: int) -> int:
@@ -54,7 +51,7 @@ class ServedTower:
 
 @dataclass(frozen=True)
 class Plan:
-    """A pruner that a server can run, and how many tokens every image has behind it.
+    """A pruner that a server can run, and how many tokens every image has after it.
 
     Args:
         pruner: that keeps K of N tokens of every image.
@@ -88,7 +85,7 @@ def read_plan(config: Any) -> Plan:
 
 
 def served_tower(config: Any) -> ServedTower:
-    """What the tower of a LLaVA has, as servers build it: no block behind the selected layer.
+    """What the tower of a LLaVA has, as servers build it: no block after the selected layer.
 
     Raises:
         ValueError: for other towers than CLIP and SigLIP, and where tokens are no grid of one
@@ -97,7 +94,7 @@ def served_tower(config: Any) -> ServedTower:
     vision, layer = config.vision_config, config.vision_feature_layer
     if vision.model_type not in ClipFamilyHost.towers:
         raise ValueError(
-            f"this LLaVA has a {vision.model_type} tower; visual tokens can be pruned behind"
+            f"this LLaVA has a {vision.model_type} tower; visual tokens can be pruned after"
             f" {' and '.join(ClipFamilyHost.towers)}."
         )
     if not isinstance(layer, int):
@@ -173,7 +170,7 @@ def _problem(pruner: Pruner, tower: ServedTower) -> str | None:
     if not pruner.batch_invariant:
         return (
             "keeps what depends on an image's place in the batch, which a server's scheduler"
-            " chooses anew each time"
+            " chooses again each time"
         )
     needs = pruner.needs
     if needs.text or needs.clip:

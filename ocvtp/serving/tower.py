@@ -1,9 +1,10 @@
 """Looking inside a vision tower whose attention projections are fused, without hooks.
 
-B images, T tokens of the tower (CLS included), N patches, D width.
+T are the tokens of the tower (CLS included), N those of the patches, R the ranks that share the
+heads.
 
 Servers capture and compile modules as they like, so nothing is hooked: the tower returns the layers
-that are wanted, and the queries and keys of a block are computed anew from its input, with its own
+that are wanted, and the queries and keys of a block are computed again from its input, with its own
 weights. That costs one projection of a block that is read.
 """
 
@@ -31,7 +32,7 @@ def see(
     Args:
         tower: vLLM's CLIP or SigLIP vision model.
         pixel_values: [B, 3, H, W].
-        needs: of the pruner; what lies behind the tower (`projected`) is left out.
+        needs: of the pruner; what lies after the tower (`projected`) is left out.
         served: what the tower has.
         whole_heads: [B, T, D / R] of this rank's heads -> [B, T, D] of all heads.
 

@@ -1,6 +1,4 @@
-"""LLaVA-1.5 in vLLM with K visual tokens an image.
-
-B images, N tokens of an image, K kept, D width of the tower, D' of the language model.
+"""LLaVA-1.5 in vLLM with K visual tokens an image. T are the tokens of the tower, its CLS included.
 
 Nothing here is imported before vLLM builds the architecture that `vllm_plugin` registers.
 """
@@ -48,7 +46,6 @@ class PrunedProcessingInfo(LlavaProcessingInfo):
         return read_plan(self.get_hf_config())
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        """K."""
         del image_width, image_height
         return self.plan.num_keep
 

@@ -1,7 +1,8 @@
 """Batches of drawn scenes with what the stages learn from them.
 
-B images, N patches, Q questions on each, L words of the longest. Scene i of a stage is always the
-same, so that a training that was stopped continues with the batch that it had not seen.
+N are the patches of an image, Q the questions on it, L the words of the longest. Scene i of a stage
+is always the same, so that a training that was stopped continues with the batch that it had not
+seen.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Everything that a caption or a question can say of one object of a drawn scene.
 
-T texts, O kinds of objects: shape x colour x size, as in `Batch.kinds`.
+T texts; O kinds of objects: shape x colour x size, as in `Batch.kinds`.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def figure_table(facts: Mapping[str, Any]) -> str:
 
 
 def control_table(facts: Mapping[str, Any]) -> str:
-    """The same of an 18th of the tokens: by lot, and by the oracle."""
+    """The same of an 18th of the tokens: chosen at random, and by the oracle."""
     few = [_figures(facts, label) for label in (RANDOM, ORACLE)]
     rows = ["| scenes | random | oracle | oracle minus random |", "|---|---|---|---|"]
     for metric in facts["metrics"]:

@@ -1,6 +1,6 @@
 """The model with what is only there while it learns: the tower's own heads, and the losses.
 
-B images, N visual tokens, D width of the tower, H of the language model, Q questions.
+H is the width of the language model here, Q the questions on an image.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Learner(nn.Module):
     def begin(self, stage: StageSettings, batch: Batch, generator: torch.Generator) -> None:
         """Prepare a stage, once: what the projector is learnt over, and fresh attention.
 
-        Mean and deviation of the tokens are taken anew; what a projector does that has learnt
+        Mean and deviation of the tokens are measured again; what a projector does that has learnt
         something stays the same.
         """
         if stage.align or stage.answer:

@@ -1,8 +1,8 @@
 """Many questions on one image in one pass of the language model, and fewer of its tokens.
 
-All questions share the image in front of them and none sees another: a block mask, and positions
-that start again with every question. A question is read as if it stood alone.
-B images, N visual tokens, K kept, Q questions of L words, P words before the image, H width.
+All questions share the image before them and none sees another: a block mask, and positions that
+start again with every question. A question is read as if it stood alone. Q questions of L words,
+P words before the image, H width of the language model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def read_packed(model: Any, before: Tensor, visual: Tensor, words: Tensor) -> Te
 
     Args:
         model: a LlavaForConditionalGeneration.
-        before: [P] token numbers in front of the image.
+        before: [P] token numbers before the image.
         visual: [B, K, H] projected tokens, at the positions P to P + K - 1.
         words: [B, Q, L] token numbers.
 

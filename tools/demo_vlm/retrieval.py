@@ -1,6 +1,6 @@
 """How well the demo VLM's text tower tells scenes apart, and what it says of their patches.
 
-T texts, P width of the shared space, N visual tokens, A captions that patches show.
+T texts, P width of the shared space, A captions that patches show.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure_text_tower(settings: DemoSettings) -> dict[str, Figures]:
 
     Returns:
         By level, each with its 95% interval. `caption`: share of scenes whose nearest of all
-        captions like "a red star" is true. `chance`: the same of a caption by lot. `patches`: the
+        captions like "a red star" is true. `chance`: the same of a random caption. `patches`: the
         chance that a patch of what a true caption is about is nearer to it than another patch of
         the scene (area under the ROC curve), in the layer that the language model reads.
     """

@@ -3,7 +3,7 @@
 Pruners that compare visual tokens with the prompt read the two in CLIP's shared space; a vision
 tower that was trained without texts has none. As in CLIP only the CLS learns it: an image is
 `visual_projection(post_layernorm(CLS))`, a text `text_projection` of its EOS, and nothing is said
-of patches. B scenes of a step, T texts, P width of the shared space.
+of patches. T are the texts of a step, P is the width of the shared space.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _check(folder: Path, recipe: dict[str, Any], resume: bool) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder`, renamed to it when the block ends without an error."""
+    """A folder next to `folder`, renamed to it when the block ends without an error."""
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         yield temporary

@@ -49,7 +49,6 @@ class PrunedTokenCounts(TokenCounts):  # type: ignore[misc]
     visual_tokens_kept: float = 0
 
     def to_dict(self) -> dict[str, float]:
-        """As lmms-eval logs it."""
         kept = {name: getattr(self, name) for name in ("visual_tokens", "visual_tokens_kept")}
         return {**super().to_dict(), **kept}
 
@@ -158,7 +157,6 @@ class PrunedVLM(lmms):  # type: ignore[misc]
                 yield settings, numbers[start:end]
 
     def _asked(self, request: Instance) -> Asked:
-        """A request, made ready."""
         _, doc_to_messages, _, doc_id, task, split = request.args
         return ask(self.processor, doc_to_messages(self.task_dict[task][split][doc_id]))
 

@@ -66,7 +66,7 @@ class ModelArgs:
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(
                     f"model_args has {name!r}{hint}; known are {', '.join(known)}. Settings of a"
-                    ' pruner go behind its name: pruner="NAME:KEY=VALUE,KEY=VALUE".'
+                    ' pruner go after its name: pruner="NAME:KEY=VALUE,KEY=VALUE".'
                 )
         if "pretrained" not in given:
             raise ValueError("model_args lacks pretrained=; pass a folder or hub id of a model.")
@@ -75,7 +75,7 @@ class ModelArgs:
     def pruner_maker(self) -> Callable[[int], Pruner]:
         """Makes the pruner for a batch, from the number of its first question.
 
-        It is one for all batches but where it draws: that draws anew, as in `ocvtp evaluate`.
+        One pruner serves all batches; one that draws is made for each, as in `ocvtp evaluate`.
 
         Raises:
             ValueError: for what `build_spec` refuses.

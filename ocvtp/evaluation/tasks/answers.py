@@ -62,7 +62,7 @@ def pope_yes_no(text: str) -> YesNo:
 def exact_yes_no(text: str) -> YesNo | None:
     """Yes or no if the answer is this one word; None, which is always wrong, for all else.
 
-    Case, white space around it and punctuation behind it do not matter.
+    Case, white space around it and punctuation after it do not matter.
     """
     word = _TRAILING.sub("", text).strip().lower()
     if word == "yes":
@@ -74,7 +74,7 @@ def normalise_vqa(text: str) -> str:
     """An answer in the form in which VQA v2's official script compares answers.
 
     Punctuation and articles go, number words become digits, missing apostrophes are put back, and
-    all is lower case. A mark becomes a space; it becomes nothing where the text has it beside a
+    all is lower case. A mark becomes a space; it becomes nothing where the text has it next to a
     space as well, or has any comma between digits. A full stop before a digit stays.
     From https://github.com/GT-Vision-Lab/VQA (https://arxiv.org/abs/1612.00837).
     """

@@ -157,7 +157,7 @@ class Task(ABC):
         """The settings, as JSON: two tasks of equal settings ask the same."""
 
     def masks(self, owner: int) -> NDArray[np.bool_] | None:
-        """[O, H, W] what is visible of every object of an image; None where nobody knows."""
+        """[O, H, W] what is visible of every object of an image; None where that is not known."""
         del owner
         return None
 

@@ -1,8 +1,7 @@
 """What is kept of images, measured without an answer: objects covered, and tokens restored.
 
-B images of a call, H x W pixels of a picture as the vision tower saw it, h x w those of the image
-as stored, O objects of an image, N visual tokens of it, one a cell of its grid, D their width, K
-kept.
+H x W are the pixels of a picture as the vision tower saw it, h x w those of the image as stored,
+O its objects. A visual token is one cell of the grid.
 """
 
 from __future__ import annotations
@@ -107,24 +106,21 @@ class CoverageTask(TokenTask):
         instances: Annotated[str, "COCO's annotations of them"],
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
     ) -> CoverageTask:
-        """What is kept of the pictures that the model's processor makes."""
         if len(images) != 1:
             raise ValueError(f"--images {' '.join(images)}: coverage reads one folder; pass one.")
         processor = supplied.processor("the VLM that sees the images")
         return cls(images[0], instances, processor, limit=num_images)
 
     def image(self, owner: int) -> Image.Image:
-        """See `Task.image`; in the orientation in which it is stored."""
         return self._folder.image(owner)
 
     def masks(self, owner: int) -> NDArray[np.bool_]:
-        """See `Task.masks`: of every object, crowds left out, where others lie over it too."""
+        """Of every object but crowds, its whole mask, where others lie over it too."""
         width, height = self.image(owner).size
         rows, columns = np.indices((height, width))
         return at_pixels(self._folder.masks(owner), rows, columns, (height, width))
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
         return dict(self._settings)
 
     @torch.no_grad()
@@ -158,7 +154,6 @@ class CoverageTask(TokenTask):
         return records
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        """See `Task.ratios`."""
         owners = np.array([item.owner for item in self.items], np.int64)
         records = [current_names(record) for record in records]
 
@@ -220,17 +215,14 @@ class _Folder(CocoImages):
 
     @property
     def ids(self) -> list[int]:
-        """Numbers of the images, in order."""
         return [number for number, _ in self._records]
 
     @property
     def file(self) -> CocoFile:
-        """Their annotations."""
         assert self._coco is not None
         return self._coco
 
     def image(self, index: int) -> Image.Image:
-        """An image, as stored."""
         return Image.fromarray(self[index]["pixel_values"].permute(1, 2, 0).numpy())
 
     def masks(self, index: int) -> NDArray[np.bool_]:

@@ -1,7 +1,6 @@
 """Which places of images a prompt kept, and how well what is kept stands for the rest.
 
-B images of a call, N visual tokens of each, one a cell of its grid, M of them left by the tower, D
-their width, K kept.
+A visual token is one cell of the grid; M of an image's tokens are left by the tower.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def kept_cells(host: Host, prompt: Prompt) -> Tensor:
         if sorted(i for stayed in last for i in stayed.images.tolist()) != [*range(len(real))]:
             raise ValueError(
                 f"{prompt.layers.pruner.name} drops tokens inside the language model, which has not"
-                " read this prompt yet, or more than once; look at the prompt behind one call."
+                " read this prompt yet, or more than once; look at the prompt after one call."
             )
     return kept.gather(1, tokens.clamp(min=0)) & (tokens >= 0)
 

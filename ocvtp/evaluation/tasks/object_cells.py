@@ -1,7 +1,7 @@
 """Objects of an image on the grid of cells that the vision tower cuts its picture into.
 
-H x W pixels of the picture as the tower saw it, h x w those of the image as stored, O objects, N
-cells.
+H x W are the pixels of the picture as the tower saw it, h x w those of the image as stored,
+O objects, N cells.
 """
 
 from __future__ import annotations

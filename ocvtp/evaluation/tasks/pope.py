@@ -1,6 +1,6 @@
 """POPE: is there an object in the image? Official files, and sets built from COCO instances.
 
-Paper: https://arxiv.org/abs/2305.10355. I images, C categories.
+Paper: https://arxiv.org/abs/2305.10355.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PopeTask(ListedTask):
             (`coco_pope_random.json` is `random`).
         images: folder or folders of the images, see `ListedTask`. Those of the official files,
             val2014, are spread over train2017 and val2017.
-        suffix: put behind every question; LLaVA's own evaluation has a new line and "Answer the
+        suffix: put after every question; LLaVA's own evaluation has a new line and "Answer the
             question using a single word or phrase.".
         instances: COCO `instances` file, for `masks`; they are known where each object of every
             image that is asked about has one.
@@ -93,7 +93,6 @@ class PopeTask(ListedTask):
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
         seed: Annotated[int, "of the questions that are built"] = 0,
     ) -> PopeTask:
-        """POPE's own questions, or questions that are built in the output folder."""
         files: Files
         if questions_file is None:
             what = "or --questions-file, POPE's own questions"
@@ -106,11 +105,9 @@ class PopeTask(ListedTask):
         return cls(files, folders, suffix, instances, num_images)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        """Of `all` and each split: see `pope_ratios`."""
         return pope_ratios(self.items, self.answers(records))
 
     def describe(self) -> dict[str, Any]:
-        """What `ListedTask` says, and which instances."""
         known = self._instances
         kept = known and fingerprint([known.path.name, known.path.stat().st_size])
         return {**super().describe(), "instances": kept}
@@ -228,7 +225,7 @@ def _choose_images(coco: CocoInstances, num_images: int | None, seed: int) -> li
 
 
 def _counts_together(coco: CocoInstances) -> NDArray[np.int64]:
-    """[C, C] images that have both; the diagonal: images that have the one."""
+    """[C, C] for C categories: images that have both; the diagonal: images that have the one."""
     place = {name: n for n, name in enumerate(coco.categories)}
     present = np.zeros((len(coco.present), len(place)), np.int64)  # [I, C]
     for row, objects in enumerate(coco.present.values()):

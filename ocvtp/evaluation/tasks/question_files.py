@@ -60,7 +60,7 @@ class ListedTask(Task):
         asked: the questions.
         images: folder or folders of the images. A name is looked up as it stands, then as COCO's
             of 2017: `COCO_val2014_000000310196.jpg` is `000000310196.jpg`.
-        suffix: put behind every question.
+        suffix: put after every question.
         limit: use only the first `limit` images.
 
     Raises:
@@ -98,7 +98,6 @@ class ListedTask(Task):
         return open_image(self._paths[owner])
 
     def describe(self) -> dict[str, Any]:
-        """Numbers, and fingerprints of the questions and of the images' names and sizes."""
         asked = [[i.key, i.owner, i.question, i.answers, i.kind] for i in self.items]
         files = [[path.name, path.stat().st_size] for path in self._paths]
         return {

@@ -75,22 +75,18 @@ class SceneTask(Task):
         questions: Annotated[int, "on an image"] = 8,
         seed: Annotated[int, "of scenes and questions"] = 0,
     ) -> SceneTask:
-        """Scenes in the size of the model's images."""
         processor = supplied.processor("the VLM whose image size to draw")
         size = getattr(processor.image_processor, "crop_size", None)
         edge = size["height"] if size else 96
         return cls(levels, split, num_images, questions, seed, edge)
 
     def image(self, owner: int) -> Image.Image:
-        """See `Task.image`."""
         return Image.fromarray(self._scene(owner).image)
 
     def masks(self, owner: int) -> NDArray[np.bool_]:
-        """See `Task.masks`."""
         return np.stack([item.mask for item in self._scene(owner).objects])
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        """See `Task.ratios`."""
         right = [
             record["answer"].strip() in item.answers
             for item, record in zip(self.items, records, strict=True)
@@ -98,7 +94,6 @@ class SceneTask(Task):
         return shares(self.items, right)
 
     def describe(self) -> dict[str, Any]:
-        """See `Task.describe`."""
         names = ("levels", "split", "num_images", "questions", "seed", "size")
         return {name: getattr(self, name) for name in names} | {"levels": list(self.levels)}
 

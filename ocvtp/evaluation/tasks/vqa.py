@@ -23,7 +23,7 @@ class VqaTask(ListedTask):
     Args:
         file: a JSON list, or JSON lines.
         images: folder or folders of the images; None for the folder of the file.
-        suffix: put behind every question; LLaVA's own evaluation has a new line and "Answer the
+        suffix: put after every question; LLaVA's own evaluation has a new line and "Answer the
             question using a single word or phrase.".
         limit: use only the first `limit` images.
 
@@ -54,7 +54,6 @@ class VqaTask(ListedTask):
         suffix: Annotated[str, "put after every question"] = "",
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
     ) -> VqaTask:
-        """The questions of one file."""
         del supplied
         if len(questions_file) != 1:
             given = " ".join(questions_file)
@@ -62,7 +61,6 @@ class VqaTask(ListedTask):
         return cls(questions_file[0], images, suffix, num_images)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        """`GROUP/accuracy` and `GROUP/exact`, for all questions and those of each kind."""
         return vqa_ratios(self.items, self.answers(records))
 
 
@@ -81,7 +79,6 @@ def vqa_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio
 
 
 def _asked(entry: Entry, number: int) -> Asked:
-    """The question of an entry."""
     if "answers" in entry.content:
         answers = entry.content["answers"]
         if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):

@@ -23,7 +23,7 @@ class CDPruner(Pruner):
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
-        nearest: prefer the tokens nearest to the prompt; the official code turns the sign round,
+        nearest: prefer the tokens nearest to the prompt; the official code reverses the sign,
             because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
     Deviations: relevance is scaled to 0..1 over each image; the official code scales it over the
         batch, so that an image's tokens depend on its neighbours. Constant relevance counts as 1,
@@ -53,7 +53,7 @@ class CDPruner(Pruner):
 def _relevance(tokens: VisualTokens, nearest: bool) -> Tensor:
     """[B, N] how much the parts of the prompt ask for each token, scaled to 0..1 over the image.
 
-    That is the mean cosine, its sign turned round unless `nearest`.
+    That is the mean cosine, its sign reversed unless `nearest`.
     """
     assert tokens.clip_visual is not None
     cosine = unit(tokens.clip_visual) @ unit(clip_parts(tokens)).transpose(1, 2)  # [B, N, T]

@@ -30,7 +30,7 @@ class HoloV(Pruner):
     Deviations: unofficial in form: written to reproduce selections of the official code, which CLS
         attention alone explains. Where a crop is given more tokens than it has, the official code
         pads with zero vectors; here the best tokens of all other crops fill up. Of a crop of one
-        token beside larger ones (N below 2 C) the official code takes the score a thousand times
+        token among larger ones (N below 2 C) the official code takes the score a thousand times
         too small; here all are on one scale.
     """
 

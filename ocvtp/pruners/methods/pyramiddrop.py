@@ -24,7 +24,7 @@ class PyramidDrop(LayerPruner):
 
     Args:
         num_keep: tokens kept per image, on average over the layers; then 4 : 2 : 1 before
-            layers L/4, L/2 and 3L/4, as far as there are so many: the first L/4 layers alone
+            layers L/4, L/2 and 3L/4, if there are so many: the first L/4 layers alone
             make N/4. None, or `setting="paper"`, for the paper's int(.5 N), int(.25 N) and
             int(.125 N).
         stages: `((layer, K), ...)` in place of an average.

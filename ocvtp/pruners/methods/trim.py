@@ -26,7 +26,7 @@ class TRIM(AdaptivePruner):
         num_keep: tokens kept per image, the mean of the others included.
         adaptive: keep the tokens whose score is an outlier, above Q3 + 1.5 (Q3 - Q1), as the paper
             does. So it does without `num_keep`; with it, at most so many are kept.
-        nearest: prefer the tokens nearest to the prompt; the official code turns the sign round,
+        nearest: prefer the tokens nearest to the prompt; the official code reverses the sign,
             because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
     Deviations: none. As in the official code the dot products are not normalised, and of a long
         prompt the first 77 tokens are read.
