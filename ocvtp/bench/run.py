@@ -19,7 +19,7 @@ from ocvtp.bench import timeline
 from ocvtp.bench.counts import flops_of
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
-from ocvtp.bench.variants import Variant, needs_network, network_for, variants
+from ocvtp.bench.variants import Variant, lacking_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
@@ -45,7 +45,7 @@ class Plan:
         warmup: rounds before those that count. repetitions: rounds that count.
         image_size: width and height of the pictures.
         savings: see `variants`.
-        checkpoint: exported OC-pruner, for pruners that take one; None for random weights.
+        checkpoint: exported network, for pruners that take one; None for random weights.
         skip_unfit: whether what cannot run is left out, with a note.
     """
 
@@ -189,13 +189,13 @@ def _sit(
 
 def _variants(subject: Subject, plan: Plan, inputs: Any, num_tokens: int) -> list[Variant]:
     """The rows of a plan."""
-    lacks = needs_network(plan.pruners, plan.checkpoint)
+    lacking = lacking_network(plan.pruners, plan.checkpoint)
     return variants(
         plan.pruners,
         plan.num_keep,
         num_tokens,
         checkpoint=plan.checkpoint,
-        network=network_for(subject, inputs) if lacks else None,
+        network={name: network_for(subject, inputs, name) for name in sorted(lacking)},
         rows=plan.savings,
     )
 
