@@ -172,3 +172,23 @@ def test_names_that_differ_by_version_are_found(tmp_path):
     for name, code in spellings.items():
         (tmp_path / name).write_text(code)
         assert MOVING_NAMES & looked_up(tmp_path / name), name
+
+
+BUILDERS = ("build_pruner", "build_spec", "pruner_class", "of_name")
+LEARNED = {"OCPruner", "OCPrunerConfig", "OCVTP"}
+OF_LEARNED = {
+    "slots", "pruners/methods/ocvtp.py", "export/official.py", "__init__.py",
+    "pruners/methods/ridge.py",  # takes the statistics that an OC-pruner holds
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_trainable_pruner_is_named_outside_of_its_own_files(path):
+    if within(path, OF_LEARNED):
+        return
+    known = looked_up(path) | {node.id for node in nodes(path) if isinstance(node, ast.Name)}
+    assert not LEARNED & known, f"{path} names {LEARNED & known}: ask ocvtp.pruners.trainable"
+    for node in nodes(path):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BUILDERS):
+            named = {value.value for value in node.args if isinstance(value, ast.Constant)}
+            assert "ocvtp" not in named, f"{path}: {ast.unparse(node)}"
