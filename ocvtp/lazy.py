@@ -1,4 +1,4 @@
-"""Names that are imported when they are first used: those of a package (PEP 562), and bound ones.
+"""Names that are imported when they are first used: of a package (PEP 562), bound ones, and facts.
 
 A lower module may call a function of a higher one by a name that the package binds: pruners
 plug themselves in with `attached`.
@@ -55,3 +55,20 @@ def bind(name: str, home: str) -> None:
 def bound(name: str) -> Any:
     """The function that was bound to a name."""
     return getattr(import_module(_homes[name]), name)
+
+
+class LazyFact:
+    """A class attribute that is imported when it is asked for.
+
+    Without an annotation, which would make a dataclass ask at once.
+
+    Args:
+        path: dotted name of a module, and the name in it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        module, _, name = self._path.rpartition(".")
+        return getattr(import_module(module), name)

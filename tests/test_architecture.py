@@ -20,11 +20,10 @@ STOREYS = (
     "lazy moved plugins choices images shipped transformers_names structures",
     "reporting random_models",
     "ops towers data visualize",
-    "encoders",
+    "encoders learning",
     "slots",
-    "export",
     "pruners",
-    "hosts training",
+    "export hosts training",
     "evaluation",
     "flops",
     "bench serving",
@@ -262,3 +261,23 @@ OWNERS = {"cache_notes.py", "attachment.py", "wrap_methods.py"}
 def test_nothing_else_is_hidden_on_models_and_caches(path):
     text = path.read_text()
     assert "_ocvtp_" not in text or path.name in OWNERS
+
+
+BUILDERS = ("build_pruner", "build_spec", "pruner_class", "of_name")
+LEARNED = {"OCPruner", "OCPrunerConfig", "OCVTP"}
+OF_LEARNED = {
+    "slots", "pruners/methods/ocvtp.py", "export/official.py", "__init__.py",
+    "pruners/methods/ridge.py",  # takes the statistics that an OC-pruner holds
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_trainable_pruner_is_named_outside_of_its_own_files(path):
+    if within(path, OF_LEARNED):
+        return
+    known = looked_up(path) | {node.id for node in nodes(path) if isinstance(node, ast.Name)}
+    assert not LEARNED & known, f"{path} names {LEARNED & known}: ask ocvtp.pruners.trainable"
+    for node in nodes(path):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BUILDERS):
+            named = {value.value for value in node.args if isinstance(value, ast.Constant)}
+            assert "ocvtp" not in named, f"{path}: {ast.unparse(node)}"

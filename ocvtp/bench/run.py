@@ -18,7 +18,7 @@ from rich.progress import Progress
 from ocvtp.bench import timeline
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
-from ocvtp.bench.variants import Variant, flops_of, needs_network, network_for, variants
+from ocvtp.bench.variants import Variant, flops_of, lacking_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
 from ocvtp.choices import SavingRows
 from ocvtp.evaluation.conditions import content_hash
@@ -44,7 +44,7 @@ class Plan:
         warmup: rounds before those that count. repetitions: rounds that count.
         image_size: width and height of the pictures.
         savings: see `variants`.
-        checkpoint: exported OC-pruner, for pruners that take one; None for random weights.
+        checkpoint: exported network, for pruners that take one; None for random weights.
         skip_unfit: whether what cannot run is left out, with a note.
     """
 
@@ -187,13 +187,13 @@ def _sit(
 
 
 def _variants(subject: Subject, plan: Plan, inputs: Any, num_tokens: int) -> list[Variant]:
-    lacks = needs_network(plan.pruners, plan.checkpoint)
+    lacking = lacking_network(plan.pruners, plan.checkpoint)
     return variants(
         plan.pruners,
         plan.num_keep,
         num_tokens,
         checkpoint=plan.checkpoint,
-        network=network_for(subject, inputs) if lacks else None,
+        network={name: network_for(subject, inputs, name) for name in sorted(lacking)},
         rows=plan.savings,
     )
 

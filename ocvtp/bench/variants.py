@@ -14,9 +14,7 @@ from ocvtp.evaluation.conditions import (
     UNPRUNED,
     Budget,
     Place,
-    default_layer,
     pruner_conditions,
-    random_network,
 )
 from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import count
@@ -24,9 +22,8 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
-from ocvtp.pruners import Compose, Pruner
-from ocvtp.pruners.specs import build_spec, known_settings, parse_spec
-from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.pruners import Compose, Pruner, pruner_class, trainable
+from ocvtp.pruners.specs import build_spec, parse_spec
 from ocvtp.structures import Needs
 
 
@@ -103,7 +100,7 @@ def variants(
     num_tokens: int,
     *,
     checkpoint: str | None = None,
-    network: OCPruner | None = None,
+    network: Any = None,
     rows: SavingRows = "default",
 ) -> list[Variant]:
     """The bare model, and every pruner at every budget.
@@ -112,8 +109,8 @@ def variants(
         specs: see `build_spec`; a K in their settings stands for the budget.
         num_keep: budgets.
         num_tokens: of an image.
-        checkpoint: exported OC-pruner, for pruners that take one.
-        network: what they get in place of it.
+        checkpoint: exported network, for pruners that take one.
+        network: what they get in place of it: one for all, or by the name of the pruner.
         rows: which settings of `Savings` there are rows for: `default` (attach's own), `all` or
             `none` of them on, or `each`: attach's own, and one more row for each setting with
             that one reversed.
@@ -135,21 +132,25 @@ def variants(
     return found
 
 
-def needs_network(specs: Sequence[str], checkpoint: str | None) -> bool:
-    """Whether some pruner takes a trained network and gets none."""
-    return checkpoint is None and any(map(_lacks_network, specs))
+def lacking_network(specs: Sequence[str], checkpoint: str | None) -> set[str]:
+    """Names of the pruners that take a trained network and get none."""
+    if checkpoint is not None:
+        return set()
+    return {spec.partition(":")[0] for spec in specs if _lacks_network(spec)}
 
 
 @torch.no_grad()
-def network_for(subject: Subject, inputs: Any) -> OCPruner:
-    """An OC-pruner of the paper's sizes that fits a model, with random weights.
+def network_for(subject: Subject, inputs: Any, pruner: str = trainable.DEFAULT) -> Any:
+    """A network of a pruner's usual sizes that fits a model, with random weights.
 
     Args:
         subject: the model.
         inputs: the processor's tensors, of any prompt with an image.
+        pruner: name of a trainable one.
     """
+    cls = trainable.of_name(pruner)
     host = find_host(subject.model)
-    needs = Needs(hidden=(layer := default_layer(host.num_tower_blocks),))
+    needs = Needs(hidden=(layer := cls.default_layer(host.num_tower_blocks),))
     hooks = host.install(needs)
     try:
         tokens = look(host, needs, dict(inputs)).encoded.tokens
@@ -157,10 +158,8 @@ def network_for(subject: Subject, inputs: Any) -> OCPruner:
         for hook in hooks:
             hook.remove()
     width = tokens.hidden[layer].shape[-1]
-    config = OCPrunerConfig(feature_dim=width, layer=layer, tower=None)
-    if (most := tokens.num_tokens) > config.noise_rows:
-        config = replace(config, noise_rows=most)
-    return random_network(config, seed=0).to(subject.model.device)
+    config = cls.default_config(width, layer, tokens.num_tokens)
+    return cls.untrained(config, seed=0).to(subject.model.device)
 
 
 def _pruners(
@@ -168,9 +167,11 @@ def _pruners(
     budgets: Sequence[Budget],
     num_tokens: int,
     checkpoint: str | None,
-    network: OCPruner | None,
+    network: Any,
 ) -> Iterator[tuple[Budget | None, Pruner | Compose, bool]]:
     if checkpoint is None and _lacks_network(spec):
+        if isinstance(network, Mapping):
+            network = network[spec.partition(":")[0]]
         for budget in budgets:
             yield budget, build_spec(spec, network=network, **budget.settings()), True
         return
@@ -180,8 +181,9 @@ def _pruners(
 
 
 def _lacks_network(spec: str) -> bool:
-    takes = {"network", "checkpoint"}
-    return takes <= known_settings(spec) and not takes & set(parse_spec(spec)[1])
+    name, own = parse_spec(spec)
+    takes = issubclass(pruner_class(name), trainable.TrainablePruner)
+    return takes and not {"network", "checkpoint"} & set(own)
 
 
 def _savings(rows: SavingRows) -> dict[str, Savings]:

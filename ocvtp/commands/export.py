@@ -6,11 +6,13 @@ import argparse
 
 from ocvtp.commands import output
 from ocvtp.export import export_checkpoint, export_official
+from ocvtp.learning import PrunerNetwork
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Export and say what was written."""
     output.folder(arguments.output)
+    network: PrunerNetwork
     if arguments.official:
         network = export_official(
             arguments.official,

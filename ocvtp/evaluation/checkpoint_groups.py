@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import save
 
 from ocvtp.evaluation.conditions import content_hash
-from ocvtp.slots import artifact
+from ocvtp.learning import artifact
 
 _SEEDS = ("noise_seed", "training.seed")
 _FOUND = "training.validation."  # what came out, not what was asked for
@@ -43,7 +43,7 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
     """Checkpoints of one training with several seeds side by side.
 
     Args:
-        paths: folders or hub ids of exported OC-pruners, or of what another pruner takes.
+        paths: folders or hub ids of exported networks, or of what another pruner takes.
 
     Returns:
         the groups, and why there are several; the empty text where there is one.
@@ -87,10 +87,10 @@ def _read(paths: Sequence[str]) -> Iterator[Checkpoint]:
 
 def _checkpoint(path: str) -> Checkpoint:
     try:
-        config, weights = artifact.read(path)
+        format, config, weights = artifact.read_any(path)
     except ValueError:  # another pruner's own kind: it says itself what is wrong with it
         return Checkpoint(path, content_hash(path), None, ())
-    known = dict(_flat(config))
+    known = {"format": format, **dict(_flat(config))}
     seed = tuple(known.pop(name, None) for name in _SEEDS)
     asked = {name: value for name, value in known.items() if not name.startswith(_FOUND)}
     tensors = save({name: weights[name].contiguous() for name in sorted(weights)})

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from ocvtp.evaluation.oracle import Oracle
-from ocvtp.pruners import Pruner, build_pruner
+from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME
+from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
 from ocvtp.pruners.specs import (
     build_spec,
     known_settings,
@@ -23,8 +23,6 @@ from ocvtp.pruners.specs import (
     parse_spec,
     with_budget,
 )
-from ocvtp.slots import OCPruner, OCPrunerConfig
-from ocvtp.slots.artifact import CONFIG_NAME, WEIGHTS_NAME
 
 UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
     "unpruned",
@@ -37,7 +35,6 @@ CONTROLS = (RANDOM, "uniform", "pool", "fill_only", UNTRAINED, ORACLE)
 """What runs beside all pruners, at every budget."""
 
 _SEED_STEP = 1_000_003  # more than there are items
-_LAYER_SHARE = 9 / 24  # the paper's layer of its tower
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,8 @@ def pruner_conditions(
     Args:
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
             `fastv:stages=[[1,K]]`. With other `stages`, or a published `setting`, it runs once.
-        budgets: see `Budget`. seeds: of what is random. checkpoints: exported OC-pruners.
+        budgets: see `Budget`. seeds: of what is random. checkpoints: exported networks; it is run
+            with those that it can read.
         num_tokens: of an image.
         label: of its rows; the spec where it has none.
 
@@ -148,7 +146,8 @@ def pruner_conditions(
             exact = with_budget(spec, budget.count(num_tokens))
         variants: list[dict[str, Any]] = [{}]
         if takes_checkpoints(spec):
-            variants = [{"checkpoint": path} for path in checkpoints] or variants
+            own_kind = readable(spec, checkpoints)
+            variants = [{"checkpoint": path} for path in own_kind] or variants
         elif "seed" in known and "seed" not in own:
             variants = [{"seed": seed} for seed in seeds]
         for number, variant in enumerate(variants):
@@ -178,6 +177,19 @@ def takes_checkpoints(spec: str) -> bool:
     return takes and not {"checkpoint", "network"} & set(parse_spec(spec)[1])
 
 
+def readable(spec: str, checkpoints: Sequence[str]) -> list[str]:
+    """Those of several checkpoints that are not known to be another pruner's own.
+
+    All of them, where that leaves none: the pruner says then what is wrong with them.
+    """
+    name = spec.partition(":")[0]
+    if not issubclass(pruner_class(name), trainable.TrainablePruner):
+        return list(checkpoints)
+    kinds = {path: trainable.readers(path) for path in checkpoints}
+    own = [path for path, names in kinds.items() if not names or name in names]
+    return own or list(checkpoints)
+
+
 def _maker(spec: str, shared: dict[str, Any], variant: dict[str, Any]) -> Callable[[Place], Pruner]:
     if "seed" in variant:  # the same draw for the same row of every batch would be no draw
         first = variant["seed"] * _SEED_STEP
@@ -196,47 +208,49 @@ def oracle_conditions(budgets: Sequence[Budget]) -> list[Condition]:
 
 
 def untrained_conditions(
-    budgets: Sequence[Budget], seeds: Sequence[int], like: OCPruner
+    budgets: Sequence[Budget], seeds: Sequence[int], like: Any
 ) -> list[Condition]:
-    """OC-pruners with random weights, over raw tokens; and over standardised ones if `like` is.
+    """Pruners of one kind with random weights, see `TrainablePruner.untrained_configs`.
 
     Args:
-        budgets: see `Budget`. seeds: of the weights and of the query noise.
+        budgets: see `Budget`. seeds: of the weights.
         like: a network of the same sizes, whose statistics standardise.
     """
-    config = dataclasses.replace(like.config, decoder=None)
-    variants = {UNTRAINED: dataclasses.replace(config, standardize=False)}
-    if config.standardize:
-        variants[f"{UNTRAINED}:standardize=true"] = config
+    cls = trainable.of_format(like.format)
     found = []
-    for label, own in variants.items():
+    for label, own in untrained_labels(cls, like.config).items():
         about = {"untrained": dataclasses.asdict(own)}
         for seed in seeds:
-            network = random_network(own, seed)
-            for own_part, part in ((network.inputs, like.inputs), (network.targets, like.targets)):
-                if own_part is not None and part is not None:
-                    own_part.load_state_dict(part.state_dict())
+            network = cls.untrained(own, seed, like)
             for budget in budgets:
-                pruner = build_pruner("ocvtp", network=network, **budget.settings())
+                pruner = build_pruner(cls.name, network=network, **budget.settings())
                 settings = about | budget.settings() | {"seed": seed}
                 found.append(Condition(label, budget, _always(pruner), settings, True, seed))
     return found
+
+
+def untrained_labels(cls: type[trainable.TrainablePruner[Any]], config: Any) -> dict[str, Any]:
+    """Settings of the untrained networks by their rows' labels: `untrained`, `untrained:mine`."""
+    kind = [] if cls.name == trainable.DEFAULT else [cls.name]
+    labels = {}
+    for difference, own in cls.untrained_configs(config).items():
+        about = ",".join([*kind, *filter(None, [difference])])
+        labels[f"{UNTRAINED}:{about}" if about else UNTRAINED] = own
+    return labels
 
 
 def _always(pruner: Pruner) -> Callable[[Place], Pruner]:
     return lambda place: pruner
 
 
-def random_network(config: OCPrunerConfig, seed: int) -> OCPruner:
-    """An OC-pruner before its training; global random numbers are left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return OCPruner(dataclasses.replace(config, noise_seed=seed)).eval()
+def random_network(config: Any, seed: int) -> Any:
+    """A network of these settings before its training; global random numbers are left alone."""
+    return trainable.of_sizes(config).untrained(config, seed)
 
 
-def default_layer(num_blocks: int) -> int:
-    """The layer that the paper reads, in a tower of another depth."""
-    return max(1, round(_LAYER_SHARE * num_blocks))
+def default_layer(num_blocks: int, pruner: str = trainable.DEFAULT) -> int:
+    """The layer that a trainable pruner reads where nobody said, in a tower of any depth."""
+    return trainable.of_name(pruner).default_layer(num_blocks)
 
 
 def content_hash(path: str) -> str:

@@ -19,6 +19,7 @@ from ocvtp.evaluation.conditions import (
     Budget,
     Condition,
     Place,
+    readable,
     takes_checkpoints,
 )
 from ocvtp.evaluation.intervals import average
@@ -30,8 +31,8 @@ from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
+from ocvtp.pruners import trainable
 from ocvtp.reporting.environment import environment_of
-from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import Needs, VisualTokens
 
 ANSWERS = "answers"
@@ -61,8 +62,9 @@ def evaluate(
         pruners: specs, see `build_spec`.
         budgets: of every pruner.
         output: folder; what an earlier run has answered there is not asked again.
-        checkpoints: exported OC-pruners: a pruner that takes one is run with each. Figures of those
-            that differ in nothing but the seed are averaged; others have rows of their own.
+        checkpoints: exported networks: a pruner that takes one is run with each of its kind.
+            Figures of those that differ in nothing but the seed are averaged; others have rows of
+            their own.
         seeds: of what is random.
         batch_size: items at a time.
         controls: what runs beside them, of `CONTROLS`, where it can; the oracle only where the
@@ -119,6 +121,9 @@ def _parts(spec: str, groups: Sequence[Sequence[str]]) -> list[Part]:
 
     `ocvtp` on several groups is `ocvtp:checkpoint=A`, named after the first of each.
     """
+    if takes_checkpoints(spec):
+        own = set(readable(spec, [path for group in groups for path in group]))
+        groups = [group for group in groups if own.issuperset(group)] or groups
     if len(groups) < 2 or not takes_checkpoints(spec):
         return [(spec, spec, groups[0])]
     colon = "," if ":" in spec else ":"
@@ -188,14 +193,19 @@ def _untrained(
     seeds: Sequence[int],
     checkpoints: Sequence[str],
 ) -> list[Condition]:
-    """Of the sizes of a trained network where there is one, else of the paper's."""
-    if checkpoints:
-        return made.untrained_conditions(budgets, seeds, OCPruner.from_pretrained(checkpoints[0]))
-    layer = made.default_layer(find_host(subject.model).num_tower_blocks)
-    tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
-    dim = tokens.hidden[layer].shape[-1]
-    config = OCPrunerConfig(feature_dim=dim, layer=layer, tower=None)
-    return made.untrained_conditions(budgets, seeds, made.random_network(config, 0))
+    """Of the sizes of the first network of each kind where there is one, else of the paper's."""
+    first: dict[str, str] = {}
+    for path in checkpoints:
+        for name in trainable.readers(path)[:1]:
+            first.setdefault(name, path)
+    likes = [trainable.of_name(n).network_class.from_pretrained(p) for n, p in first.items()]
+    if not likes:
+        cls = trainable.of_name(trainable.DEFAULT)
+        layer = cls.default_layer(find_host(subject.model).num_tower_blocks)
+        tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
+        config = cls.default_config(tokens.hidden[layer].shape[-1], layer)
+        likes = [cls.untrained(config, 0)]
+    return [one for like in likes for one in made.untrained_conditions(budgets, seeds, like)]
 
 
 @torch.no_grad()

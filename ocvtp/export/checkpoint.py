@@ -5,24 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from ocvtp.slots.artifact import explained
-from ocvtp.slots.config import OCPrunerConfig
-from ocvtp.slots.network import OCPruner
+from ocvtp.learning.artifact import explained
+from ocvtp.learning.network import PrunerNetwork
+from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
 
 _PREFIX = "network."
+NetworkT = TypeVar("NetworkT", bound=PrunerNetwork)
 
 
 def export_checkpoint(
     checkpoint: str | Path, output: str | Path, with_decoder: bool = False
-) -> OCPruner:
+) -> PrunerNetwork:
     """Write `model.safetensors` and `config.json` of a training checkpoint.
 
     Args:
         checkpoint: `best.ckpt` or `last.ckpt` of `ocvtp train`.
         output: folder to write; made if it is not there.
-        with_decoder: keep the decoder, which only training and reconstruction need.
+        with_decoder: keep what only training needs, e.g. the decoder of an OC-pruner.
+
+    Returns:
+        the network that was written, in evaluation mode.
 
     Raises:
         ValueError: if the file is not such a checkpoint. Nothing is written then.
@@ -34,8 +39,10 @@ def export_checkpoint(
                 "it lacks the entry 'ocvtp'; pass best.ckpt or last.ckpt of a training run, or use"
                 " --official for the authors' weights."
             )
-        config = OCPrunerConfig.from_dict(dict(content["ocvtp"]["config"]))
-        network = OCPruner(replace(config, training=dict(content["ocvtp"]["training"])))
+        kept = content["ocvtp"]
+        kind: type[PrunerNetwork] = trainable.of_format(kept.get("format")).network_class
+        config = kind.read_config(dict(kept["config"]))
+        network = kind(replace(config, training=dict(kept["training"])))
         weights = content["state_dict"].items()
         network.load_state_dict(
             {k.removeprefix(_PREFIX): v for k, v in weights if k.startswith(_PREFIX)}
@@ -43,8 +50,8 @@ def export_checkpoint(
     return save(network, output, with_decoder)
 
 
-def save(network: OCPruner, output: str | Path, with_decoder: bool) -> OCPruner:
-    """Write the artifact, by default without the decoder; returns what was written."""
-    network = network.eval() if with_decoder else network.eval().without_decoder()
+def save(network: NetworkT, output: str | Path, with_decoder: bool) -> NetworkT:
+    """Write the artifact, by default without what only trains; returns what was written."""
+    network = network.eval() if with_decoder else network.eval().for_inference()
     network.save_pretrained(output)
     return network

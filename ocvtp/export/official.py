@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.export.checkpoint import save
-from ocvtp.slots.artifact import explained
+from ocvtp.learning.artifact import explained
 from ocvtp.slots.config import OCPrunerConfig
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.slots.network import OCPruner

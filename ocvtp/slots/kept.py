@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocvtp.learning import Outcome
 from ocvtp.ops.ridge import (
     WeightKind,
     greedy_ridge,
@@ -20,7 +21,7 @@ from ocvtp.ops.ridge import (
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
 from ocvtp.slots.network import OCPruner
-from ocvtp.slots.objectives import Objective, Outcome
+from ocvtp.slots.objectives import Objective
 from ocvtp.slots.statistics import centred
 from ocvtp.structures import Needs, VisualTokens
 

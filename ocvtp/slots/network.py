@@ -6,19 +6,17 @@ B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ocvtp.slots import artifact
-from ocvtp.slots.attention import SlotAttention
+from ocvtp.learning.network import PrunerNetwork
+from ocvtp.slots.attention import SlotAttention, slot_winners
 from ocvtp.slots.choosing import restore
-from ocvtp.slots.config import Choice, OCPrunerConfig, check_choice
+from ocvtp.slots.config import Choice, NetworkSizes, OCPrunerConfig, check_choice
 from ocvtp.slots.decoder import Decoder, Visible, build_decoder
-from ocvtp.slots.matching import one_to_one
+from ocvtp.slots.matching import one_to_one, slot_choices
 from ocvtp.slots.positions import Grids
 from ocvtp.slots.queries import GaussianQueries
 from ocvtp.slots.statistics import FeatureStatistics
@@ -46,10 +44,8 @@ with pruner(model):  # a transformers VLM whose tower config.json names
 
 
 class OCPruner(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="ocvtp",
-    tags=["visual-token-pruning", "slot-attention"],
+    PrunerNetwork,
+    tags=["slot-attention"],
     paper_url="https://arxiv.org/abs/2511.20439",
     model_card_template=_MODEL_CARD,
 ):
@@ -69,9 +65,14 @@ class OCPruner(
         ValueError: for a `choice` that is unknown or lacks what it reads.
     """
 
+    format: ClassVar[str] = "ocvtp.oc-pruner"
+    called: ClassVar[str] = "an OC-pruner"
+    sizes_class: ClassVar[type[Any]] = NetworkSizes
+    config: OCPrunerConfig
+
     def __init__(self, config: OCPrunerConfig | None = None) -> None:
-        super().__init__()
-        self.config = config = config or OCPrunerConfig()
+        config = config or OCPrunerConfig()
+        super().__init__(config)
         check_choice(config, config.choice)
         self.inputs = FeatureStatistics(config.feature_dim) if config.standardize else None
         has_targets = config.target_layer is not None
@@ -177,32 +178,42 @@ class OCPruner(
             targets = self.targets(tokens.hidden[layer].float())
             return restore(attention, targets, num, tokens.valid)
 
+    @classmethod
+    def build(cls, sizes: NetworkSizes, objective: Any, /, **origin: Any) -> OCPruner:
+        """With the decoder, and the statistics of the target layer, that the objective names."""
+        decoder, target = objective.decoder, objective.target_layer
+        config = OCPrunerConfig(**asdict(sizes), **origin, decoder=decoder, target_layer=target)
+        return cls(config)
+
+    @classmethod
+    def read_config(cls, values: dict[str, Any]) -> OCPrunerConfig:
+        """See `OCPrunerConfig.from_dict`."""
+        return OCPrunerConfig.from_dict(values)
+
+    def statistics(self) -> list[tuple[int, FeatureStatistics]]:
+        """`inputs` and `targets`, where it has them, with their layers."""
+        read = (self.config.layer, self.inputs), (self.config.target_layer, self.targets)
+        return [
+            (layer, statistics)
+            for layer, statistics in read
+            if layer is not None and statistics is not None
+        ]
+
+    def kept(self, tokens: VisualTokens, masks: Tensor | None, num_keep: int) -> Tensor:
+        """The slots' own tokens, those that fill up left out."""
+        del num_keep
+        assert masks is not None, "both objectives return the slots' attention"
+        if self.config.choice != "winners":
+            return slot_choices(masks, tokens.valid)
+        return slot_winners(masks)
+
+    def for_inference(self) -> OCPruner:
+        """See `without_decoder`."""
+        return self.without_decoder()
+
     def without_decoder(self) -> OCPruner:
         """A copy that only assigns: what an artifact holds by default."""
         copy = OCPruner(replace(self.config, decoder=None))
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("decoder.")}
         copy.load_state_dict(weights)
         return copy.train(self.training)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        artifact.write(save_directory, self.state_dict(), asdict(self.config))
-
-    @classmethod
-    def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **hub: Any
-    ) -> OCPruner:
-        """Read an exported OC-pruner, in evaluation mode.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a model id of the hub.
-            map_location: device of the weights.
-            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-        Raises:
-            ValueError: if the files are missing, damaged, of another kind or a newer format.
-        """
-        values, weights = artifact.read(pretrained_model_name_or_path, map_location, **hub)
-        with artifact.explained(f"{pretrained_model_name_or_path} does not hold an OC-pruner"):
-            network = cls(OCPrunerConfig.from_dict(values))
-            network.load_state_dict(weights)
-        return network.to(map_location).eval()

@@ -9,17 +9,16 @@ loss. `slots` is the paper's: reconstruct the tokens from the slots. `kept`, in
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ocvtp.slots.config import NetworkSizes
+from ocvtp import learning
+from ocvtp.learning import Outcome as Outcome
 from ocvtp.slots.decoder import DecoderConfig, Visible
 from ocvtp.slots.network import OCPruner
-from ocvtp.structures import Needs, VisualTokens
+from ocvtp.structures import VisualTokens
 
 Normalization = Literal["mean1", "sum1", "none"]
 
@@ -131,63 +130,18 @@ def relative_mse(prediction: Tensor, target: Tensor, valid: Tensor | None = None
     return ((prediction - target) * counted).square().sum(dim=(1, 2)) / spread
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an objective returns.
-
-    Args:
-        loss: scalar. slots: [B, S, C]. attention: [B, S, N]. logs: scalars worth a curve.
-    """
-
-    loss: Tensor
-    slots: Tensor
-    attention: Tensor
-    logs: dict[str, Tensor]
-
-
-class Objective(ABC):
-    """How one batch of visual tokens becomes a loss. Holds settings, never parameters.
+class Objective(learning.Objective[OCPruner]):
+    """How one batch of visual tokens becomes a loss of the OC-pruner.
 
     Parameters that only training needs live in the network's decoder, which `decoder` configures.
+    In training mode the network draws fresh queries and masks; else all is deterministic and the
+    decoder sees no token. The budget K is the number of slots, S.
     """
 
-    name: ClassVar[str]
+    trains = OCPruner
     decoder: DecoderConfig | None = None
     target_layer: int | None = None
     """Layer of the tower whose tokens are restored; None for the one that the network reads."""
-    reads_objects: bool = False
-    """Whether it is told which tokens show annotated objects; training data must have masks."""
-
-    def check(self, sizes: NetworkSizes) -> None:
-        """Refuse networks that this objective cannot train.
-
-        Raises:
-            ValueError: names what to set.
-        """
-        del sizes
-
-    def needs(self, layer: int) -> Needs:
-        """What the encoder must supply, for a network that reads `hidden_states[layer]`."""
-        return Needs(hidden=(layer,))
-
-    @abstractmethod
-    def __call__(
-        self,
-        network: OCPruner,
-        tokens: VisualTokens,
-        num_slots: int,
-        objects: Tensor | None = None,
-    ) -> Outcome:
-        """The loss of one batch.
-
-        Args:
-            network: in training mode it draws fresh queries and masks; else all is deterministic
-                and the decoder sees no token.
-            tokens: what `needs` asked for.
-            num_slots: S.
-            objects: [B, N] how much of each token's patch shows annotated objects, 0..1; for
-                objectives that read it.
-        """
 
 
 class SlotsObjective(Objective):

@@ -12,14 +12,14 @@ from pytorch_lightning.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ocvtp.encoders.base import FrozenEncoder
-from ocvtp.slots.network import OCPruner
+from ocvtp.learning.network import PrunerNetwork
 from ocvtp.slots.statistics import Moments
 
 _BATCH = 16  # images encoded at once
 
 
 def measure_statistics(
-    network: OCPruner,
+    network: PrunerNetwork,
     encoder: FrozenEncoder,
     dataset: Dataset[Any],
     collate: Callable[[list[Any]], dict[str, Any]],
@@ -30,8 +30,8 @@ def measure_statistics(
     Every process reads the same images, so that all agree without a word.
 
     Args:
-        network: whose `inputs` are of `config.layer` and `targets` of `config.target_layer`.
-        encoder: loaded with both layers.
+        network: see `PrunerNetwork.statistics`.
+        encoder: loaded with their layers.
         dataset: images; `num_images` of them at equal steps are read.
         collate: how they become a batch.
         num_images: how many, all if there are fewer.
@@ -39,11 +39,10 @@ def measure_statistics(
     Raises:
         ValueError: if no image could be read, or for less than one.
     """
-    layers = (network.config.layer, network.inputs), (network.config.target_layer, network.targets)
     wanted = [
         (layer, statistics, Moments())
-        for layer, statistics in layers
-        if layer is not None and statistics is not None and not int(statistics.num_tokens)
+        for layer, statistics in network.statistics()
+        if not int(statistics.num_tokens)
     ]
     if not wanted:
         return

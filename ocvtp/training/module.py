@@ -1,4 +1,4 @@
-"""Training the OC-pruner, as a LightningModule.
+"""Training the network of a trainable pruner, as a LightningModule.
 
 B images, N visual tokens, S slots.
 """
@@ -18,11 +18,11 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.encoders.base import FrozenEncoder
+from ocvtp.learning.network import PrunerNetwork, Sizes
+from ocvtp.learning.objective import Objective, Outcome
+from ocvtp.pruners import trainable
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
-from ocvtp.slots.matching import slot_choices
-from ocvtp.slots.network import OCPruner
-from ocvtp.slots.objectives import Objective, Outcome, SlotsObjective
+from ocvtp.slots.config import NetworkSizes
 from ocvtp.structures import VisualTokens
 from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.metrics import (
@@ -40,18 +40,20 @@ _LOG = logging.getLogger(__name__)
 CHECKPOINT_KEY = "ocvtp"
 
 
-class OCPrunerModule(pl.LightningModule):
-    """Trains an `OCPruner` on the tokens of a frozen encoder.
+class PrunerModule(pl.LightningModule):
+    """Trains the network of a pruner (`TrainablePruner`) on the tokens of a frozen encoder.
 
-    All that is random in a step (slots drawn, query noise, masks, dropout) follows from the seed,
+    All that is random in a step (budgets drawn, query noise, masks, dropout) follows from the seed,
     the step and the rank, so that a resumed run continues bit for bit.
 
     Args:
         encoder: frozen tower; it fixes the layer, the width and the grid.
-        objective: what to train for; None for the paper's, `SlotsObjective()`.
-        network: sizes of the network.
-        num_slots: slot counts; each step draws one. Paper: 16, 32, 64, 128.
-        val_num_slots: slot count of the validation; None for the median of `num_slots`.
+        objective: what to train for; None for the pruner's own, e.g. the paper's of the OC-pruner.
+        network: sizes of the network, and thereby which one: those of the OC-pruner, or the `Sizes`
+            of another trainable pruner, by `class_path`.
+        num_slots: budgets K, which are slot counts of the OC-pruner; each step draws one. Paper:
+            16, 32, 64, 128.
+        val_num_slots: budget of the validation; None for the median of `num_slots`.
         lr: peak learning rate of AdamW; paper: 1e-3.
         weight_decay: paper: 0.01.
         warmup_fraction: share of the steps in which the rate climbs; paper: 4 of 30 epochs.
@@ -63,13 +65,19 @@ class OCPrunerModule(pl.LightningModule):
     Attributes:
         run_settings: the settings of the run in plain types, for its checkpoints; see
             `ocvtp.training.resume`.
+
+    Raises:
+        ValueError: for budgets that no image has, sizes of no trainable pruner, and an objective
+            that cannot train the network.
     """
+
+    network: PrunerNetwork
 
     def __init__(
         self,
         encoder: FrozenEncoder,
-        objective: Objective | None = None,
-        network: NetworkSizes | None = None,
+        objective: Objective | None = None,  # type: ignore[type-arg]  # the parser takes no Any
+        network: Sizes | NetworkSizes | None = None,
         num_slots: list[int] | None = None,
         val_num_slots: int | None = None,
         lr: float = 1e-3,
@@ -80,7 +88,16 @@ class OCPrunerModule(pl.LightningModule):
         statistics_images: int = 400,
     ) -> None:
         super().__init__()
-        self.objective = objective or SlotsObjective()
+        pruner = trainable.of_sizes(network)
+        kind: type[PrunerNetwork] = pruner.network_class
+        sizes = network or kind.sizes_class()
+        self.objective: Objective[Any] = objective or pruner.objective_class()
+        if not issubclass(kind, self.objective.trains):
+            raise ValueError(
+                f"the objective {self.objective.name!r} trains {self.objective.trains.called}, and"
+                f" model.network are the sizes of {kind.called}; set model.objective or"
+                " model.network to a class of the other's own."
+            )
         self.num_slots = list(num_slots or (16, 32, 64, 128))
         tokens = encoder.max_tokens
         for slots in [*self.num_slots, *([val_num_slots] if val_num_slots else [])]:
@@ -90,31 +107,30 @@ class OCPrunerModule(pl.LightningModule):
         self.lr, self.weight_decay = lr, weight_decay
         self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
         self.seed, self.statistics_images = seed, statistics_images
-        self.objective.check(network or NetworkSizes())
-        self.encoder = encoder.load(self.objective.needs(encoder.layer))
+        self.objective.check(sizes)
+        layer = encoder.layer
+        self.encoder = encoder.load(kind.needs(sizes, layer) | self.objective.needs(layer))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.network = OCPruner(self._config(network or NetworkSizes()))
+            self.network = kind.build(sizes, self.objective, **self._origin())
         self.foreground_ari = ForegroundARI()
         self.mean_best_overlap = MeanBestOverlap()
         self.run_settings: dict[str, Any] = {}
         self._bad_images = 0
 
-    def _config(self, sizes: NetworkSizes) -> OCPrunerConfig:
+    def _origin(self) -> dict[str, Any]:
+        """What a network is told of its run, see `NetworkConfig`."""
         encoder = self.encoder
-        return OCPrunerConfig(
-            **asdict(sizes),
-            feature_dim=encoder.feature_dim,
-            grid_hw=encoder.grid_hw,
-            layout=encoder.layout,
-            decoder=self.objective.decoder,
-            tower=encoder.tower_id,
-            layer=encoder.layer,
-            preprocessing=encoder.transform.describe(),
-            num_slots=tuple(self.num_slots),
-            objective=self.objective.name,
-            target_layer=self.objective.target_layer,
-        )
+        return {
+            "feature_dim": encoder.feature_dim,
+            "grid_hw": encoder.grid_hw,
+            "layout": encoder.layout,
+            "tower": encoder.tower_id,
+            "layer": encoder.layer,
+            "preprocessing": encoder.transform.describe(),
+            "num_slots": tuple(self.num_slots),
+            "objective": self.objective.name,
+        }
 
     # ------------------------------------------------------------------ steps
 
@@ -157,6 +173,8 @@ class OCPrunerModule(pl.LightningModule):
                 on_epoch=True,
                 sync_dist=True,
             )
+        if outcome.attention is None:
+            return None
         masks = first_views(tokens, outcome.attention.float(), len(batch["pixel_values"]))
         if "instances" in batch:
             self._score_masks(masks, batch["instances"])
@@ -182,20 +200,21 @@ class OCPrunerModule(pl.LightningModule):
             self.log(f"val/{name}", metric, on_epoch=True)
 
     def _coverage(self, tokens: VisualTokens, outcome: Outcome) -> dict[str, Tensor]:
-        """How well the slots' own tokens (no fill) stand for all tokens."""
+        """How well the tokens that the network chooses itself (no fill) stand for all tokens."""
+        figures: dict[str, Tensor] = {}
+        if outcome.attention is not None:
+            won = slot_winners(outcome.attention)  # [B, N]
+            figures["unique_tokens"] = won.sum(dim=1).float().mean()
+        chosen = self.network.kept(tokens, outcome.attention, self.val_num_slots)
+        if chosen is None:
+            return figures
         features = tokens.hidden[self.encoder.layer]
-        won = slot_winners(outcome.attention)  # [B, N]
-        chosen = won
-        if self.network.config.choice != "winners":
-            chosen = slot_choices(outcome.attention, tokens.valid)
         order = chosen.int().sort(dim=1, descending=True, stable=True).indices
         keep = order[:, : self.val_num_slots]
         kept = (features, keep, chosen.gather(1, keep), tokens.valid)
-        return {
-            "unique_tokens": won.sum(dim=1).float().mean(),
-            "coverage_distance": nearest_kept_distance(*kept).mean(),
-            "coverage_residual": reconstruction_residual(*kept).mean(),
-        }
+        figures["coverage_distance"] = nearest_kept_distance(*kept).mean()
+        figures["coverage_residual"] = reconstruction_residual(*kept).mean()
+        return figures
 
     def _nothing(self) -> Tensor | None:
         """A step without images: skipped, or, among other ranks, a zero gradient."""
@@ -247,6 +266,7 @@ class OCPrunerModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export and a resumed run need, in plain types."""
         checkpoint[CHECKPOINT_KEY] = {
+            "format": self.network.format,
             "config": asdict(self.network.config),
             "training": self._summary(),
             "settings": self.run_settings,
@@ -255,6 +275,10 @@ class OCPrunerModule(pl.LightningModule):
     def _summary(self) -> dict[str, Any]:
         settings = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
         return training_summary(self.trainer, settings, self.val_num_slots)
+
+
+OCPrunerModule = PrunerModule
+"""Its name in earlier versions."""
 
 
 def first_views(tokens: VisualTokens, attention: Tensor, num_images: int) -> list[Tensor]:

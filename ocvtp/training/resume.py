@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ocvtp.slots.artifact import explained
-from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
+from ocvtp.learning.artifact import explained
+from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
-from ocvtp.training.module import CHECKPOINT_KEY, OCPrunerModule
+from ocvtp.training.module import CHECKPOINT_KEY, PrunerModule
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,11 +76,11 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 f"it is no whole checkpoint of `ocvtp train`, as it lacks {', '.join(missing)};"
                 " pass last.ckpt or best.ckpt of a run."
             )
-        OCPrunerConfig.from_dict(dict(content[CHECKPOINT_KEY]["config"]))
+        _config(dict(content[CHECKPOINT_KEY]))
     return content
 
 
-def refuse_another_run(path: str, content: Mapping[str, Any], module: OCPrunerModule) -> None:
+def refuse_another_run(path: str, content: Mapping[str, Any], module: PrunerModule) -> None:
     """Compare a checkpoint with the run that is asked for.
 
     Settings that change what the weights mean, the sizes of the network or the numbers of the run
@@ -116,24 +116,40 @@ def refuse_another_run(path: str, content: Mapping[str, Any], module: OCPrunerMo
         module.load_state_dict(content["state_dict"])
 
 
-def _of_the_network(kept: Mapping[str, Any], module: OCPrunerModule) -> dict[str, tuple[Any, Any]]:
+def _config(kept: Mapping[str, Any]) -> Any:
+    """The config of the network, of the kind that the checkpoint names."""
+    network_class = trainable.of_format(kept.get("format")).network_class
+    return network_class.read_config(dict(kept["config"]))
+
+
+def _of_the_network(kept: Mapping[str, Any], module: PrunerModule) -> dict[str, tuple[Any, Any]]:
     """What the artifact's own entries tell; all that checkpoints of older versions have."""
-    sizes = {field.name for field in fields(NetworkSizes)}
-    names = {name: f"model.network.{name}" for name in sizes}
-    names |= {"tower": "model.encoder.tower", "layer": "model.encoder.layer"}
-    names |= {"preprocessing": "model.encoder.processor", "num_slots": "model.num_slots"}
-    names |= {"feature_dim": "model.encoder (feature_dim)", "layout": "model.encoder (layout)"}
-    names |= {"grid_hw": "model.encoder (grid_hw)", "decoder": "model.objective.decoder"}
-    names |= {"objective": "model.objective", "target_layer": "model.objective.target_layer"}
-    old = OCPrunerConfig.from_dict(dict(kept["config"]))
-    before, now = _plain(asdict(old)), _plain(asdict(module.network.config))
-    pairs = {name: (before[key], now[key]) for key, name in names.items()}
+    before, now = (_entries(config) for config in (_config(kept), module.network.config))
+    pairs = {name: (before.get(name), value) for name, value in now.items()}
     training = kept.get("training") or {}
     run = {"lr": module.lr, "weight_decay": module.weight_decay, "seed": module.seed}
     for key, value in run.items():
         name = "seed_everything" if key == "seed" else f"model.{key}"
         pairs[name] = (training.get(key, value), value)
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+_PROVENANCE = {
+    **{"tower": "model.encoder.tower", "layer": "model.encoder.layer"},
+    **{"preprocessing": "model.encoder.processor", "num_slots": "model.num_slots"},
+    **{"feature_dim": "model.encoder (feature_dim)", "layout": "model.encoder (layout)"},
+    **{"grid_hw": "model.encoder (grid_hw)", "decoder": "model.objective.decoder"},
+    **{"objective": "model.objective", "target_layer": "model.objective.target_layer"},
+}
+"""Entries of a config that are no sizes, and the settings that they come from."""
+
+
+def _entries(config: Any) -> dict[str, Any]:
+    """Those of a config, by the names of the settings that they come from."""
+    values = _plain(asdict(config))
+    del values["training"]
+    values |= values.pop("sizes", {})
+    return {_PROVENANCE.get(key, f"model.network.{key}"): value for key, value in values.items()}
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -24,7 +24,7 @@ from ocvtp.training.lifecycle import (
     SaveConfig,
     refuse_unwritable,
 )
-from ocvtp.training.module import OCPrunerModule
+from ocvtp.training.module import PrunerModule
 from ocvtp.training.resume import (
     find_checkpoint,
     read_checkpoint,
@@ -134,7 +134,7 @@ class _TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _transform(model: OCPrunerModule) -> Any:
+def _transform(model: PrunerModule) -> Any:
     return model.encoder.transform
 
 
@@ -151,7 +151,7 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     with clear_errors(building=True):
         cli = _TrainCLI(
-            OCPrunerModule,
+            PrunerModule,
             pl.LightningDataModule,
             subclass_mode_data=True,
             run=False,

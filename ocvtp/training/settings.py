@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
+from ocvtp.training.wrong_settings import parameters
+
 SEED = ("seed_everything", "model.seed", "data.init_args.seed")
+_NETWORK = "model.network"
 OUTPUT = ("output", "trainer.default_root_dir")
 _DEFAULT_OUTPUT = "outputs/train"
 _LOGGERS = {"CSVLogger": "csv", "TensorBoardLogger": "tensorboard"}
@@ -28,11 +33,50 @@ def settle(parser: LightningArgumentParser, words: Sequence[str], config: Namesp
         config: what they were parsed to; changed in place.
 
     Raises:
-        ValueError: if two names of one setting disagree.
+        ValueError: if two names of one setting disagree, or sizes are of two networks.
     """
     said = parser.parse_args(list(words), defaults=False)
+    _refuse_two_networks(words, config)
     _settle_seed(words, said, config)
     _settle_output(parser, words, said, config)
+
+
+def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:
+    """A class and plain sizes, which are the OC-pruner's, would be mixed, or one of them lost."""
+    given = [_kind_of_network(value) for value in _given_networks(words)]
+    named = next((kind for kind in reversed(given) if kind), None)
+    if named is None:
+        if (config.model.network or {}).get("class_path") is not None:  # an empty mapping
+            config.model.network = None
+        return
+    own = f"{named.rpartition('.')[2]} (it has {', '.join(parameters(named))})"
+    if "" in given:
+        raise ValueError(
+            f"model.network is {own} and plain sizes, which are those of the OC-pruner, in another"
+            " place; pass settings of one network alone."
+        )
+    if "class_path" not in (config.model.network or {}):
+        flag = next(word for word in words if word.startswith(f"--{_NETWORK}."))
+        raise ValueError(f"{flag.split('=')[0].removeprefix('--')} is no setting of {own}.")
+
+
+def _given_networks(words: Sequence[str]) -> Iterator[Any]:
+    """What files and the command line have for `model.network`, in their order."""
+    for word, after in zip_longest(words, words[1:]):
+        flag, is_one_word, value = word.partition("=")
+        value = value if is_one_word else after
+        if flag in ("--config", "-c") and Path(str(value)).is_file():
+            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            yield (content.get("model") or {}).get("network")
+        elif flag in (f"--{_NETWORK}", f"--{_NETWORK}.class_path") and value is not None:
+            yield yaml.safe_load(value)
+
+
+def _kind_of_network(value: Any) -> str | None:
+    """The path of a class, nothing for plain sizes, None where nothing is said."""
+    if isinstance(value, Mapping):
+        return str(value.get("class_path", "")) if value else None
+    return value if isinstance(value, str) else None
 
 
 def _settle_seed(words: Sequence[str], said: Namespace, config: Namespace) -> None:

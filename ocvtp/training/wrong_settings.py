@@ -22,6 +22,7 @@ CLASSES = {
     "trainer.callbacks": [f"pytorch_lightning.callbacks.{name}" for name in pl.callbacks.__all__],
 }
 """What can stand where a setting is a class."""
+_NO_SIZES = "ocvtp.learning.network.Sizes"
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
 _KINDS |= {"NoneType": "null", "list": "a list", "dict": "a mapping", "Iterable": "a list"}
@@ -56,6 +57,8 @@ def explain(parser: ArgumentParser, message: str) -> str:
         key = ".".join(keys)
         if found := _CLASS.match(line):
             kind = found[1]
+        elif _of_no_sizes(key, kind, line):
+            continue
         elif found := _OPTION.match(line):
             return _unknown(parser, f"{key}.{found[1]}".removeprefix("."), kind)
         elif found := _GROUP.match(line):
@@ -81,6 +84,13 @@ def explain(parser: ArgumentParser, message: str) -> str:
     return _as_it_is(parser, message)
 
 
+def _of_no_sizes(key: str, kind: str | None, line: str) -> bool:
+    """Whether it says that plain sizes are no `Sizes`: what is wrong with them is told next."""
+    if kind == _NO_SIZES:
+        return _OPTION.match(line) is not None
+    return key == "model.network" and "NetworkSizes does not correspond to a subclass" in line
+
+
 def _as_it_is(parser: ArgumentParser, message: str) -> str:
     text = " ".join(message.split())
     if text.startswith(("Problems parsing config", "Unexpected config", 'Parser key "config"')):
@@ -104,7 +114,7 @@ def _unknown(parser: ArgumentParser, key: str, kind: str | None) -> str:
         owner = ""
     else:
         group, name = key.rsplit(".", 1)
-        names = _parameters(kind)
+        names = parameters(kind)
         near = [f"{group}.{match}" for match in get_close_matches(name, names, n=1)]
         owner = f" of {kind.rsplit('.', 1)[-1]}"
         if not near:
@@ -173,7 +183,7 @@ def _known(parser: ArgumentParser) -> set[str]:
     """All settings by their full names, and those of the data that comes with the library."""
     names = {option.removeprefix("--") for option in parser._option_string_actions}
     names = {name for name in names if not name.endswith((".help", "+", "-"))}
-    return names | {f"data.{name}" for path in CLASSES["data"] for name in _parameters(path)}
+    return names | {f"data.{name}" for path in CLASSES["data"] for name in parameters(path)}
 
 
 def _nearest(key: str, known: set[str]) -> list[str]:
@@ -196,7 +206,7 @@ def _same_last_part(name: str, known: set[str]) -> list[str]:
     return sorted(key for key in known if key.rsplit(".", 1)[-1] in near)[:2]
 
 
-def _parameters(path: str) -> list[str]:
+def parameters(path: str) -> list[str]:
     """Settings of a class, with those that it hands to its base."""
     module, name = path.rsplit(".", 1)
     names: dict[str, None] = {}

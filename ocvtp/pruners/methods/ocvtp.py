@@ -5,23 +5,27 @@ B images, N visual tokens, S slots, K kept.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ocvtp import slots
+from ocvtp.lazy import LazyFact
 from ocvtp.ops.selection import ascending, fill_up
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import Status
 from ocvtp.pruners.registry import register
+from ocvtp.pruners.trainable import TrainablePruner
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.config import Choice, check_choice, layers_read
+from ocvtp.slots.config import Choice, OCPrunerConfig, check_choice, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
+
+_LAYER_SHARE = 9 / 24  # the paper's layer of its tower
 
 
 @register("ocvtp")
 @dataclass(kw_only=True, eq=False)
-class OCVTP(Pruner):
+class OCVTP(TrainablePruner["slots.OCPruner"]):
     """OC-VTP: keep the token that each slot of a trained Slot Attention attends to most.
 
     Paper: https://arxiv.org/abs/2511.20439, section 3.
@@ -45,8 +49,6 @@ class OCVTP(Pruner):
         batch 1). `early`, which fills up by its layer, and `choice` are ours.
     """
 
-    checkpoint: str | None = None
-    network: slots.OCPruner | None = field(default=None, repr=False)
     num_slots: int | None = None
     fill: Literal["received", "cls"] = "received"
     fill_block: int | None = None
@@ -59,34 +61,24 @@ class OCVTP(Pruner):
     reads: ClassVar[str] = "hidden (layer of the network), attention"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2511.20439"
+    network_class = LazyFact("ocvtp.slots.network.OCPruner")
+    objective_class = LazyFact("ocvtp.slots.objectives.SlotsObjective")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.checkpoint is None) == (self.network is None):
-            raise ValueError(
-                "pruner 'ocvtp' needs a trained network: pass either checkpoint=DIR_OR_HUB_ID"
-                " (written by `ocvtp export`) or network=an OCPruner."
-            )
         if self.fill not in ("received", "cls"):
             raise ValueError(f"fill={self.fill!r}; pass 'received' or 'cls'.")
-        if self.checkpoint is not None:
-            self.network = slots.OCPruner.from_pretrained(self.checkpoint)
-        check_choice(self._trained.config, self._choice)
+        check_choice(self.trained.config, self._choice)
         if self.early and self._choice == "restore":
             raise ValueError("early=True cannot 'restore' a later layer; pass choice='one_to_one'.")
         if self.early:
             self.stage = "encoder"  # type: ignore[misc]
 
     @property
-    def _trained(self) -> slots.OCPruner:
-        assert self.network is not None
-        return self.network
-
-    @property
     def needs(self) -> Needs:
         """One layer, and one mean of one block's attention where there is room to fill."""
         fill = (self._fill_attention,) if self._choice == "winners" else ()
-        return Needs(hidden=layers_read(self._trained.config, self._choice), attention=fill)
+        return Needs(hidden=layers_read(self.trained.config, self._choice), attention=fill)
 
     @property
     def tower_needs(self) -> Needs:
@@ -95,13 +87,13 @@ class OCVTP(Pruner):
 
     @property
     def _choice(self) -> Choice:
-        return self.choice or self._trained.config.choice
+        return self.choice or self.trained.config.choice
 
     @property
     def _fill_attention(self) -> AttentionKey:
         if self.fill_block is not None:
             return self.fill_block, self.fill
-        layer = self._trained.config.layer
+        layer = self.trained.config.layer
         before = layer - 1 if layer > 0 else layer  # hidden_states[-2] is what block -2 gives
         return (before if self.early else -2), self.fill
 
@@ -112,12 +104,44 @@ class OCVTP(Pruner):
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         attention = self._attend(tokens, num_keep)
         if self._choice != "winners":
-            chosen = self._trained.choose(tokens, attention, num_keep, self._choice)
+            chosen = self.trained.choose(tokens, attention, num_keep, self._choice)
             return ascending(chosen, tokens.valid, tokens.num_tokens)
         scores = tokens.attention[self._fill_attention]
         return fill_up(slot_winners(attention), scores, num_keep, tokens.valid)
 
     def _attend(self, tokens: VisualTokens, num_keep: int) -> Tensor:
-        network = self._trained.eval().to(tokens.features.device)
+        network = self.ready(tokens)
         features = tokens.hidden[network.config.layer].to(network.queries.mean.dtype)
         return network.assign(features, self.num_slots or num_keep, valid=tokens.valid)[1].detach()
+
+    @classmethod
+    def default_layer(cls, num_blocks: int) -> int:
+        """The layer that the paper reads, in a tower of another depth."""
+        return max(1, round(_LAYER_SHARE * num_blocks))
+
+    @classmethod
+    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> OCPrunerConfig:
+        """Of the paper's sizes, with query noise for every token."""
+        config = OCPrunerConfig(feature_dim=feature_dim, layer=layer, tower=None)
+        return replace(config, noise_rows=max(config.noise_rows, num_tokens))
+
+    @classmethod
+    def untrained_configs(cls, config: OCPrunerConfig) -> dict[str, OCPrunerConfig]:
+        """Over raw tokens; and over standardised ones if the network reads such."""
+        config = replace(config, decoder=None)
+        found = {"": replace(config, standardize=False)}
+        if config.standardize:
+            found["standardize=true"] = config
+        return found
+
+    @classmethod
+    def untrained(
+        cls, config: OCPrunerConfig, seed: int, like: slots.OCPruner | None = None
+    ) -> slots.OCPruner:
+        """The seed is also that of the query noise; the statistics are those of `like`."""
+        network = super().untrained(replace(config, noise_seed=seed), seed)
+        if like is not None:
+            for own, part in ((network.inputs, like.inputs), (network.targets, like.targets)):
+                if own is not None and part is not None:
+                    own.load_state_dict(part.state_dict())
+        return network

@@ -1,0 +1,203 @@
+"""The network of a trainable pruner: its settings, how it is built, saved and read.
+
+B images, N visual tokens, D width of the encoder tokens, K kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from ocvtp.learning import artifact
+from ocvtp.structures import Layout, Needs, VisualTokens
+
+_MODEL_CARD = """---
+{{ card_data }}
+---
+
+# The network of a visual-token pruner
+
+Trained with ocvtp. `config.json` names its format, the vision tower, the layer it reads, the
+preprocessing, how images became tokens and the training run; `model.safetensors` holds the weights.
+
+```python
+import ocvtp
+
+pruner = ocvtp.build_pruner(NAME, num_keep=64, checkpoint="THIS_FOLDER_OR_HUB_ID")
+with pruner(model):  # a transformers VLM whose tower config.json names
+    model.generate(**inputs)
+```
+
+`NAME` is the pruner whose networks have that format.
+"""
+
+
+class Sizes:
+    """What may be chosen about a network, for any tower: `model.network` of `ocvtp train`.
+
+    A subclass is a frozen dataclass of numbers, texts, booleans and lists of these, with defaults.
+    """
+
+
+SizesT = TypeVar("SizesT", bound=Sizes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig(Generic[SizesT]):
+    """Sizes of a network, what tokens it was made for, and the run that trained it.
+
+    Args:
+        sizes: that were chosen.
+        feature_dim: D.
+        layer: it reads `hidden_states[layer]` of the tower.
+        tower: whose tokens those are: a hub id, or a description.
+        grid_hw: token grid that it was trained on. It runs on any other.
+        layout: how images became tokens in training; see `ocvtp.structures.Layout`.
+        preprocessing: settings of the image processor in training.
+        num_slots: the budgets K that it was trained with.
+        objective: that it was trained for.
+        training: summary of the run: steps, images, losses, versions.
+    """
+
+    sizes: SizesT
+    feature_dim: int
+    layer: int
+    tower: str | None = None
+    grid_hw: tuple[int, int] = (24, 24)
+    layout: Layout = "grid"
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    num_slots: tuple[int, ...] = ()
+    objective: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+class PrunerNetwork(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="ocvtp",
+    tags=["visual-token-pruning"],
+    model_card_template=_MODEL_CARD,
+):
+    """A network that learns which tokens to keep.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's; the files are
+    `model.safetensors` and `config.json`. A subclass names `format` and `sizes_class`, builds its
+    layers in `__init__(self, config)`, and has whatever methods its pruner and its objective call.
+
+    Args:
+        config: sizes and provenance.
+
+    Attributes:
+        source: folder or hub id that it was read from; None for one that was built.
+    """
+
+    format: ClassVar[str]
+    """In config.json, by which the pruner of an artifact is found; one for each kind of network."""
+    called: ClassVar[str]
+    """In messages; `a` and the name of the class where a class does not say."""
+    sizes_class: ClassVar[type[Any]]
+    """Its `Sizes`."""
+    config: Any
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "called" not in vars(cls):
+            cls.called = with_article(cls.__name__)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.source: str | None = None
+
+    @classmethod
+    def needs(cls, sizes: Any, layer: int) -> Needs:
+        """What it reads of the tower: `hidden_states[layer]`, for most."""
+        del sizes
+        return Needs(hidden=(layer,))
+
+    @classmethod
+    def build(cls, sizes: Any, objective: Any, /, **origin: Any) -> Self:
+        """A network to be trained.
+
+        Args:
+            sizes: of `sizes_class`.
+            objective: what it will be trained for, see `ocvtp.learning.Objective`.
+            origin: all fields of `NetworkConfig` but `sizes` and `training`.
+        """
+        del objective
+        return cls(NetworkConfig(sizes=sizes, **origin))
+
+    @classmethod
+    def read_config(cls, values: dict[str, Any]) -> Any:
+        """The config that `asdict` (or config.json) wrote.
+
+        Raises:
+            TypeError: for unknown names. KeyError: without sizes.
+        """
+        values = dict(values)
+        sizes = cls.sizes_class(**values.pop("sizes"))
+        for name in ("grid_hw", "num_slots"):
+            if name in values:
+                values[name] = tuple(int(v) for v in values[name])
+        return NetworkConfig(sizes=sizes, **values)
+
+    def for_inference(self) -> Self:
+        """What an artifact holds by default: itself, or a copy without what only trains it."""
+        return self
+
+    def statistics(self) -> list[tuple[int, Any]]:
+        """What is measured on training images before the first step, unless it was before.
+
+        Returns:
+            numbers of `hidden_states` that it reads, each with a module of its own, an
+            `ocvtp.slots.statistics.FeatureStatistics`.
+        """
+        return []
+
+    def kept(self, tokens: VisualTokens, masks: Tensor | None, num_keep: int) -> Tensor | None:
+        """The tokens that it chooses by itself, for figures of the validation.
+
+        Args:
+            tokens: of validation images.
+            masks: [B, S, N] that the objective returned for them (`Outcome.attention`).
+            num_keep: K.
+
+        Returns:
+            [B, N] bool, at most K True in a row; None where it cannot tell.
+        """
+        del tokens, masks, num_keep
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        artifact.write(save_directory, self.state_dict(), asdict(self.config), self.format)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **hub: Any
+    ) -> Self:
+        """Read an exported network, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a model id of the hub.
+            map_location: device of the weights.
+            hub: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Raises:
+            ValueError: if the files are missing, damaged, of another kind or a newer format.
+        """
+        source = pretrained_model_name_or_path
+        values, weights = artifact.read(source, cls.format, cls.called, map_location, **hub)
+        with artifact.explained(f"{source} does not hold {cls.called}"):
+            network = cls(cls.read_config(values))
+            network.load_state_dict(weights)
+        network.source = str(source)
+        return network.to(map_location).eval()
+
+
+def with_article(name: str) -> str:
+    """`an OCPruner`, `a LinearScorer`."""
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"

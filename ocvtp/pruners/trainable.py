@@ -1,0 +1,218 @@
+"""Pruners that are trained: what they add to the contract of a pruner.
+
+`ocvtp train`, `export`, and the commands that take a `--checkpoint` know a trainable pruner by its
+class alone. It names its network (`ocvtp.learning.PrunerNetwork`), whose sizes are what a file of
+settings names and whose `format` is what an artifact says, and the objective
+(`ocvtp.learning.Objective`) that it is trained for where nothing else is said.
+
+B images, N visual tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+import torch
+
+from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.registry import list_pruners, pruner_class
+from ocvtp.shipped import find_folder
+from ocvtp.structures import VisualTokens
+
+if TYPE_CHECKING:
+    from ocvtp.learning.network import PrunerNetwork
+
+DEFAULT = "ocvtp"
+"""The trainable pruner that is meant where settings of a run, a checkpoint of one, or the control
+`untrained` name none."""
+
+NetworkT = TypeVar("NetworkT", bound="PrunerNetwork")
+
+
+@dataclass(kw_only=True, eq=False)
+class TrainablePruner(Pruner, Generic[NetworkT]):
+    """A pruner around a trained network.
+
+    A subclass names `network_class` and `objective_class`, and in `_select` asks `self.ready`.
+
+    Args:
+        checkpoint: folder or hub id of what `ocvtp export` wrote.
+        network: one in memory, instead of `checkpoint`.
+
+    Raises:
+        ValueError: without a network, with two, and for a checkpoint that cannot be read or is of
+            another pruner.
+    """
+
+    checkpoint: str | None = None
+    network: NetworkT | None = field(default=None, repr=False)
+
+    network_class: ClassVar[Any]
+    """A `PrunerNetwork`."""
+    objective_class: ClassVar[Any]
+    """An `Objective` that is built without arguments."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self._has_one_network:
+            kind = self.network_class.__name__
+            raise ValueError(
+                f"pruner {self.name!r} needs a trained network: pass either checkpoint="
+                "DIR_OR_HUB_ID (written by `ocvtp export`) or"
+                f" network=a{'n' * (kind[0] in 'AEIOU')} {kind}."
+            )
+        if self.checkpoint is not None and self.network is None:
+            self.network = self._read(self.checkpoint)
+
+    @property
+    def _has_one_network(self) -> bool:
+        """Whether it was given one; `dataclasses.replace` passes a checkpoint and what it holds."""
+        if self.checkpoint is None or self.network is None:
+            return (self.checkpoint is None) != (self.network is None)
+        return getattr(self.network, "source", None) == self.checkpoint
+
+    def _read(self, checkpoint: str) -> NetworkT:
+        try:
+            network: NetworkT = self.network_class.from_pretrained(checkpoint)
+        except ValueError as error:
+            others = readers(checkpoint) if Path(find_folder(checkpoint)).is_dir() else []
+            if not others or self.name in others:
+                raise
+            raise ValueError(
+                f"pruner {self.name!r} got checkpoint={checkpoint}, a network of pruner"
+                f" {' or '.join(map(repr, others))}; build that, or pass a checkpoint of"
+                f" {self.network_class.called}."
+            ) from error
+        return network
+
+    @property
+    def trained(self) -> NetworkT:
+        """The network."""
+        assert self.network is not None
+        return self.network
+
+    def ready(self, tokens: VisualTokens) -> NetworkT:
+        """The network in evaluation mode, on the device of the tokens, to which it moves."""
+        return self.trained.eval().to(tokens.features.device)
+
+    @classmethod
+    def default_layer(cls, num_blocks: int) -> int:
+        """The layer of `hidden_states` that an untrained network reads: that of most hosts."""
+        return max(1, num_blocks - 1)
+
+    @classmethod
+    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> Any:
+        """Settings of an untrained network for a tower, e.g. to time one.
+
+        Args:
+            feature_dim: D.
+            layer: that it reads.
+            num_tokens: N, or the most of any image.
+        """
+        from ocvtp.learning.network import NetworkConfig
+
+        del num_tokens
+        sizes = cls.network_class.sizes_class()
+        return NetworkConfig(sizes=sizes, feature_dim=feature_dim, layer=layer)
+
+    @classmethod
+    def untrained_configs(cls, config: Any) -> dict[str, Any]:
+        """The controls of a trained network with these settings.
+
+        Returns:
+            their own settings, by what tells one from another: empty for the plain one.
+        """
+        return {"": config}
+
+    @classmethod
+    def untrained(cls, config: Any, seed: int, like: NetworkT | None = None) -> NetworkT:
+        """A network before its training; global random numbers are left alone.
+
+        Args:
+            config: its settings.
+            seed: of its weights.
+            like: a trained one of the same sizes, whose statistics of the data it takes over.
+        """
+        del like
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network: NetworkT = cls.network_class(config).eval()
+        return network
+
+
+def trainables() -> dict[str, type[TrainablePruner[Any]]]:
+    """All that are registered, by name; those last that have the network of another, of theirs."""
+    known = {name: pruner_class(name) for name in list_pruners()}
+    found = [(name, cls) for name, cls in known.items() if issubclass(cls, TrainablePruner)]
+    return dict(sorted(found, key=lambda pair: "network_class" not in vars(pair[1])))
+
+
+def of_name(name: str) -> type[TrainablePruner[Any]]:
+    """The trainable pruner of a name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    cls = pruner_class(name)
+    if not issubclass(cls, TrainablePruner):
+        raise ValueError(
+            f"pruner {name!r} has no network to train; pass one of {', '.join(trainables())}."
+        )
+    return cls
+
+
+def of_sizes(sizes: Any) -> type[TrainablePruner[Any]]:
+    """The pruner whose network has such sizes.
+
+    Args:
+        sizes: settings of a network: `sizes_class`, or its whole config; None for the default.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if sizes is None:
+        return of_name(DEFAULT)
+    sizes = getattr(sizes, "sizes", sizes)
+    for base in type(sizes).__mro__:
+        for cls in trainables().values():
+            if cls.network_class.sizes_class is base:
+                return cls
+    raise ValueError(
+        f"{type(sizes).__name__} are the sizes of no network of a trainable pruner; register that"
+        " pruner (`ocvtp --import FILE train ...`), or pass those of"
+        f" {', '.join(cls.network_class.sizes_class.__name__ for cls in trainables().values())}."
+    )
+
+
+def of_format(format: str | None) -> type[TrainablePruner[Any]]:
+    """The pruner whose networks have a format; the first of `trainables`, where several do.
+
+    Args:
+        format: None for the default, as checkpoints of earlier versions name none.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if format is None:
+        return of_name(DEFAULT)
+    for cls in trainables().values():
+        if cls.network_class.format == format:
+            return cls
+    raise ValueError(
+        f"format {format!r} is that of no trainable pruner; register its pruner"
+        " (`ocvtp --import FILE COMMAND ...`)."
+    )
+
+
+def readers(checkpoint: str) -> list[str]:
+    """Names of the pruners that read an exported network; none where nobody can tell.
+
+    Args:
+        checkpoint: folder or hub id.
+    """
+    from ocvtp.learning.artifact import format_of
+
+    format = format_of(checkpoint)
+    return [name for name, cls in trainables().items() if cls.network_class.format == format]
