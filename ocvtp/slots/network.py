@@ -180,8 +180,9 @@ class OCPruner(
 
     @classmethod
     def build(cls, sizes: NetworkSizes, objective: Any, /, **origin: Any) -> OCPruner:
-        """With the decoder, and the statistics of the target layer, that the objective names."""
-        decoder, target = objective.decoder, objective.target_layer
+        """With the decoder, and the statistics of the target layer, if the objective names any."""
+        decoder = getattr(objective, "decoder", None)
+        target = getattr(objective, "target_layer", None)
         config = OCPrunerConfig(**asdict(sizes), **origin, decoder=decoder, target_layer=target)
         return cls(config)
 
