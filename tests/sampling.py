@@ -1,7 +1,7 @@
-"""Which cases of a test of many are run by `make test-fast`: the mark `sampled`.
+"""Which cases of a test of many are run by `make test-fast`.
 
-Without a number, cases in which every value of every parameter occurs, instead of their product;
-with a number, so many cases, spread evenly. All others are marked `slow`.
+Of the product of its parameters, cases in which every value of each occurs; of a test with the mark
+`sampled`, so many cases as it says, spread evenly. All others are marked `slow`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ def mark_the_rest_slow(items: Sequence[Any]) -> None:
     tests: dict[str, list[Any]] = {}
     for item in items:
         alone = any(item.get_closest_marker(name) for name in LEFT_ALONE)
-        if item.get_closest_marker("sampled") and hasattr(item, "callspec") and not alone:
+        if hasattr(item, "callspec") and not alone:
             tests.setdefault(item.nodeid.split("[")[0], []).append(item)
     for cases in tests.values():
-        number = cases[0].get_closest_marker("sampled").args
-        kept = set(spread(cases, *number) if number else every_value(cases))
+        sampled = cases[0].get_closest_marker("sampled")
+        kept = set(spread(cases, *sampled.args) if sampled else every_value(cases))
         for case in cases:
             if case not in kept:
                 case.add_marker(pytest.mark.slow)

@@ -45,7 +45,6 @@ def test_so_many_are_spread_evenly():
     assert values(spread(cases(9), 1)) == [(0,)]
 
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("a", range(3))
 @pytest.mark.parametrize("b", range(3))
 def test_the_others_are_slow(request, a, b):
