@@ -121,6 +121,7 @@ def test_sizes_and_forbidden_things(path):
             assert body <= 50, f"{path}: {node.name} has {body} lines"
 
 
+@pytest.mark.slow
 def test_inference_imports_neither_lightning_nor_transformers():
     code = (
         "import sys; from ocvtp import *;"

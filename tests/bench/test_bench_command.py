@@ -125,6 +125,7 @@ def test_a_narrower_run_keeps_rows_and_cells(made, tmp_path, capsys, monkeypatch
     assert all("--pruners fopru random" in one for one in after["earlier_commands"])
 
 
+@pytest.mark.slow
 def test_what_is_asked_joins_what_is_there(made, tmp_path, capsys):
     folder = tmp_path / "same"
     shutil.copytree(made, folder)

@@ -68,6 +68,7 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
 
 
+@pytest.mark.slow
 def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (60, 96)).astype(np.uint8)
     exif = Image.Exif()

@@ -32,6 +32,7 @@ IMAGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "convention"), PUBLISHED)
 def test_published_figures(name, convention):
     config = full_size.config_of(name)
