@@ -368,8 +368,11 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
         main(FLOPS)
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    words = [sys.executable, "-m", "ocvtp.cli", "list", "--json"]
+@pytest.mark.parametrize(
+    "command", [["--help"], pytest.param(["list", "--json"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_a_reader_that_goes_away_is_no_error(command):
+    words = [sys.executable, "-m", "ocvtp.cli", *command]
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()
     found = subprocess.run(words, stdout=reader.stdin, stderr=subprocess.PIPE, check=False)
