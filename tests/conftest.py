@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from sampling import mark_the_rest_slow
 from tiny_models import tiny_llava
 from tiny_next import tiny_next
 from torch import Tensor
@@ -92,8 +93,10 @@ def pytest_report_header() -> str:
     return "on " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave GPU tests out where there is no GPU, and network tests unless they are asked for."""
+    mark_the_rest_slow(items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

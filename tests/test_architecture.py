@@ -61,6 +61,17 @@ MOVING_NAMES = {
 }  # fmt: skip
 
 
+def of_every_file(check):
+    """One test of all files, as naming each in a test of its own takes longer than the check."""
+
+    def test():
+        for path in FILES:
+            check(path)
+
+    test.__name__ = check.__name__
+    return test
+
+
 def part(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
@@ -101,7 +112,7 @@ def imported(path: Path) -> set[Path]:
     return found - {path}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@of_every_file
 def test_imports_go_down(path):
     for target in imported(path):
         if part(target) == "__init__":  # the package's own names, e.g. its version
@@ -126,7 +137,7 @@ def test_no_files_import_each_other_in_a_circle():
     order.prepare()
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@of_every_file
 def test_heavy_libraries_stay_in_their_place(path):
     names = {name.split(".")[0] for name in imports(path)}
     assert "pytorch_lightning" not in names or within(path, LIGHTNING)
@@ -135,7 +146,7 @@ def test_heavy_libraries_stay_in_their_place(path):
     assert "matplotlib.pyplot" not in imports(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@of_every_file
 def test_sizes_and_forbidden_things(path):
     text = path.read_text()
     assert path.name != "utils.py"
@@ -194,6 +205,7 @@ def test_methods_that_say_nothing_are_found():
     assert undocumented(module) == ["Base.silent", "Base.still", "Derived.further"]
 
 
+@pytest.mark.slow
 def test_inference_imports_neither_lightning_nor_transformers():
     code = (
         "import sys; from ocvtp import *;"
@@ -228,7 +240,7 @@ def looked_up(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@of_every_file
 def test_one_file_knows_what_differs_by_version_of_transformers(path):
     found = MOVING_NAMES & looked_up(path)
     assert not found or path.name == "transformers_names.py", f"{path} looks up {sorted(found)}"

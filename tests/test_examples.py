@@ -106,6 +106,7 @@ def stars_of(root: Path) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 def test_compare_pruners_on_images_of_ones_own(example, tmp_path):
     (tmp_path / "mine").mkdir()
     listed = []

@@ -20,6 +20,7 @@ def test_one_module_has_two_names(name, monkeypatch):
     assert home.__name__ == home.__spec__.name == home_of(name)
 
 
+@pytest.mark.slow
 def test_a_plug_in_of_yesterday_works():
     code = (
         "from ocvtp.pruners.base import Pruner\n"

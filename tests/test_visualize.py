@@ -227,6 +227,7 @@ def test_figure_shows_the_image_then_each_pruner_in_order():
     assert np.array_equal(pictures[4], draw_slot_masks(image, slots.attention, (4, 6)))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("count", "columns", "grid"),
     [(0, 5, (1, 1)), (4, 5, (1, 5)), (5, 5, (2, 3)), (6, 5, (2, 4)), (2, 1, (3, 1))],
@@ -240,6 +241,7 @@ def test_figures_wrap_into_rows_of_equal_length(count, columns, grid):
         figure(photo(), panels(), max_columns=0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("size", [(40, 40), (100, 30), (30, 100), (427, 640)])
 def test_titles_neither_overlap_nor_leave_the_figure(size):
     long = Panel("a_method_with_quite_a_long_name", torch.arange(20), None, (4, 5))

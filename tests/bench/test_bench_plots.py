@@ -61,6 +61,7 @@ def named(axis, renderer):
     return {text.get_text(): Text.get_window_extent(text, renderer) for text in axis.texts}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("counts", [None, (64,), (32, 64, 128), (16, 17, 576)])
 @pytest.mark.parametrize("equal", [False, True])
 def test_every_dot_and_every_name_can_be_seen(shipped, counts, equal):

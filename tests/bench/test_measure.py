@@ -141,6 +141,7 @@ def test_answers_are_the_same_under_the_timer(subject, inputs):
     assert tokens.count == 4
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["tiny-llava-next", "tiny-qwen2.5-vl", "tiny-llava-onevision", "tiny-internvl"]
 )

@@ -68,6 +68,7 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
 
 
+@pytest.mark.slow
 def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
     levels = np.random.default_rng(0).integers(0, 256, (60, 96)).astype(np.uint8)
     exif = Image.Exif()
@@ -367,8 +368,11 @@ def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
         main(FLOPS)
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path):
-    words = [sys.executable, "-m", "ocvtp.cli", "list", "--json"]
+@pytest.mark.parametrize(
+    "command", [["--help"], pytest.param(["list", "--json"], marks=pytest.mark.slow)], ids=" ".join
+)
+def test_a_reader_that_goes_away_is_no_error(command):
+    words = [sys.executable, "-m", "ocvtp.cli", *command]
     reader = subprocess.Popen(["true"], stdin=subprocess.PIPE)
     reader.wait()
     found = subprocess.run(words, stdout=reader.stdin, stderr=subprocess.PIPE, check=False)

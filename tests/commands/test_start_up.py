@@ -25,17 +25,32 @@ HEAVY = {
 RUN = "from ocvtp.cli import main; main({words})"
 
 
-def imported(code: str) -> set[str]:
-    """Heavy modules that a fresh process has after some code, which may exit."""
-    report = "import atexit, json, sys\n" + (
-        f"atexit.register(lambda: sys.stderr.write(json.dumps(sorted({HEAVY} & set(sys.modules)))))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", f"{report}\n{code}"], capture_output=True, text=True, timeout=300
-    )
-    found = run.stderr.splitlines()[-1]
-    assert found.startswith("["), run.stderr
-    return set(json.loads(found))
+EACH = """
+import atexit, json, os, sys
+first, heavy, *codes = sys.argv[1:]
+exec(first)
+def report():
+    print("imported", json.dumps([name for name in heavy.split() if name in sys.modules]))
+for code in codes:
+    if not os.fork():
+        atexit.register(report)
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    assert os.waitstatus_to_exitcode(os.wait()[1]) in (0, 2), code
+"""
+
+
+def imported(*codes: str, first: str = "") -> list[set[str]]:
+    """Heavy modules that a process has after each code, which may exit.
+
+    Each runs in a fork of one fresh process that has run `first`: torch is imported once for all.
+    """
+    words = [sys.executable, "-c", EACH, first, " ".join(HEAVY), *codes]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if line.startswith("imported [")]
+    assert len(lines) == len(codes), run.stderr
+    return [set(json.loads(line.removeprefix("imported "))) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -44,29 +59,36 @@ def imported(code: str) -> set[str]:
     ids=str,
 )
 def test_help_imports_nothing_that_takes_long(words):
-    assert not imported(RUN.format(words=words))
+    assert imported(RUN.format(words=words)) == [set()]
 
 
 def test_a_misspelt_flag_is_refused_at_once():
-    assert not imported(RUN.format(words=["evaluate", "--modle", "x"]))
+    assert imported(RUN.format(words=["evaluate", "--modle", "x"])) == [set()]
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_task_says_its_flags_and_refuses_others_at_once(name):
-    assert not imported(RUN.format(words=["evaluate", "--task", name, "--help"]))
-    assert not imported(RUN.format(words=["evaluate", "--task", name, "--num-images", "few"]))
-    assert not imported(RUN.format(words=["evaluate", "--task", f"{name}x"]))
+    words = [["--task", name, "--help"], ["--task", name, "--num-images", "few"]]
+    words.append(["--task", f"{name}x"])
+    codes = [RUN.format(words=["evaluate", *some]) for some in words]
+    assert imported(*codes) == [set()] * 3
 
 
 def test_a_list_imports_torch_and_what_draws_the_table():
-    assert imported(RUN.format(words=["list"])) <= {"torch", "numpy", "rich"}
-    assert imported(RUN.format(words=["list", "--json"])) <= {"torch", "numpy", "rich"}
+    codes = [RUN.format(words=words) for words in (["list"], ["list", "--json"])]
+    for found in imported(*codes, first="import torch"):
+        assert found <= {"torch", "numpy", "rich"}
 
 
 def test_the_package_and_its_names():
-    assert not imported("import ocvtp; ocvtp.__version__; dir(ocvtp)")
-    assert imported("import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)") <= {"torch", "numpy"}
-    assert imported("from ocvtp import *; attach") <= {"torch", "numpy", "huggingface_hub"}
+    assert imported("import ocvtp; ocvtp.__version__; dir(ocvtp)") == [set()]
+    built, every = imported(
+        "import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)",
+        "from ocvtp import *; attach",
+        first="import torch",
+    )
+    assert built <= {"torch", "numpy"}
+    assert every <= {"torch", "numpy", "huggingface_hub"}
 
 
 def test_every_name_is_found_where_editors_look_for_it():
@@ -83,12 +105,13 @@ def test_every_name_is_found_where_editors_look_for_it():
     assert not hasattr(ocvtp, "torch")
 
 
-@pytest.mark.parametrize("part", ["encoders", "hosts", "pruners", "slots", "structures"])
-def test_parts_of_the_package_are_its_attributes(part):
-    code = f"import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_parts_of_the_package_are_its_attributes():
+    parts = ("encoders", "hosts", "pruners", "slots", "structures")
+    code = "import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
+    imported(*(code.format(part=part) for part in parts), first="import torch")
 
 
+@pytest.mark.slow
 def test_a_pruner_attaches_whatever_was_imported_before():
     code = (
         "import sys\nimport torch\n"
@@ -102,7 +125,7 @@ def test_a_pruner_attaches_whatever_was_imported_before():
         "    else:\n"
         "        raise SystemExit('attached to no model')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    imported(code, first="import torch")
 
 
 def test_every_command_has_flags():

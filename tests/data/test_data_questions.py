@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pytest
@@ -37,10 +38,15 @@ def answers(text, objects):
     return {str(sum(t[2] == shape for t in things))}
 
 
+@cache
+def scenes(level):
+    """The objects of each."""
+    return [draw_scene(5, index, 48, style=LEVELS[level]).objects for index in range(SCENES)]
+
+
 def exam(level, num=12, **options):
-    for index in range(SCENES):
-        scene = draw_scene(5, index, 48, style=LEVELS[level])
-        yield scene.objects, ask(scene.objects, num, np.random.default_rng(index), **options)
+    for index, objects in enumerate(scenes(level)):
+        yield objects, ask(objects, num, np.random.default_rng(index), **options)
 
 
 @pytest.fixture(scope="module", params=["easy", "hard"])

@@ -31,6 +31,7 @@ def run(tmp_path_factory):
     return config, output
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", range(5))
 def test_each_stage_lowers_its_loss(number, tmp_path):
     """On four scenes again and again, in 25 steps."""
@@ -109,6 +110,7 @@ def test_training_is_seeded(tmp_path):
     assert not torch.equal(first[name], other[name])
 
 
+@pytest.mark.slow
 def test_a_training_is_not_overwritten_or_mixed(tmp_path):
     settings = tiny_settings(tmp_path, steps=1)
     train(settings)

@@ -103,6 +103,7 @@ def test_the_loss_pulls_towards_all_that_fit():
     assert ((logits.grad < 0) == (fits > 0)).all()
 
 
+@pytest.mark.slow
 def test_it_learns_what_scenes_hold():
     """Of the shipped tower, on eight scenes again and again; nothing of the vision tower moves."""
     tower = load_model(str(SHIPPED), "float32")[0].model.vision_tower
@@ -199,6 +200,7 @@ class KilledError(Exception):
     """In place of the signal that ends a process."""
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "last",
     [
@@ -256,6 +258,7 @@ def test_settings_are_read_and_refused(tmp_path):
         TextTowerSettings(steps=1, dim=30)
 
 
+@pytest.mark.slow
 def test_the_shipped_one_tells_scenes_apart():
     settings = load_settings("configs/demo_vlm/cpu.yaml")
     shown = replace(settings.report, num_images=40)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,6 +41,12 @@ def task():
 
 
 @pytest.fixture(scope="module")
+def few():
+    """Questions of one batch."""
+    return SceneTask(num_images=1, questions=2, size=48)
+
+
+@pytest.fixture(scope="module")
 def network():
     config = OCPrunerConfig(feature_dim=64, hidden_dim=16, slot_dim=16, ffn_dim=16, layer=1)
     return made.random_network(replace(config, grid_hw=(12, 12)), 0)
@@ -51,8 +58,19 @@ def ask(subject, task, folder, pruners=("fopru",), batch_size=4, **options):
 
 
 @pytest.fixture(scope="module")
-def whole(subject, task, tmp_path_factory):
-    return ask(subject, task, tmp_path_factory.mktemp("whole"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@pytest.fixture(scope="module")
+def whole(subject, task, folder):
+    return ask(subject, task, folder)
+
+
+@pytest.fixture
+def finished(whole, folder, tmp_path):
+    """A copy of the folder of a finished run."""
+    return shutil.copytree(folder, tmp_path / "finished")
 
 
 def by_hand(subject, task, item, pruner):
@@ -130,24 +148,22 @@ def test_a_killed_run_continues_and_ends_alike(whole, subject, task, tmp_path, m
         assert row.figures["all"].value == expected.figures["all"].value
 
 
-def test_a_finished_run_asks_for_new_pruners_alone(subject, task, tmp_path, monkeypatch):
-    ask(subject, task, tmp_path)
+def test_a_finished_run_asks_for_new_pruners_alone(subject, task, finished, monkeypatch):
     count, plain = [], runner._ask
     monkeypatch.setattr(runner, "_ask", lambda *a: count.append(1) or plain(*a))
-    report, _ = ask(subject, task, tmp_path, pruners=["fopru", "uniform"])
+    report, _ = ask(subject, task, finished, pruners=["fopru", "uniform"])
     assert len(count) == 2 * -(-len(task.items) // 4)
     assert "uniform" in {row.label for row in report.rows}
 
 
-def test_answers_of_other_settings_are_refused(subject, task, tmp_path):
-    ask(subject, task, tmp_path)
+def test_answers_of_other_settings_are_refused(subject, task, finished):
     with pytest.raises(ValueError, match="other settings"):
-        ask(subject, SceneTask(num_images=3, questions=3, size=48, seed=1), tmp_path)
+        ask(subject, SceneTask(num_images=3, questions=3, size=48, seed=1), finished)
     with pytest.raises(ValueError, match="other settings"):
-        ask(subject, task, tmp_path, batch_size=8)
+        ask(subject, task, finished, batch_size=8)
 
 
-def test_images_are_encoded_once_for_all_conditions(subject, task, tmp_path, monkeypatch):
+def test_images_are_encoded_once_for_all_conditions(subject, few, tmp_path, monkeypatch):
     shared = []
     plain = SharedEncodings.of.__func__
 
@@ -156,59 +172,59 @@ def test_images_are_encoded_once_for_all_conditions(subject, task, tmp_path, mon
         return shared[-1]
 
     monkeypatch.setattr(SharedEncodings, "of", classmethod(of))
-    ask(subject, task, tmp_path, pruners=["fopru", "uniform", "divprune"])
-    batches = -(-len(task.items) // 4)
+    ask(subject, few, tmp_path, pruners=["fopru", "uniform", "divprune"], batch_size=2)
+    batches = -(-len(few.items) // 2)
     assert [one.num_encoded for one in shared] == [1, 2 * batches]  # tried; own and other
 
 
-def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, task, tmp_path):
+def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, few, tmp_path):
     with pytest.raises(ValueError, match="trim @ 4: .*text_tower") as error:
-        ask(subject, task, tmp_path, pruners=["trim", "fopru"])
+        ask(subject, few, tmp_path, pruners=["trim", "fopru"])
     assert "fopru" not in str(error.value)
     assert not (tmp_path / "answers").exists()
-    report, _ = ask(subject, task, tmp_path, pruners=["trim", "fopru"], skip_unfit=True)
+    report, _ = ask(subject, few, tmp_path, pruners=["trim", "fopru"], skip_unfit=True)
     row = next(row for row in report.rows if row.label == "trim")
     assert "text_tower" in row.note
     assert not row.figures
 
 
-def test_budgets_beyond_every_image_are_named_before_anything_is_asked(subject, task, tmp_path):
+def test_budgets_beyond_every_image_are_named_before_anything_is_asked(subject, few, tmp_path):
     budgets = [Budget(num_keep=1000), Budget(num_keep=16)]
     message = "random @ 1000: num_keep=1000 exceeds the 144 visual tokens that every image"
     with pytest.raises(ValueError, match=message) as error:
-        evaluate(subject, task, ["random"], budgets, tmp_path)
+        evaluate(subject, few, ["random"], budgets, tmp_path)
     assert "@ 16" not in str(error.value)
     options = {"controls": (), "seeds": [0], "batch_size": 4, "skip_unfit": True}
-    report, _ = evaluate(subject, task, ["random"], budgets, tmp_path, **options)
+    report, _ = evaluate(subject, few, ["random"], budgets, tmp_path, **options)
     kept = {row.num_keep: (row.visual_tokens, bool(row.note)) for row in report.rows}
     assert kept[1000] == (None, True)
     assert kept[16] == (16.0, False)
 
 
-def test_equal_budgets_are_refused(subject, task, tmp_path):
+def test_equal_budgets_are_refused(subject, few, tmp_path):
     twice = [Budget(num_keep=18), Budget(keep_ratio=0.125)]
     with pytest.raises(ValueError, match="pass each count once"):
-        evaluate(subject, task, ["fopru"], twice, tmp_path)
+        evaluate(subject, few, ["fopru"], twice, tmp_path)
 
 
-def test_a_failing_batch_names_its_condition(subject, task, tmp_path, monkeypatch):
+def test_a_failing_batch_names_its_condition(subject, few, tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(runner, "_ask", fail)
     with pytest.raises(RuntimeError, match="out of memory") as error:
-        ask(subject, task, tmp_path)
+        ask(subject, few, tmp_path)
     assert "'unpruned # 0' ran on items 0" in error.value.__notes__[0]
 
 
-def test_several_checkpoints_are_averaged_as_seeds(subject, task, tmp_path, network):
+def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, network):
     folders = []
     for seed in (0, 1):
         folders.append(str(tmp_path / f"seed{seed}"))
         made.random_network(network.config, seed).save_pretrained(folders[-1])
     report, records = ask(
         subject,
-        task,
+        few,
         tmp_path,
         pruners=["ocvtp"],
         checkpoints=folders,
@@ -223,16 +239,16 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, task, tmp_path, netw
     assert {f"ocvtp @ 4 # {number}" for number in (0, 1)} < set(records)
     made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
     with pytest.raises(ValueError, match="other settings"):
-        ask(subject, task, tmp_path, pruners=["ocvtp"], checkpoints=folders)
+        ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders)
 
 
-def test_a_method_of_yours_is_no_control(subject, task, tmp_path, monkeypatch):
+def test_a_method_of_yours_is_no_control(subject, few, tmp_path, monkeypatch):
     @dataclass(kw_only=True, eq=False)
     class Mine(Uniform):
         name = "mine"
 
     monkeypatch.setitem(registry._REGISTRY, "mine", Mine)
-    report, _ = ask(subject, task, tmp_path, pruners=["mine"], controls=("uniform",))
+    report, _ = ask(subject, few, tmp_path, pruners=["mine"], controls=("uniform",))
     kinds = {row.label: (row.control, row.yours) for row in report.rows}
     assert kinds["mine"] == (False, True)
     assert kinds["uniform"] == kinds["unpruned"] == (True, False)
@@ -295,16 +311,16 @@ def test_checkpoints_of_another_kind_are_never_averaged(tmp_path):
     assert "cannot be read" in said
 
 
-def test_checkpoints_of_other_trainings_have_rows_of_their_own(subject, task, tmp_path, network):
+def test_checkpoints_of_other_trainings_have_rows_of_their_own(subject, few, tmp_path, network):
     paths = checkpoints_of(tmp_path, network, trained(0), trained(1), trained(0, epochs=1))
     given = {"controls": (), "checkpoints": paths}
-    report, records = ask(subject, task, tmp_path / "out", pruners=["ocvtp", "fopru"], **given)
+    report, records = ask(subject, few, tmp_path / "out", pruners=["ocvtp", "fopru"], **given)
     seeds = {row.label: row.seeds for row in report.rows if row.trained}
     assert seeds == {f"ocvtp:checkpoint={paths[0]}": 2, f"ocvtp:checkpoint={paths[2]}": 1}
     (remark,) = report.remarks
     assert "training.epochs: 5 and 1" in remark
     alone = f"ocvtp:checkpoint={paths[2]}"
-    again, others = ask(subject, task, tmp_path / "out", pruners=[alone], controls=())
+    again, others = ask(subject, few, tmp_path / "out", pruners=[alone], controls=())
     assert again.rows[-1].label in seeds
     assert others[f"{alone} @ 4 # 0"] == records[f"{alone} @ 4 # 0"]
 
@@ -318,11 +334,11 @@ def numbers(found):
     return {(row["label"], row["budget"]): row["figures"] for row in found["rows"]}
 
 
-def test_a_narrower_run_keeps_what_is_there(subject, task, tmp_path, monkeypatch):
+def test_a_narrower_run_keeps_what_is_there(subject, few, tmp_path, monkeypatch):
     def go(pruners, budgets, **options):
         given = {"batch_size": 4, "seeds": [0, 1], "command": " ".join(pruners), **options}
         return write_all(
-            task, *evaluate(subject, task, pruners, budgets, tmp_path, **given), tmp_path
+            few, *evaluate(subject, few, pruners, budgets, tmp_path, **given), tmp_path
         )
 
     wide = go(["fopru", "uniform"], BUDGETS, controls=("random", "oracle"))
@@ -345,8 +361,8 @@ def test_a_narrower_run_keeps_what_is_there(subject, task, tmp_path, monkeypatch
     assert other["settings"]["earlier_commands"] == ["fopru uniform", "fopru"]
 
 
-def test_rows_of_a_folder_of_other_settings_are_refused(subject, task, tmp_path):
-    write_all(task, *ask(subject, task, tmp_path, controls=()), tmp_path)
+def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
+    write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     before = (tmp_path / "results.json").read_bytes()
     other = SceneTask(num_images=2, questions=3, size=48)
     with pytest.raises(ValueError, match="other settings"):
@@ -354,27 +370,27 @@ def test_rows_of_a_folder_of_other_settings_are_refused(subject, task, tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def test_rows_whose_answers_are_gone_are_named(subject, task, tmp_path):
-    write_all(task, *ask(subject, task, tmp_path, controls=()), tmp_path)
+def test_rows_whose_answers_are_gone_are_named(subject, few, tmp_path):
+    write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     for path in (tmp_path / "answers").glob("fopru*"):
         path.unlink()
-    report, _ = ask(subject, task, tmp_path, pruners=["uniform"], controls=())
+    report, _ = ask(subject, few, tmp_path, pruners=["uniform"], controls=())
     (remark,) = report.remarks
     assert remark.startswith("not kept, as their answers are gone")
     assert "`fopru` at 2.78%, 12.5%." in remark
 
 
-def test_what_cannot_be_run_this_time_keeps_its_figures(subject, task, tmp_path):
+def test_what_cannot_be_run_this_time_keeps_its_figures(subject, few, tmp_path):
     towered = Subject(subject.model, subject.processor, subject.name, "random:tiny")
-    wide = write_all(task, *ask(towered, task, tmp_path, pruners=["trim"], controls=()), tmp_path)
-    report, _ = ask(subject, task, tmp_path, pruners=["trim"], controls=(), skip_unfit=True)
+    wide = write_all(few, *ask(towered, few, tmp_path, pruners=["trim"], controls=()), tmp_path)
+    report, _ = ask(subject, few, tmp_path, pruners=["trim"], controls=(), skip_unfit=True)
     rows = [row for row in report.rows if row.label == "trim"]
     assert len(rows) == 2
     assert all(row.figures and not row.note for row in rows)
     (tmp_path / "new").mkdir()
-    skipped = ask(subject, task, tmp_path / "new", ["trim"], controls=(), skip_unfit=True)
-    write_all(task, *skipped, tmp_path / "new")
-    report, _ = ask(subject, task, tmp_path / "new", pruners=["uniform"], controls=())
+    skipped = ask(subject, few, tmp_path / "new", ["trim"], controls=(), skip_unfit=True)
+    write_all(few, *skipped, tmp_path / "new")
+    report, _ = ask(subject, few, tmp_path / "new", pruners=["uniform"], controls=())
     assert [row.label for row in report.rows if row.note] == ["trim", "trim"]
     assert wide["rows"]
 

@@ -66,6 +66,7 @@ def test_what_is_missing_is_named(tmp_path, capsys, task, more, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_coverage_of_drawn_scenes(tmp_path, capsys):
     write_scenes(tmp_path / "data", 1, 4, 96, 0)
     found = [str(tmp_path / "data" / name) for name in ("val2017", "annotations")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,16 @@ from ocvtp.evaluation.report import results, write
 from ocvtp.reporting.results_files import current_names, lack, read_results, read_values
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write(usual(), folder, {})
+    return folder / "results.json"
+
+
 @pytest.fixture
-def written(tmp_path):
-    write(usual(), tmp_path, {})
-    return tmp_path / "results.json"
+def written(once, tmp_path):
+    return Path(shutil.copy(once, tmp_path))
 
 
 def test_what_is_written_is_read(written):

@@ -32,6 +32,7 @@ IMAGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "convention"), PUBLISHED)
 def test_published_figures(name, convention):
     config = full_size.config_of(name)
@@ -40,7 +41,10 @@ def test_published_figures(name, convention):
         assert round(found / 1e12, 2) == expected, tokens
 
 
-@pytest.fixture(scope="module", params=list(IMAGES))
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in list(IMAGES)[1:]]
+
+
+@pytest.fixture(scope="module", params=["llava-1.5-7b", *OTHERS])
 def whole(request):
     """A model without memory, and its name."""
     return request.param, full_size.build(request.param, device="meta")[0]

@@ -105,6 +105,7 @@ def test_the_learned_pruner_also_inside_the_tower(models, early):
     assert count(model, pruner=pruner, **sizes).total == pytest.approx(expected, rel=REL)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("cut_tower", [False, True])
 @pytest.mark.parametrize("project_kept", [False, True])
 @pytest.mark.parametrize("name", ["visionzip", "tome"])

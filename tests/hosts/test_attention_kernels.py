@@ -81,6 +81,7 @@ def test_flex_attention_says_what_sdpa_does(kind: str, monkeypatch: pytest.Monke
     assert_close(logits[real], expected[real], 1e-4)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", STAGES.values(), ids=STAGES)
 @torch.no_grad()
 def test_attention_and_states_that_are_asked_for(llava: Any, make: Callable[[], Pruner]) -> None:

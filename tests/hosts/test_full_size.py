@@ -142,6 +142,7 @@ def test_rotary_frequencies_keep_their_precision(name):
     assert torch.equal(frequencies, exact)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["demo", "random:demo", str(full_size.DEMO), "random:tiny-llava"])
 def test_configurations_are_those_of_the_models(name):
     expected = load_model(name if "/" in name or ":" in name else f"random:{name}")[0].config

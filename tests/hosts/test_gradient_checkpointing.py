@@ -77,6 +77,7 @@ IN_TOWER: dict[str, Callable[[], Pruner | Compose]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("make", IN_TOWER.values(), ids=IN_TOWER)
 def test_stages_in_the_tower(
@@ -96,6 +97,7 @@ def test_a_tower_without_cls(llava_siglip: Any, kind: str, reentrant: bool) -> N
     assert_same(plain, gradients(llava_siglip, build(kind), ragged(), reentrant))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_frozen_tower_and_adapters(llava: Any, reentrant: bool) -> None:
     """Checkpointing lets the tower's input require gradients, whether or not anything learns."""
@@ -185,6 +187,7 @@ READING: dict[str, Callable[[], Pruner]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", READING.values(), ids=READING)
 @pytest.mark.parametrize("host", HOSTS)
 def test_what_reads_the_tower(host: str, make: Callable[[], Pruner]) -> None:

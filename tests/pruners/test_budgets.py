@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -28,19 +29,17 @@ def build(request, small_network):
     return lambda **budget: ocvtp.build_pruner(request.param, **settings, **budget)
 
 
-@pytest.mark.parametrize("value", NO_COUNTS)
-def test_what_counts_no_tokens_is_refused(build, value):
-    for more in ({}, {"adaptive": True}):
-        if more and "adaptive" not in build(num_keep=4).budgets:
-            continue
+def test_what_counts_no_tokens_is_refused(build):
+    more = [{}, {"adaptive": True}] if "adaptive" in build(num_keep=4).budgets else [{}]
+    for value, settings in product(NO_COUNTS, more):
         with pytest.raises(ValueError, match=r"num_keep=.*; pass (a whole number of|at least 1)"):
-            build(num_keep=value, **more)
+            build(num_keep=value, **settings)
 
 
-@pytest.mark.parametrize("value", NO_SHARES)
-def test_what_is_no_share_is_refused(build, value):
-    with pytest.raises(ValueError, match="keep_ratio=.*; pass the share of tokens KEPT"):
-        build(keep_ratio=value)
+def test_what_is_no_share_is_refused(build):
+    for value in NO_SHARES:
+        with pytest.raises(ValueError, match="keep_ratio=.*; pass the share of tokens KEPT"):
+            build(keep_ratio=value)
 
 
 def test_numbers_of_numpy_become_plain_ones(build):

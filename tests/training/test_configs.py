@@ -23,6 +23,7 @@ def test_headers_say_what_to_expect(path):
     assert f"configs/train/{path.name}" in header
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_build(path, tmp_path, monkeypatch):
     """With the network of the file, and random weights where the file names a hub id."""

@@ -231,6 +231,7 @@ def test_the_command_trains_and_resumes(tmp_path, scenes):
     assert torch.load(more.last, weights_only=True)["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_a_second_run_sets_the_first_ones_checkpoints_aside(tmp_path, scenes, caplog):
     path = settings_file(tmp_path, scenes, limit_train_batches=1, limit_val_batches=1)
     first = Path(train(["--config", str(path)]).best)

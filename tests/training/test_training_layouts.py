@@ -169,6 +169,7 @@ def test_batches_hold_images_of_any_shape(shapes, layout):
         assert shapes_of_masks == [tuple(image.shape[1:]) for image in batch["pixel_values"]]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("layout", ["variable", "joint", "per_tile"])
 def test_validation_does_not_depend_on_the_batches(tmp_path, shapes, layout):
     from test_training import data, trainer
@@ -222,6 +223,7 @@ def test_the_loss_falls(tmp_path, shapes, layout, decoder):
     assert after < 0.93 * before
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", ["variable", "joint"])
 def test_a_resumed_run_continues_bit_for_bit(tmp_path, shapes, layout):
     from pytorch_lightning.callbacks import ModelCheckpoint

@@ -30,6 +30,7 @@ def error_of(words, capsys) -> str:
     return line
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -95,6 +96,7 @@ def test_words(words, message, capsys):
     assert len(error) < 400
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [

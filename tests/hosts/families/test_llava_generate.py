@@ -58,6 +58,7 @@ def answer_of(model: Any, inputs: Any, **settings: Any) -> torch.Tensor:
     return reference.answer_of(model, inputs, max_new_tokens=NUM_NEW, **settings)
 
 
+@pytest.mark.sampled(3)
 @prompts
 @pytest.mark.parametrize("mode", GREEDY)
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -91,6 +92,7 @@ def test_speculative_decoding_changes_nothing(
     assert torch.equal(actual, short.greedy(NUM_NEW, positions))
 
 
+@pytest.mark.sampled(3)
 @prompts
 @pytest.mark.parametrize("mode", OTHER)
 def test_beams_and_samples_equal_the_reference(
@@ -117,6 +119,7 @@ def test_repetition_penalty_sees_the_short_prompt(llava: Any, pruner: Pruner, ro
     assert not torch.equal(actual[:, -NUM_NEW:], short.greedy(NUM_NEW))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [

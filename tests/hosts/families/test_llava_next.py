@@ -55,6 +55,7 @@ def first_real(tokens: VisualTokens) -> Selection:
 # ----------------------------------------------------------------------------------- the token map
 
 
+@pytest.mark.sampled(4)
 @torch.no_grad()
 @pytest.mark.parametrize("size", [*SIZES, *ODD], ids=str)
 def test_every_row_is_the_token_that_the_map_says(llava_next: Any, size: tuple[int, int]) -> None:
@@ -210,6 +211,7 @@ def test_images_of_one_size_are_not_padded(llava_next: Any) -> None:
 # ----------------------------------------------------------------------------------------- logits
 
 
+@pytest.mark.sampled(1)
 @torch.no_grad()
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("rows", [ONE, SEVERAL, BATCH], ids=["one", "several", "batch"])

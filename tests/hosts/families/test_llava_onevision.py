@@ -137,6 +137,7 @@ def check_map(model: Any, inputs: Any) -> None:
         assert found.source.tolist() == source
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "size", [*EXACT, *RESIZED, (7, 300), (300, 7), (97, 89), (113, 57), (336, 335)], ids=str
 )
@@ -243,6 +244,7 @@ def test_grids(onevision: Any, pruner: Scripted) -> None:
 # ----------------------------------------------------------------------------------------- logits
 
 
+@pytest.mark.sampled(2)
 @torch.no_grad()
 @prompts
 def test_keeping_all_is_bit_exact(onevision: Any, prompt: str) -> None:
@@ -277,6 +279,7 @@ def test_logits_are_those_of_prompts_made_by_hand(
     assert_close(logits[real], short.logits(short.positions(positions))[real], 1e-5)
 
 
+@pytest.mark.sampled(1)
 @torch.no_grad()
 @budgets
 def test_a_batch_equals_single_calls(

@@ -154,6 +154,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
     assert_close(logits[real], short.logits()[real], 1e-5)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"random", *NEED_GRID}))
 def test_a_batch_answers_as_its_rows_do(random_qwen: Any, name: str) -> None:
     model, processor = random_qwen
@@ -214,6 +215,7 @@ def test_answer(capsys: pytest.CaptureFixture[str], photo: str, model: str) -> N
     assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (tokens - 7)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", MODELS)
 def test_show(capsys: pytest.CaptureFixture[str], photo: str, tmp_path: Path, model: str) -> None:
     path = str(tmp_path / "kept.png")

@@ -114,6 +114,7 @@ def logits_of(family: Family, inputs: Inputs, pruner: Any, **options: Any) -> Te
 # -------------------------------------------------------------------------- as if they were masked
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 def test_fastv_equals_masked_columns(family: Family, rows: Any) -> None:
     layer, inputs = first_layer(family), family.make(rows, "left")
@@ -128,6 +129,7 @@ def test_fastv_equals_masked_columns(family: Family, rows: Any) -> None:
     assert_close(actual[text], expected.logits(inputs)[text], 1e-5)
 
 
+@pytest.mark.sampled(3)
 # Qwen3-VL's DeepStack fills the first two of its three layers: one stage is left.
 @pytest.mark.parametrize(
     "family",
@@ -169,6 +171,7 @@ def test_coordinates_are_never_counted_anew() -> None:
     assert_close(actual[text], expected.logits(inputs)[text], 1e-5)
 
 
+@pytest.mark.sampled(3)
 def test_a_batch_answers_as_its_rows_do(family: Family) -> None:
     inputs = family.make(MIXED, "left")
     with build_pruner("fastv", stages=((first_layer(family), 0.5),))(family.model):
@@ -178,6 +181,7 @@ def test_a_batch_answers_as_its_rows_do(family: Family) -> None:
             assert alone.equal(together[row : row + 1])
 
 
+@pytest.mark.sampled(3)
 def test_keeping_all_is_the_bare_model(family: Family) -> None:
     inputs = family.make(MIXED, "left")
     with torch.no_grad():

@@ -41,6 +41,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[Family]:
         yield family
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_padded_on_the_left_are_as_alone(family: Family, method: str) -> None:
     layer = 2 if family.host == "qwen3_vl" else 1

@@ -136,6 +136,7 @@ def cases(llava: Any, llava_siglip: Any, llava_next: Any, internvl: Any) -> dict
     }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("case", "name"), [(case, name) for case, served in SERVED.items() for name in served]
 )
@@ -322,6 +323,7 @@ def test_compiled_selections(llava: Any) -> None:
         assert compiled_logits.equal(logits(llava, pruner, make_batch(rows)))
 
 
+@pytest.mark.slow
 def test_graphs_of_many_pruners(llava: Any) -> None:
     """Each has graphs of its own: dynamo makes but eight of one function."""
     seen: list[Any] = []

@@ -115,6 +115,7 @@ def seen(model: Any, pruner: Any, inputs: Any, **settings: Any) -> Any:
 # The tower
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["clip", "siglip"])
 def test_merging_is_a_plain_reference(family: str, attention: str) -> None:
@@ -247,6 +248,7 @@ def test_a_tower_without_cls(llava_siglip: Any, kind: str) -> None:
         assert ask(llava_siglip, inputs).equal(short.greedy(5))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_a_batch_answers_as_its_rows_do(llava: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -256,6 +258,7 @@ def test_a_batch_answers_as_its_rows_do(llava: Any, kind: str) -> None:
     assert together.equal(torch.cat(alone))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_original_positions(llava: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -293,6 +296,7 @@ def test_early_is_off_by_default(llava: Any) -> None:
     assert seen(llava, late, inputs).encoded.tokens.num_tokens == 16
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_half_precision(llava: Any, kind: str) -> None:
     model = deepcopy(llava).bfloat16()
@@ -538,6 +542,7 @@ def test_other_hosts_refuse_these_stages(internvl: Any, qwen: Any) -> None:
                 ocvtp.attach(model, build(kind))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_an_attached_model_can_be_copied(llava: Any, kind: str) -> None:
     """A copy prunes on its own, and stays pruned when the original is not any more."""
@@ -560,6 +565,7 @@ def test_the_tower_alone_is_left_alone(llava: Any, kind: str) -> None:
             assert tower(inputs["pixel_values"]).last_hidden_state.equal(bare)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_from_the_tower_into_the_language_model(llava: Any, kind: str) -> None:
     """What the language model drops is of what the tower left."""

@@ -56,6 +56,7 @@ def prompt_by_hand(model: Any, inputs: Any, kind: str, separators: str, side: An
     return shorten_next(model, inputs, kept, separators, side, by_image), kept
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("side", "separators"), [("left", "rows"), ("right", "all")])
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_answers_are_those_of_prompts_made_by_hand(
@@ -78,6 +79,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
     assert sum(summary["visual_tokens"]) == sum(len(cells(size)) for size in sizes_of(inputs))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_a_batch_answers_as_its_rows_do(llava_next: Any, kind: str) -> None:
     inputs = make_inputs()

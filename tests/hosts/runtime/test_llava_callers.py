@@ -84,6 +84,7 @@ SAME: dict[str, tuple[dict[str, Any], Callable[[], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", SAME)
 @pytest.mark.parametrize("name", ["none", "fastervlm", "fastv"])
 def test_what_the_caller_hands_over_replaces_what_is_of_its_class(

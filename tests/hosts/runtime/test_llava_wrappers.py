@@ -65,6 +65,7 @@ def test_compiled_models_prune(
     assert_close(compiled(**inputs).logits, expected, 1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_tower_is_looked_into(
     llava: Any, pruner: Pruner, inputs: Any, answer: Tensor

@@ -86,6 +86,7 @@ def used(family: Family) -> Any:
     return model
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adapters_come_and_go_under_a_pruner(family: Family, name: str) -> None:
@@ -124,6 +125,7 @@ def test_adapters_come_and_go_under_a_pruner(family: Family, name: str) -> None:
     assert all(residue(module) == set() for module in taken_out)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_adapters_are_switched_under_a_pruner(use_dora: bool) -> None:
     inputs, model = LLAVA.make(BATCH, "left"), used(LLAVA)
@@ -172,6 +174,7 @@ WHOLE = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize("name", ["random", "visionzip", "prumerge_plus", "tome", "fastv"])
 def test_copies_of_modules_are_trained_under_a_pruner(whole: str, name: str) -> None:
@@ -241,6 +244,7 @@ def quantise(model: Any) -> None:
                 setattr(module, name, Rounded(child))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 def test_modules_are_swapped_by_hand(family: Family, name: str) -> None:
     inputs, model, other = family.make(BATCH, "left"), used(family), used(family)

@@ -111,6 +111,7 @@ def test_llava(llava: Any, processor: Any, clip: Any) -> None:
     assert check_equal(llava, inputs, [*pruners, learned(), later], **options) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
 @pytest.mark.filterwarnings("ignore:the processor")
 def test_llava_next(llava_next: Any, budget: Any) -> None:
@@ -125,6 +126,7 @@ def test_qwen() -> None:
     assert check_equal(tiny_qwen(), make_qwen_batch(SIZES), pruners) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the processor")
 def test_internvl(internvl: Any) -> None:
     pruners = sweep("fastervlm", "prumerge")
@@ -374,6 +376,7 @@ def test_tensors_whose_changes_are_not_counted_are_encoded_anew(
 # ----------------------------------------------------------------------------- who does not share
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["vprune", "tome"])
 def test_pruners_in_the_tower_pass_by(
     llava: Any, processor: Any, name: str, uniform: Pruner
