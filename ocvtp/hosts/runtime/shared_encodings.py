@@ -64,9 +64,9 @@ class SharedEncodings:
     the precision and the weights must be equal too. PyTorch does not count changes through `.data`
     or through a NumPy array that shares a tensor's memory, and the model's config, mode and
     adapters are not compared: call `clear()` after such a change. Only the images of the last call
-    are kept. Images are encoded again, and not kept, in calls that record gradients (put forward() under
-    `torch.no_grad()`), and where image tensors were made under `torch.inference_mode()`, which does
-    not count changes either.
+    are kept. Images are encoded again, and not kept, in calls that record gradients (put forward()
+    under `torch.no_grad()`), and where image tensors were made under `torch.inference_mode()`,
+    which does not count changes either.
 
     A pruner that acts before or inside the vision tower shares nothing: it encodes on its own.
     Pruners that mean different things by `received` attention form groups, each with an encoding
