@@ -46,6 +46,7 @@ class Group:
         return next(stage.num_keep for stage in self.schedule if stage.layer == layer)
 
     def to(self, device: torch.device) -> Group:
+        """The same on a device."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             if isinstance(value := getattr(self, f.name), Tensor):
