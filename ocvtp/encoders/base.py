@@ -1,4 +1,4 @@
-"""Frozen vision towers for training, cut behind the last layer that is read."""
+"""Frozen vision towers for training, cut after the last layer that is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FrozenEncoder(nn.Module, ABC):
     """A vision tower that turns images into visual tokens and is never trained.
 
     Building one reads its settings only. `load(needs)` reads the weights of the blocks that are
-    needed; those behind them never exist.
+    needed; those after them never exist.
 
     Attributes:
         tower_id: what to write into an artifact.
@@ -128,7 +128,7 @@ class FrozenEncoder(nn.Module, ABC):
         with taps.recording() as record:
             self._run(self.tower, pixel_values.to(self.dtype))
         found = taps.gather(record, self._view(self.tower), self._asked, self.num_prefix)
-        kinds = {"cls_keys": "keys", "cls_queries": "keys"}  # asked for with these
+        kinds = {"cls_keys": "keys", "cls_queries": "keys"}  # these come with them
         for name in found.keys() & {"hidden", "attention", "keys", *kinds}:
             kind, values = kinds.get(name, name), found[name]
             pairs = zip(getattr(self.needs, kind), getattr(self._asked, kind), strict=True)
@@ -137,5 +137,4 @@ class FrozenEncoder(nn.Module, ABC):
         return VisualTokens(features=features, grid_hw=self.grid_hw, **found)
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Stay in evaluation mode."""
         return super().train(False)

@@ -24,7 +24,7 @@ from ocvtp.towers import taps
 
 
 class CLIPEncoder(FrozenEncoder):
-    """A frozen CLIP or SigLIP tower, cut behind the layer that is read.
+    """A frozen CLIP or SigLIP tower, cut after the layer that is read.
 
     Args:
         tower: hub id or folder (of the tower, of a whole CLIP or SigLIP, or of a LLaVA),
@@ -59,7 +59,6 @@ class CLIPEncoder(FrozenEncoder):
 
     @property
     def depth(self) -> int:
-        """Blocks of the whole tower."""
         return int(self._config.num_hidden_layers)
 
     def _image_processor(self, processor: str | None) -> Any:
@@ -82,7 +81,7 @@ class CLIPEncoder(FrozenEncoder):
             return cast(nn.Module, tower)
         config.num_hidden_layers = num_blocks
         config.vision_use_head = False  # SigLIP: no pooling head
-        with _quiet():  # the blocks that are cut off are no news
+        with _quiet():  # blocks were cut off on purpose
             tower, info = AutoModel.from_pretrained(
                 self._source,
                 config=config,
@@ -130,7 +129,7 @@ class ProcessorTransform:
         return torch.as_tensor(pixels[0])
 
     def _settings(self, image: Image.Image) -> dict[str, Any]:
-        """What the processor is told about one image."""
+        """Arguments of the processor for one image."""
         return {}
 
     def instance_map(self, ids: np.ndarray) -> Tensor:

@@ -1,6 +1,6 @@
 """The vision tower of Qwen2.5-VL, frozen and cut.
 
-B images of H x W pixels, P patches of all of them, 4 of them a visual token; N tokens of an image.
+Images of H x W pixels, P patches of all of them, 4 of them a visual token.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ RANDOM_TOWERS: dict[str, dict[str, Any]] = {
 
 
 class QwenEncoder(FrozenEncoder):
-    """The frozen tower of a Qwen2.5-VL, cut behind the layer that is read.
+    """The frozen tower of a Qwen2.5-VL, cut after the layer that is read.
 
-    A token is a unit of 2 x 2 patches, and what is read of it is the mean of theirs, as the host
-    shows it to pruners. Images are cut to one square size, or keep their shape, as the host shows
+    A token is a unit of 2 x 2 patches, and what is read of it is their mean, as the host shows
+    it to pruners. Images are cut to one square size, or keep their shape, as the host shows
     them; the trained pruner serves any.
 
     Args:
@@ -99,7 +99,6 @@ class QwenEncoder(FrozenEncoder):
 
     @property
     def depth(self) -> int:
-        """Blocks of the whole tower."""
         return int(self._config.depth)
 
     @property
@@ -202,7 +201,7 @@ def patches(pixel_values: Tensor, config: Any) -> Tensor:
     """[B, 3, H, W] -> [P, 3 * frames * patch * patch], unit after unit, an image's frames alike."""
     side, patch, frames = config.spatial_merge_size, config.patch_size, config.temporal_patch_size
     split = pixel_values.unflatten(3, (-1, side, patch)).unflatten(2, (-1, side, patch))
-    # Of B, 3, rows, side, patch, columns, side, patch: the image's, the unit's and the patch's own.
+    # The axes are B, 3, rows, side, patch, columns, side, patch: of image, unit and patch.
     units = split.permute(0, 2, 5, 3, 6, 1, 4, 7).flatten(0, 4)  # [P, 3, patch, patch]
     packed: Tensor = units[:, :, None].expand(-1, -1, frames, -1, -1).flatten(1)
     return packed
@@ -226,7 +225,6 @@ class QwenTransform(ProcessorTransform):
         return {"size": {"height": height, "width": width}}
 
     def describe(self) -> dict[str, Any]:
-        """Settings, for the artifact."""
         plain = super().describe() | {"image_processor_type": "Qwen2VLImageProcessor"}
         return {name: plain[name] for name in plain.keys() - {"size", "crop_size"}} | self._rule
 

@@ -1,7 +1,7 @@
 """The tower of a LLaVA-NeXT, frozen and cut: images as a base view and tiles of higher resolution.
 
-B images, T tiles of all of them (base views included), N tokens of a tile; U views that share slots
-(images, or tiles), M tokens of a view.
+T tiles of all images (base views included), N tokens of a tile; U views that share slots (images,
+or tiles), M tokens of a view.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class TiledEncoder(CLIPEncoder):
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens that share slots."""
         if self.layout == "per_tile":
             return super().max_tokens
         most = max(height * width for height, width in self._pinpoints) // self._side**2
@@ -122,7 +121,7 @@ class TiledEncoder(CLIPEncoder):
     def _kept(self, size: tuple[int, int], num_tiles: int) -> Tensor:
         """[rows, columns] numbers of the tokens that unpadding leaves of all tiles of an image.
 
-        They are counted from the first token of the first tile behind the base view.
+        They are counted from the first token of the first tile after the base view.
         """
         height, width = self.grid_hw
         rows, columns = tile_grid(size, self._pinpoints, self._side)
@@ -173,7 +172,7 @@ def _view(seen: VisualTokens, index: Tensor, tiles: Tensor, grids: Tensor | None
     Args:
         seen: [T, N].
         index: [U, M] tokens among the T N, -1 on padding.
-        tiles: [U] whose CLS speaks for a view.
+        tiles: [U] the tile whose CLS stands for each view.
         grids: [U, V, 2].
     """
     device, is_full = seen.features.device, grids is None and bool((index >= 0).all())

@@ -16,7 +16,7 @@ from ocvtp.towers import taps
 
 
 class TimmEncoder(FrozenEncoder):
-    """A frozen ViT of timm (plain blocks with fused qkv), cut behind the layer that is read.
+    """A frozen ViT of timm (plain blocks with fused qkv), cut after the layer that is read.
 
     Args:
         tower: timm model name, e.g. `vit_base_patch16_clip_224.openai`, or `hf-hub:ID` or
@@ -56,7 +56,6 @@ class TimmEncoder(FrozenEncoder):
 
     @property
     def depth(self) -> int:
-        """Blocks of the whole tower."""
         return self._depth
 
     def _create(self, pretrained: bool) -> Any:

@@ -13,20 +13,20 @@ from ocvtp.evaluation.conditions import content_hash
 from ocvtp.learning import artifact
 
 _SEEDS = ("noise_seed", "training.seed")
-_FOUND = "training.validation."  # what came out, not what was asked for
+_FOUND = "training.validation."  # results of the training, not its settings
 _SHOWN = 3
 _NOTHING = object()
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """One checkpoint, as far as it says what it is.
+    """One checkpoint, and what it says of its training.
 
     Args:
         path: folder or hub id.
         weights: a hash of them.
-        asked: what it was trained by but the seed, by dotted names; None where nobody can tell.
-        seed: what it was seeded by.
+        asked: settings of its training but the seed, by dotted names; None where they are unknown.
+        seed: of its training.
     """
 
     path: str
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
-    """Checkpoints of one training with several seeds side by side.
+    """Group the checkpoints of one training with several seeds.
 
     Args:
         paths: folders or hub ids of exported networks, or of what another pruner takes.
@@ -72,7 +72,7 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
 
 
 def _read(paths: Sequence[str]) -> Iterator[Checkpoint]:
-    """Each once; two of the same weights are refused."""
+    """Read each; two of the same weights are refused."""
     seen: dict[str, str] = {}
     for path in paths:
         checkpoint = _checkpoint(path)
@@ -88,7 +88,7 @@ def _read(paths: Sequence[str]) -> Iterator[Checkpoint]:
 def _checkpoint(path: str) -> Checkpoint:
     try:
         format, config, weights = artifact.read_any(path)
-    except ValueError:  # another pruner's own kind: it says itself what is wrong with it
+    except ValueError:  # another pruner's own kind, which reports its faults itself
         return Checkpoint(path, content_hash(path), None, ())
     known = {"format": format, **dict(_flat(config))}
     seed = tuple(known.pop(name, None) for name in _SEEDS)

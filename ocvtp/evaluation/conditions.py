@@ -1,4 +1,4 @@
-"""What a task is run under: every pruner at every budget, and the controls beside them."""
+"""What a task is run under: every pruner at every budget, and the controls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
     "untrained",
 )
 CONTROLS = (RANDOM, "uniform", "pool", "fill_only", UNTRAINED, ORACLE)
-"""What runs beside all pruners, at every budget."""
+"""What runs besides all pruners, at every budget."""
 
 _SEED_STEP = 1_000_003  # more than there are items
 
@@ -83,7 +83,7 @@ class Condition:
         label: of the row in tables. budget: None where nothing is pruned, or by the method itself.
         make: the pruner for a batch.
         settings: what answers depend on, as JSON.
-        control: whether it is a yardstick. yours: whether it is a method of the user's own.
+        control: whether it only serves to compare. yours: whether it is a method of the user's.
         seed: of what is random, or number of the checkpoint.
         image: `own`, or `other`: that of the next item that has another.
         trained: whether it learned from data.
@@ -101,7 +101,7 @@ class Condition:
 
     @property
     def key(self) -> str:
-        """Names it among the others."""
+        """The name that tells it from the others."""
         budget = "" if self.budget is None else f" @ {self.budget}"
         return f"{self.label}{budget} # {self.seed}"
 
@@ -172,7 +172,7 @@ def pruner_conditions(
 
 
 def takes_checkpoints(spec: str) -> bool:
-    """Whether a pruner is run with each of the checkpoints that are given beside it."""
+    """Whether a pruner is run with each of the given checkpoints."""
     takes = "checkpoint" in known_settings(spec)
     return takes and not {"checkpoint", "network"} & set(parse_spec(spec)[1])
 
@@ -180,7 +180,7 @@ def takes_checkpoints(spec: str) -> bool:
 def readable(spec: str, checkpoints: Sequence[str]) -> list[str]:
     """Those of several checkpoints that are not known to be another pruner's own.
 
-    All of them, where that leaves none: the pruner says then what is wrong with them.
+    If that leaves none, all of them: the pruner then says what is wrong with them.
     """
     name = spec.partition(":")[0]
     if not issubclass(pruner_class(name), trainable.TrainablePruner):
@@ -191,7 +191,7 @@ def readable(spec: str, checkpoints: Sequence[str]) -> list[str]:
 
 
 def _maker(spec: str, shared: dict[str, Any], variant: dict[str, Any]) -> Callable[[Place], Pruner]:
-    if "seed" in variant:  # the same draw for the same row of every batch would be no draw
+    if "seed" in variant:  # else the same row of every batch would draw the same
         first = variant["seed"] * _SEED_STEP
         return lambda place: build_spec(spec, **shared, seed=first + place.start)
     pruner = build_spec(spec, **shared, **variant)
@@ -249,14 +249,14 @@ def random_network(config: Any, seed: int) -> Any:
 
 
 def default_layer(num_blocks: int, pruner: str = trainable.DEFAULT) -> int:
-    """The layer that a trainable pruner reads where nobody said, in a tower of any depth."""
+    """The layer that a trainable pruner reads by default, in a tower of any depth."""
     return trainable.of_name(pruner).default_layer(num_blocks)
 
 
 def content_hash(path: str) -> str:
-    """Of the weights and the configuration in a folder; other names stand for themselves.
+    """A hash of the weights and the configuration in a folder.
 
-    So do folders whose weights are in many files.
+    Other names, and folders whose weights are in many files, are returned as they are.
     """
     folder = Path(path)
     if not (folder / WEIGHTS_NAME).is_file():

@@ -1,6 +1,6 @@
 """Operations of a prompt until its first answered token, pruned or not.
 
-V views of an image, N visual tokens of a view, K kept of an image, L layers.
+V views of an image, N visual tokens of a view, L layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Count:
     softmax count nothing.
 
     Args:
-        tower: of the vision tower. projector: of what takes its tokens to the language model.
+        tower: of the vision tower. projector: of what maps its tokens to the language model.
         select: of choosing what stays: the pruner's own `select` and what it reads, as far as they
             are matrix products, convolutions or attention.
         layers: of each layer of the language model. lm_head: of its one row.
@@ -52,7 +52,7 @@ class Count:
 
     @property
     def total(self) -> int:
-        """Of everything: what the time to the first token is spent on."""
+        """Of everything that runs before the first token."""
         return self.tower + self.projector + self.select + self.language_model
 
 
@@ -74,22 +74,22 @@ def count(
     Args:
         model: a transformers model, or its configuration: no weights are needed; or what
             `sizes_of` made of these, for many counts of one model.
-        num_visual: visual tokens of an image before pruning; None for what an image gives usually:
-            all of a fixed size, of LLaVA-NeXT a square of 672 pixels, and so of Qwen2.5-VL.
+        num_visual: visual tokens of an image before pruning; None for the usual number: of
+            an image of fixed size; for LLaVA-NeXT and Qwen2.5-VL, of a square of 672 pixels.
         text_length: tokens of the prompt that are none of an image's.
-        num_keep: visual tokens that the language model reads of an image, where it does not matter
-            who chooses them: nothing is counted for that, and nothing saved before.
-        pruner: see `ocvtp.build_pruner`; its `select` runs on tokens that are drawn.
+        num_keep: visual tokens that the language model reads of an image, whatever chooses them:
+            nothing is counted for the choice, and nothing is saved before it.
+        pruner: see `ocvtp.build_pruner`; its `select` runs on random tokens.
         num_images: of the prompt.
-        num_newlines: tokens that end the rows of an image, 48 of LLaVA-NeXT's square. They are in
-            no published figure. Inside the language model pruners drop them like visual tokens;
-            before it at most those without a kept token are dropped, and here none.
+        num_newlines: tokens that end the rows of an image, 48 of LLaVA-NeXT's square. No
+            published figure counts them. Inside the language model pruners drop them like visual
+            tokens; before it at most those without a kept token are dropped, and here none.
         savings: what hosts leave out; None for what `ocvtp.attach` leaves out by default, and
             nothing without a pruner.
 
     Raises:
         ValueError: for a family whose operations are not known, sizes that do not fit, or a pruner
-            whose budget hangs on what is in the image.
+            whose budget depends on what is in the image.
     """
     if pruner is not None and num_keep is not None:
         raise ValueError(f"got num_keep={num_keep} and a pruner, which has its own; pass one.")

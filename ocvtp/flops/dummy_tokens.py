@@ -1,9 +1,8 @@
 """Tokens of no image, to run a pruner's own `select` on, and what hosts compute to fill them.
 
-Numbers are drawn where a choice depends on them, and stand for no image: how many operations a
-choice takes depends on sizes alone. V views of an image, N tokens of all of them, T of a block of
-the tower (with the CLS, where there is one), M text tokens, D width of the tower, D' of the
-language model.
+Numbers are random where a choice depends on them: how many operations a choice takes depends on
+sizes alone. V views of an image, N tokens of all of them, T of a block of the tower (with the CLS,
+where there is one).
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ class Draw:
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, *shape: int) -> Tensor:
-        """The next ones, of a shape."""
+        """The next numbers, in a shape."""
         return torch.randn(*shape, generator=self._generator)
 
 
@@ -64,7 +63,7 @@ def tower_tokens(
     num_views: int,
     text_length: int,
 ) -> tuple[int, VisualTokens]:
-    """What a pruner reads of an image behind the vision tower, and what it takes to have it.
+    """What a pruner reads of an image after the vision tower, and what that costs.
 
     Args:
         sizes: of the model.
@@ -127,7 +126,7 @@ def layer_tokens(
 
     Args:
         sizes: of the model. needs: of the pruner there. count: N. text_length: M.
-        tower: what the vision tower said, where it reads that.
+        tower: what the vision tower gave, where the pruner reads that.
     """
     text, draw = sizes.text, Draw()
     visual, words = draw(1, count, text.width), draw(1, text_length, text.width)
@@ -149,7 +148,7 @@ def layer_tokens(
 
 
 def layer_reads(sizes: Sizes, needs: LayerNeeds, number: int, count: int, text_length: int) -> int:
-    """Operations of what hosts compute for a choice in front of layer `number`.
+    """Operations of what hosts compute for a choice before layer `number`.
 
     A score is one product of its query rows with the keys; for one of the coming layer these are
     projected too.
@@ -168,7 +167,7 @@ def layer_reads(sizes: Sizes, needs: LayerNeeds, number: int, count: int, text_l
 
 
 def raters(pruner: LayerPruner, sizes: Sizes, count: int, text_length: int) -> int:
-    """Operations of choosing the words that ask, where any stage reads what words attend to."""
+    """Operations of choosing the words whose attention a stage reads."""
     layers = pruner.layers(sizes.text.layers)
     kinds = {kind for layer in layers for _, kind in pruner.needs_at(layer).attention}
     if "text" not in kinds:

@@ -1,6 +1,6 @@
-"""What an image costs in front of the language model, and how many of its tokens each layer reads.
+"""What an image costs before the language model, and how many of its tokens each layer reads.
 
-V views of an image, N patches of one, T rows of a block, K kept, L layers.
+V views of an image, N patches of one, T rows of a block, L layers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ocvtp.structures import Needs, Selection, VisualTokens
 
 @dataclass
 class Image:
-    """One image on its way through a model.
+    """One image that is followed through a model.
 
     Args:
         sizes: of the model. text_length: see `Count`. savings: what is left out.
-        needs: of what reads the vision tower behind its own stages.
+        needs: of what reads the vision tower after its own stages.
         num_views: V. grid_hw: rows and columns of a view's tokens.
         left: tokens of it that are left so far.
         rows: of each block of the tower.
@@ -54,7 +54,7 @@ class Image:
     def tokens(
         self, needs: Needs, count: int, num_views: int, text_length: int
     ) -> tuple[int, VisualTokens]:
-        """Operations of what is read behind the tower, and that; see `tower_tokens`."""
+        """Operations of what is read after the tower, and what it is; see `tower_tokens`."""
         sizes = (count, num_views, text_length)
         return dummy_tokens.tower_tokens(self.sizes, needs, self.grid_hw, self.rows, *sizes)
 
@@ -156,14 +156,14 @@ def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualT
     if not host.features_are_projected:
         if image.savings.project_kept and not image.needs.projected:
             rows = image.left
-        elif part is not None and part.merging:  # mixtures are projected beside all tokens
+        elif part is not None and part.merging:  # mixtures are projected besides all tokens
             rows = everything + image.left
     image.projector = linear(rows, tower.projector, 1)
     return tokens
 
 
 def _check_tiles(parts: Mapping[str, Pruner], num_views: int) -> None:
-    """Refuse a budget of an image where a pruner sees its tiles one by one, as hosts do."""
+    """Refuse a budget of an image where a pruner sees its tiles one by one; hosts do so too."""
     for stage in ("pixels", "encoder"):
         part = parts.get(stage)
         if num_views > 1 and part is not None and part.num_keep is not None:
@@ -174,7 +174,6 @@ def _check_tiles(parts: Mapping[str, Pruner], num_views: int) -> None:
 
 
 def _inside(image: Image, part: Pruner | None, tower: VisualTokens) -> None:
-    """The layers of the language model."""
     sizes, count = image.sizes, image.sizes.text.layers
     keeps: dict[int, int] = {}
     if part is not None:
@@ -218,7 +217,7 @@ def _merge(image: Image, part: BlockMerger, per_view: int) -> int:
 
 
 def _drop(image: Image, part: Pruner, at: int) -> int:
-    """Drop in front of block `at`; returns what is left of a view."""
+    """Drop before block `at`; returns what is left of a view."""
     prefix = image.sizes.host.num_prefix
     reads, tokens = image.tokens(part.needs, image.rows[0].mlp - prefix, 1, 1)
     image.select += image.num_views * reads
@@ -228,7 +227,7 @@ def _drop(image: Image, part: Pruner, at: int) -> int:
 
 
 def _with_selected(needs: Needs, tower: TowerSizes) -> Needs:
-    """Needs of a tower alone; the CLS is read of the selected layer."""
+    """Needs of a tower alone; the CLS is that of the selected layer."""
     return needs | Needs(hidden=tower.layers_read if needs.cls else ())
 
 

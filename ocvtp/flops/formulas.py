@@ -58,7 +58,7 @@ def language_model(
     Args:
         text: its sizes.
         visual: of each layer, the visual tokens that it reads.
-        text_length: tokens of the prompt that are none; only `true` asks.
+        text_length: tokens of the prompt that are none; only `true` reads it.
         convention: one of `CONVENTIONS`.
     """
     if convention == "oc-vtp":
@@ -79,7 +79,7 @@ class BlockRows:
 
     Args:
         attention: of each segment of an image that attends inside itself.
-        mlp: of its MLP, which pruners that merge make fewer.
+        mlp: of its MLP: fewer under pruners that merge.
     """
 
     attention: tuple[int, ...]

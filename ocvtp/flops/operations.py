@@ -1,7 +1,7 @@
-"""Operations of what runs, as PyTorch's own counter counts them, on every device and version.
+"""Operations of what runs, by PyTorch's own counter, on every device and version.
 
 Matrix products, convolutions and attention: a multiplication and an addition are two, causal
-attention is whole. Before 2.15 that counter does not know the kernel of attention on a CPU.
+attention is whole. Before 2.15 the counter does not know the kernel of attention on a CPU.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _LEGEND = """\
 - With grouped-query attention keys and values count with their own width, in all three.
 - `select` is the pruner's own `select` with what it reads (attention of single rows or blocks), as
   far as these are matrix products, convolutions or attention. CLIP's text tower is not in it.
-- `total` is tower, projector, select and the true language model. `any` has K tokens, whoever
+- `total` is tower, projector, select and the true language model. `any` has K tokens, whatever
   chooses them, and nothing left out before it.
 - K of pruners inside the language model is an average over its layers. Where `stages` or a
   published `setting` say how many tokens stay, K is the number that stands for K in `stages`, if
@@ -44,7 +44,7 @@ def results(
 
     Args:
         model: its name.
-        settings: what they depend on besides.
+        settings: what else they depend on.
         counts: by pruner and K; the first is the unpruned one.
         notes: what could not be counted, and why.
     """
@@ -61,7 +61,7 @@ def results(
 
 
 def to_markdown(facts: Facts) -> str:
-    """The table, the layers of methods that drop tokens between them, and how to read it."""
+    """The table, a list of layers for methods that drop tokens between them, and a legend."""
     unit, scale = _unit(facts)
     names = [f"`{name}`" for name in CONVENTIONS]
     head = ["pruner", "K", *names, "tower", "projector", "select", "total", "of unpruned"]
@@ -122,7 +122,6 @@ def _cells(row: Facts, scale: float) -> list[str]:
 
 
 def _settings(settings: Facts) -> str:
-    """One sentence."""
     newlines = settings["num_newlines"]
     more = f" and {newlines} newlines" if newlines else ""
     unread = "is left out" if settings["savings"] else "runs too"

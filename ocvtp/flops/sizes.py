@@ -1,7 +1,7 @@
 """Widths and depths of a vision-language model, as far as operations depend on them.
 
-They are read from the model itself, which its host knows: of a configuration it is made without
-memory, so that a new family needs nothing here. D width of the tower, D' of the language model.
+They are read from the model itself, which its host knows. From a configuration a model is built
+without memory, so that a new family needs nothing here.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Sizes:
     Args:
         host: of a model without memory.
         text: the language model. tower: the vision tower, with what projects its tokens.
-        usual_tokens: visual tokens of an image where nobody says it, see `Host.usual_tokens`.
+        usual_tokens: visual tokens of an image of no given size, see `Host.usual_tokens`.
     """
 
     host: Host
@@ -80,7 +80,7 @@ class Sizes:
 
 
 def sizes_of(model: Any) -> Sizes:
-    """The sizes of a transformers model or configuration; of sizes, they themselves.
+    """The sizes of a transformers model or configuration; sizes are returned as they are.
 
     Raises:
         ValueError: for a family whose operations are not counted.

@@ -1,9 +1,8 @@
 """Put a pruner into a model and take it out again.
 
-A few bound methods in the place of a model's own (`forward`, `generate`) and inert hooks on some of
-its modules are all that it gets; `remove()` takes them away, wherever others have moved them. What
-belongs to one call lives in local variables and in ContextVars, so that threads do not see each
-other.
+A model gets a few bound methods in the place of its own (`forward`, `generate`), and inert hooks on
+some of its modules. `remove()` takes them away, wherever others have moved them. What belongs to
+one call lives in local variables and in ContextVars, so that threads do not see each other.
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ class Handle:
 
     Args:
         attachment: what the model carries.
-        savings: see below.
+        savings: those that have an effect.
     """
 
     def __init__(self, attachment: Attachment, savings: Savings) -> None:
         self._attachment = attachment
         self.savings = savings
-        """Which of the savings asked for leave out anything with this pruner in this model."""
+        """Which of the wanted savings have an effect with this pruner in this model."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -75,7 +74,7 @@ def attach(
         model: a supported transformers VLM, or what holds one: PEFT, DDP, FSDP, torch.compile,
             Fabric, DeepSpeed, a LightningModule.
         pruner: see `ocvtp.build_pruner`; or a `Compose` of several stages. An image of fewer
-            tokens than `num_keep` stays as it is; where all images are so small, a warning says it.
+            tokens than `num_keep` stays as it is; if all images are so small, a warning says it.
         processor: the processor (or tokenizer) that makes the model's inputs, for pruners that read
             the prompt: it tells the user's words from the chat template; and for those that read
             pixels: it says how they were normalised. None looks for the one saved with the model.
@@ -90,13 +89,13 @@ def attach(
         separators: where a model ends the rows of images with newline tokens: `rows` keeps those
             of rows that kept a token, or `all`, or `none`; they do not count as visual tokens.
         on_prune: called with every shortened prompt, e.g. to count tokens.
-        shared: reuses what the vision tower made of the same images under other pruners; those
-            that act before or inside the tower pass it by. None encodes in every call.
+        shared: reuses what the vision tower made of the same images under other pruners, unless
+            they act before or inside the tower. None encodes in every call.
         savings: what need not run while a pruner is attached; None is `Savings()`.
         logits: which columns the output of `model(...)` has. `short`: those that are left, L', with
-            the labels of a call as `output.labels` [B, L']. `full`: the caller's, L, as trainers
-            expect that line them up with labels of their own; a dropped one has what the last one
-            before it that is left has. See docs/training-with-a-pruner.md.
+            the labels of a call as `output.labels` [B, L']. `full`: the caller's, L, for
+            trainers that line them up with labels of their own; a dropped column has the values of
+            the last kept one before it. See docs/training-with-a-pruner.md.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
@@ -145,7 +144,6 @@ def attach(
 def _installed_hooks(
     attachment: Attachment, pruner: Pruner | Compose, needs: Needs
 ) -> InstalledHooks:
-    """Where everything goes in a model that is read for `needs`."""
     host = attachment.host
     methods = [(calls.forward, "forward"), (calls.generate, "generate")]
     groups = [partial(_method, host.model, *method, attachment) for method in methods]
@@ -158,7 +156,6 @@ def _installed_hooks(
 
 
 def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
-    """What goes into a model that is read for `needs`."""
     hooks = host.hooks(needs)
     if layered is not None:
         hooks += layer_hooks.hooks(host.language_model, layered)
@@ -166,17 +163,16 @@ def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:
 
 
 def _method(model: Any, function: Callable[..., Any], name: str, *given: Any) -> list[Hook]:
-    """What stands for a method of a model."""
+    """Runs `function` in the place of a method of a model."""
     return [Hook(model, partial(Wrapped, function, model, *given, name=name))]
 
 
 def _inner_method(model: Any, attachment: Attachment) -> list[Hook]:
-    """What stands for the forward() of the model without a head, inside of `model`."""
+    """For the forward() of the model without a head, inside of `model`."""
     return _method(model.model, calls.inner_forward, "forward", attachment)
 
 
 def _check_free(model: Any) -> None:
-    """Refuse a model that has a pruner."""
     if attachment_of(model) is not None:
         raise ValueError(
             "a pruner is attached to this model already; remove it first (handle.remove(), or"

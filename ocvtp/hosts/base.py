@@ -1,7 +1,6 @@
 """The contract of a host: what a vision-language model must tell about itself.
 
-I images of a call, N encoder tokens of an image, R rows that the language model reads of all
-images, D' its width.
+R are the rows that the language model reads of all images of a call.
 """
 
 from __future__ import annotations
@@ -27,19 +26,19 @@ from ocvtp.towers.module_state import is_compiled
 
 @dataclass(frozen=True)
 class Savings:
-    """Work that changes nothing, each kind of which can be left out or done on its own.
+    """Work that changes no result; each kind can be switched on or off.
 
     Where a host or a pruner leaves nothing to save, a setting has no effect: `Handle.savings` tells
     which have one. Hooks of your own on modules that do not run see what these were given (the
     tower) or zeros (the projector); compiled modules always run.
 
     Args:
-        cut_tower: blocks of the vision tower behind the last one that anyone reads do not run, nor
-            does what stands behind them (a norm, a pooling head). Results are the same bit for bit.
+        cut_tower: blocks of the vision tower after the last one that anyone reads do not run, nor
+            does what follows them (a norm, a pooling head). Results are the same bit for bit.
         project_kept: the projector runs on the tokens that are kept, not on all, unless the pruner
             reads projected tokens. A smaller matrix product may round its last bits in another way;
             where all tokens are kept it is the same product.
-        compile_select: `torch.compile` makes one graph of how the pruner in front of the language
+        compile_select: `torch.compile` makes one graph of how the pruner before the language
             model chooses, on a GPU with CUDA graphs. It takes a while at the first call, and for
             other shapes.
 
@@ -89,8 +88,8 @@ class Encoded:
         tokens: [I, N, ...], what pruners see; I counts tiles where each is shown on its own.
         embeddings: [R, D'], what the language model would read, image after image.
         starts: [I] number of each image's first row among the R, that of the whole image for
-            tiles; None where all have as many.
-        deepstack: [E, I, N, D'], what the language model would add to its hidden states behind
+            tiles; None where all have equally many.
+        deepstack: [E, I, N, D'], what the language model would add to its hidden states after
             each of its first E layers; None where it adds nothing.
         num_given: [I] tokens of each image before any was dropped in the tower; None if none was.
         output: of the model's own `get_image_features`, see `read_images.known`.
@@ -108,7 +107,7 @@ class Encoded:
         return self.tokens.real.sum(dim=1) if self.num_given is None else self.num_given
 
     def first_rows(self, device: torch.device) -> Tensor:
-        """[I] `starts`, or what it is where all images have as many rows."""
+        """[I] `starts`; computed where all images have equally many rows."""
         if self.starts is not None:
             return self.starts.to(device)
         images = self.tokens.batch_size
@@ -137,7 +136,7 @@ class Tiny:
     Args:
         make: tokenizer -> the model, in evaluation mode, and its processor around the tokenizer.
             Hosts are imported without transformers: it imports what it needs when it is called.
-        special_tokens: of the tokenizer, by their names, beside those that end and pad texts.
+        special_tokens: of the tokenizer, by their names, besides those that end and pad texts.
     """
 
     make: Callable[[Any], tuple[Any, Any]]
@@ -168,7 +167,7 @@ class Host(ABC):
     features_are_projected: ClassVar[bool] = False
     """Whether pruners see as `features` what the projector makes, in place of what it reads."""
     counts_operations: ClassVar[bool] = False
-    """Whether `ocvtp flops` counts its models, as they are run: a test holds that against torch."""
+    """Whether `ocvtp flops` counts its models; a test compares the count with torch's."""
 
     def __init__(
         self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
@@ -180,7 +179,7 @@ class Host(ABC):
     @property
     @abstractmethod
     def tower(self) -> nn.Module:
-        """The vision tower; where `check` lets `clip` pass, a CLIP's of transformers."""
+        """The vision tower; a CLIP's of transformers, if `check` allows the need `clip`."""
 
     @property
     def language_model(self) -> Any:
@@ -199,7 +198,7 @@ class Host(ABC):
     @property
     @abstractmethod
     def projectors(self) -> Sequence[nn.Module]:
-        """Modules that make rows of the language model of what the tower gives."""
+        """Modules that turn what the tower gives into rows of the language model."""
 
     @property
     def num_prefix(self) -> int:
@@ -299,7 +298,7 @@ class Host(ABC):
         """
 
     def by_image(self, encoded: Encoded, slots: Tensor) -> Encoded:
-        """Put together what is of one image, for hosts whose images only the prompt tells apart.
+        """Put together the parts of each image, for hosts whose images only the prompt tells apart.
 
         Args:
             encoded: as `encode` returns it.
@@ -322,7 +321,7 @@ class Host(ABC):
         return rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
 
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
-        """The grids that the tokens of the first image are, one behind the other, to draw them."""
+        """The grids that the tokens of the first image form, one after the other, to draw them."""
         return (encoded.tokens.grid_hw,)
 
     def cells(self, encoded: Encoded) -> Tensor:
@@ -334,7 +333,7 @@ class Host(ABC):
         return cells
 
     def picture(self, images: dict[str, Any]) -> Tensor:
-        """[3, H, W] the first image of a call as the tower saw it, where it is tiles as a whole."""
+        """[3, H, W] the first image of a call as the tower saw it; put together, if it is tiles."""
         pixels: Tensor = images["pixel_values"].flatten(0, -4)[0]
         return pixels
 
@@ -351,7 +350,7 @@ class Host(ABC):
         return None
 
     def set_rope_deltas(self, deltas: Tensor | None) -> None:
-        """Let a model that keeps them know how far coordinates run ahead of columns, [B, 1]."""
+        """Tell a model that keeps them how far coordinates run ahead of columns, [B, 1]."""
         del deltas
 
     def describe(self) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """What a KV cache remembers between calls of a pruned model: the one thing that is left on it.
 
-B rows of the batch, L tokens of the caller's prompt, L' of the short one, L'' of them left behind a
-layer of the language model.
+L are the tokens of the caller's prompt, L' of the short one, L'' those left after a layer.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class PromptNote:
 
 @dataclass(frozen=True)
 class Left:
-    """What is left of the prompt behind a layer that tokens were dropped in front of.
+    """What is left of the prompt from a layer on before which tokens were dropped.
 
     Args:
         mask: [B, L''] bool, False on padding; None where there is none.
@@ -63,24 +62,24 @@ class LayersNote:
 
 @dataclass(frozen=True)
 class CacheNotes:
-    """All that a cache remembers; copies of a cache remember on their own."""
+    """All that a cache remembers; a copy of a cache has a copy of them."""
 
     prompt: PromptNote | None = None
     layers: LayersNote | None = None
 
 
 def notes_on(cache: Any) -> CacheNotes:
-    """What a cache remembers; nothing, if it is none."""
+    """What a cache remembers; empty notes if there is no cache."""
     found: CacheNotes = getattr(cache, _ON_CACHE, _NOTHING)
     return found
 
 
 def leave_note(cache: Any, **notes: Any) -> None:
-    """Let a cache remember something else than it did.
+    """Let a cache remember other notes.
 
     Args:
         cache: of transformers.
-        notes: `prompt`, `layers`, or both; None forgets.
+        notes: `prompt`, `layers`, or both; None deletes one.
     """
     found = replace(notes_on(cache), **notes)
     if found.prompt is None and found.layers is None:

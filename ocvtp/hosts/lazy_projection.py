@@ -1,6 +1,6 @@
 """Rows that the language model would read of images, most of which it never will.
 
-T tiles (or images) of a call, N tokens of each, R rows that it would read of all, D' its width.
+T tiles (or images) of a call, R rows that the language model would read of all.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class LaterRows:
 
     Args:
         features: [T, N, ...], what the projector is given.
-        project: the projector, which makes of each token what it makes of it alone.
+        project: the projector; it treats each token on its own.
         num_tokens: rows that are tokens.
-        source: [R] the number among all T N of the token behind every row, -1 for rows that are
-            none, which are not to be asked for; None where the rows are all tokens in their order.
+        source: [R] the number among all T N of the token that every row is, -1 for rows that
+            are none, which nobody may ask for; None where the rows are all tokens in their order.
         made: [R, D'] if they were all projected.
     """
 
@@ -36,7 +36,7 @@ class LaterRows:
         return self.num_tokens if self.source is None else len(self.source)
 
     def __getitem__(self, positions: Tensor) -> Tensor:
-        """[..., D'] the rows at `positions` [...], projected in one go."""
+        """[..., D'] the rows at `positions` [...], projected together."""
         if self.made is not None:
             return self.made[positions]
         index = positions if self.source is None else self.source[positions]
@@ -68,7 +68,7 @@ class LaterRows:
 
     @property
     def device(self) -> torch.device:
-        """Where positions are wanted."""
+        """Where `positions` must be."""
         if self.made is not None:
             return self.made.device
         return self.features.device if self.source is None else self.source.device

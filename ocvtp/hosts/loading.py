@@ -8,7 +8,7 @@ import torch
 
 from ocvtp.choices import TINY_MODELS
 from ocvtp.hosts.registry import hosts
-from ocvtp.images import open_image as open_image  # to be found beside `load_model`
+from ocvtp.images import open_image as open_image  # users import it from here too
 from ocvtp.random_models import full_size
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.shipped import find_folder
@@ -26,7 +26,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         name: folder or hub id; or random weights, whose answers mean nothing: one of
             `RANDOM_MODELS` (tiny; those of registered hosts too) or of `FULL_SIZE_MODELS` (real
             sizes, for times and FLOPs).
-        dtype: `auto` (as saved; float16 becomes float32 on a CPU, which is slow at it), `float32`,
+        dtype: `auto` (as saved; float16 becomes float32 on a CPU, where it is slow), `float32`,
             `bfloat16` or `float16`. Of the weights: buffers keep their precision (rotary
             frequencies in bfloat16 are wrong by whole positions).
         device: e.g. `cpu`, `cuda`.
@@ -61,7 +61,6 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
 
 
 def _check_place(dtype: str, device: str) -> None:
-    """Refuse what a model cannot be moved to, before it is loaded."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; pass {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     try:
@@ -75,10 +74,10 @@ def _check_place(dtype: str, device: str) -> None:
 
 
 def load_config(name: str) -> Any:
-    """The configuration of a model of transformers: of its weights nothing is read or made.
+    """The configuration of a model of transformers; no weights are read or made.
 
     Args:
-        name: see `load_model`; a name of `FULL_SIZE_MODELS` may stand without `random:`.
+        name: see `load_model`; a name of `FULL_SIZE_MODELS` needs no `random:`.
 
     Raises:
         ValueError: if there is no such model.

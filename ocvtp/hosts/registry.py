@@ -23,7 +23,7 @@ from ocvtp.pruners.layer_pruner import LayerPruner
 HOSTS: dict[str, type[Host]] = {}
 """Adapters by the name of their family; `hosts()` also finds those of installed packages."""
 GROUP = "ocvtp.hosts"
-"""Of entry points."""
+"""The group of entry points."""
 _H = TypeVar("_H", bound=type[Host])
 
 
@@ -96,7 +96,7 @@ def find_host(model: Any, tiling: Tiling | None = None, savings: Savings | None 
 
 
 def _host_of(model: Any) -> type[Host] | None:
-    """What adapts a model itself, and not one that it holds: wrappers forward attributes."""
+    """The adapter of the model itself, not of one that it holds: wrappers forward attributes."""
     from transformers import PreTrainedModel
 
     if not (isinstance(model, PreTrainedModel) and hasattr(model, "generate")):

@@ -1,4 +1,4 @@
-"""Bound methods of a model or module that stand for its own, and their removal."""
+"""Bound methods that run in the place of a model's or module's own, and their removal."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from uuid import uuid4
 _METHODS = "_ocvtp_methods"
 
 Original = Callable[..., Any]
-"""What a function stands for, bound to its module."""
+"""The method that a function replaces, bound to its module."""
 
 
 @dataclass(frozen=True)
 class _Standing:
-    """What stands for a method of one module.
+    """What runs in the place of a method of one module.
 
     Args:
         name: of the method.
-        function: gets the module, what it stands for, `given`, and the arguments of the call.
-        given: see there.
-        before: what stood in the module's `__dict__`, e.g. of accelerate.
-        method: what stands there now, a function of the module.
+        function: gets the module, what it replaces, `given`, and the arguments of the call.
+        given: more that the function gets.
+        before: what was in the module's `__dict__`, e.g. of accelerate.
+        method: what is there now, a function of the module.
         innermost: the same below all decorators, ours included, and below `before`.
     """
 
@@ -38,11 +38,11 @@ class _Standing:
 
 
 class _Methods:
-    """All that stands for methods of one module; it is copied and pickled with the module.
+    """All that replaces methods of one module; it is copied and pickled with the module.
 
     A bound method is pickled as the name of an attribute of its module, and a module that is being
-    made again has none but its class's. So this stands before them in the module's `__dict__`, and
-    puts them there first.
+    unpickled has only those of its class. So this comes before the methods in the module's
+    `__dict__`, and puts them there first.
     """
 
     def __init__(self, module: Any) -> None:
@@ -50,7 +50,7 @@ class _Methods:
         self.standing: dict[str, _Standing] = {}
 
     def put(self, key: str, name: str, function: Any, given: Any, before: Any) -> None:
-        """Let `function` stand for a method."""
+        """Replace a method by `function`."""
         method, innermost = _functions(type(self.module), name, key)
         standing = _Standing(name, function, given, before, method, innermost)
         self.standing[key] = standing
@@ -74,7 +74,7 @@ class _Methods:
 
 
 def _functions(cls: type, name: str, key: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`method` and `innermost` of what stands under `key`, see `_Standing`.
+    """`method` and `innermost` of the entry `key`, see `_Standing`.
 
     They hold no module: copies of a module have their own in the same functions.
     """
@@ -87,7 +87,7 @@ def _functions(cls: type, name: str, key: str) -> tuple[Callable[..., Any], Call
     @wraps(own)
     def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         standing = find(self)
-        if standing is None:  # removed, but somebody kept it
+        if standing is None:  # removed, but a caller kept it
             return own(self, *args, **kwargs)
         original = standing.before or partial(own, self)
         return standing.function(self, original, *standing.given, *args, **kwargs)
@@ -106,13 +106,13 @@ def _functions(cls: type, name: str, key: str) -> tuple[Callable[..., Any], Call
 
 
 class Wrapped:
-    """A method of one module that a function stands for.
+    """A method of one module, replaced by a function.
 
     It is a bound method like the module's own: `__wrapped__`, to which others unwrap it, runs the
-    function too, around what is below all decorators of the module's own.
+    function too, around the module's own method without its decorators.
 
     Args:
-        function: it gets the module, what it stands for, `given`, and the arguments of the call.
+        function: it gets the module, what it replaces, `given`, and the arguments of the call.
         module: whose method it is.
         given: more that the function gets.
         name: of the method; None if it is the function's.
@@ -128,15 +128,15 @@ class Wrapped:
         methods.put(self._key, self._name, function, given, before)
 
     def is_lost(self) -> bool:
-        """Whether somebody has put the module's own back."""
+        """Whether the module's own method is back in its place."""
         return _is_own(self._module, self._name)
 
     def remove(self) -> None:
-        """Put back what stood there; what somebody else has wrapped meanwhile stays, and passes."""
+        """Put back what was there; if others have wrapped this since, it stays and does nothing."""
         self.sweep(self._module)
 
     def sweep(self, module: Any) -> None:
-        """Take it out of the module that it was put into, or a copy of that."""
+        """Take it out of the module that it was put into, or of a copy of that."""
         attributes = module.__dict__
         methods: _Methods | None = attributes.get(_METHODS)
         standing = None if methods is None else methods.standing.get(self._key)
@@ -158,12 +158,12 @@ class Wrapped:
 
 
 def has_methods(module: Any) -> bool:
-    """Whether anything stands for methods of a module."""
+    """Whether any method of a module is replaced."""
     return _METHODS in module.__dict__
 
 
 def any_lost(found: Iterable[Any]) -> bool:
-    """Whether somebody has put back a module's own in place of one that is `Wrapped`."""
+    """Whether the module's own method is back in the place of one that is `Wrapped`."""
     return any(put.is_lost() for put in found if isinstance(put, Wrapped))
 
 

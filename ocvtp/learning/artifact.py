@@ -45,7 +45,7 @@ def read(
 
     Args:
         source: folder, or model id of the hub.
-        format: that it must have.
+        format: the one that it must have.
         called: what has that format, e.g. `an OC-pruner`.
         map_location: device of the weights.
         hub: see `PrunerNetwork.from_pretrained`.

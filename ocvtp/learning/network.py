@@ -1,7 +1,4 @@
-"""The network of a trainable pruner: its settings, how it is built, saved and read.
-
-B images, N visual tokens, D width of the encoder tokens, K kept.
-"""
+"""The network of a trainable pruner: its settings, how it is built, saved and read."""
 
 from __future__ import annotations
 
@@ -51,15 +48,15 @@ class NetworkConfig(Generic[SizesT]):
     """Sizes of a network, what tokens it was made for, and the run that trained it.
 
     Args:
-        sizes: that were chosen.
+        sizes: those that were chosen.
         feature_dim: D.
         layer: it reads `hidden_states[layer]` of the tower.
-        tower: whose tokens those are: a hub id, or a description.
+        tower: the one whose tokens it reads: a hub id, or a description.
         grid_hw: token grid that it was trained on. It runs on any other.
         layout: how images became tokens in training; see `ocvtp.structures.Layout`.
         preprocessing: settings of the image processor in training.
         num_slots: the budgets K that it was trained with.
-        objective: that it was trained for.
+        objective: the one that it was trained for.
         training: summary of the run: steps, images, losses, versions.
     """
 
@@ -86,7 +83,7 @@ class PrunerNetwork(
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's; the files are
     `model.safetensors` and `config.json`. A subclass names `format` and `sizes_class`, builds its
-    layers in `__init__(self, config)`, and has whatever methods its pruner and its objective call.
+    layers in `__init__(self, config)`, and has all methods that its pruner and its objective call.
 
     Args:
         config: sizes and provenance.
@@ -96,9 +93,9 @@ class PrunerNetwork(
     """
 
     format: ClassVar[str]
-    """In config.json, by which the pruner of an artifact is found; one for each kind of network."""
+    """Names the kind of network in config.json; the pruner of an artifact is found by it."""
     called: ClassVar[str]
-    """In messages; `a` and the name of the class where a class does not say."""
+    """What messages call it; by default `a` and the name of the class."""
     sizes_class: ClassVar[type[Any]]
     """Its `Sizes`."""
     config: Any
@@ -150,7 +147,7 @@ class PrunerNetwork(
         return self
 
     def statistics(self) -> list[tuple[int, Any]]:
-        """What is measured on training images before the first step, unless it was before.
+        """What is measured on training images before the first step, unless it is known.
 
         Returns:
             numbers of `hidden_states` that it reads, each with a module of its own, an

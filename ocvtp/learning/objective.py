@@ -1,7 +1,5 @@
 """What a network is trained for, apart from the network and from the loop.
 
-B images, N visual tokens, S slots, K kept.
-
 An objective names the tokens it reads (`needs`, of the training encoder) and turns one batch into a
 loss.
 """
@@ -29,7 +27,7 @@ class Outcome:
         slots: [B, S, C], of networks that make any.
         attention: [B, S, N] soft masks of the parts of an image, of networks that make any: the
             validation draws them and compares them with annotated objects.
-        logs: scalars worth a curve.
+        logs: scalars to plot.
     """
 
     loss: Tensor
@@ -77,7 +75,7 @@ class Objective(ABC, Generic[NetworkT]):
         """The loss of one batch.
 
         Args:
-            network: in training mode it may draw; else all is deterministic.
+            network: in training mode it may draw random numbers; else all is deterministic.
             tokens: what the network's `needs` and this one's asked for.
             num_keep: K, the budget of this step.
             objects: [B, N] how much of each token's patch shows annotated objects, 0..1; for

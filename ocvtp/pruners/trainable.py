@@ -1,11 +1,9 @@
 """Pruners that are trained: what they add to the contract of a pruner.
 
 `ocvtp train`, `export`, and the commands that take a `--checkpoint` know a trainable pruner by its
-class alone. It names its network (`ocvtp.learning.PrunerNetwork`), whose sizes are what a file of
-settings names and whose `format` is what an artifact says, and the objective
-(`ocvtp.learning.Objective`) that it is trained for where nothing else is said.
-
-B images, N visual tokens.
+class alone. The class names its network (`ocvtp.learning.PrunerNetwork`) and the objective
+(`ocvtp.learning.Objective`) that it is trained for by default. The pruner of a run is found by the
+sizes of the network in the settings, that of an artifact by the `format` in its config.json.
 """
 
 from __future__ import annotations
@@ -25,8 +23,8 @@ if TYPE_CHECKING:
     from ocvtp.learning.network import PrunerNetwork
 
 DEFAULT = "ocvtp"
-"""The trainable pruner that is meant where settings of a run, a checkpoint of one, or the control
-`untrained` name none."""
+"""The trainable pruner where settings of a run, its checkpoint, or the control `untrained` name
+none."""
 
 NetworkT = TypeVar("NetworkT", bound="PrunerNetwork")
 
@@ -68,7 +66,7 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
 
     @property
     def _has_one_network(self) -> bool:
-        """Whether it was given one; `dataclasses.replace` passes a checkpoint and what it holds."""
+        """Whether it got one network; `dataclasses.replace` passes a checkpoint and its network."""
         if self.checkpoint is None or self.network is None:
             return (self.checkpoint is None) != (self.network is None)
         return getattr(self.network, "source", None) == self.checkpoint
@@ -108,7 +106,7 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
 
         Args:
             feature_dim: D.
-            layer: that it reads.
+            layer: the one that it reads.
             num_tokens: N, or the most of any image.
         """
         from ocvtp.learning.network import NetworkConfig
@@ -122,7 +120,7 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
         """The controls of a trained network with these settings.
 
         Returns:
-            their own settings, by what tells one from another: empty for the plain one.
+            settings of each, by the word that tells it from the others: empty for the plain one.
         """
         return {"": config}
 
@@ -143,7 +141,7 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
 
 
 def trainables() -> dict[str, type[TrainablePruner[Any]]]:
-    """All that are registered, by name; those last that have the network of another, of theirs."""
+    """All that are registered, by name; those with the network of another come last."""
     known = {name: pruner_class(name) for name in list_pruners()}
     found = [(name, cls) for name, cls in known.items() if issubclass(cls, TrainablePruner)]
     return dict(sorted(found, key=lambda pair: "network_class" not in vars(pair[1])))
@@ -207,7 +205,7 @@ def of_format(format: str | None) -> type[TrainablePruner[Any]]:
 
 
 def readers(checkpoint: str) -> list[str]:
-    """Names of the pruners that read an exported network; none where nobody can tell.
+    """Names of the pruners that read an exported network; none where that is unknown.
 
     Args:
         checkpoint: folder or hub id.

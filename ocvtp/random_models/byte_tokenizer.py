@@ -10,7 +10,7 @@ def byte_tokenizer(special_tokens: Mapping[str, str]) -> Any:
     """A tokenizer that reads any text, byte by byte.
 
     Args:
-        special_tokens: text of further tokens that stand for themselves, by their names.
+        special_tokens: text of further tokens, by their names.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

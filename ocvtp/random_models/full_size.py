@@ -66,7 +66,7 @@ def config_of(name: str) -> Any:
 
     Args:
         name: one of `FULL_SIZE_MODELS`. `llava-mid` has LLaVA-1.5's whole tower and 4 layers of
-            width 2048 behind it, for a CPU; `demo` is the VLM in `checkpoints/demo-vlm`.
+            width 2048 after it, for a CPU; `demo` is the VLM in `checkpoints/demo-vlm`.
 
     Raises:
         ValueError: for another name, or `demo` without its folder.
@@ -137,7 +137,6 @@ def _tokenizer(name: str) -> Any:
 
 
 def _processor(name: str, config: Any) -> Any:
-    """The family's own processor around a tokenizer that reads bytes."""
     from transformers import (
         AutoProcessor,
         LlavaNextImageProcessor,

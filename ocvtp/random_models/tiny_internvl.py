@@ -48,7 +48,7 @@ def tiny_internvl(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """An InternVL of 0.7 M weights for images of up to 4 tiles of 16 tokens, and its processor.
 
     Args:
-        tokenizer: that has `SPECIAL_TOKENS`.
+        tokenizer: one that has `SPECIAL_TOKENS`.
         seed: of the weights.
     """
     from transformers import InternVLConfig, InternVLForConditionalGeneration
@@ -67,7 +67,7 @@ def tiny_internvl(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = InternVLForConditionalGeneration(config)
-        with torch.no_grad():  # a fresh tower does not tell places apart
+        with torch.no_grad():  # a new tower does not tell places apart
             model.model.vision_tower.embeddings.position_embeddings.normal_(std=0.2)
             model.model.vision_tower.embeddings.cls_token.normal_(std=0.2)
     model.generation_config.eos_token_id = ends["eos_token_id"]
@@ -76,7 +76,6 @@ def tiny_internvl(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 
 
 def _processor(tokenizer: Any) -> Any:
-    """InternVL's own processor around a tokenizer."""
     from transformers import GotOcr2ImageProcessor, InternVLProcessor, InternVLVideoProcessor
 
     size = {"height": _SIDE, "width": _SIDE}

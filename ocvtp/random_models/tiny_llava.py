@@ -18,7 +18,7 @@ _BEHIND_CLIP = {"vision_feature_layer": -2, "vision_feature_select_strategy": "d
 
 
 def tiny_llava(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
-    """A LLaVA-1.5 of 0.5 M random weights behind the tower `random:tiny`, and its processor."""
+    """A LLaVA-1.5 of 0.5 M random weights after the tower `random:tiny`, and its processor."""
     from transformers import LlavaConfig, LlavaProcessor
 
     vision = vision_config("random:tiny")
@@ -52,7 +52,7 @@ def tiny_llava_next(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 
 
 def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
-    """A LLaVA-OneVision of 0.6 M random weights behind a SigLIP tower, and its processor.
+    """A LLaVA-OneVision of 0.6 M random weights after a SigLIP tower, and its processor.
 
     A base view of 8 x 8 tokens and up to 12 tiles; of more than 4 it resizes the tokens.
     """
@@ -100,7 +100,6 @@ def tiny_onevision(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 def _model(
     config_class: Any, vision: Any, tokenizer: Any, seed: int, settings: dict[str, Any]
 ) -> Any:
-    """A model of random weights with a tower of these settings."""
     from transformers import LlamaConfig
 
     text = LlamaConfig(

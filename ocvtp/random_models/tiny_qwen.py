@@ -46,7 +46,7 @@ def tiny_qwen(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
     """A Qwen2.5-VL of 0.7 M weights for images of up to 144 visual tokens, and its processor.
 
     Args:
-        tokenizer: that has `SPECIAL_TOKENS`.
+        tokenizer: one that has `SPECIAL_TOKENS`.
         seed: of the weights.
     """
     from transformers import (
@@ -83,7 +83,6 @@ def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 def _model(
     config_class: Any, vision: dict[str, Any], text: dict[str, Any], tokenizer: Any, seed: int
 ) -> Any:
-    """A model of a family, by the class of its settings."""
     ids = token_ids(tokenizer)
     config = config_class(
         vision_config=_VISION | vision,

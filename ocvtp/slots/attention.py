@@ -1,7 +1,4 @@
-"""Slot Attention: slots compete for tokens.
-
-B images, N visual tokens, S slots, D slot width.
-"""
+"""Slot Attention: slots compete for tokens; D is the slots' width."""
 
 from __future__ import annotations
 

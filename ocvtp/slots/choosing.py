@@ -1,7 +1,4 @@
-"""How a trained OC-pruner chooses tokens by its slots.
-
-B images, N visual tokens, S slots, K kept, M candidates, D width.
-"""
+"""How a trained OC-pruner chooses tokens by its slots; M are the candidates."""
 
 from __future__ import annotations
 
@@ -15,16 +12,16 @@ from ocvtp.structures import take
 CANDIDATES = 3
 """`restore` looks at this many tokens for each one that it keeps."""
 PENALTY = 0.3
-"""Of its ridge, as in the recipe of the objective `kept`."""
+"""The ridge penalty of `restore`, as in the recipe of the objective `kept`."""
 
 
 def restore(attention: Tensor, targets: Tensor, num: int, valid: Tensor | None = None) -> Tensor:
-    """Take the tokens from which those that slots hold can be restored; ours.
+    """Take the tokens from which those that slots attend to can be restored; ours.
 
     A token weighs as much as its largest share in a slot, `omega_n = max_s w[s, n]`. Among the
     `3 num` tokens that weigh most, the greedy solver of the ridge (`greedy_ridge`) takes those that
-    restore these candidates best. The slots learnt what matters, the solver sees to it that two
-    slots on one object do not keep it twice. It costs (M / N)^2 of the solver on all tokens.
+    restore these candidates best. The slots learnt what matters; the solver prevents two
+    slots on one object from keeping it twice. It costs (M / N)^2 of the solver on all tokens.
 
     Args:
         attention: [B, S, N], a softmax over slots, 0 on padding tokens.

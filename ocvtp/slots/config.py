@@ -19,12 +19,12 @@ CHOICES: tuple[Choice, ...] = ("winners", "one_to_one", "restore")
 
 @dataclass(frozen=True)
 class NetworkSizes:
-    """What may be chosen for any tower; the defaults are the paper's.
+    """Sizes that may be chosen for any tower; the defaults are the paper's.
 
     Args:
         hidden_dim: of the encoding MLP. slot_dim: C. ffn_dim: of Slot Attention.
         num_iterations: of Slot Attention. dropout: in its feed-forward network.
-        truncation: of its gradient.
+        truncation: of the gradient of Slot Attention.
         noise_rows: rows of the saved table of query noise. noise_seed: its seed.
         frozen_queries: whether the table is the noise in training too; paper: no.
         standardize: whether the tokens are read at mean 0 and scale 1 per feature, by statistics of
@@ -57,9 +57,9 @@ class OCPrunerConfig(NetworkSizes):
         decoder: None without one.
         tower: vision tower whose tokens it reads: a hub id, or a description.
         layer: it reads `hidden_states[layer]` of the tower.
-        preprocessing: settings of the image processor that it was trained behind.
+        preprocessing: settings of the image processor that it was trained with.
         num_slots: slot counts that it was trained with.
-        objective: that it was trained for.
+        objective: the one that it was trained for.
         target_layer: the layer of the tower whose tokens that objective restores, if it is another;
             the artifact then holds their statistics.
         training: summary of the run: steps, images, losses, versions.

@@ -1,7 +1,4 @@
-"""Decoders: slots back to encoder tokens. They exist in training only.
-
-B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
-"""
+"""Decoders: slots back to encoder tokens. They exist in training only; C is the slot width."""
 
 from __future__ import annotations
 
@@ -41,7 +38,7 @@ class DecoderConfig:
 
 
 class Decoder(nn.Module, ABC):
-    """What reconstructs the tokens of an image from its slots."""
+    """Reconstructs the tokens of an image from its slots."""
 
     @abstractmethod
     def forward(
@@ -60,7 +57,7 @@ class Decoder(nn.Module, ABC):
             grids: rows and columns of the token grid, or [B, V, 2] of each image's views.
             visible: which tokens the decoder sees: a `random` part (training), `all` (the official
                 evaluation) or `none` (an honest one).
-            valid: [B, N] bool, False on padding tokens, which nothing is decoded from.
+            valid: [B, N] bool, False on padding tokens, from which nothing is decoded.
 
         Returns:
             [B, N, D], anything on padding tokens.
@@ -68,8 +65,6 @@ class Decoder(nn.Module, ABC):
 
 
 class _Projection(nn.Module):
-    """A linear map without bias, then LayerNorm."""
-
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
         self.linear = nn.Linear(dim_in, dim_out, bias=False)
@@ -117,7 +112,7 @@ class MaskedTransformerDecoder(Decoder):
             bias=False,
         )
         self.backbone = nn.TransformerDecoder(layer, config.num_layers)
-        # The first layer's norm1 stands in front of the whole stack, residual branch included.
+        # The first layer's norm1 acts on all that the stack reads, residual branch included.
         first = self.backbone.layers[0]
         self.norm = first.norm1
         first.norm1 = nn.Identity()
@@ -130,7 +125,6 @@ class MaskedTransformerDecoder(Decoder):
         visible: Visible = "none",
         valid: Tensor | None = None,
     ) -> Tensor:
-        """See `Decoder.forward`."""
         batch, num_tokens, _ = features.shape
         if visible == "none":
             tokens = self.mask_token.expand(batch, num_tokens, -1)
@@ -194,7 +188,7 @@ class BroadcastMLPDecoder(Decoder):
         visible: Visible = "none",
         valid: Tensor | None = None,
     ) -> Tensor:
-        """See `Decoder.forward`; it never sees a token, whatever `visible` says."""
+        """It never sees a token, whatever `visible` says."""
         del visible, valid
         positions = self.positions(grids, features.shape[1])[:, None]
         painted = self.mlp(slots[:, :, None] + positions)  # [B, S, N, D+1]

@@ -1,6 +1,6 @@
 """The objective `kept`: choose the tokens from which the others can be restored.
 
-B images, N visual tokens, S = K slots, one for each kept token, D width.
+S = K: one slot for each kept token.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ocvtp.structures import Needs, VisualTokens
 class KeptObjective(Objective):
     """Restore all tokens from the kept ones, by ridge regression in closed form; ours.
 
-    Slots choose tokens one to one, the error of the restored tokens reaches their shares straight
-    through, and there is no decoder. With `teacher`, the slots' shares of the tokens that a greedy
-    solver of the same problem picks are raised too: `L = ridge L_ridge + teacher L_CE`,
+    Slots choose tokens one to one, the gradient of the restoring error goes straight through to
+    their shares, and there is no decoder. With `teacher`, the slots' shares of the tokens that a
+    greedy solver of the same problem picks are raised too: `L = ridge L_ridge + teacher L_CE`,
     `L_CE = -mean log w` at the solver's tokens, matched to slots greedily.
 
     The network needs `choice: one_to_one` or `restore` and `truncation: none`; `standardize: true`
@@ -91,7 +91,6 @@ class KeptObjective(Objective):
         self.ridge, self.teacher = ridge, teacher
 
     def check(self, sizes: NetworkSizes) -> None:
-        """See `Objective.check`."""
         if sizes.choice == "winners":
             raise ValueError(
                 "the objective `kept` trains slots that never share a token, the network's choice"

@@ -1,7 +1,4 @@
-"""Which token stands for which slot: the slots' shares of tokens, and a greedy one-to-one choice.
-
-B images, N visual tokens, S slots.
-"""
+"""Which token each slot takes: the slots' shares of tokens, and a greedy one-to-one choice."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ def token_shares(attention: Tensor) -> Tensor:
 
 
 def greedy_pairs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """Take the highest score, delete its row and its column, and again.
+    """Take the highest score, delete its row and its column, and repeat.
 
     Each step reads all scores once: `num` passes over [B, R, C].
 

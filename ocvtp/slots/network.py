@@ -1,6 +1,6 @@
 """The OC-pruner's network: encode tokens, let slots compete for them, (in training) decode.
 
-B images, N visual tokens, S slots, D width of the encoder tokens, C slot width.
+C is the slot width.
 """
 
 from __future__ import annotations
@@ -188,7 +188,6 @@ class OCPruner(
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> OCPrunerConfig:
-        """See `OCPrunerConfig.from_dict`."""
         return OCPrunerConfig.from_dict(values)
 
     def statistics(self) -> list[tuple[int, FeatureStatistics]]:
@@ -201,7 +200,7 @@ class OCPruner(
         ]
 
     def kept(self, tokens: VisualTokens, masks: Tensor | None, num_keep: int) -> Tensor:
-        """The slots' own tokens, those that fill up left out."""
+        """The slots' own tokens, without those that fill up."""
         del num_keep
         assert masks is not None, "both objectives return the slots' attention"
         if self.config.choice != "winners":
@@ -209,7 +208,6 @@ class OCPruner(
         return slot_winners(masks)
 
     def for_inference(self) -> OCPruner:
-        """See `without_decoder`."""
         return self.without_decoder()
 
     def without_decoder(self) -> OCPruner:

@@ -1,7 +1,5 @@
 """What the OC-pruner is trained to do, apart from the network and from the loop.
 
-B images, N visual tokens, S slots, D width of the encoder tokens.
-
 An objective names the tokens it reads (`needs`, of the training encoder) and turns one batch into a
 loss. `slots` is the paper's: reconstruct the tokens from the slots. `kept`, in
 `ocvtp.slots.kept`, restores them from the kept tokens.
@@ -28,7 +26,7 @@ def slot_areas(attention: Tensor, valid: Tensor | None = None) -> Tensor:
 
     Args:
         attention: [B, S, N].
-        valid: [B, N] bool, False on padding tokens, which nobody wins.
+        valid: [B, N] bool, False on padding tokens, which no slot wins.
 
     Returns:
         [B, S], in the attention's dtype.
@@ -49,8 +47,8 @@ def slot_weights(
 ) -> Tensor:
     """Weights [B, S] that make small slots count: `(area / N) ** -power`, normalised, capped.
 
-    An empty slot has no area to make up for: it weighs 0 and stays out of the mean. With `legacy`
-    it gets `eps ** -power` before the mean, as in the official code, and drowns all the others.
+    An empty slot has no area to make up for: it weighs 0 and is left out of the mean. With `legacy`
+    it gets `eps ** -power` before the mean, as in the official code, and outweighs all others.
     """
     fraction = areas / areas.sum(dim=1, keepdim=True)
     counted = torch.ones_like(fraction) if legacy else (areas > 0).to(fraction.dtype)
@@ -134,7 +132,7 @@ class Objective(learning.Objective[OCPruner]):
     """How one batch of visual tokens becomes a loss of the OC-pruner.
 
     Parameters that only training needs live in the network's decoder, which `decoder` configures.
-    In training mode the network draws fresh queries and masks; else all is deterministic and the
+    In training mode the network draws new queries and masks; else all is deterministic and the
     decoder sees no token. The budget K is the number of slots, S.
     """
 
@@ -176,7 +174,6 @@ class SlotsObjective(Objective):
         num_slots: int,
         objects: Tensor | None = None,
     ) -> Outcome:
-        """See `Objective.__call__`."""
         del objects
         features = tokens.hidden[network.config.layer]
         slots, attention = network.assign(features, num_slots, valid=tokens.valid)

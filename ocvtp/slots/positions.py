@@ -1,7 +1,6 @@
 """Where tokens are in an image, and learnt embeddings of these places.
 
-B images, V views of an image (1, or a base view and its tiles), N tokens, D width; H x W places of
-a stored grid.
+V views of an image (1, or a base view and its tiles); H x W places of a stored grid.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ def token_places(grids: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     Args:
         grids: [B, V, 2] rows and columns of each view. Every view shows the whole image; its tokens
             are in raster order, view after view.
-        num_tokens: N, padding behind an image's own tokens included.
+        num_tokens: N, with the padding after an image's own tokens.
 
     Returns:
         [B, N, 2] the centre of each token, down and across, as fractions of the image, in fp32; and

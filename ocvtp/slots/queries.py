@@ -1,7 +1,4 @@
-"""Where the slots start: samples of one shared Gaussian.
-
-S slots, D slot width.
-"""
+"""Where the slots start: samples of one shared Gaussian; D is the slot width."""
 
 from __future__ import annotations
 

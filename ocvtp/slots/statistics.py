@@ -1,7 +1,4 @@
-"""Features at mean 0 and scale 1: by the statistics of a data set, or of each image.
-
-B images, N visual tokens, D width.
-"""
+"""Features at mean 0 and scale 1: by the statistics of a data set, or of each image."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 FLOOR = 0.01
-"""Added to every standard deviation, so that features that hardly vary are not blown up."""
+"""Added to every standard deviation: features that hardly vary must not become large."""
 
 
 def image_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
@@ -56,7 +53,7 @@ class FeatureStatistics(nn.Module):
         return (tokens - self.mean) / self.scale
 
     def measure(self, moments: Moments) -> None:
-        """Take over what was counted.
+        """Take mean and scale from what was counted.
 
         Raises:
             ValueError: if that is nothing.

@@ -18,7 +18,7 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist; pass the path of a file.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes it raise
+    except Exception as error:  # a damaged or hostile file can raise anything
         raise ValueError(
             f"{path} is damaged, or holds more than tensors and plain values, which is never loaded"
             f" ({type(error).__name__})."

@@ -1,4 +1,4 @@
-"""Hooks that are yet to be put into modules: where they go is known before, and can be compared."""
+"""Hooks that are not in their modules yet: where they go is known before, and can be compared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Hook:
     """What goes into one module.
 
     Args:
-        module: that it goes into.
+        module: the one that it goes into.
         put: puts it there.
     """
 
@@ -41,5 +41,5 @@ def after(module: nn.Module, function: Callable[..., Any], **options: Any) -> Ho
 
 
 def put(hooks: Iterable[Hook]) -> list[Removable]:
-    """Put hooks into their modules; returns what takes them out."""
+    """Put hooks into their modules; the result takes them out."""
     return [hook.put() for hook in hooks]

@@ -26,7 +26,7 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 @contextmanager
 def on_device(module: Any) -> Iterator[None]:
-    """Bring a module that accelerate offloads to its device: its methods are no forward."""
+    """Bring a module that accelerate offloads to its device, for calls of other methods."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None:
         hook.pre_forward(module)
@@ -40,7 +40,7 @@ def on_device(module: Any) -> Iterator[None]:
 def uncompiled(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """`torch.compiler.disable`, which imports the compiler, at the first call and not before.
 
-    Models of transformers import it themselves; who only asks for a name should not wait for it.
+    Models of transformers import it themselves; a command that needs no model should not wait.
     """
     disabled: list[Callable[_P, _T]] = []
 

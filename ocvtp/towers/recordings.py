@@ -1,6 +1,6 @@
-"""What one call hands to the hooks in a vision tower, and what these leave behind.
+"""What one call hands to the hooks in a vision tower, and what these record.
 
-B images, T tokens of the tower, P patches of all images, D width.
+T tokens of the tower, P patches of all images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Recording:
 
     Args:
         first_unread: the half of a block from which on nothing need run; None if all must.
-        projected_width: of the zeros that may stand for what the projector makes; None if it runs.
+        projected_width: of the zeros in the place of the projector's output; None if it runs.
         run: the rows that run, where pruners act inside of the tower.
     """
 
@@ -40,18 +40,18 @@ class Recording:
     features: Tensor | None = None
     """What the projector was given."""
     normed: Tensor | None = None
-    """What the norm behind the last block gave."""
+    """What the norm after the last block gave."""
     is_cut: bool = False
     """Whether anything did not run."""
     is_projected_later: bool = False
-    """Whether zeros stand for what the projector makes."""
+    """Whether zeros are in the place of the projector's output."""
     has_graph: bool = field(default_factory=torch.is_grad_enabled)
     """Whether the forward began with one."""
     lost_graph: bool = False
-    """Whether something was recorded without it nevertheless."""
+    """Whether something was recorded without it all the same."""
 
     def seen(self, value: Any) -> Any:
-        """A value that is recorded, as it stands."""
+        """Return a value that is recorded, and note whether it lost its graph."""
         self.lost_graph |= self.has_graph and not torch.is_grad_enabled()
         return value
 
@@ -88,8 +88,8 @@ class TowerCall:
     """The part of a call that hooks in a vision tower know.
 
     Attributes:
-        recording: the forward of the tower that is on its way.
-        block_run: of the block that this thread is in, between its attention and its end.
+        recording: the current forward of the tower.
+        block_run: the run of the block that this thread is in, between its attention and its end.
     """
 
     recording: Recording | None = field(default=None, kw_only=True)
@@ -97,7 +97,7 @@ class TowerCall:
 
 
 CALL: ContextVar[TowerCall | None] = ContextVar("ocvtp_call", default=None)
-"""The call that this thread is in: the one place where hooks look what they are to do. Encoders
+"""The call that this thread is in: the one place where hooks find out what to do. Encoders
 have a `TowerCall`, the language model's hooks a `LayerCall`, an attached model a `Call`."""
 
 
@@ -106,7 +106,7 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
     """Record every tapped tower that runs inside the block, in this thread.
 
     Args:
-        tower: that may be under training. Reentrant gradient checkpointing runs its blocks without
+        tower: one that may be in training. Reentrant gradient checkpointing runs its blocks without
             a graph, the first time: a backward pass that needs one for what was recorded there is
             refused.
     """

@@ -1,7 +1,6 @@
 """Which tokens of a vision tower are still there.
 
-B images, T tokens of the tower (the CLS included, where there is one), R rows that run, N patches,
-D width.
+T tokens of the tower (the CLS included, where there is one), R rows that run, N patches.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ class Rows:
     """The rows that run in place of all tokens, from some block on.
 
     Args:
-        places: [B, R] the token in whose place each row stands; `num_tokens` on padding.
+        places: [B, R] the token in whose place each row is; `num_tokens` on padding.
         num_tokens: T.
         real: [B, R] bool, False on padding, which is last; None where all rows count.
-        sizes: [B, R] fp32, of how many tokens each row is the mean; None where of one each.
+        sizes: [B, R] fp32, of how many tokens each row is the mean; None where all are 1.
     """
 
     places: Tensor
@@ -90,9 +89,9 @@ class Step:
         num_merged: rows that it merges away.
         row_of: [U, R] the row that each of them goes to; None before they are matched, or if it
             merges none.
-        merged: the rows behind that.
-        keys: [U, R, D] of the block, on their way to be matched.
-        mixed: [U, R - num_merged, D] what was merged, on its way past the MLP.
+        merged: the rows after that.
+        keys: [U, R, D] of the block, until they are matched.
+        mixed: [U, R - num_merged, D] what was merged, until the MLP has run.
     """
 
     rows: Rows | None
@@ -104,12 +103,12 @@ class Step:
 
     @property
     def left(self) -> Rows | None:
-        """The rows that are left behind it."""
+        """The rows that are left after it."""
         return self.rows if self.merged is None else self.merged
 
 
 class TowerRun:
-    """One forward of a tower that prunes. No dataclass: wrappers take arguments that are, apart.
+    """One forward of a tower that prunes. No dataclass: wrappers unpack arguments that are one.
 
     Args:
         num_read: blocks that run before the last layer that is read.

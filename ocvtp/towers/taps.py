@@ -1,6 +1,6 @@
 """Looking inside a vision tower without copying its forward and without its full attention.
 
-B images, T tokens of the tower (CLS included), N patch tokens, H heads, D width.
+T tokens of the tower (CLS included), N patch tokens, H heads.
 
 A few forward hooks record what `Needs` names: layer outputs, and the queries and keys of single
 blocks, from which one row or mean of the attention is computed afterwards, in fp32. The tower keeps
@@ -115,12 +115,12 @@ def keep_features_of(projector: nn.Module) -> Hook:
 
 
 def keep_normed_of(norm: nn.Module) -> Hook:
-    """Record what the norm behind the last block gives as `normed`."""
+    """Record what the norm after the last block gives as `normed`."""
     return after(norm, _keep_normed)
 
 
 def keep_fused_of(number: int, attention: Any) -> list[Hook]:
-    """Record what a block makes of its patches in one module, and how it turns and cuts them.
+    """Record the fused projection of a block's patches, their rotations and their segments.
 
     Args:
         number: of the block.
@@ -160,11 +160,11 @@ def _keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any
 
 
 def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> dict[str, Any]:
-    """What `needs` names of the tower, under the numbers it was asked by.
+    """What `needs` names of the tower, under the numbers in `needs`.
 
     Args:
         record: of a forward that ran with the hooks installed.
-        tower: that ran.
+        tower: the one that ran.
         needs: as given to `install`.
         num_prefix: tokens before the patches: 1 with a CLS, else 0.
 
@@ -172,7 +172,7 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         Keyword arguments of `VisualTokens`; 0 for tokens that were not there any more.
 
     Raises:
-        ValueError: if CLS attention is asked of a tower without a CLS.
+        ValueError: for CLS attention of a tower without a CLS.
         RuntimeError: if a hook did not fire.
     """
     if num_prefix == 0 and any(kind == "cls" for _, kind in needs.attention):

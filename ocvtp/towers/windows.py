@@ -1,6 +1,6 @@
-"""Packed patches of Qwen's vision towers: in the order of windows, some blocks blind beyond them.
+"""Packed patches of Qwen's vision towers, in window order; some blocks see a single window.
 
-I images, R units of all of them, P patches, 4 of them a unit, D width.
+R units of all images, P patches, 4 of them a unit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Units:
         return self.split(means[self._places.to(means.device)])
 
     def split(self, rows: Tensor) -> Tensor:
-        """[R, ...] -> [I, N, ...], 0 behind the units of a smaller image."""
+        """[R, ...] -> [I, N, ...], 0 after the units of a smaller image."""
         return pad_sequence(rows.split(list(self._counts)), batch_first=True)
 
 
@@ -61,7 +61,7 @@ def segment_means(
     Args:
         queries: [P, D], all heads side by side.
         keys: [P, D].
-        num_heads: of them.
+        num_heads: of both.
         kind: `received` or `given`.
         ends: where segments begin and end: 0 first, P last.
 

@@ -61,7 +61,6 @@ class SlotPictures(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Draw the first batch."""
         due = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
         if not due or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
             return

@@ -12,11 +12,11 @@ from ocvtp.training.lifecycle import LateStart
 
 @contextmanager
 def clear_errors(building: bool = False) -> Iterator[None]:
-    """Wrong settings that are found late.
+    """Turn errors of wrong settings that are found late into one line.
 
     Args:
-        building: whether the block only builds what settings describe, so that whatever it raises
-            is theirs.
+        building: whether the block only builds what settings describe, so that all errors are
+            theirs.
     """
     try:
         yield
@@ -37,7 +37,7 @@ def clear_errors(building: bool = False) -> Iterator[None]:
 
 @contextmanager
 def restoring(resume: str | None, start: LateStart) -> Iterator[None]:
-    """What goes wrong between open data and training is the checkpoint's, where there is one."""
+    """Errors after the data opened and before training are the checkpoint's, if there is one."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:

@@ -1,7 +1,4 @@
-"""Measuring a network's feature statistics before it trains.
-
-B images, N visual tokens, D width.
-"""
+"""Measuring a network's feature statistics before it trains."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ def measure_statistics(
 ) -> None:
     """Measure every `FeatureStatistics` of a network that is not measured yet.
 
-    Every process reads the same images, so that all agree without a word.
+    Every process reads the same images, so that all agree without communication.
 
     Args:
         network: see `PrunerNetwork.statistics`.

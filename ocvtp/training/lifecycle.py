@@ -22,11 +22,11 @@ _LOG = logging.getLogger(__name__)
 
 
 class Interrupted(BaseException):
-    """Ends a run at a signal. No KeyboardInterrupt, at which Lightning would leave the process."""
+    """Ends a run at a signal. No KeyboardInterrupt: at that, Lightning would leave the process."""
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Find out before hours were spent, and without making the folder.
+    """Find out before hours are spent, and without making the folder.
 
     Raises:
         ValueError: if it cannot be made, or written to.
@@ -46,7 +46,6 @@ class SaveConfig(SaveConfigCallback):
         """Nothing yet."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write it."""
         super().setup(trainer, pl_module, "fit")
 
 
@@ -57,7 +56,7 @@ class LateStart(pl.Callback):
     are renamed when the first step was taken. The first of all callbacks.
 
     Args:
-        trainer: whose loggers wait.
+        trainer: the one whose loggers wait.
         set_aside: folder of checkpoints that must not be overwritten; None if they may.
         resumes: whether a checkpoint is continued that was asked for.
 
@@ -84,7 +83,7 @@ class LateStart(pl.Callback):
             self._set_aside = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """A run that never started has nothing to log, and some loggers make folders to say so."""
+        """A run that never started has nothing to log; some loggers would still make folders."""
         if not self.started:
             trainer.loggers = []
 
@@ -118,7 +117,7 @@ class CleanStop(Checkpoint):
         checkpoint: whose folder `last.ckpt` goes to.
 
     Attributes:
-        signal: that asked for the end, if one did. saved: the checkpoint that was then written.
+        signal: the one that asked for the end, or None. saved: the checkpoint written then.
     """
 
     def __init__(self, checkpoint: ModelCheckpoint) -> None:
@@ -169,7 +168,6 @@ class CleanStop(Checkpoint):
             os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait for the end of a step from now on."""
         self._first = self._last = trainer.global_step
         self._main = trainer.is_global_zero
         self._listen()  # Lightning has put its own answer to SIGTERM there

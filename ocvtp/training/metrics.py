@@ -1,7 +1,7 @@
 """How well kept tokens cover an image, and how well slots follow its objects.
 
-B images, N tokens, K kept, D width; S slots, h x w token grid, H x W pixels; I instances and L
-labels (slots) met in a batch, so that a contingency table is [B, I, L] pixel counts.
+h x w token grid, H x W pixels; I instances and L labels (slots) met in a batch, so that a
+contingency table is [B, I, L] pixel counts.
 
 Coverage needs no decoder and fits any pruner. It is computed in fp64, which neither autocast nor
 TF32 reaches.

@@ -1,7 +1,4 @@
-"""Training the network of a trainable pruner, as a LightningModule.
-
-B images, N visual tokens, S slots.
-"""
+"""Training the network of a trainable pruner, as a LightningModule."""
 
 from __future__ import annotations
 
@@ -49,8 +46,8 @@ class PrunerModule(pl.LightningModule):
     Args:
         encoder: frozen tower; it fixes the layer, the width and the grid.
         objective: what to train for; None for the pruner's own, e.g. the paper's of the OC-pruner.
-        network: sizes of the network, and thereby which one: those of the OC-pruner, or the `Sizes`
-            of another trainable pruner, by `class_path`.
+        network: sizes, which tell whose network it is: plain ones are the OC-pruner's; else the
+            `Sizes` of another trainable pruner, by `class_path`.
         num_slots: budgets K, which are slot counts of the OC-pruner; each step draws one. Paper:
             16, 32, 64, 128.
         val_num_slots: budget of the validation; None for the median of `num_slots`.
@@ -119,7 +116,7 @@ class PrunerModule(pl.LightningModule):
         self._bad_images = 0
 
     def _origin(self) -> dict[str, Any]:
-        """What a network is told of its run, see `NetworkConfig`."""
+        """Facts of the run for the network, see `NetworkConfig`."""
         encoder = self.encoder
         return {
             "feature_dim": encoder.feature_dim,

@@ -1,7 +1,4 @@
-"""Which tokens show annotated objects.
-
-B images, N visual tokens, H x W pixels.
-"""
+"""Which tokens show annotated objects."""
 
 from __future__ import annotations
 

@@ -18,12 +18,12 @@ _LOG = logging.getLogger(__name__)
 _OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
 _SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images")
-"""What changes nothing."""
+"""Settings that do not change the result."""
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
     *("data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
 )
-"""What may change: where the data lies, what validates, how a step is split among devices."""
+"""Settings that may change: where the data is, how it validates, how devices share a step."""
 
 
 def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,15 +81,15 @@ def read_checkpoint(path: str) -> dict[str, Any]:
 
 
 def refuse_another_run(path: str, content: Mapping[str, Any], module: PrunerModule) -> None:
-    """Compare a checkpoint with the run that is asked for.
+    """Compare a checkpoint with the settings of this run.
 
     Settings that change what the weights mean, the sizes of the network or the numbers of the run
-    must be the same. How long it trains, on what, and where its files lie may change.
+    must be the same. How long it trains, on what, and where its files are may change.
 
     Args:
         path: of the checkpoint.
-        content: of it.
-        module: built from what is asked for.
+        content: of the file.
+        module: built from the settings of this run.
 
     Raises:
         ValueError: with every setting that differs, and both values.
@@ -111,7 +111,7 @@ def refuse_another_run(path: str, content: Mapping[str, Any], module: PrunerModu
         )
     if told:
         which = "; ".join(f"{name}: {_show(a)} -> {_show(b)}" for name, (a, b) in told.items())
-        _LOG.warning("the run goes on with other settings than before: %s", which)
+        _LOG.warning("the run continues with other settings than before: %s", which)
     with explained(f"--resume {path} does not hold the weights of this network"):
         module.load_state_dict(content["state_dict"])
 
@@ -123,7 +123,7 @@ def _config(kept: Mapping[str, Any]) -> Any:
 
 
 def _of_the_network(kept: Mapping[str, Any], module: PrunerModule) -> dict[str, tuple[Any, Any]]:
-    """What the artifact's own entries tell; all that checkpoints of older versions have."""
+    """By the artifact's own entries; checkpoints of older versions have no others."""
     before, now = (_entries(config) for config in (_config(kept), module.network.config))
     pairs = {name: (before.get(name), value) for name, value in now.items()}
     training = kept.get("training") or {}
@@ -153,7 +153,7 @@ def _entries(config: Any) -> dict[str, Any]:
 
 
 def _differences(name: str, old: Any, new: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Settings that both have and that differ, by the name that the command line has for them."""
+    """Settings that both have and that differ, by their names on the command line."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         if old.get("class_path") != new.get("class_path"):
             yield name, (old.get("class_path"), new.get("class_path"))

@@ -49,7 +49,7 @@ class TrainingResult:
         last: of the last step. Both are empty if nothing is kept (fast_dev_run).
         best_score: that loss.
         note: why nothing was trained, kept or chosen; empty if it all was.
-        is_main: whether this process is the first of its run, the one to speak.
+        is_main: whether this process is the first of its run, the one that prints.
     """
 
     best: str
@@ -60,11 +60,11 @@ class TrainingResult:
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C or SIGTERM; its text says where, and how to go on.
+    """A run was stopped by Ctrl-C or SIGTERM; its text says where, and how to continue.
 
     Attributes:
         checkpoint: from which it can be continued exactly; None if there is none.
-        exit_status: that a shell expects.
+        exit_status: the one that a shell expects.
         is_main: whether this process is the first of its run, the one to speak.
     """
 
@@ -81,7 +81,7 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # of a class in the settings: the outer one tells
+        if not self.exit_on_error:  # of a class in the settings: the outer parser reports
             super().error(message, ex)
         sys.stderr.write(f"ocvtp: error: {explain(self, message)}\n")
         self.exit(2)
@@ -145,7 +145,7 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
         SystemExit: for settings that do not parse.
         ValueError: for settings that make no sense.
     """
-    # The words may well be those of the process, without the name of the command.
+    # The words may be those of the process, without the name of the command.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -176,8 +176,8 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
 def train(args: Sequence[str] | None = None) -> TrainingResult:
     """Train an OC-pruner: `--config configs/train/NAME.yaml [--resume CKPT] [settings]`.
 
-    Nothing is written before the data opened and the model was built; an earlier run's checkpoints
-    in the same folder are renamed when the first step was taken.
+    Nothing is written before the data is open and the model is built. Checkpoints of an earlier run
+    in the same folder are renamed after the first step.
 
     Args:
         args: command-line words; None for those of the process.
@@ -195,7 +195,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     trainer: Any = cli.trainer
     checkpoint: ModelCheckpoint = cli.config_init.checkpoint
     if not getattr(cli.datamodule, "has_validation", True) or not trainer.limit_val_batches:
-        checkpoint.monitor = None  # nothing to be best at: keep the last
+        checkpoint.monitor = None  # no loss to compare: keep the last
     if trainer.fast_dev_run:
         checkpoint.save_last = False  # it keeps nothing
     folder = Path(checkpoint.dirpath or ".")
@@ -233,7 +233,7 @@ def _result(
         best, last = best or resume, last or resume
         note = (
             f"nothing was left to train: {resume} is at step {trainer.global_step}, where this run"
-            f" ends ({end}); raise --trainer.max_epochs or --trainer.max_steps to go on"
+            f" ends ({end}); raise --trainer.max_epochs or --trainer.max_steps to continue"
         )
     elif not steps:
         note = f"no step was taken ({end}, limit_train_batches={trainer.limit_train_batches})"
@@ -256,7 +256,7 @@ def _stopped(
             at = kept.index("--resume")
             del kept[at : at + 2]
         again = shlex.join(["ocvtp", "train", *kept, "--resume", saved])
-        message = f"{where}; go on with:  {again}"
+        message = f"{where}; continue with:  {again}"
     elif stop.steps:
         message = f"{where}; there is no checkpoint yet"
     else:

@@ -42,7 +42,7 @@ def settle(parser: LightningArgumentParser, words: Sequence[str], config: Namesp
 
 
 def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:
-    """A class and plain sizes, which are the OC-pruner's, would be mixed, or one of them lost."""
+    """A class and plain sizes (the OC-pruner's) would be mixed, or one of them lost."""
     given = [_kind_of_network(value) for value in _given_networks(words)]
     named = next((kind for kind in reversed(given) if kind), None)
     if named is None:
@@ -61,7 +61,7 @@ def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:
 
 
 def _given_networks(words: Sequence[str]) -> Iterator[Any]:
-    """What files and the command line have for `model.network`, in their order."""
+    """What files and the command line say for `model.network`, in their order."""
     for word, after in zip_longest(words, words[1:]):
         flag, is_one_word, value = word.partition("=")
         value = value if is_one_word else after
@@ -85,7 +85,7 @@ def _settle_seed(words: Sequence[str], said: Namespace, config: Namespace) -> No
         seed = pl.seed_everything(workers=True) if config.seed_everything is True else 0
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed_everything={seed}; pass 0 to {2**32 - 1}.")
-    if config.seed_everything is not False:  # which leaves the global generators alone
+    if config.seed_everything is not False:  # False leaves the global generators alone
         config.seed_everything = seed
     config.model.seed = seed
     if "data.init_args.seed" in config:

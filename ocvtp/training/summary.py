@@ -1,4 +1,4 @@
-"""What an artifact tells of the run that made it."""
+"""What an artifact says of the run that made it."""
 
 from __future__ import annotations
 

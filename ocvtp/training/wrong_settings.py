@@ -1,4 +1,4 @@
-"""Settings that do not parse: one line for the message of many that the parser gives."""
+"""Settings that do not parse: one line in place of the many of the parser's message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLASSES = {
     "trainer.logger": [f"pytorch_lightning.loggers.{name}" for name in pl.loggers.__all__],
     "trainer.callbacks": [f"pytorch_lightning.callbacks.{name}" for name in pl.callbacks.__all__],
 }
-"""What can stand where a setting is a class."""
+"""What a setting that is a class can be given."""
 _NO_SIZES = "ocvtp.learning.network.Sizes"
 
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -85,7 +85,7 @@ def explain(parser: ArgumentParser, message: str) -> str:
 
 
 def _of_no_sizes(key: str, kind: str | None, line: str) -> bool:
-    """Whether it says that plain sizes are no `Sizes`: what is wrong with them is told next."""
+    """Whether it says that plain sizes are no `Sizes`; the next line says what is wrong."""
     if kind == _NO_SIZES:
         return _OPTION.match(line) is not None
     return key == "model.network" and "NetworkSizes does not correspond to a subclass" in line
@@ -187,7 +187,7 @@ def _known(parser: ArgumentParser) -> set[str]:
 
 
 def _nearest(key: str, known: set[str]) -> list[str]:
-    """Of the first part that is unknown: its neighbours; else the same last part elsewhere."""
+    """Neighbours of the first part that is unknown; else names with the same last part."""
     parts = key.split(".")
     for depth, part in enumerate(parts):
         before = ".".join(parts[:depth])
@@ -207,7 +207,7 @@ def _same_last_part(name: str, known: set[str]) -> list[str]:
 
 
 def parameters(path: str) -> list[str]:
-    """Settings of a class, with those that it hands to its base."""
+    """Settings of a class, with those that it passes to its base."""
     module, name = path.rsplit(".", 1)
     names: dict[str, None] = {}
     for base in getattr(importlib.import_module(module), name).__mro__:

@@ -132,7 +132,7 @@ def test_what_may_change_is_told(again, run, scenes, tmp_path, caplog):
     words += ["--trainer.gradient_clip_val", "0.5", "--data.num_workers", "1"]
     words += ["--model.statistics_images", "3", "--trainer.limit_val_batches", "0"]
     assert again(run[1], *words)[0] == 0
-    (told,) = [m for m in caplog.messages if "goes on with other settings" in m]
+    (told,) = [m for m in caplog.messages if "continues with other settings" in m]
     assert f"data.root: {str(scenes)!r} -> {str(tmp_path / 'moved')!r}" in told
     assert "data.batch_size: 4 -> 6" in told
     assert "trainer.gradient_clip_val: 1.0 -> 0.5" in told

@@ -382,7 +382,7 @@ def test_a_stopped_run_continues_bit_for_bit(
     assert stopped.value.checkpoint == last
     assert content(last)["global_step"] == stops
     calm()
-    command = shlex.split(str(stopped.value).split("go on with:")[1])
+    command = shlex.split(str(stopped.value).split("continue with:")[1])
     assert command == ["ocvtp", "train", *words, "--resume", last]
     resumed = train(command[2:])
     assert_close(weights(resumed.last), weights(straight.last), rtol=0, atol=0)
@@ -398,7 +398,7 @@ def test_the_command_says_how_to_go_on(tmp_path, scenes, signal_in_step, capsys)
     last = tmp_path / "checkpoints/last.ckpt"
     again = f"ocvtp train --config {words[1]} --resume {last}"
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"ocvtp: stopped after 2 steps; go on with:  {again}"
+    assert said == f"ocvtp: stopped after 2 steps; continue with:  {again}"
     assert content(last)["ocvtp"]["training"]["epochs"] == 0.333
     assert main(["train", *words, f"--resume={last}"]) == 130  # again, at step 2
     assert f"--config {words[1]} --resume {last}\n" in capsys.readouterr().err
@@ -465,8 +465,8 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path, scenes, devices):
         error = process.communicate(timeout=120)[1]
     assert process.returncode == 130, error[-3000:]
     assert "Traceback" not in error
-    assert error.count("go on with:") == 1
-    command = shlex.split(error.split("go on with:")[1].splitlines()[0])
+    assert error.count("continue with:") == 1
+    command = shlex.split(error.split("continue with:")[1].splitlines()[0])
     steps = content(command[-1])["global_step"]
     per_epoch = 6 // devices
     run = subprocess.run(

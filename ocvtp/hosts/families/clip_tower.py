@@ -1,7 +1,6 @@
-"""What hosts with a CLIP or SigLIP tower of transformers and a projector behind it share.
+"""What hosts with a CLIP or SigLIP tower of transformers, followed by a projector, share.
 
-U views of a call (images, or tiles of images), N tokens of a view, I images or tiles that pruners
-see, K kept of each, D' width of the language model.
+U are the views of a call (images, or tiles of images); N tokens are those of a view.
 """
 
 from __future__ import annotations
@@ -44,8 +43,8 @@ class Placed(Encoded):
 class _View:
     """The view of a host's tower, as it is now.
 
-    Hooks in the tower have it, and are copied with their modules: a copy of these alone shares it,
-    and does not come with another model.
+    Hooks in the tower hold it and are copied with their modules. A copy of the tower alone shares
+    it; only a copy of the whole model gets its own.
     """
 
     host: ClipFamilyHost
@@ -66,9 +65,9 @@ class ClipFamilyHost(Host):
     """
 
     family: ClassVar[str]
-    """What messages call it."""
+    """Its name in messages."""
     towers: ClassVar[dict[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
-    """The `model_type` of towers that it has, and their tokens before the patches."""
+    """The `model_type` of its towers, and how many tokens each has before the patches."""
     image_keys: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_sizes",
@@ -85,13 +84,12 @@ class ClipFamilyHost(Host):
         kind = self.tower.config.model_type
         if kind not in self.towers:
             raise ValueError(
-                f"this {self.family} has a {kind} tower; visual tokens can be pruned behind"
+                f"this {self.family} has a {kind} tower; visual tokens can be pruned after"
                 f" {' and '.join(self.towers)}."
             )
 
     @property
     def tower(self) -> Any:
-        """The vision tower."""
         return self.model.model.vision_tower
 
     @property
@@ -101,21 +99,17 @@ class ClipFamilyHost(Host):
 
     @property
     def projectors(self) -> tuple[nn.Module, ...]:
-        """See `Host.projectors`."""
         return (self._projector,)
 
     def tower_parts(self) -> taps.Tower:
-        """See `Host.tower_parts`."""
         return taps.clip_tower(self.tower)
 
     @property
     def num_prefix(self) -> int:
-        """See `Host.num_prefix`."""
         return self.towers[self.tower.config.model_type]
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """See `Host.grid_hw`."""
         side = int(self.tower.config.image_size // self.tower.config.patch_size)
         return side, side
 
@@ -127,7 +121,6 @@ class ClipFamilyHost(Host):
         return replace(needs, hidden=hidden)
 
     def check(self, needs: Needs) -> None:
-        """See `Host.check`."""
         asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
         if asks_cls and self.num_prefix == 0:
             raise ValueError(
@@ -163,11 +156,10 @@ class ClipFamilyHost(Host):
 
     @property
     def hook_settings(self) -> Any:
-        """See `Host.hook_settings`: a pruner may read the CLS of the selected layer."""
+        """A pruner may read the CLS of the selected layer."""
         return self.model.config.vision_feature_layer
 
     def hooks(self, needs: Needs) -> list[Hook]:
-        """See `Host.hooks`."""
         hooks = taps.hooks_for(self.tower_parts(), self._inside(needs))
         hooks.append(taps.keep_features_of(self._projector))
         if self._tower_stages is not None:
@@ -181,7 +173,7 @@ class ClipFamilyHost(Host):
         return hooks
 
     def savings_for(self, needs: Needs) -> Savings:
-        """See `Host.savings_for`; for the layers that the model's config selects."""
+        """For the layers that the model's config selects."""
         first_unread = self._first_unread(self.tower_parts(), {}, needs)
         return replace(
             self.savings,
@@ -204,24 +196,23 @@ class ClipFamilyHost(Host):
 
     @property
     def _last_half(self) -> int:
-        """The number of the last module that `unread` may leave out."""
+        """The number of the last module that `skip_unread` may leave out."""
         return 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
 
     def _first_unread(self, view: taps.Tower, images: dict[str, Any], needs: Needs) -> int:
-        """From where on nobody reads the tower, see `unread.first_unread`."""
+        """From where on nobody reads the tower, see `skip_unread.first_unread`."""
         if tower_output.is_asked(images):
             return self._last_half + 1
         return skip_unread.first_unread(view, self.layers_read(images), self._readers(needs))
 
     def _readers(self, needs: Needs) -> list[Needs]:
-        """What is read of the tower beside the layers that go to the projector."""
+        """What is read of the tower besides the layers that go to the projector."""
         readers = [self._inside(needs)]
         if self._tower_stages is not None and self._tower_stages.dropper is not None:
             readers.append(self._tower_stages.dropper.needs)
         return readers
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
-        """See `Host.set_stages`."""
         if not parts:
             return
         scale = None
@@ -249,7 +240,8 @@ class ClipFamilyHost(Host):
             the model's own output, with what the language model would read of each image, and
             arguments of `VisualTokens` for the U views: `features` [U, N, D] and what `needs` names
             of the tower; `valid` where only some of the tokens ran: the others are not there. Last,
-            whether zeros stand for tokens in the first, because the projector has not run yet.
+            whether the first has zeros in the place of tokens, because the projector has not run
+            yet.
 
         Raises:
             ValueError: for settings of the call that the pruner cannot work with.
@@ -291,7 +283,6 @@ class ClipFamilyHost(Host):
         return LaterRows.of(features, self._projector, source, None if later else rows)
 
     def layers_read(self, images: dict[str, Any]) -> list[int]:
-        """See `Host.layers_read`."""
         chosen = images.get("vision_feature_layer")
         layers = self.model.config.vision_feature_layer if chosen is None else chosen
         return [layers] if isinstance(layers, int) else list(layers)

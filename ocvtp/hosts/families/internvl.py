@@ -1,9 +1,8 @@
-"""InternVL (2.5 and 3) in transformers: an image is tiles of one size, and behind them a thumbnail.
+"""InternVL (2.5 and 3) in transformers: an image is tiles of one size, and then a thumbnail.
 
 T tiles of a call (thumbnails included), P patches of a tile, N tokens of it, each of which is a
-unit of neighbouring patches put side by side; I images, R rows that the language model reads of all
-images. U views that pruners see (images, or tiles), M tokens of a view, K kept of each, D width of
-the tower, D' of the language model.
+unit of neighbouring patches put side by side; R rows that the language model reads of all images.
+U views that pruners see (images, or tiles), M tokens of a view.
 """
 
 from __future__ import annotations
@@ -64,8 +63,6 @@ class InternVLHost(ClipFamilyHost):
     )
 
     def tower_parts(self) -> taps.Tower:
-        """See `Host.tower_parts`."""
-
         def query_key(block: Any) -> tuple[nn.Module, nn.Module]:
             return block.attention.q_norm, block.attention.k_norm
 
@@ -85,11 +82,10 @@ class InternVLHost(ClipFamilyHost):
         return [self.tower.layernorm]
 
     def hooks(self, needs: Needs) -> list[Hook]:
-        """See `Host.hooks`."""
         return [*super().hooks(needs), taps.keep_normed_of(self.tower.layernorm)]
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
-        """See `Host.encode`: tiles as images of their own."""
+        """Tiles as images of their own."""
         output, found, later = self._look_inside(images, needs)
         rows = output.pooler_output
         features = found["features"]
@@ -117,7 +113,7 @@ class InternVLHost(ClipFamilyHost):
         """See `Host.by_image`.
 
         Raises:
-            ValueError: if the prompt has not whole tiles in a row.
+            ValueError: if the prompt does not have whole tiles in a row.
         """
         assert isinstance(encoded, Tiled)
         num_tokens, device = encoded.tokens.num_tokens, encoded.places.device
@@ -142,13 +138,12 @@ class InternVLHost(ClipFamilyHost):
         return replace(encoded, tokens=tokens, starts=starts, places=places, num_tiles=num_tiles)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
-        """See `Host.apply`."""
         assert isinstance(encoded, Tiled)
         keep = selection.keep_indices.clamp(0, encoded.places.shape[1] - 1)
         return self._kept(encoded, selection.in_raster_order(), encoded.places.gather(1, keep))
 
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
-        """See `Host.grids`: the thumbnail, and the tiles put together."""
+        """The thumbnail, and the tiles put together."""
         assert isinstance(encoded, Tiled)
         height, width = grid = encoded.tokens.grid_hw
         if encoded.num_tiles[0] == 1:
@@ -157,7 +152,6 @@ class InternVLHost(ClipFamilyHost):
         return grid, (rows * height, columns * width)
 
     def cells(self, encoded: Encoded) -> Tensor:
-        """See `Host.cells`."""
         assert isinstance(encoded, Tiled)
         (height, width), *tiled = self.grids(encoded)
         order = torch.full((len(encoded.embeddings),), -1)
@@ -171,28 +165,25 @@ class InternVLHost(ClipFamilyHost):
         return order[places].masked_fill(places < 0, -1)
 
     def picture(self, images: dict[str, Any]) -> Tensor:
-        """See `Host.picture`: the thumbnail, where the call has a single image."""
+        """The thumbnail, where the call has a single image."""
         pixels: Tensor = images["pixel_values"][-1]
         return pixels
 
     def describe(self) -> dict[str, Any]:
-        """See `Host.describe`."""
         return super().describe() | {"budget": self.tiling.budget}
 
     @property
     def grid_hw(self) -> tuple[int, int]:
-        """See `Host.grid_hw`."""
         config, side = self.tower.config, self.unit_side
         rows, columns = (n // p for n, p in zip(config.image_size, config.patch_size, strict=True))
         return rows // side, columns // side
 
     @property
     def unit_side(self) -> int:
-        """See `Host.unit_side`."""
         return round(1 / self.model.config.downsample_ratio)
 
     def _selected(self, record: taps.Recording) -> Tensor:
-        if self.model.config.vision_feature_layer == -1:  # not of `hidden_states`: behind the norm
+        if self.model.config.vision_feature_layer == -1:  # not of `hidden_states`: after the norm
             assert record.normed is not None
             return record.normed
         return super()._selected(record)
@@ -236,7 +227,7 @@ def _runs(slots: Tensor) -> Tensor:
 
 
 def _arrangement(pixels: Tensor) -> tuple[int, int]:
-    """Rows and columns in which the tiles of an image look most like the thumbnail behind them.
+    """Rows and columns in which the tiles of an image look most like the thumbnail after them.
 
     Args:
         pixels: [T, 3, H, W]; nothing else tells how the image was cut.

@@ -1,7 +1,4 @@
-"""LLaVA-1.5 in transformers: a CLIP or SigLIP tower, N = H W tokens an image.
-
-I images, N tokens of an image, D' width of the language model.
-"""
+"""LLaVA-1.5 in transformers: a CLIP or SigLIP tower, N = H W tokens an image."""
 
 from __future__ import annotations
 
@@ -34,11 +31,9 @@ class LlavaHost(ClipFamilyHost):
 
     @property
     def image_tokens(self) -> int:
-        """See `Host.image_tokens`."""
         return math.prod(self.grid_hw)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
-        """See `Host.encode`."""
         output, found, later = self._look_inside(images, needs)
         rows = output.pooler_output
         features = found["features"]
@@ -60,18 +55,15 @@ class LlavaHost(ClipFamilyHost):
         return Placed(tokens, embeddings, num_given=given, places=places, output=output)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
-        """See `Host.apply`."""
         assert isinstance(encoded, Placed)
         keep = selection.keep_indices
         return self._kept(encoded, selection, encoded.places.to(keep.device).gather(1, keep))
 
     def tokens_of_rows(self, encoded: Encoded) -> Tensor:
-        """See `Host.tokens_of_rows`."""
         assert isinstance(encoded, Placed)
         return numbers_of_rows(encoded.places, len(encoded.embeddings))
 
     def cells(self, encoded: Encoded) -> Tensor:
-        """See `Host.cells`."""
         assert isinstance(encoded, Placed)
         places, (height, width) = encoded.places.cpu(), encoded.tokens.grid_hw
         return places.masked_fill(places >= height * width, -1)

@@ -1,8 +1,8 @@
 """LLaVA-NeXT (LLaVA-1.6) in transformers: an image is a base view and tiles of higher resolution.
 
-T tiles of a call (base views included), N tokens of a tile, I images, R rows that the language
-model reads of all images: tokens, and a newline behind every row of an image's tiles. U views that
-pruners see (images, or tiles), M tokens of a view, K kept of each, D width of the tower.
+T tiles of a call (base views included), N tokens of a tile, R rows that the language model reads of
+all images: tokens, and a newline after every row of an image's tiles. U views that pruners see
+(images, or tiles), M tokens of a view.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class LlavaNextHost(ClipFamilyHost):
 
     @property
     def usual_tokens(self) -> int:
-        """See `Host.usual_tokens`: of a square of two tiles by two, and its base view."""
+        """Of an image of two tiles by two, and its base view."""
         return 5 * math.prod(self.grid_hw)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
-        """See `Host.set_stages`: each tile is one image to them."""
+        """Each tile is one image to them."""
         for part in parts:
             if part.num_keep is not None and self.tiling.budget == "per_image":
                 raise ValueError(
@@ -73,7 +73,6 @@ class LlavaNextHost(ClipFamilyHost):
         super().set_stages(parts, needs, processor)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
-        """See `Host.encode`."""
         output, found, later = self._look_inside(images, needs)
         rows = output.pooler_output
         num_tokens = found["features"].shape[1]
@@ -131,7 +130,6 @@ class LlavaNextHost(ClipFamilyHost):
         )
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
-        """See `Host.apply`."""
         assert isinstance(encoded, Packed)
         keep = selection.keep_indices.clamp(0, encoded.places.shape[1] - 1)
         kept = self._kept(encoded, selection.in_raster_order(), encoded.places.gather(1, keep))
@@ -144,12 +142,12 @@ class LlavaNextHost(ClipFamilyHost):
         return Kept(positions, rows[order.to(rows.device)])
 
     def tokens_of_rows(self, encoded: Encoded) -> Tensor:
-        """See `Host.tokens_of_rows`; of tokens that every tile shows alone, those of the tile."""
+        """Where every tile is shown alone, tokens are counted in their tile."""
         assert isinstance(encoded, Packed)
         return numbers_of_rows(encoded.places, len(encoded.embeddings))
 
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
-        """See `Host.grids`: the base view, and the tiles put together and unpadded."""
+        """The base view, and the tiles put together and unpadded."""
         assert isinstance(encoded, Packed)
         base = encoded.tokens.grid_hw
         first = slice(encoded.token_map.lengths[0])
@@ -160,7 +158,7 @@ class LlavaNextHost(ClipFamilyHost):
         return base, (num_lines, num_fine // num_lines)
 
     def cells(self, encoded: Encoded) -> Tensor:
-        """See `Host.cells`: tokens are drawn in the order in which they are read."""
+        """Tokens are drawn in the order in which they are read."""
         assert isinstance(encoded, Packed)
         token_map = encoded.token_map
         is_token = token_map.source[: token_map.lengths[0]] >= 0
@@ -170,7 +168,6 @@ class LlavaNextHost(ClipFamilyHost):
         return order[places].masked_fill(places < 0, -1)
 
     def describe(self) -> dict[str, Any]:
-        """See `Host.describe`."""
         tiling = {"budget": self.tiling.budget, "separators": self.tiling.separators}
         return super().describe() | tiling
 
@@ -183,7 +180,7 @@ class LlavaNextHost(ClipFamilyHost):
             )
 
     def _newlines(self, token_map: TokenMap, kept: Tensor) -> Tensor:
-        """Rows of the newlines that stay, where the rows `kept` do."""
+        """Rows of the newlines that stay, if the rows `kept` do."""
         newlines = (token_map.source < 0).nonzero()[:, 0]
         if self.tiling.separators == "none":
             return newlines[:0]
@@ -200,7 +197,7 @@ class LlavaNextHost(ClipFamilyHost):
         newline = numbers.new_tensor([-1.0, 1.0])
         packed = self._pack(images, tiles.split(num_tiles), newline)
         number, square = torch.cat(packed).unbind(dim=1)
-        # A mean of different numbers has not their mean square for a square, even if it is whole.
+        # The square of a mean of different numbers is not the mean of their squares, even if whole.
         mixed = not (number.equal(number.round()) and square.equal(number**2))
         lengths = [len(image) for image in packed]
         is_end = number < 0

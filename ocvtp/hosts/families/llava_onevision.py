@@ -1,7 +1,7 @@
 """LLaVA-OneVision in transformers: LLaVA-NeXT's tiles, whose tokens may be resized to fewer.
 
-Several images of one prompt are not cut into tiles: each is a base view and one newline. I images,
-N tokens of a tile, C channels, M rows that the language model reads of an image, newlines apart.
+Several images of one prompt are not cut into tiles: each is a base view and one newline. M rows
+that the language model reads of an image, without newlines.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class LlavaOnevisionHost(LlavaNextHost):
     """LLaVA-OneVision: LLaVA-NeXT, but for calls in which the model resizes an image's tokens.
 
     Of large images it reads fewer tokens than the tiles have (`config.vision_aspect_ratio`): means
-    of neighbours, which are no tokens of the tower. As soon as one image of a call is such, pruners
-    see of all of them the rows that the language model reads, newlines apart, as `features` and
-    `projected`, [I, M, D'], and nothing from inside the tower.
+    of neighbours, which are no tokens of the tower. As soon as one image of a call is resized,
+    pruners see of all of them the rows that the language model reads, without newlines, as
+    `features` and `projected`, [I, M, D'], and nothing from inside the tower.
 
     Raises:
         ValueError: for other towers than CLIP and SigLIP.
@@ -51,7 +51,7 @@ class LlavaOnevisionHost(LlavaNextHost):
                 are resized and it reads others.
             RuntimeError: if a hook did not fire.
         """
-        # The model's own forward() takes this argument and goes by the config all the same.
+        # The model's own forward() takes this argument but follows the config.
         images = {name: value for name, value in images.items() if name != "vision_aspect_ratio"}
         self._check_settings(images, needs)
         height, width = (

@@ -1,8 +1,7 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, packed behind each other, in units.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images of any size, packed one after the other, in units.
 
-I images, N units of the largest one, R of all; P patches of all images, 4 of them a unit; E decoder
-layers that add rows of the tower; D width of the tower, D' of the language model; B rows of the
-batch, L columns of the prompt.
+N units of the largest image, R of all; P patches of all images, 4 of them a unit; E decoder layers
+that add rows of the tower.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class QwenHost(Host):
 
     A visual token is a unit of 2 x 2 patches, and pruners see it as the language model would:
     `features` and `projected` are both what the merger makes of it. `hidden` and `keys` are means
-    over a unit's patches, in raster order; keys are as they are projected, before rotation, since
-    methods compare them by what they hold and not by where they are. `received` attention is the
+    over a unit's patches, in raster order; keys are those before rotation, since methods
+    compare what they hold and not where they are. `received` attention is the
     mean over the queries of a patch's own segment (the image, or a window where the tower has
     those), averaged over the unit; `given` is the mean over the segment's keys, which is the same
     for all its patches. Where images differ in size, `valid` marks real tokens; where they differ
@@ -53,29 +52,24 @@ class QwenHost(Host):
 
     @property
     def tower(self) -> Any:
-        """The vision tower."""
         return self.model.model.visual
 
     @property
     def projectors(self) -> tuple[nn.Module, ...]:
-        """See `Host.projectors`: the merger, and one for each of the layers of DeepStack."""
+        """The merger, and one for each of the layers of DeepStack."""
         return (self.tower.merger, *getattr(self.tower, "deepstack_merger_list", ()))
 
     @property
     def unit_side(self) -> int:
-        """See `Host.unit_side`."""
         return int(self.tower.spatial_merge_size)
 
     def tower_parts(self) -> taps.Tower:
-        """See `Host.tower_parts`."""
-
         def fused(block: Any) -> tuple[nn.Module, nn.Module]:
             raise AssertionError("queries and keys come from one module")
 
         return taps.Tower(self.tower.blocks, self.tower.config.num_heads, fused)
 
     def check(self, needs: Needs) -> None:
-        """See `Host.check`."""
         if needs.cls or needs.cls_queries or any(kind == "cls" for _, kind in needs.attention):
             raise ValueError(
                 f"the pruner reads the CLS token, which the tower of {self.family} has not; use"
@@ -94,7 +88,6 @@ class QwenHost(Host):
             view.block(block)
 
     def hooks(self, needs: Needs) -> list[Hook]:
-        """See `Host.hooks`."""
         view = self.tower_parts()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
         for number in sorted({view.block(block) for block in _blocks(needs)}):
@@ -102,7 +95,6 @@ class QwenHost(Host):
         return hooks
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
-        """See `Host.encode`."""
         grids = self._grids(images)
         with (
             taps.recording(self.tower) as record,
@@ -188,7 +180,6 @@ class QwenHost(Host):
         return segment_means(queries.flatten(1), keys.flatten(1), heads, kind, ends)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
-        """See `Host.apply`."""
         tokens, keep = encoded.tokens, selection.keep_indices
         positions = (keep + encoded.first_rows(keep.device)[:, None]).flatten()  # [I K]
         real = slice(None) if selection.valid is None else selection.valid.flatten()
@@ -204,7 +195,7 @@ class QwenHost(Host):
         return Kept(positions[real], embeddings, deepstack)
 
     def picture(self, images: dict[str, Any]) -> Tensor:
-        """See `Host.picture`: patches put together, the first of their equal frames."""
+        """Patches put together, the first of their equal frames."""
         rows, columns = self._grids(images)[0]
         side, config = self.unit_side, self.tower.config
         patch = config.patch_size
@@ -214,7 +205,7 @@ class QwenHost(Host):
         return frame.permute(4, 0, 2, 5, 1, 3, 6).flatten(4, 6).flatten(1, 3)
 
     def rope_positions(self, inputs: dict[str, Any], images: dict[str, Any]) -> Tensor:
-        """See `Host.rope_positions`: [3, B, L], those of the caller if there are any."""
+        """[3, B, L], those of the caller if there are any."""
         ids, given = inputs["input_ids"], inputs.get("position_ids")
         if given is not None:  # [B, L], [3, B, L], or [4, B, L] with the columns' numbers first
             places: Tensor = (given if given.ndim == 2 else given[-3:]).to(ids.device)
@@ -231,7 +222,7 @@ class QwenHost(Host):
         return places
 
     def set_rope_deltas(self, deltas: Tensor | None) -> None:
-        """See `Host.set_rope_deltas`: hand-written decode loops go on from there."""
+        """Hand-written decode loops continue from there."""
         if deltas is not None:
             self.model.model.rope_deltas = deltas
 
@@ -259,7 +250,7 @@ class Qwen25VLHost(QwenHost):
 
     @property
     def usual_tokens(self) -> int:
-        """See `Host.usual_tokens`: of a square of 672 pixels."""
+        """Of a square of 672 pixels."""
         return 576
 
     @property
@@ -269,7 +260,7 @@ class Qwen25VLHost(QwenHost):
         return int(config.window_size // config.patch_size // config.spatial_merge_size)
 
     def segments(self, block: int, grid_hw: tuple[int, int]) -> list[int]:
-        """See `Host.segments`: windows, of which those at the edge may be smaller."""
+        """Windows, of which those at the edge may be smaller."""
         if block in self.tower.config.fullatt_block_indexes:
             return super().segments(block, grid_hw)
         rows, columns = (_parts(length, self._window) for length in grid_hw)
@@ -293,11 +284,9 @@ class Qwen3VLHost(QwenHost):
 
     @property
     def num_deepstack_layers(self) -> int:
-        """See `Host.num_deepstack_layers`."""
         return len(self.tower.config.deepstack_visual_indexes)
 
     def hooks(self, needs: Needs) -> list[Hook]:
-        """See `Host.hooks`."""
         return [*super().hooks(needs), deepstack_hook(self.language_model)]
 
     def _layer_rows(self, output: Any) -> list[Tensor]:

@@ -1,8 +1,8 @@
-"""Where the tokens of tiles stand among the rows that the language model reads of images.
+"""Where the tokens of tiles are among the rows that the language model reads of images.
 
-T tiles of a call (base views included), N tokens of a tile, I images, R rows that the language
-model reads of all images: tokens, and a newline behind every row of an image's tiles. U views that
-pruners see (images, or tiles), M tokens of a view.
+T tiles of a call (base views included), N tokens of a tile, R rows that the language model reads of
+all images: tokens, and a newline after every row of an image's tiles. U views that pruners see
+(images, or tiles), M tokens of a view.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from ocvtp.ops.token_views import left_over
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Where the tokens of the tiles stand among the rows that the language model reads.
+    """Where the tokens of the tiles are among the rows that the language model reads.
 
     Args:
         source: [R] number of the token, counted over all tiles (tile * N + token); -1 for newlines.
         line: [R] number of the row of the image, counted over all images, that a token of the
-            tiles stands in or that a newline ends; -1 for tokens of base views, which have no ends
+            tiles is in or that a newline ends; -1 for tokens of base views, which have no ends
             (an image that is not cut into tiles is one row).
         lengths: rows of each image, I in all.
         num_tiles: of each image, the base view included.
@@ -40,7 +40,7 @@ class TokenMap:
     mixed: bool = False
 
     def by_rows(self) -> TokenMap:
-        """Images as single tiles, whose tokens are the rows that are read, newlines apart."""
+        """Images as single tiles, whose tokens are the rows that are read, without newlines."""
         images = [image >= 0 for image in self.source.split(self.lengths)]
         most = max(int(image.sum()) for image in images)
         source = [

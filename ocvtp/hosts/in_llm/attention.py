@@ -1,6 +1,6 @@
 """Attention of a few rows of the language model, in fp32, from its own queries and keys.
 
-I images, N tokens of each, R query rows, S columns, H heads, d width of a head.
+R query rows, S columns, H heads, d width of a head.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def turn(attention: Any, states: Tensor, norm: str, cos: Tensor, sin: Tensor) ->
     """Projected queries or keys as the attention compares them: normed and turned.
 
     Args:
-        attention: the layer's module, whose own functions do it.
+        attention: the layer's module, whose own functions are used.
         states: [I, R, H d].
         norm: its norm of single heads, where it has one: `q_norm` or `k_norm`.
         cos: [..., I, R, d] and sin: of their positions.
@@ -34,7 +34,7 @@ def turn(attention: Any, states: Tensor, norm: str, cos: Tensor, sin: Tensor) ->
 
 
 def turn_to_start(attention: Any, keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turned keys as if the column whose turn is given stood in the first position.
+    """Turned keys as if the column whose turn is given were in the first position.
 
     Args:
         attention: the layer's module, whose own function turns them back.
@@ -42,7 +42,7 @@ def turn_to_start(attention: Any, keys: Tensor, cos: Tensor, sin: Tensor) -> Ten
         cos: [..., I, 1, d] and sin: of that column.
 
     Returns:
-        [I, H, R, d]; the same bit for bit where the column does stand there.
+        [I, H, R, d]; the same bit for bit where the column is there.
     """
     length = (cos.float().square() + sin.float().square()).sqrt()  # 1, or the model's own scale
     turned = rotate_heads(attention, keys.float(), cos / length, -sin / length)
@@ -58,7 +58,7 @@ def rows_of_attention(
         queries: [I, H, R, d]. keys: [I, H', S, d], H' a divisor of H.
         scaling: of their products.
         mask: [I, S] bool, False on padding.
-        query_columns: [I, R] where the rows stand among the S.
+        query_columns: [I, R] where the rows are among the S.
 
     Returns:
         [I, R, S] in fp32, rows sum to 1.
@@ -85,7 +85,6 @@ def among_each_other(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
 
 
 def _head_means(queries: Tensor, keys: Tensor, scaling: float, seen: Tensor | None) -> Tensor:
-    """[I, R, S]."""
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # [I, H', H / H', R, d]
     logits = grouped @ keys.float()[:, :, None].transpose(3, 4) * scaling
     if seen is not None:

@@ -1,10 +1,10 @@
 """DeepStack: rows of the vision tower that a language model adds to its first hidden states.
 
-A language model takes them as arguments of its own forward, which the model around it fills in only
-where it encodes the images itself. A hook fills them in for the prompts that a pruner shortened.
+A language model takes them as arguments of its own forward. The model around it fills these in only
+where it encodes the images itself; for prompts that a pruner shortened, a hook fills them in.
 
-E decoder layers that add rows, R' image tokens that are left, B rows of the batch, L' columns of
-the short prompt, n of one forward, D' width of the language model.
+E decoder layers that add rows, R' image tokens that are left, L' columns of the short prompt, n of
+one forward.
 
 Paper: https://arxiv.org/abs/2406.04334.
 """
@@ -37,7 +37,7 @@ class Deepstack:
         return Deepstack(rows, numbers.masked_fill(~image_tokens, -1))
 
     def part(self, columns: slice, repeats: int = 1, num_more: int = 0) -> Deepstack:
-        """Of some columns, each row of the batch `repeats` times, with so many of text behind."""
+        """Of some columns, each row of the batch `repeats` times; then `num_more` of text."""
         places = self.places[:, columns].repeat_interleave(repeats, dim=0)
         return Deepstack(self.rows, pad(places, (0, num_more), value=-1))
 

@@ -1,7 +1,7 @@
 """One run through the language model in which tokens are dropped, or were.
 
-B rows of the batch, L' columns of the prompt as it stands, L'' of them left behind a stage, T
-columns behind the prompt, q columns of the pass, D' width.
+L' columns of the prompt as it is now, L'' of them left after a stage, T columns after the prompt,
+q columns of the pass.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Pass:
         model: the language model.
         note: of the cache.
         plan: in the pass that reads the prompt.
-        positions: [1 or B, q] where tokens are numbered anew.
-        tail: [B, T] mask of what stands behind the prompt, None where all of it counts.
+        positions: [1 or B, q], if tokens are numbered again.
+        tail: [B, T] mask of what follows the prompt, None where all of it counts.
         num_tail: T, all that is in the cache and in this pass.
-        current: the prompt as it stands, in the pass that reads it.
+        current: the prompt as it is now, in the pass that reads it.
         cache: of all layers, from the first on that has a hook.
-        prepared: mask and position embeddings for the layers behind a stage.
+        prepared: mask and position embeddings for the layers after a stage.
     """
 
     model: Any
@@ -75,7 +75,7 @@ def drop(run: Pass, place: Place) -> Tensor:
 
 
 def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Tensor]:
-    """Hidden states, in which merging methods mixed some, and [B, L'] bool which columns stay."""
+    """Hidden states, some of them merged, and [B, L'] bool which columns stay."""
     keep, hidden, groups = current.mask.clone(), place.hidden, []
     counted, lengths = current.lengths is not None, list(current.lengths or plan.lengths)
     for group in current.groups:
@@ -104,7 +104,7 @@ def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Te
 
 
 def _rope(run: Pass, hidden: Tensor, rope: Any, index: Tensor, new: Any) -> Any:
-    """Position embeddings of what is left: gathered, or made anew."""
+    """Position embeddings of what is left: gathered, or computed again."""
     if new is None:
         return tuple(_take_columns(part, index, run.num_tail) for part in rope)
     numbers, lost = new
@@ -124,7 +124,7 @@ def _take_columns(part: Tensor, index: Tensor, num_tail: int) -> Tensor:
 def prepare(
     run: Pass, stage: int, number: int, hidden: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor | None, Any]:
-    """Mask and position embeddings of a pass behind a stage."""
+    """Mask and position embeddings of a pass after a stage."""
     left = run.note.stages[stage]
     mask, tail = left.mask, run.tail
     if mask is not None or tail is not None:

@@ -1,11 +1,11 @@
 """Drop visual tokens between the layers of the language model.
 
-Hooks in front of the language model and of its layers do it, while a call that was shortened runs;
-what was dropped is noted on the cache, whose layers then differ in length, and every later step
-reads the note. Nothing of the model's forward is copied.
+Hooks before the language model and before its layers do it, while a call that was shortened runs.
+What was dropped is noted on the cache, whose layers then differ in length; every later step reads
+the note. Nothing of the model's forward is copied.
 
-B rows of the batch, L' columns of the short prompt, L'' of them left behind a stage, T columns
-read behind the prompt in the same pass (drafts), q columns of a pass, D' width.
+L' columns of the short prompt, L'' of them left after a stage, T columns read after the prompt in
+the same pass (drafts), q columns of a pass.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check(host: Host, pruner: LayerPruner) -> None:
         )
     if places[0] < host.num_deepstack_layers:
         raise ValueError(
-            f"{pruner.name} drops tokens in front of layer {places[0]}, but until layer"
+            f"{pruner.name} drops tokens before layer {places[0]}, but until layer"
             f" {host.num_deepstack_layers} the language model adds to them what the tower has for"
             f" them; pass stages=((layer, K), ...) from layer {host.num_deepstack_layers} on."
         )
@@ -84,7 +84,7 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
 
 
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """In front of the language model: begin a pass, if tokens are or were dropped."""
+    """Before the language model: begin a pass, if tokens are or were dropped."""
     call, cache = CALL.get(), cache_in(kwargs)
     plan = call.plan if isinstance(call, LayerCall) else None
     past = 0 if cache is None else cache.get_seq_length()
@@ -110,7 +110,7 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     run = Pass(model, note, plan, _plain_positions(kwargs, past, num_columns), tail, num_tail)
     if plan is not None:
         run.current = Current.start(plan, embeddings, num_tail)
-    if not isinstance(call, LayerCall):  # a step of the caller's own, on a cache of ours
+    if not isinstance(call, LayerCall):  # a step of the caller, on a cache that we filled
         CALL.set(call := LayerCall())
     call.layer_pass = run
 
@@ -125,9 +125,9 @@ def _plain_positions(kwargs: dict[str, Any], past: int, num_columns: int) -> Ten
 
 
 def _behind(model: Any, args: Any, output: Any) -> Any:
-    """Behind the language model: end the pass, and give every column of the prompt a state.
+    """After the language model: end the pass, and give every column of the prompt a state.
 
-    A dropped token's is that of the one before it: what comes next is predicted from there.
+    A dropped token has the state of the one before it: the next token is predicted from there.
     """
     if not isinstance(call := CALL.get(), LayerCall):
         return output
@@ -145,13 +145,12 @@ def _behind(model: Any, args: Any, output: Any) -> Any:
 
 
 def _device(layer: Any, hidden: Tensor) -> torch.device:
-    """Where accelerate will run a layer, whose weights may be read before it does."""
+    """Where accelerate will run a layer; its weights may be read before that."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return hidden.device if device is None else torch.empty(0, device=device).device
 
 
 def _running() -> Pass | None:
-    """The pass that this thread is in."""
     call = CALL.get()
     return call.layer_pass if isinstance(call, LayerCall) else None
 
@@ -163,7 +162,7 @@ def _keep_queries(number: int, module: Any, args: Any, output: Tensor) -> None:
 
 
 def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """In front of a layer: drop tokens, or hand over the mask for what is left."""
+    """Before a layer: drop tokens, or hand over the mask for what is left."""
     run = _running()
     if run is None:
         return None

@@ -18,8 +18,7 @@ class LayerCall(TowerCall):
 
     Attributes:
         plan: what to drop of the prompt that the language model is about to read.
-        layer_pass: the run through the language model that is on its way, where tokens are dropped
-            or were.
+        layer_pass: the current run through the language model, if tokens are or were dropped in it.
         deepstack: rows that it is about to add to its hidden states.
         has_added: whether it took them.
     """

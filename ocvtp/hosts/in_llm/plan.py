@@ -1,7 +1,6 @@
-"""Where the images of a prompt are, and how many of their tokens stay in front of which layer.
+"""Where the images of a prompt are, and how many of their tokens stay before which layer.
 
-B rows of the batch, L' columns of the short prompt; I images of a group, N tokens of each, M text
-tokens.
+L' columns of the short prompt; I images of a group.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ocvtp.structures import VisualTokens
 
 @dataclass(frozen=True)
 class Group:
-    """Images with equally many tokens, so that one choice serves them all.
+    """Images with equally many tokens, which are chosen together.
 
     Args:
         schedule: what stays where.
@@ -27,7 +26,7 @@ class Group:
         columns: [I, N] of their tokens.
         places: [I, N] numbers of the tokens among those of their image in the tower, -1 for rows
             that are none (separators).
-        text: [I, M] columns of the text behind each (of all text, where there is none).
+        text: [I, M] columns of the text after each image; of all text, if there is none after it.
         text_valid: [I, M] bool.
         raters: [I, M] bool, see `LayerPruner.raters`.
     """
@@ -43,7 +42,7 @@ class Group:
     raters: Tensor | None = None
 
     def num_keep(self, layer: int) -> int:
-        """K in front of a layer."""
+        """K before a layer."""
         return next(stage.num_keep for stage in self.schedule if stage.layer == layer)
 
     def to(self, device: torch.device) -> Group:
@@ -55,7 +54,7 @@ class Group:
         return replace(self, **moved)
 
     def repeat(self, times: int) -> Group:
-        """Every row of the batch so many times, one behind the other, as beams are."""
+        """Every row of the batch so many times, one after the other, as beams are."""
         if times == 1:
             return self
         more = {
@@ -69,7 +68,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Stayed:
-    """What stayed of a group in front of a layer.
+    """What stayed of a group before a layer.
 
     Args:
         layer: its number. images: [I] see `Group`.
@@ -88,14 +87,14 @@ class LayerPlan:
     """What will be dropped of one prompt inside the language model.
 
     Args:
-        pruner: that chooses.
+        pruner: the one that chooses.
         groups: its images.
-        layers: in front of which tokens are dropped, ascending.
+        layers: before which tokens are dropped, ascending.
         mask: [B, L'] bool, False on padding.
         last: [B] the column of each row's last token.
         lengths: real columns of each row.
         pads_right: on which side padding is.
-        renumber: whether what stays is numbered anew, see `LayerPruner.positions`.
+        renumber: whether what stays is numbered again, see `LayerPruner.positions`.
         tower: what the vision tower gave of all images, where the pruner reads it.
         kept: what stayed, stage after stage, once the language model has read the prompt.
     """
@@ -126,7 +125,7 @@ class LayerPlan:
         )
 
     def summary(self) -> list[dict[str, Any]]:
-        """What stays in front of each layer, image by image (this waits for the device).
+        """What stays before each layer, image by image (this waits for the device).
 
         Before the language model has read the prompt, that is what the schedule says.
         """
@@ -160,11 +159,11 @@ def plan_layers(
         pruner: of stage `llm_layers`.
         num_layers: of the language model.
         image: [B, L'] the number of the image that each column is of, -1 for text and padding;
-            numbers ascend along the rows, one behind the other.
+            numbers ascend along the rows, one after the other.
         places: [B, L'] which of the image's tokens it is.
         mask: [B, L'] bool, False on padding.
         tower: what the vision tower gave of all images, where the pruner reads it.
-        renumber: whether positions may be counted anew.
+        renumber: whether positions may be counted again.
 
     Raises:
         ValueError: if the language model has no such layers, or the budget cannot be met.
@@ -216,7 +215,7 @@ def _groups(
 
 
 def _text_behind(numbers: Tensor, real: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """[I, M] columns of the text behind column `last` [I, 1], and which of them count."""
+    """[I, M] columns of the text after column `last` [I, 1], and which of them count."""
     width = torch.arange(numbers.shape[1])
     text = real & (numbers < 0)
     behind = text & (width > last)

@@ -1,7 +1,6 @@
 """The prompt inside the language model, and what pruners see of its images there.
 
-B rows of the batch, L' columns of the prompt as it stands, T behind it; I images of a group, N
-tokens of each, K kept, M text tokens, D' width.
+L' columns of the prompt as it is now, T after it; I images of a group.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ocvtp.towers.module_state import on_device
 
 @dataclass
 class Current:
-    """The prompt as it stands, in the pass that reads it.
+    """The prompt as it is now, in the pass that reads it.
 
     Args:
         groups: its images.
@@ -63,7 +62,7 @@ class Current:
         return cls(tuple(groups), mask, last, columns, plan.lengths, length, num_tail)
 
     def to(self, device: torch.device) -> None:
-        """Go on where a layer of a model in several places is."""
+        """Move to the device of a layer of a model on several."""
         self.groups = tuple(group.to(device) for group in self.groups)
         self.mask, self.last = self.mask.to(device), self.last.to(device)
         self.origin = self.origin.to(device)
@@ -88,10 +87,10 @@ class Current:
         return take(hidden, with_tail(index, hidden.shape[1], self.num_tail))
 
     def spread(self) -> Tensor:
-        """[B, L' + T] for every column that there was the last one left at or before it."""
+        """[B, L' + T] for every original column the last one left at or before it."""
         found = self.mask.new_zeros(len(self.mask), self.length, dtype=torch.long)
         here = torch.arange(self.mask.shape[1], device=self.mask.device).expand_as(self.mask)
-        # Padding is written first, or not at all: several of it may have the same origin.
+        # Padding is written first, or not at all: several columns of it may have the same origin.
         found = found.scatter_reduce(1, self.origin, here * self.mask, "amax")
         found = found.cummax(dim=1).values
         left = self.mask.shape[1]
@@ -109,10 +108,10 @@ def with_tail(index: Tensor, length: int, num_tail: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """In front of which layer a choice is made.
+    """Before which layer a choice is made.
 
     Args:
-        model: the language model. number: of the layer. layer: it.
+        model: the language model. number: of the layer. layer: the module.
         hidden: [B, L' + T, D'], what it would read.
         cache: keys of the layers before.
         rope: cosines and sines of the columns' positions.
@@ -161,7 +160,7 @@ def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> 
 
 
 def _of_hidden(group: Group, hidden: Tensor, with_text: bool, **more: Any) -> LayerTokens:
-    """What is known of a group from hidden states alone."""
+    """What hidden states alone tell of a group."""
     rows = group.rows[:, None]
     return LayerTokens(
         features=hidden[rows, group.columns],
@@ -191,7 +190,7 @@ def _from_start(
     """[I, R, H d] keys [B, H, S, d] at columns [I, R], by positions from their row's first column.
 
     Without `position_ids` a model counts padding on the left too, and a row's keys would depend on
-    what is beside it in the batch.
+    what is next to it in the batch.
     """
     rows = group.rows[:, None]
     first = current.mask.int().argmax(dim=1)[rows]  # [I, 1]
@@ -222,7 +221,7 @@ def _attention(current: Current, group: Group, place: Place, block: int, kind: s
     if kind == "visual":
         index = group.columns[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         return among_each_other(queries, keys.gather(2, index), attention.scaling)
-    keys = keys[:, :, : current.mask.shape[1]]  # nothing of the prompt looks behind it
+    keys = keys[:, :, : current.mask.shape[1]]  # nothing of the prompt looks after it
     mask = current.mask[group.rows]
     shares = rows_of_attention(queries, keys, attention.scaling, mask, asking)  # [I, R, L']
     columns = group.columns[:, None].expand(-1, shares.shape[1], -1)

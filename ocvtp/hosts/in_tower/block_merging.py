@@ -1,6 +1,6 @@
 """Merging rows in the blocks of a vision tower, between attention and MLP.
 
-U views of a call, R rows that a block is given, D width.
+U views of a call, R rows that a block is given.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BlockMerging:
     """A merger in one tower.
 
     Args:
-        merger: that says which rows go together.
+        merger: says which rows go together.
         look: gives the view of the tower, as it is now.
         num_prefix: tokens before the patches.
     """
@@ -68,7 +68,7 @@ class BlockMerging:
         if step.merged is None:
             places = first_places(rows.places, step.row_of, num_rows)
             step.merged = replace(rows, places=places, sizes=sizes)
-        # The block will add these to what its MLP says, which is of other rows: see `_fill_up`.
+        # The block will add these to the output of its MLP, which is of other rows: see `_fill_up`.
         states.zero_()
         return (step.mixed,)
 
@@ -82,21 +82,21 @@ class BlockMerging:
 
 
 def _step(number: int) -> Step | None:
-    """Of the block that this thread is in, between its attention and its end."""
+    """The step of the block that this thread is in, between its attention and its end."""
     call = CALL.get()
     return None if call is None or call.block_run is None else call.block_run.steps[number]
 
 
 def _keep_keys(number: int, module: Any, args: Any, output: Tensor) -> None:
-    """Behind the projection of a block's keys."""
+    """After the projection of a block's keys."""
     if (step := _step(number)) is not None and step.num_merged and step.row_of is None:
         step.keys = output.detach()
 
 
 def _fill_up(number: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
-    """Behind the MLP of a block that merged: add its residual, which was emptied for that.
+    """After the MLP of a block that merged: add its residual, which was emptied for that.
 
-    Zeros stand for the rows that were merged away, so that there are as many as the block knows.
+    Rows that were merged away become zeros, so that there are as many as the block expects.
     """
     step = _step(number)
     if (call := CALL.get()) is not None:  # the last to ask

@@ -1,6 +1,6 @@
 """The patches of an image as its pixels were.
 
-U views of a call (images, or tiles of images), N patches of a view, P pixels on the side of one.
+U views of a call (images, or tiles of images), P pixels on the side of a patch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PixelScale:
 
 
 def scale_of(processor: Any, model_type: str) -> PixelScale:
-    """What the processor does; without one, what those of the tower's family do.
+    """What the processor does; without one, what processors of the tower's family do.
 
     Args:
         processor: of the model, or its image processor, or None.

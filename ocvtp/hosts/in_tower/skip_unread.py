@@ -1,9 +1,9 @@
 """What nobody reads of a vision tower and its projector does not run while a pruner encodes.
 
 A block is two halves, its attention and its MLP: half 2b is the attention of block b, 2b + 1 its
-MLP. From the first half on that nobody reads, the tower's modules hand on what they are given, by a
+MLP. From the first half on that nobody reads, the tower's modules return what they are given, by a
 `forward` of the instance; no class is touched. Outside of `taps.recording()`, and inside compiled
-code, they run as ever.
+code, they run as always.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def first_unread(tower: taps.Tower, layers: Sequence[int], readers: Sequence[Nee
     Args:
         tower: with B blocks.
         layers: of `hidden_states` that go to the projector. Models differ in whether the last one
-            is taken in front of the tower's norm or behind it: the norm, half 2 B, is then read.
+            is taken before the tower's norm or after it: the norm, half 2 B, is then read.
         readers: what else is read: other layers, and the queries and keys of blocks, which their
             attention makes.
 
@@ -52,7 +52,7 @@ def blocks_of(needs: Needs) -> list[int]:
 
 
 def hooks(blocks: Sequence[Any], behind: Sequence[nn.Module], asked: Collection[int]) -> list[Hook]:
-    """Let blocks be left out, or the `mlp` of one, and what stands behind them.
+    """Let blocks be left out, or the `mlp` of one, and what follows them.
 
     Args:
         blocks: of the tower.
@@ -79,7 +79,7 @@ def forward(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """`module.forward`, or what stands in for it if nobody reads what it would make."""
+    """`module.forward`, or `instead` if nobody reads what it would make."""
     call = None if torch.compiler.is_compiling() else CALL.get()
     if call is not None and (record := call.recording) is not None:
         given = args[0] if args else next(iter(kwargs.values()))

@@ -1,13 +1,13 @@
 """Pruners before and inside a vision tower: hooks that let its blocks run on fewer rows.
 
 U views of a call (images, or tiles of images), T tokens of the tower (the CLS included, where there
-is one), N patches, R rows that run, D width.
+is one), N patches, R rows that run.
 
-A hook in front of each block takes the rows that are left from the T tokens, one behind it puts
-them back, with zeros in the places of all others: whatever looks at the tower between its blocks or
-behind it sees the whole grid. Nothing of the tower's forward is copied. All hooks are inert where
-no `TowerRun` is handed to the blocks, as it is inside of `taps.recording()`; what a block did is in
-its `Step`, and done again where checkpointing runs it again.
+A hook before each block takes the rows that are left from the T tokens. A hook after it puts them
+back, with zeros in all other places: what reads the tower sees the whole grid.
+Nothing of the tower's forward is copied. All hooks are inert where no `TowerRun` is handed to the
+blocks, as it is inside of `taps.recording()`. What a block did is in its `Step`, and done again
+where checkpointing runs it again.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from ocvtp.transformers_names import is_checkpointed
 
 _CARRIER = "ocvtp_tower_run"
 """The argument of blocks and of their attention that is the `TowerRun`. Gradient checkpointing runs
-a block a second time in the backward pass, in another thread perhaps, when the call is long over:
-it keeps this argument with the others."""
+a block again in the backward pass, perhaps in another thread, after the call is over; it keeps this
+argument with the others."""
 
 
 class TowerStages:
@@ -91,20 +91,20 @@ class TowerStages:
         )
 
     def check(self, needs: Needs, attention: str) -> None:
-        """Refuse what does not go together.
+        """Refuse needs and attention that these stages do not allow.
 
         Args:
-            needs: of what reads the tower behind these stages.
+            needs: of what reads the tower after these stages.
             attention: the tower's implementation of it.
 
         Raises:
-            ValueError: if attention takes no bias, or reads of tokens that are merged later.
+            ValueError: if attention takes no bias, or if tokens are read that are merged later.
         """
         self._check_attention(attention)
         if self.merger is not None and (needs.hidden or needs.attention or needs.keys):
             raise ValueError(
                 f"{self.merger.name!r} merges tokens in every block, so there are no hidden states,"
-                " attention or keys of those that are left; use a pruner behind it that reads none"
+                " attention or keys of those that are left; use a pruner after it that reads none"
                 " of these (see `ocvtp list`)."
             )
 
@@ -117,23 +117,23 @@ class TowerStages:
             )
 
     def begin(self, record: Recording, layers: Sequence[int], attention: str) -> None:
-        """A call begins.
+        """Begin a call.
 
         Args:
             record: of the call.
             layers: of `hidden_states` that the projector reads.
-            attention: the tower's implementation of it, which may be another than it was.
+            attention: the tower's implementation of it, which may have changed.
 
         Raises:
-            ValueError: if tokens cannot be dropped in front of these layers, or by this attention.
+            ValueError: if tokens cannot be dropped before these layers, or by this attention.
         """
         self._check_attention(attention)
         read = [self._view.layer(layer) for layer in layers]
         if min(read) == 0 or (self.merger is not None and len(set(read)) > 1):
             raise ValueError(
-                f"vision_feature_layer={list(layers)}, in front of which no tokens can be dropped"
+                f"vision_feature_layer={list(layers)}, before which no tokens can be dropped"
                 " (layer 0), or which have different ones (several layers, where a pruner merges);"
-                " select one layer behind the first block, or use a pruner of stage llm_input."
+                " select one layer after the first block, or use a pruner of stage llm_input."
             )
         record.run = TowerRun(max(read))
 
@@ -180,7 +180,7 @@ class TowerStages:
             modules: Any = block
             enter, leave = partial(self._enter, number), partial(self._leave, number)
             hooks.append(before(block, enter, with_kwargs=True))
-            # Before others look at the block's output: transformers', and those of `taps`.
+            # Before other hooks see the block's output: those of transformers and of `taps`.
             hooks.append(after(block, leave, prepend=True, with_kwargs=True))
             hooks.append(before(modules.self_attn, partial(_attend, number), with_kwargs=True))
             if self._merging is not None:
@@ -202,7 +202,7 @@ class TowerStages:
                 self._keep(run, self.pixels.select(VisualTokens(values, run.grid_hw)), None)
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        """In front of a block: hand it the rows that run."""
+        """Before a block: hand it the rows that run."""
         run: TowerRun | None = kwargs.get(_CARRIER)
         if run is None:
             return None
@@ -216,7 +216,7 @@ class TowerStages:
     def _leave(
         self, number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Behind a block: put its rows back in their places."""
+        """After a block: put its rows back in their places."""
         run: TowerRun | None = kwargs.get(_CARRIER)
         if run is None:
             return None
@@ -237,7 +237,7 @@ class TowerStages:
         return Step(run.rows, run.merges[number] if run.merges else 0)
 
     def _drop(self, run: TowerRun, states: Tensor) -> None:
-        """Choose among the patches that are left, by what the tower has said so far."""
+        """Choose among the patches that are left, by what the tower has given so far."""
         record, part = taps.current(), self.dropper
         assert record is not None
         assert part is not None
@@ -253,10 +253,10 @@ class TowerStages:
         self._keep(run, part.select(VisualTokens(grid_hw=run.grid_hw, **found)), index)
 
     def _keep(self, run: TowerRun, selection: Selection, index: Tensor | None) -> None:
-        """Run on with the patches that were selected.
+        """Continue with the patches that were selected.
 
         Args:
-            run: on its way.
+            run: the current one.
             selection: of patches [U, K].
             index: [U, M] their numbers among all N; None where they are all.
         """
@@ -275,7 +275,7 @@ class TowerStages:
 
 
 def first_block(part: Pruner, view: taps.Tower) -> int:
-    """The first block in front of which all is known that a pruner reads."""
+    """The first block before which everything is known that a pruner reads."""
     needs = part.needs
     inside = Needs(hidden=needs.hidden, attention=needs.attention, keys=needs.keys)
     inside = replace(inside, cls_queries=needs.cls_queries, patch_queries=needs.patch_queries)
@@ -289,14 +289,13 @@ def first_block(part: Pruner, view: taps.Tower) -> int:
     first = max(known, default=0)
     if first >= len(view.blocks):
         raise ValueError(
-            f"pruner {part.name!r} reads what the tower's last block gives, behind which there is"
+            f"pruner {part.name!r} reads what the tower's last block gives, after which there is"
             " nothing to drop tokens from; let it read earlier ones, or act at stage llm_input."
         )
     return first
 
 
 def _running() -> TowerRun | None:
-    """The forward that this thread is in."""
     record = taps.current()
     return None if record is None else record.run
 
@@ -310,7 +309,7 @@ def _hand_to_blocks(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _attend(number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Before a block's attention: take the forward over for the hooks that get no arguments.
 
-    What is added to the logits of every row as a key goes to the attention.
+    The attention gets what is added to the logits of every row as a key.
     """
     run: TowerRun | None = kwargs.get(_CARRIER)
     call = CALL.get()

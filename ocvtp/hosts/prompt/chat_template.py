@@ -15,11 +15,11 @@ class Template:
     """Tokens around the text of a prompt, each run of image placeholders written once.
 
     Args:
-        head: what stands before the user's text, images included.
-        opening: how much of `head` stands before the first image.
-        tail: what stands behind it, up to where the model answers.
-        user: marks behind which the user speaks.
-        assistant: marks behind which the model speaks.
+        head: what comes before the user's text, images included.
+        opening: how many tokens of `head` come before the first image.
+        tail: what comes after it, up to where the model answers.
+        user: marks after which the user speaks.
+        assistant: marks after which the model speaks.
     """
 
     head: tuple[int, ...]
@@ -37,7 +37,7 @@ def find_tokenizer(processor: Any) -> Any:
 
 
 def find_processor(model: Any) -> Any:
-    """The processor saved with a model, if it lies on this machine: nothing is downloaded."""
+    """The processor saved with a model, if it is on this machine: nothing is downloaded."""
     from transformers import AutoProcessor
 
     name = getattr(model, "name_or_path", None)
@@ -45,7 +45,7 @@ def find_processor(model: Any) -> Any:
         return None
     try:
         processor = AutoProcessor.from_pretrained(name, local_files_only=True)
-    except Exception:  # whatever is wrong with it, there is none to be had
+    except Exception:  # whatever is wrong with it, there is none
         return None
     return None if find_tokenizer(processor) is None else processor
 
@@ -87,7 +87,7 @@ class ChatTemplate:
         self.problem = None if self._can_render() else _UNREADABLE
 
     def around(self, num_images: int) -> Template:
-        """What stands around a text behind so many images.
+        """What surrounds a text that follows so many images.
 
         Raises:
             ValueError: if there is a `problem`.
@@ -110,7 +110,7 @@ class ChatTemplate:
         for self._in_parts in (True, False):
             try:
                 what, blue = (self._tokens(1, text) for text in _FILLERS)
-            except Exception:  # templates raise what they like at contents they do not know
+            except Exception:  # templates raise anything at contents they do not know
                 continue
             if what != blue and what.count(self._image) == 1:
                 return True
@@ -128,12 +128,12 @@ class ChatTemplate:
         assistant = self._spellings(to_assistant)
         user = self._spellings(to_user) | self._spellings(_common_tail(first, later))
         user = {mark for mark in user if not any(_holds(other, mark) for other in assistant)}
-        if not (user and assistant):  # one of them would have the word for ever
+        if not (user and assistant):  # one of them would seem to speak for ever
             return Template(head, opening, tail)
         return Template(head, opening, tail, tuple(sorted(user)), tuple(sorted(assistant)))
 
     def _between_turns(self, num_images: int) -> tuple[tuple[int, ...], ...] | None:
-        """What stands between a user's text and the answer, and between that and the next text."""
+        """What is between a user's text and the answer, and between that and the next text."""
         what, blue = _FILLERS
         turns = ((what, what, what), (blue, what, what), (what, blue, what), (what, what, blue))
         try:
@@ -147,7 +147,7 @@ class ChatTemplate:
     def _spellings(self, mark: tuple[int, ...]) -> set[tuple[int, ...]]:
         """A mark, and its tokens in other places: white space at its ends may merge with words.
 
-        Marks that might be a word of somebody's, a single token that is not special, are left out.
+        Marks that might be a user's word, a single token that is not special, are left out.
         """
         core = self._stripped(mark)
         text = self._tokenizer.decode(core)
@@ -155,7 +155,6 @@ class ChatTemplate:
         return {m for m in found if len(m) > 1 or not self._special.isdisjoint(m)}
 
     def _stripped(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Tokens without white space at the ends."""
         wordy = [i for i, token in enumerate(tokens) if self._tokenizer.decode([token]).strip()]
         return tokens[wordy[0] : wordy[-1] + 1] if wordy else ()
 
@@ -186,7 +185,6 @@ class ChatTemplate:
 
 
 def _holds(tokens: Sequence[int], part: Sequence[int]) -> bool:
-    """Whether a part stands in tokens."""
     starts = range(len(tokens) - len(part) + 1)
     return any(tokens[start : start + len(part)] == part for start in starts)
 
@@ -202,7 +200,7 @@ def _common_tail(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 
 def with_template(processor: Any, prompt: str, num_images: int) -> str:
-    """A prompt about images in the model's chat template; with their placeholder, as it stands."""
+    """A prompt about images in the model's chat template; unchanged if it has their placeholder."""
     placeholder = getattr(processor, "image_token", "<image>")
     if placeholder in prompt:
         return prompt

@@ -1,7 +1,4 @@
-"""What a call must bring, and what a pruner must answer.
-
-B rows of the batch, L columns of the prompt.
-"""
+"""What a call must bring, and what a pruner must answer."""
 
 from __future__ import annotations
 
@@ -93,7 +90,7 @@ def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
 
 
 def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
-    """For commands, whose rows and answers would be the unpruned model's under a false name.
+    """For commands: their results would be the unpruned model's, under the pruner's name.
 
     Raises:
         ValueError: if the pruner drops nothing of any image.
@@ -103,7 +100,7 @@ def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
 
 
 def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
-    """Anything but ascending indices would silently mix up tokens, or images.
+    """Refuse all but ascending indices: others would silently mix up tokens, or images.
 
     Raises:
         ValueError: for such indices.

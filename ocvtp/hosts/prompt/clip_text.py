@@ -1,7 +1,6 @@
 """CLIP's shared space of images and texts, for hosts whose vision tower is a CLIP's.
 
-I images, N tokens of an image, D width of the tower, P of the shared space, S texts, T parts of a
-text that CLIP can read, Q parts of all texts.
+P width of the shared space, S texts, T parts of a text that CLIP can read, Q parts of all texts.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ _HOW = (
 
 @dataclass(frozen=True, eq=False)
 class ClipText:
-    """The parts of a CLIP that a vision tower alone has not.
+    """The parts of a CLIP that a vision tower alone does not have.
 
-    It stays where it is when the host moves: inputs are brought to it.
+    It stays on its device when the host moves: inputs are brought to it.
 
     Args:
         text_model: reads texts.
-        text_projection: takes them to the shared space.
-        visual_projection: takes tokens there.
+        text_projection: maps them to the shared space.
+        visual_projection: maps tokens there.
         tokenizer: of the text model.
     """
 
@@ -54,7 +53,7 @@ class ClipText:
         """Tokens in the shared space, not normalised.
 
         Args:
-            norm: the normalisation behind the host's own tower.
+            norm: the one after the host's own tower.
             features: [I, N, D], tokens of one layer of it.
 
         Returns:
@@ -76,7 +75,7 @@ class ClipText:
         Returns:
             [S, T, P], and [S, T] bool that marks parts where texts have different numbers of them.
         """
-        size = self.text_model.config.max_position_embeddings - 2  # beside BOS and EOS
+        size = self.text_model.config.max_position_embeddings - 2  # besides BOS and EOS
         start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         parts: list[list[int]] = []
         counts = []
@@ -113,7 +112,7 @@ def load_clip_text(tower: Any, text_tower: TextTower = None) -> ClipText:
         tower: a CLIP's, of transformers.
         text_tower: hub id or folder of a whole CLIP, or `random:tiny` (random weights that mean
             nothing, for the tower of that name); a `CLIPModel`; or a pair of one and its tokenizer
-            or processor. None: the CLIP that is known to belong to the tower, if it lies on this
+            or processor. None: the CLIP that is known to belong to the tower, if it is on this
             machine: nothing is downloaded.
 
     Raises:
@@ -197,7 +196,7 @@ def _device_of(tower: Any) -> Any:
 
 
 def _tokenizer_of(model: Any) -> Any:
-    """The tokenizer saved with a CLIPModel, if it lies on this machine."""
+    """The tokenizer saved with a CLIPModel, if it is on this machine."""
     from transformers import AutoTokenizer
 
     name = getattr(model, "name_or_path", None)
@@ -252,7 +251,7 @@ def _check_vision(model: Any, tower: Any) -> None:
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to bfloat16's rounding; also if one is offloaded, so that nobody knows."""
+    """Equal up to bfloat16's rounding; also if one is offloaded, and cannot be compared."""
     if "meta" in (a.device.type, b.device.type):
         return True
     a, b = (t.detach().float().cpu() for t in (a, b))

@@ -1,6 +1,6 @@
-"""Columns of a prompt: where they stand after shortening, and the positions that they get.
+"""Columns of a prompt: where they are after shortening, and the positions that they get.
 
-B rows of the batch, L tokens of the caller's prompt, L' of the short one, C coordinates of a token.
+L tokens of the caller's prompt, L' of the short one, C coordinates of a token.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PER_TOKEN = (
 
 
 def layout(keep: Tensor, real: Tensor, at_end: bool = True) -> tuple[Tensor, Tensor]:
-    """Which old column stands at each new one, and which new ones are padding: [B, L'] each.
+    """Which old column each new one is, and which new ones are padding: [B, L'] each.
 
     Rows that lose fewer columns than others make the others shorter than L', so these are padded.
 
     Args:
         keep: [B, L] bool, what stays.
         real: [B, L] bool, False on padding.
-        at_end: pad them in front, so that what stands behind all that is dropped keeps its place
-            from the end, padding and holes included: answers begin where they did. Otherwise they
-            are padded behind, and begin where they did.
+        at_end: pad them on the left, so that what comes after all that is dropped keeps its
+            place from the end, padding and holes included: answers begin where they did. Otherwise
+            they are padded on the right, and begin where they did.
     """
     batch, length = keep.shape
     columns = torch.arange(length, device=keep.device)
@@ -50,13 +50,13 @@ def layout(keep: Tensor, real: Tensor, at_end: bool = True) -> tuple[Tensor, Ten
 
 
 def pads_behind(real: Tensor) -> bool:
-    """Whether padding stands behind the rows [B, L] alone, as batches to train on have it."""
-    begins = bool((real[:, 1:] & ~real[:, :-1]).any())  # a token behind padding
+    """Whether rows [B, L] are padded on the right only, as in batches to train on."""
+    begins = bool((real[:, 1:] & ~real[:, :-1]).any())  # a token after padding
     return not begins and bool((real[:, 0] & ~real[:, -1]).any())
 
 
 def has_holes(padding: Tensor) -> bool:
-    """Whether padding [B, L'] stands between the tokens of a row."""
+    """Whether padding [B, L'] is between the tokens of a row."""
     columns = torch.arange(padding.shape[1], device=padding.device).expand_as(padding)
     first = columns.masked_fill(padding, padding.shape[1]).amin(dim=1, keepdim=True)
     last = columns.masked_fill(padding, -1).amax(dim=1, keepdim=True)
@@ -96,9 +96,9 @@ def gather_coordinates(
         index: [B, L'] and padding: [B, L'], see `layout`.
 
     Returns:
-        [1 + C, B, L'], plain numbers of the columns before the coordinates: of these transformers
-        makes masks. And [B, 1], how far the coordinates of what comes next, as the whole prompt has
-        it, run ahead of those numbers.
+        [1 + C, B, L'], plain numbers of the columns, from which transformers makes masks, and then
+        the coordinates. And [B, 1], how far the coordinates of what comes next in the whole prompt
+        run ahead of those numbers.
     """
     following = coordinates.masked_fill(~real, -1).amax(dim=(0, 2))[:, None] + 1
     kept = gather_columns(coordinates, index, padding)

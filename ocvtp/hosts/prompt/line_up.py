@@ -1,6 +1,6 @@
 """What a short prompt brings for each of its columns: ids, masks, labels, positions.
 
-B rows of the batch, L tokens of the caller's prompt, L' of the short one, C coordinates of a token.
+L tokens of the caller's prompt, L' of the short one, C coordinates of a token.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Lined:
     """A prompt whose columns were dropped.
 
     Args:
-        inputs: all that it brings.
+        inputs: everything that belongs to it.
         index: [B, L'] and padding: [B, L'], see `layout`.
-        rope_deltas: [B, 1] how far coordinates run ahead of the columns behind the prompt; None
+        rope_deltas: [B, 1] how far coordinates run ahead of the columns after the prompt; None
             without coordinates.
     """
 
@@ -57,8 +57,8 @@ def line_up(
 ) -> Lined:
     """Drop columns of everything that has one for each token.
 
-    Rows end as the caller's do, but in batches that are padded behind alone, and packed ones:
-    these begin as the caller's, unless `logits_to_keep` looks at their ends.
+    Rows end where the caller's do. In batches that are padded on the right only, and in packed
+    ones, they begin where the caller's do, unless `logits_to_keep` reads their ends.
 
     Args:
         inputs: without position_ids.
@@ -78,7 +78,7 @@ def line_up(
         if given is None and positions == "original":
             given = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     else:
-        blank = torch.zeros_like(padding)  # what is not read stays, too
+        blank = torch.zeros_like(padding)  # columns that are not read stay, too
     short = gather(_with_all_labels(inputs, looked_at), index, blank, pad_id)
     if (labels := inputs.get("labels")) is not None and labels.shape[1] < keep.shape[1]:
         short["labels"] = short["labels"][:, -labels.shape[1] :]
@@ -100,7 +100,7 @@ def line_up(
 
 
 def _with_all_labels(inputs: dict[str, Any], looked_at: Any) -> dict[str, Any]:
-    """The same, with a label for every column where the caller has those of the last ones alone.
+    """The same, with a label for every column where the caller has only those of the last ones.
 
     Raises:
         ValueError: if there are neither as many labels as columns, nor as `logits_to_keep` says.

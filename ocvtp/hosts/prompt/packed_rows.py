@@ -1,10 +1,10 @@
-"""Packed rows: several samples behind each other in one row, without padding between them.
+"""Packed rows: several samples one after the other in one row, without padding between them.
 
-Where a call brings no mask, transformers tells samples apart by positions that do not go on by one,
-or by the ends that its flash attention wants. Both are kept true of the short rows.
+Where a call brings no mask, transformers tells samples apart by positions that do not go up by one,
+or by the ends that its flash attention wants. Both stay true of the short rows.
 
-B rows of the batch, L columns of the caller's, L' of the short ones, C coordinates of a token, S
-samples of all rows, I images.
+L columns of the caller's rows, L' of the short ones, C coordinates of a token, S samples of all
+rows.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Packed:
         return bool((self.samples[:, -1] > self.samples[:, 0]).any())
 
     def renumber(self, index: Tensor, padding: Tensor) -> Tensor:
-        """[B, L'] positions of what is left, which go on by one inside of each sample.
+        """[B, L'] positions of what is left, which go up by one inside of each sample.
 
-        Padding, which is behind, gets zeros: each of it is a sample of its own.
+        Padding, which is on the right, gets zeros: each column is a sample of its own.
 
         Raises:
-            ValueError: if a sample would go on where the one before it ends.
+            ValueError: if a sample would continue where the one before it ends.
         """
         assert self.numbers is not None
         columns = torch.arange(index.shape[1], device=index.device).expand_as(index)
@@ -65,7 +65,7 @@ class Packed:
         return numbers.masked_fill(padding, 0)
 
     def by_sample(self, values: Tensor, fill: int = 0) -> Tensor:
-        """[B, L] -> [S, L of the longest sample], `fill` behind the others."""
+        """[B, L] -> [S, L of the longest sample]; the others are padded with `fill`."""
         sizes = self.samples.flatten().bincount().tolist()
         parts = list(values.flatten().split(sizes))
         return pad_sequence(parts, batch_first=True, padding_value=fill)
@@ -115,7 +115,7 @@ def shorten_ends(inputs: dict[str, Any], keep: Tensor, padding: Tensor) -> dict[
         return found
     if bool(padding.any()):
         raise ValueError(
-            f"{_ENDS[0]} tells samples apart that are one behind the other in all rows, but the"
+            f"{_ENDS[0]} tells samples apart that are one after the other in all rows, but the"
             " pruner left some rows longer than others; pass one row."
         )
     before = torch.nn.functional.pad(keep.flatten().cumsum(dim=0), (1, 0))  # kept ones

@@ -1,6 +1,6 @@
 """A call before it is shortened: its images encoded, their places found, its prompts read.
 
-B rows of the batch, L tokens of the caller's prompt, R image tokens.
+L tokens of the caller's prompt, R image tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Seen:
     Args:
         input_ids: [B, L]. mask: [B, L] the caller's, None where all columns count.
         real: [B, L] bool, False on padding.
-        images: the image arguments. encoded: what the tower made of them, and the prompt beside it.
+        images: the image arguments. encoded: what the tower made of them, and the prompt.
         placeholder: [B, L] bool. slots: [R, 2] row and column of every one, image after image.
         packed: how the call tells samples of one row apart; None if rows are single prompts.
     """
@@ -65,11 +65,11 @@ def look(
         needs: of the pruner.
         inputs: what the processor returned.
         reader: for pruners that need the prompt.
-        encode: what runs the tower, or remembers what it said.
-        whole: whether all that the tower says will be handed back.
+        encode: what runs the tower, or remembers its output.
+        whole: whether all that the tower gives will be handed back.
 
     Raises:
-        ValueError: if the prompt and the images do not fit, or the prompt says nothing.
+        ValueError: if the prompt and the images do not fit, or the prompt has no words.
     """
     ids, mask = check_inputs(host, inputs)
     images = {k: inputs[k] for k in host.image_keys if inputs.get(k) is not None}

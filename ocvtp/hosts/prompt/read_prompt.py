@@ -1,7 +1,4 @@
-"""What a pruner learns about the prompt: its words as the language model and as CLIP read them.
-
-I images of a call, B rows of the batch, L columns of the prompt.
-"""
+"""What a pruner learns about the prompt: its words as the language model and as CLIP read them."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ class Reader:
     def read(
         self, host: Host, encoded: Encoded, ids: Tensor, real: Tensor, rows: Tensor
     ) -> Encoded:
-        """Put what the prompts say beside the visual tokens.
+        """Add what the prompts say to the visual tokens.
 
         Args:
             host: of the model.
@@ -89,7 +86,7 @@ class Reader:
 def make_reader(
     host: Host, needs: Needs, processor: Any = None, text_tower: TextTower = None
 ) -> Reader | None:
-    """What reads prompts for a pruner of these needs; None, and nothing is loaded, if it does not.
+    """What reads prompts for a pruner of these needs; None, and nothing is loaded, without any.
 
     Args:
         host: of the model; it has checked the needs.
@@ -98,7 +95,7 @@ def make_reader(
         text_tower: see `load_clip_text`.
 
     Raises:
-        ValueError: if the words or CLIP are wanted and are not to be had.
+        ValueError: if the words or CLIP are wanted and cannot be found.
     """
     if not (needs.text or needs.clip):
         return None

@@ -1,7 +1,4 @@
-"""How a pruner in front of the language model chooses: as it is, compiled, by equally large images.
-
-I images of a call, N visual tokens, K kept.
-"""
+"""How a pruner before the language model chooses: as it is, compiled, by equally large images."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ def compiled(pruner: Pruner, backend: str = "inductor") -> Select:
     kept as long as the pruner.
 
     Args:
-        pruner: that will be run.
+        pruner: the one that will be run.
         backend: of `torch.compile`.
     """
     made = _COMPILED.setdefault(pruner, {})
@@ -45,7 +42,7 @@ def compiled(pruner: Pruner, backend: str = "inductor") -> Select:
 
 
 def _compile(backend: str) -> Select:
-    # A function of its own, because graphs are counted by function and there may be but a few.
+    # A function of its own, because graphs are counted by function and only a few are allowed.
     own = FunctionType(select.__code__.replace(), globals())
     whole = partial(torch.compile, own, fullgraph=True, backend=backend)
     plain, graphs = whole(), whole(mode="reduce-overhead" if backend == "inductor" else None)
@@ -62,10 +59,10 @@ def _compile(backend: str) -> Select:
 
 
 def select_shares(pruner: Pruner, tokens: VisualTokens, run: Select = select) -> Selection:
-    """Choose; where a share is kept and images differ in size, a share of each one's own tokens.
+    """Choose; where a share is kept and images differ in size, that share of each image's tokens.
 
     Args:
-        pruner: that chooses.
+        pruner: the one that chooses.
         tokens: of I images. Those of equal size are chosen from together (`random` draws by the
             place of an image among these).
         run: what runs it.

@@ -1,7 +1,6 @@
-"""Shorten a prompt: the processor's tensors in, the same without the dropped tokens out.
+"""Shorten a prompt: from the processor's tensors to the same without the dropped tokens.
 
-B rows of the batch, L tokens of the caller's prompt, L' of the short one, R image tokens, D' width
-of the language model.
+L tokens of the caller's prompt, L' of the short one, R image tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Prompt:
         embeddings: [B, L', D'] of the short prompt, images included.
         positions: [B, L'] its position ids where they have gaps, [1 + C, B, L'] where tokens have
             coordinates (see `Host.rope_positions`), else None.
-        rope_deltas: [B, 1] how far coordinates run ahead of the columns behind the prompt; None
+        rope_deltas: [B, 1] how far coordinates run ahead of the columns after the prompt; None
             without coordinates.
         images: the image arguments. encoded: what the tower made of them. selection: what was kept.
         deepstack: what the language model adds to its hidden states; None if it adds nothing.
@@ -86,8 +85,8 @@ class Prompt:
     def lengthen(self, values: Tensor) -> Tensor:
         """[B, L', ...] values of the short prompt's columns, e.g. logits, for the caller's: [B, L].
 
-        A column that was dropped gets those of the last one before it that was not: what comes
-        next is told from there.
+        A column that was dropped gets those of the last one before it that was not: the
+        next token is predicted from there.
         """
         columns = self.columns.to(values.device)
         here = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
@@ -235,7 +234,7 @@ def _embed(host: Host, short_ids: Tensor, image_tokens: Tensor, kept: Kept) -> T
 
 
 def _pad_id(host: Host, ids: Tensor, real: Tensor) -> int:
-    """What the caller pads with, else what the model does."""
+    """The id that the caller pads with; without padding, the model's."""
     if not bool(real.all()):
         return int(ids[~real][0])
     text_config = host.model.config.get_text_config()

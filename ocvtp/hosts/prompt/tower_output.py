@@ -1,7 +1,7 @@
 """What a vision tower gave of the images of a call, as a model hands it back with its output.
 
 R rows that the language model would read of all images, R' that it read, E decoder layers that add
-rows, D' width of the language model.
+rows.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def is_asked(images: dict[str, Any]) -> bool:
 
 
 def known(output: Any, first_unread: int | None = None, is_whole: bool = True) -> Any:
-    """What of a tower's output is true, and may be handed back.
+    """The part of a tower's output that is true, and may be handed back.
 
     Args:
         output: of `get_image_features`.
-        first_unread: half of a block, see `unread.first_unread`, from which on nothing ran; None
-            if all did.
+        first_unread: half of a block from which on nothing ran, see `skip_unread.first_unread`;
+            None if all did.
         is_whole: whether the tower ran on all of the images.
     """
-    if not hands_back_towers():  # nothing but the rows is
+    if not hands_back_towers():  # only the rows are
         return type(output)(pooler_output=output.pooler_output)
     if first_unread is None and is_whole:
         return output
@@ -72,7 +72,7 @@ def of_kept(output: Any, kept: Kept, num_rows: int) -> Any:
         sizes = _counts(sizes, kept.positions)
         states = output.hidden_states
         if states is not None and any(layer is None for layer in states):
-            found["hidden_states"] = None  # what nobody asked for; Trainer cannot gather holes
+            found["hidden_states"] = None  # nobody asked for it; Trainer cannot gather holes
     found |= {"pooler_output": _alike(rows, kept.embeddings.split(sizes))}
     layers = getattr(output, "deepstack_features", None)
     if layers is not None and kept.deepstack is not None:

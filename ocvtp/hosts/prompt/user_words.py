@@ -26,17 +26,17 @@ _USER, _ASSISTANT = 1, 2
 
 
 class Prompts:
-    """Tells the user's words from what stands around them.
+    """Tells the user's words from what surrounds them.
 
     Padding, image placeholders and special tokens are no words. Where the processor has a chat
-    template, neither is what the template writes, nor what the model says or a system prompt (where
-    marks of more than one token tell who speaks). The template is known by its tokens, so a user
-    who types them is not told from it. It need not be there, so a prompt that happens to begin like
-    half of its opening, or to end like half of its tail, loses that.
+    template, the template's own tokens are none, nor is what the model says or a system prompt
+    (where marks of more than one token tell who speaks). The template is known by its tokens, so
+    they count as the template's even if a user types them. A prompt may lack the template, so one
+    that happens to begin like half of its opening, or to end like half of its tail, loses that.
 
     Args:
         host: of the model.
-        processor: or tokenizer, that makes the model's inputs; None if there is none to be had.
+        processor: or tokenizer, that makes the model's inputs; None if there is none.
 
     Raises:
         ValueError: if it is neither a processor nor a tokenizer, or belongs to another model.
@@ -84,7 +84,7 @@ class Prompts:
         return torch.zeros_like(compared).scatter(1, order, own)
 
     def strings(self, ids: Tensor, words: Tensor) -> list[str]:
-        """The words of each row; a space stands where something was left out between them.
+        """The words of each row; a space is where something was left out between them.
 
         Args:
             ids: [R, L]. words: [R, L] as `words` returns them.
@@ -139,7 +139,7 @@ def _check(processor: Any, tokenizer: Any, image_token_id: int) -> None:
 
 
 def _special_of_configs(model: Any) -> set[int]:
-    """Special tokens as far as the model's settings tell."""
+    """Special tokens that the model's settings name."""
     found: set[Any] = set()
     for config in (model.config.get_text_config(), model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -166,7 +166,7 @@ def _around(tokens: Tensor, counts: Tensor, templates: Sequence[Template]) -> Te
     openings = torch.tensor([t.opening for t in templates], device=tokens.device)
     lengths = torch.tensor([len(t.tail) for t in templates], device=tokens.device)
     found = _leading(tokens, [t.head for t in templates], openings)
-    # From the end: column c of a row of n trades places with column n - 1 - c.
+    # From the end: column c of a row of n changes places with column n - 1 - c.
     mirror = counts - 1 - torch.arange(tokens.shape[1], device=tokens.device)
     outside, mirror = mirror < 0, mirror.clamp(min=0)
     backwards = tokens.gather(1, mirror).masked_fill(outside, _NOTHING)
@@ -188,7 +188,7 @@ def _by_user(tokens: Tensor, templates: Sequence[Template]) -> Tensor:
     """[R, C] tokens of the user's turns, the marks of turns left out."""
     width = tokens.shape[1]
     in_mark = torch.zeros_like(tokens, dtype=torch.bool)
-    turns = torch.zeros_like(tokens)  # who speaks behind a mark, at its last column
+    turns = torch.zeros_like(tokens)  # who speaks after a mark, at its last column
     users = {mark for template in templates for mark in template.user}
     for mark in users.union(*(template.assistant for template in templates)):
         if (size := len(mark)) > width:
@@ -200,7 +200,7 @@ def _by_user(tokens: Tensor, templates: Sequence[Template]) -> Tensor:
     columns = torch.arange(width, device=tokens.device).expand_as(tokens)
     last = columns.masked_fill(turns == 0, -1).cummax(dim=1).values
     speaker = turns.gather(1, last.clamp(min=0))
-    # Before the first mark stands a system prompt if the mark opens a turn of the user's.
+    # Before the first mark is a system prompt if the mark opens a turn of the user's.
     first = turns.gather(1, (turns > 0).long().argmax(dim=1, keepdim=True))
     before = torch.where(first == _USER, _ASSISTANT, _USER)
     return (torch.where(last < 0, before, speaker) == _USER) & ~in_mark

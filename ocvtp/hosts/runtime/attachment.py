@@ -1,4 +1,4 @@
-"""What an attached model carries: its pruner, and all that was settled when that was attached."""
+"""What an attached model carries: its pruner, and all that was decided when it was attached."""
 
 from __future__ import annotations
 

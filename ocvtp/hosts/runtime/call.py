@@ -1,6 +1,6 @@
 """One call of an attached model: all that its parts must know of each other.
 
-B rows of the batch, L' columns of the short prompt, n tokens of one forward.
+L' columns of the short prompt, n tokens of one forward.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ocvtp.transformers_names import cache_length
 
 @dataclass
 class Call(LayerCall):
-    """A `generate()` or `forward()` of an attached model, on its way in this thread.
+    """A `generate()` or `forward()` of an attached model that runs in this thread.
 
     Args:
-        model: that was called.
+        model: the one that was called.
         prompt: the short one that steps of generate() read; None outside of generate(), and in
             later turns, whose images are in the cache.
         callers: processors and criteria that read the caller's prompt; None if there are none.
@@ -41,7 +41,7 @@ class Call(LayerCall):
 
     @contextmanager
     def on_its_way(self) -> Iterator[None]:
-        """Be the call that hooks see, inside the block."""
+        """Inside the block, hooks see this call."""
         token = CALL.set(self)
         try:
             yield

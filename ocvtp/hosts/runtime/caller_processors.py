@@ -1,7 +1,7 @@
 """Logits processors and stopping criteria of the caller of generate() read the caller's prompt.
 
-generate() puts them among its own, where they replace those of their class: it is handed the
-caller's objects themselves. Its own were made for the short prompt, and read that.
+generate() puts them among its own, where each replaces the one of its class: these are the caller's
+objects themselves. Its own were made for the short prompt, and read that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ocvtp.transformers_names import MERGE_PROCESSORS
 
 
 def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -> Any:
-    """What generate() makes of its own processors (or criteria) and of those that it is given."""
+    """How generate() joins its own processors (or criteria) with those that it is given."""
     merged, call = original(default_list, custom_list), CALL.get()
     if not isinstance(call, Call) or call.callers is None:
         return merged
@@ -36,7 +36,8 @@ def merge(model: Any, original: Original, default_list: Any, custom_list: Any) -
 def with_assistant(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Let the caller's processors read the same where an assistant drafts with them.
 
-    An assistant with another tokenizer has a prompt of its own. What has a pruner sees to it.
+    An assistant with another tokenizer has a prompt of its own; one that has a pruner does this
+    itself.
     """
     assistant = kwargs.get("assistant_model")
     if not hasattr(type(assistant), MERGE_PROCESSORS) or has_methods(assistant):

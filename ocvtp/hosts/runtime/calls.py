@@ -1,8 +1,8 @@
 """What an attached model runs in place of its forward() and generate().
 
-A call of forward() that brings images: its prompt is shortened, and the model runs on the prepared
+A forward() that brings images: its prompt is shortened, and the model runs on the prepared
 embeddings. generate() shortens once; its own calls of forward() then find the short prompt in the
-`Call` that they are part of. Everything else passes.
+`Call` that they are part of. All other calls run as always.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def inner_forward(
     """`forward` of the model without a head, which trainers and embedders call.
 
     Args:
-        module: that has no head.
+        module: the one without a head.
         original: its own.
         attachment: of the model around it.
         args: of the call. kwargs: of the call.
@@ -89,7 +89,7 @@ def _pruned(
             " empty cache."
         )
     around, is_tuple = CALL.get(), _wants_tuple(module, kwargs)
-    # In a tuple, what is missing would move what stands behind it.
+    # In a tuple, a missing part would move all that follow.
     whole = is_tuple or attachment.keeps_all or (isinstance(around, Call) and around.wants_tuple)
     call = Call(attachment.host.model)
     with call.on_its_way():
@@ -110,7 +110,7 @@ def _pruned(
 def generate(
     model: Any, original: Original, attachment: Attachment, *args: Any, **kwargs: Any
 ) -> Any:
-    """`model.generate` on the short prompt, in the terms of the caller's."""
+    """`model.generate` on the short prompt; what the caller gives and gets is of the whole one."""
     kwargs = name_cache(_by_name(model, "generate", args, kwargs), attachment.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:

@@ -1,6 +1,6 @@
 """Later turns: prompts that continue a cache which was filled with a short prompt.
 
-B rows of the batch, L tokens of the caller's first prompt, L' of the short one.
+L tokens of the caller's first prompt, L' of the short one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def remembered_prompt(kwargs: dict[str, Any]) -> PromptNote | None:
         ValueError: if images come with a cache that was filled without one.
     """
     if not cache_length(kwargs):
-        if (cache := cache_in(kwargs)) is not None:  # emptied, perhaps
+        if (cache := cache_in(kwargs)) is not None:  # it may be emptied
             leave_note(cache, prompt=None)
         return None
     found = notes_on(cache_in(kwargs)).prompt
@@ -62,7 +62,7 @@ def later_turn(
         ValueError: if the prompt does not continue the one in the cache, or brings new images.
     """
     tail = _new_part(host, first, kwargs)
-    dropped = (*host.image_keys, "mm_token_type_ids")  # there is nothing but text to come
+    dropped = (*host.image_keys, "mm_token_type_ids")  # only text follows
     turn = {k: v for k, v in kwargs.items() if k not in dropped}
     turn["input_ids"] = torch.cat([first.short_ids.to(tail.device), tail], dim=1)
     if turn["input_ids"].shape[1] <= cache_length(kwargs):
@@ -88,7 +88,7 @@ def later_turn(
 
 
 def _new_part(host: Host, first: PromptNote, kwargs: dict[str, Any]) -> Tensor:
-    """The ids behind the prompt in the cache."""
+    """The ids after the prompt in the cache."""
     ids: Tensor | None = kwargs.get("input_ids")
     if ids is None:
         raise ValueError(
@@ -143,7 +143,7 @@ def next_step(kwargs: dict[str, Any], ids: Tensor | None) -> dict[str, Any]:
     if first.rope_deltas is None:
         raise ValueError(
             "the prompt in this cache has gaps in its positions; pass position_ids (the next is"
-            f" {(first.positions.amax(dim=1) + 1).tolist()} behind the prompt), or use generate()."
+            f" {(first.positions.amax(dim=1) + 1).tolist()} after the prompt), or use generate()."
         )
     steps = torch.arange(ids.shape[1], device=ids.device)
     padding = (~first.short_mask).sum(dim=1, keepdim=True).to(ids.device)

@@ -1,6 +1,6 @@
 """What a pruned forward() hands back: the output of the model, lined up with what the caller has.
 
-B rows of the batch, L columns of the caller's prompt, L' of the short one.
+L columns of the caller's prompt, L' of the short one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def check_logits(logits: str) -> None:
 
 
 def finish(output: Any, short: Shortened, lengthen: bool) -> Any:
-    """The output as it is handed back.
+    """The output for the caller.
 
     Args:
         output: of the model on the short prompt.
@@ -45,7 +45,7 @@ def finish(output: Any, short: Shortened, lengthen: bool) -> Any:
 
 
 def _lengthened(output: Any, prompt: Prompt) -> dict[str, Any]:
-    """States of the language model, of all columns of the caller's."""
+    """States of the language model, for all of the caller's columns."""
     found: dict[str, Any] = {"last_hidden_state": prompt.lengthen(output.last_hidden_state)}
     if output.hidden_states is not None:
         found["hidden_states"] = tuple(_states(states, prompt) for states in output.hidden_states)

@@ -1,6 +1,6 @@
 """generate() on a short prompt that looks to its caller like generate() on the whole one.
 
-B rows of the batch, L tokens of the caller's prompt, L' of the short one.
+L tokens of the caller's prompt, L' of the short one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Shown:
         return self.input_ids.shape[1] - self.short_length
 
     def lengthen(self, sequences: Tensor) -> Tensor:
-        """Swap the short prompt at the front of [B * beams, L' + n] for the caller's."""
+        """Replace the short prompt at the start of [B * beams, L' + n] by the caller's."""
         ids = self.input_ids.to(sequences.device)
         ids = ids.repeat_interleave(sequences.shape[0] // ids.shape[0], dim=0)
         return torch.cat([ids, sequences[:, self.short_length :]], dim=1)
@@ -39,7 +39,7 @@ class Shown:
 
 @dataclass
 class Callers:
-    """What a caller handed over that reads prompts.
+    """Those of the caller's arguments that read prompts.
 
     Args:
         items: processors and criteria, and the function of a constraint.
@@ -104,7 +104,7 @@ def given_or_inferred_mask(model: Any, kwargs: dict[str, Any]) -> Tensor | None:
 
 
 def check_layers(model: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse what cannot be had while tokens are dropped inside the language model.
+    """Refuse what is impossible while tokens are dropped inside the language model.
 
     Raises:
         ValueError: if the prompt is to be read in chunks.
@@ -130,7 +130,7 @@ def _shift_lengths(model: Any, kwargs: dict[str, Any], shown: Shown) -> None:
             _set(name, max(value - shown.lost, 0), kwargs)
     if chunk := _setting("prefill_chunk_size", kwargs, model):
         size = max(chunk, 2)
-        while shown.short_length % size == 1:  # a single column would pass for a decode step
+        while shown.short_length % size == 1:  # a single column would look like a decode step
             size += 1
         _set("prefill_chunk_size", size, kwargs)
 
@@ -169,7 +169,7 @@ class _StreamWholePrompt:
 
 
 def restore(output: Any, shown: Shown) -> Any:
-    """Put the caller's prompt in front of the answer again."""
+    """Put the caller's prompt before the answer again."""
     if isinstance(output, Tensor):
         return shown.lengthen(output)
     output.sequences = shown.lengthen(output.sequences)

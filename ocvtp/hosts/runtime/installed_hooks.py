@@ -1,8 +1,9 @@
 """Where the hooks of an attached pruner are, and whether that is still the model that runs.
 
 Other libraries replace modules of a model under a pruner: LoRA puts its layers in the place of
-linear ones, and takes them out again. What a call looks up in the model is then not what has hooks.
-Looking takes longer than seeing that nothing has changed, so a call does that first.
+linear ones, and takes them out again. Then the modules that a call finds in the model are not those
+that have hooks. To look for them takes longer than to see that nothing has changed, so a call first
+does the latter.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ Put = tuple[nn.Module, Removable]
 
 @dataclass(frozen=True)
 class _Holder:
-    """A module on the way to hooks.
+    """A module on the path to hooks.
 
     Args:
         module: itself.
         is_compiled: in place.
-        parts: those of its parts that are on the way too.
-        num_parts: all that it has.
+        parts: those of its parts that are on the path too.
+        num_parts: how many it has in all.
     """
 
     module: nn.Module
@@ -50,13 +51,13 @@ class _Holder:
 
     @staticmethod
     def of(module: nn.Module, on_the_way: set[int]) -> _Holder:
-        """A module as it is now; the way goes through modules of these ids."""
+        """A module as it is now; `on_the_way` has the ids of modules on the path."""
         parts = tuple((k, part) for k, part in module._modules.items() if id(part) in on_the_way)
         is_compiled = module._compiled_call_impl is not None
         return _Holder(module, is_compiled, parts, len(module._modules))
 
     def is_as_it_was(self) -> bool:
-        """Whether it holds the same parts, and always will look up the same by their names."""
+        """Whether it holds the same parts, and names still lead to them."""
         parts = self.module._modules
         return (
             type(self.module).__getattr__ is nn.Module.__getattr__  # PEFT's look up what is active
@@ -70,7 +71,7 @@ class InstalledHooks:
     """What a pruner has put into a model.
 
     Args:
-        model: that it is attached to.
+        model: the one that it is attached to.
         check: refuses a model that the pruner cannot be put into.
         groups: each looks up hooks in the model as it is now; they are put there together.
         settings: gives what of the model's configuration decides where hooks go.
@@ -92,7 +93,7 @@ class InstalledHooks:
 
     @uncompiled
     def renew(self) -> None:
-        """Put in what is not where it belongs.
+        """Put in again what is not where it belongs.
 
         Raises:
             ValueError: if the model has become one that the pruner cannot be put into.
@@ -109,7 +110,7 @@ class InstalledHooks:
             self._found = self._settings(), self._holders()
 
     def _are_intact(self) -> bool:
-        """Whether nothing on the way to the hooks has changed since they were looked up."""
+        """Whether nothing on the path to the hooks has changed since they were looked up."""
         settings, holders = self._found
         return (
             bool(holders)
@@ -145,7 +146,7 @@ class InstalledHooks:
             self._take_out(range(len(self._groups)))
 
     def _take_out(self, numbers: Sequence[int]) -> None:
-        """Of modules that had it, and of their copies: PEFT trains copies of modules."""
+        """Also out of copies of the modules: PEFT trains copies."""
         found: list[Removable] = []
         for number in numbers:
             found += [put for _, put in self._put[number]]

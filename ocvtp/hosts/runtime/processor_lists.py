@@ -1,6 +1,6 @@
 """Lists of processors and criteria in which those of generate()'s caller read the caller's prompt.
 
-B rows of the batch, L' + n tokens of the short prompt and the answer, V tokens that there are.
+L' + n tokens of the short prompt and the answer, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
     Args:
         items: in their order.
         shown: the prompt that the caller's read.
-        is_callers: which they are.
+        is_callers: which of the items they are.
     """
 
     def __init__(self, items: Any, shown: Shown, is_callers: IsCallers) -> None:
@@ -40,7 +40,7 @@ class ProcessorsOfCallers(LogitsProcessorList):  # type: ignore[misc]
 
 
 class CriteriaOfCallers(StoppingCriteriaList):  # type: ignore[misc]
-    """The same of stopping criteria."""
+    """The same for stopping criteria."""
 
     def __init__(self, items: Any, shown: Shown, is_callers: IsCallers) -> None:
         super().__init__(items)

@@ -1,7 +1,4 @@
-"""Encode the images of a call once for many pruners and budgets.
-
-R rows that the language model reads of all images, D' its width.
-"""
+"""Encode the images of a call once for many pruners and budgets."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ class SharedEncodings:
     Pass it to `attach` with each of the pruners in turn. The first call with some image tensors
     runs the tower and looks for what any of the pruners reads; calls with the same tensors under
     other pruners, or the same one, reuse that. Each pruner is shown just what it would be shown
-    without sharing, so that answers are the same bit for bit. Prompts are read anew by every call.
+    without sharing, so that answers are the same bit for bit. Prompts are read again by every call.
 
         shared = SharedEncodings.of(model, pruners)
         for pruner in pruners:
@@ -65,16 +62,16 @@ class SharedEncodings:
 
     The same tensors are the same objects, not changed in place; other image arguments, the tiling,
     the precision and the weights must be equal too. PyTorch does not count changes through `.data`
-    or through a NumPy array that shares a tensor's memory, and nobody looks at the model's config,
-    mode or adapters: call `clear()` after such a change. Only the images of the last call are kept.
-    Images are encoded anew, and not kept, in calls that record gradients (put forward() under
-    `torch.no_grad()`), and where image tensors were made under `torch.inference_mode()`, which does
-    not count changes either.
+    or through a NumPy array that shares a tensor's memory, and the model's config, mode and
+    adapters are not compared: call `clear()` after such a change. Only the images of the last call
+    are kept. Images are encoded again, and not kept, in calls that record gradients (put forward()
+    under `torch.no_grad()`), and where image tensors were made under `torch.inference_mode()`,
+    which does not count changes either.
 
-    A pruner that acts before or inside the vision tower has a tower of its own: it passes by what
-    is shared. Pruners that mean different things by `received` attention share among themselves,
-    with one encoding each way. Where the model cannot supply for some call what all read together,
-    that call is encoded for its own pruner. A compiled tower runs eagerly for all as soon as one
+    A pruner that acts before or inside the vision tower shares nothing: it encodes on its own.
+    Pruners that mean different things by `received` attention form groups, each with an encoding
+    of its own. Where the model cannot supply what all read together for some call,
+    that call is encoded for its pruner alone. A compiled tower runs eagerly for all as soon as one
     of the pruners looks into it.
 
     Args:
@@ -86,7 +83,7 @@ class SharedEncodings:
         self.model = model
         self.unions = tuple(unions)
         self.num_encoded = 0
-        """Times that images were encoded, also of pruners that pass by."""
+        """How often images were encoded, also by pruners that share nothing."""
         self._last: _Last | None = None
 
     @classmethod
@@ -95,8 +92,8 @@ class SharedEncodings:
 
         Args:
             model: a supported transformers VLM, or what holds one.
-            pruners: those to come. What the model refuses is left out here, and refused when it is
-                attached.
+            pruners: all of them. One that the model refuses is left out here, and refused when
+                it is attached.
 
         Raises:
             ValueError: if the model is not supported.
@@ -127,8 +124,8 @@ class SharedEncodings:
         """How to encode for a pruner, and what to hook for that.
 
         Args:
-            model: unwrapped, that the pruner is attached to.
-            pruner: that the model accepts.
+            model: the one that the pruner is attached to, unwrapped.
+            pruner: one that the model accepts.
 
         Raises:
             ValueError: for another model, or a pruner that reads more than those of `of`.
@@ -198,7 +195,7 @@ def _reads_received(needs: Needs) -> bool:
 
 
 def _plain(needs: Needs) -> Needs:
-    """Without the word on `received` attention where none is read."""
+    """Without the kind of `received` attention where none is read."""
     return replace(needs, patch_queries=needs.patch_queries and _reads_received(needs))
 
 

@@ -1,8 +1,3 @@
-"""The learned pruner of "Object-Centric Vision Token Pruning".
-
-B images, N visual tokens, S slots, K kept.
-"""
-
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -32,7 +27,7 @@ class OCVTP(TrainablePruner["slots.OCPruner"]):
 
     Slots that share a token leave room; it is filled by the attention of one block of the tower. By
     the choice `one_to_one` or `restore` (of the objective `kept`) they share none.
-    With `early`, the stage is `encoder`: blocks behind that layer run on the kept tokens alone.
+    With `early`, the stage is `encoder`: blocks after that layer run on the kept tokens alone.
 
     Args:
         num_keep: tokens kept per image; paper: 192, 128 or 64 of 576.
@@ -76,13 +71,12 @@ class OCVTP(TrainablePruner["slots.OCPruner"]):
 
     @property
     def needs(self) -> Needs:
-        """One layer, and one mean of one block's attention where there is room to fill."""
         fill = (self._fill_attention,) if self._choice == "winners" else ()
         return Needs(hidden=layers_read(self.trained.config, self._choice), attention=fill)
 
     @property
     def tower_needs(self) -> Needs:
-        """The same; nothing behind the tower if it acts inside."""
+        """What it `needs`; nothing if it acts inside of the tower."""
         return Needs() if self.early else self.needs
 
     @property
@@ -116,18 +110,17 @@ class OCVTP(TrainablePruner["slots.OCPruner"]):
 
     @classmethod
     def default_layer(cls, num_blocks: int) -> int:
-        """The layer that the paper reads, in a tower of another depth."""
         return max(1, round(_LAYER_SHARE * num_blocks))
 
     @classmethod
     def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> OCPrunerConfig:
-        """Of the paper's sizes, with query noise for every token."""
+        """The paper's sizes, with query noise for every token."""
         config = OCPrunerConfig(feature_dim=feature_dim, layer=layer, tower=None)
         return replace(config, noise_rows=max(config.noise_rows, num_tokens))
 
     @classmethod
     def untrained_configs(cls, config: OCPrunerConfig) -> dict[str, OCPrunerConfig]:
-        """Over raw tokens; and over standardised ones if the network reads such."""
+        """For raw tokens; and for standardised ones if the network reads these."""
         config = replace(config, decoder=None)
         found = {"": replace(config, standardize=False)}
         if config.standardize:

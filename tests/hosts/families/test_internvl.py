@@ -316,7 +316,7 @@ def test_pruners_that_are_refused(internvl: Any) -> None:
 def test_other_towers_are_refused(internvl: Any) -> None:
     model = deepcopy(internvl)
     model.model.vision_tower.config.model_type = "siglip_vision_model"
-    with pytest.raises(ValueError, match="siglip_vision_model tower; .* behind internvl_vision"):
+    with pytest.raises(ValueError, match="siglip_vision_model tower; .* after internvl_vision"):
         find_host(model)
 
 

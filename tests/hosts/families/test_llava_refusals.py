@@ -100,7 +100,7 @@ def test_other_towers(pruner: Pruner) -> None:
     vision = PixtralVisionConfig(**sizes, num_attention_heads=1, image_size=32, patch_size=16)
     text = LlamaConfig(**sizes, vocab_size=8, num_attention_heads=1)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-    message = "has a pixtral tower; .* behind clip_vision_model and siglip_vision_model"
+    message = "has a pixtral tower; .* after clip_vision_model and siglip_vision_model"
     with pytest.raises(ValueError, match=message):
         attach(model, pruner)
 
