@@ -52,7 +52,7 @@ def find_config(name: str, kind: Kind) -> str:
 def with_configs(words: Sequence[str], kind: Kind) -> list[str]:
     """The words of a command line, with `find_config` of every `--config`.
 
-    What has a colon is left as it stands: it is YAML, or a URL.
+    What has a colon is left as it is: it is YAML, or a URL.
 
     Raises:
         ValueError: as `find_config`.

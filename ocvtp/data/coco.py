@@ -139,7 +139,7 @@ class CocoImages(Dataset[dict[str, Any]]):
             return {"error": f"{file_name}: {reason}"}
         raise ValueError(
             f"image {self.images / file_name} cannot be used: {reason}; {remedy}, or pass "
-            "on_error='skip' to go on without it."
+            "on_error='skip' to continue without it."
         ) from error
 
     def _instance_ids(self, image_id: int, size: tuple[int, int]) -> NDArray[np.uint8] | None:

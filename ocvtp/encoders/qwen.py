@@ -142,7 +142,7 @@ class QwenEncoder(FrozenEncoder):
         return taps.Tower(blocks, self._config.num_heads, fused)
 
     def load(self, needs: Needs) -> FrozenEncoder:
-        """See `FrozenEncoder.load`.
+        """Read the weights of the blocks that `needs` reaches.
 
         Raises:
             ValueError: if more than hidden states is asked for.

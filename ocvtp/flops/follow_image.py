@@ -232,7 +232,6 @@ def _with_selected(needs: Needs, tower: TowerSizes) -> Needs:
 
 
 def _mixing(tokens: VisualTokens, selection: Selection) -> int:
-    """Operations of mixing tokens where a pruner merges."""
     if selection.merge is None:
         return 0
     rows = tokens.num_tokens + (tokens.cls is not None)

@@ -32,7 +32,6 @@ class LaterRows:
     made: Tensor | None = None
 
     def __len__(self) -> int:
-        """R."""
         return self.num_tokens if self.source is None else len(self.source)
 
     def __getitem__(self, positions: Tensor) -> Tensor:

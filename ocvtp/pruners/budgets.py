@@ -72,8 +72,8 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
         for (before, less), (layer, more) in zip(alike, alike[1:], strict=False):
             if more > less:
                 raise ValueError(
-                    f"stages={stages!r} keep {more} in front of layer {layer}, but {less} in front"
-                    f" of layer {before}: what is dropped does not come back; pass K that do not"
+                    f"stages={stages!r} keep {more} before layer {layer}, but {less} before layer"
+                    f" {before}: what is dropped does not come back; pass K that do not"
                     " grow."
                 )
     return tuple(found)

@@ -125,7 +125,7 @@ class LayerPruner(Pruner):
             layers = tuple(layer for layer, _ in self.stages)
         if not all(1 <= layer < num_layers for layer in layers):
             raise ValueError(
-                f"{self.name} drops tokens in front of layers {', '.join(map(str, layers))}, but"
+                f"{self.name} drops tokens before layers {', '.join(map(str, layers))}, but"
                 f" the language model has {num_layers}; pass stages=((layer, K), ...) with layers 1"
                 f" to {num_layers - 1}."
             )

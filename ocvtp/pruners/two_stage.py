@@ -95,7 +95,7 @@ def later_settings(
         layer, kept = check_stages(stages)[0]
         if isinstance(kept, int) and whole.num_keep is not None and kept > whole.num_keep:
             raise ValueError(
-                f"stages={stages!r} keep {kept} in front of layer {layer}, but {whole.name} leaves"
+                f"stages={stages!r} keep {kept} before layer {layer}, but {whole.name} leaves"
                 f" num_keep={whole.num_keep} before the language model; pass K that do not grow."
             )
         return {"stages": stages}

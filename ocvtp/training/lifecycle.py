@@ -97,7 +97,6 @@ class LateStart(pl.Callback):
 
 
 def _rename(folder: Path) -> None:
-    """Give a folder that holds checkpoints a free name."""
     if any(folder.glob("*.ckpt")):
         names = (folder.with_name(f"{folder.name}.{i}") for i in count(1))
         free = next(name for name in names if not name.exists())

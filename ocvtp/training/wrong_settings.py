@@ -102,7 +102,6 @@ def _as_it_is(parser: ArgumentParser, message: str) -> str:
 
 
 def _unknown(parser: ArgumentParser, key: str, kind: str | None) -> str:
-    """A name that is no setting."""
     key = key.replace(".init_args", "")
     if kind == "pytorch_lightning.LightningDataModule":
         return (

@@ -86,7 +86,7 @@ def test_specs_tell_floats_from_ints(name):
 def test_stages_of_later_halves(name):
     pruner = ocvtp.build_pruner(name, num_keep=30, stages=((2, 1.0), (4, 7)), **HALVES[name])
     assert pruner.parts[1].schedule(8, 30) == (LayerStage(2, 30), LayerStage(4, 7))
-    with pytest.raises(ValueError, match=f"keep 31 in front of layer 2, but {name} leaves"):
+    with pytest.raises(ValueError, match=f"keep 31 before layer 2, but {name} leaves"):
         ocvtp.build_pruner(name, num_keep=30, stages=((2, 31),), **HALVES[name])
 
 

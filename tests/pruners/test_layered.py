@@ -79,7 +79,7 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_layers_that_do_not_exist():
-    message = "in front of layers 2, but the language model has 2; pass stages=.* layers 1 to 1"
+    message = "before layers 2, but the language model has 2; pass stages=.* layers 1 to 1"
     with pytest.raises(ValueError, match=message):
         build_pruner("fastv").layers(2)
 

@@ -64,12 +64,12 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """L."""
+        """L, columns of the caller's prompt."""
         return self.input_ids.shape[1]
 
     @property
     def short_length(self) -> int:
-        """L'."""
+        """L', columns of the short prompt."""
         return self.short_ids.shape[1]
 
     def shorten(self, values: Tensor, fill: int | float | bool = 0) -> Tensor:
@@ -204,7 +204,6 @@ def _plan(
     padding: Tensor,
     renumber: bool,
 ) -> LayerPlan:
-    """What will be dropped of the short prompt inside the language model."""
     images = _image_columns(host, seen, kept, index, padding)
     tower = seen.encoded.tokens if layers.tower_needs != Needs() else None
     num_layers = len(host.language_model.layers)

@@ -139,7 +139,6 @@ def _check(processor: Any, tokenizer: Any, image_token_id: int) -> None:
 
 
 def _special_of_configs(model: Any) -> set[int]:
-    """Special tokens that the model's settings name."""
     found: set[Any] = set()
     for config in (model.config.get_text_config(), model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

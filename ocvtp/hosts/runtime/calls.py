@@ -153,7 +153,6 @@ def generate(
 def _by_name(
     model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a method by their names."""
     names = list(inspect.signature(getattr(type(model), name)).parameters)[1:] if args else []
     return dict(zip(names, args, strict=False)) | kwargs
 

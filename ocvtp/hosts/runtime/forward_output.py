@@ -45,7 +45,6 @@ def finish(output: Any, short: Shortened, lengthen: bool) -> Any:
 
 
 def _lengthened(output: Any, prompt: Prompt) -> dict[str, Any]:
-    """States of the language model, for all of the caller's columns."""
     found: dict[str, Any] = {"last_hidden_state": prompt.lengthen(output.last_hidden_state)}
     if output.hidden_states is not None:
         found["hidden_states"] = tuple(_states(states, prompt) for states in output.hidden_states)

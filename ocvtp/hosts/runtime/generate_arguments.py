@@ -27,7 +27,7 @@ class Shown:
 
     @property
     def lost(self) -> int:
-        """L - L'."""
+        """L - L', columns that were dropped."""
         return self.input_ids.shape[1] - self.short_length
 
     def lengthen(self, sequences: Tensor) -> Tensor:

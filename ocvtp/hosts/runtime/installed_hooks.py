@@ -168,7 +168,6 @@ class InstalledHooks:
 
 
 def _are_there(hooks: Sequence[Hook], found: Sequence[Put]) -> bool:
-    """Whether hooks are in the modules that they belong to."""
     return len(hooks) == len(found) and all(
         hook.module is module and not (isinstance(put, Wrapped) and put.is_lost())
         for hook, (module, put) in zip(hooks, found, strict=True)

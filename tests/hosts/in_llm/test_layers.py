@@ -549,7 +549,7 @@ def refused(family: Family, message: str, pruner: Any = None, model: Any = None)
 
 
 def test_layers_that_do_not_exist(llava: Family) -> None:
-    message = "drops tokens in front of layers 3, but the language model has 3; pass stages="
+    message = "drops tokens before layers 3, but the language model has 3; pass stages="
     refused(llava, message, build_pruner("fastv", stages=((3, 5),)))
 
 
