@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.metadata import version
@@ -85,6 +86,12 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("coco")
     write_scenes(root, num_train=50, num_val=20, size=160, seed=0)
     return root
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: from here on the collector of garbage does not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header() -> str:

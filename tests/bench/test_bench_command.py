@@ -170,6 +170,7 @@ def test_a_cell_that_cannot_be_read_is_named(made, tmp_path, capsys):
         assert "delete that file, or another --output" in line
 
 
+@pytest.mark.slow
 def test_accuracy_is_drawn_against_time(made, tmp_path, capsys):
     rows = [
         {"label": label, "num_keep": keep, "figures": {"accuracy": {"value": value}}}

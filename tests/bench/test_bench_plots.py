@@ -123,6 +123,7 @@ def test_a_method_of_yours_is_set_off(shipped):
     assert weights["ocvtp"] == weights["unpruned"] == "normal"
 
 
+@pytest.mark.slow
 def test_stages_are_a_panel_a_cell_below_each_other(shipped):
     shipped["cells"] *= 3
     for figure in (plots.stages(shipped), plots.ttft(shipped)):

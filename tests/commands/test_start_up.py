@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import get_args
@@ -23,6 +24,13 @@ HEAVY = {
     "scipy", "torchvision", "PIL", "huggingface_hub", "rich", "jsonargparse", "pycocotools",
 }  # fmt: skip
 RUN = "from ocvtp.cli import main; main({words})"
+LISTS = [RUN.format(words=words) for words in (["list"], ["list", "--json"])]
+BUILDS = "import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)"
+NAMES = "from ocvtp import *; attach"
+PARTS = [
+    f"import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
+    for part in ("encoders", "hosts", "pruners", "slots", "structures")
+]
 
 
 EACH = """
@@ -53,6 +61,13 @@ def imported(*codes: str, first: str = "") -> list[set[str]]:
     return [set(json.loads(line.removeprefix("imported "))) for line in lines]
 
 
+@cache
+def after_torch() -> dict[str, set[str]]:
+    """What is imported by code that needs torch."""
+    codes = [*LISTS, BUILDS, NAMES, *PARTS]
+    return dict(zip(codes, imported(*codes, first="import torch"), strict=True))
+
+
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["--version"], ["no-such"], *([name, "--help"] for name in FLAGS)],
@@ -75,20 +90,14 @@ def test_a_task_says_its_flags_and_refuses_others_at_once(name):
 
 
 def test_a_list_imports_torch_and_what_draws_the_table():
-    codes = [RUN.format(words=words) for words in (["list"], ["list", "--json"])]
-    for found in imported(*codes, first="import torch"):
-        assert found <= {"torch", "numpy", "rich"}
+    for code in LISTS:
+        assert after_torch()[code] <= {"torch", "numpy", "rich"}
 
 
 def test_the_package_and_its_names():
     assert imported("import ocvtp; ocvtp.__version__; dir(ocvtp)") == [set()]
-    built, every = imported(
-        "import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)",
-        "from ocvtp import *; attach",
-        first="import torch",
-    )
-    assert built <= {"torch", "numpy"}
-    assert every <= {"torch", "numpy", "huggingface_hub"}
+    assert after_torch()[BUILDS] <= {"torch", "numpy"}
+    assert after_torch()[NAMES] <= {"torch", "numpy", "huggingface_hub"}
 
 
 def test_every_name_is_found_where_editors_look_for_it():
@@ -106,9 +115,7 @@ def test_every_name_is_found_where_editors_look_for_it():
 
 
 def test_parts_of_the_package_are_its_attributes():
-    parts = ("encoders", "hosts", "pruners", "slots", "structures")
-    code = "import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
-    imported(*(code.format(part=part) for part in parts), first="import torch")
+    assert after_torch().keys() > set(PARTS)  # each was run to its end
 
 
 @pytest.mark.slow

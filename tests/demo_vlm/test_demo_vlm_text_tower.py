@@ -176,6 +176,7 @@ def test_pruners_that_need_it_run(settings):
         handle.remove()
 
 
+@pytest.mark.slow
 def test_it_is_trained_once_and_seeded(settings, tmp_path):
     add_text_tower(settings)
     before = weights(settings.output)

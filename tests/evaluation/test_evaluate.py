@@ -380,6 +380,7 @@ def test_rows_whose_answers_are_gone_are_named(subject, few, tmp_path):
     assert "`fopru` at 2.78%, 12.5%." in remark
 
 
+@pytest.mark.slow
 def test_what_cannot_be_run_this_time_keeps_its_figures(subject, few, tmp_path):
     towered = Subject(subject.model, subject.processor, subject.name, "random:tiny")
     wide = write_all(few, *ask(towered, few, tmp_path, pruners=["trim"], controls=()), tmp_path)

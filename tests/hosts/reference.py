@@ -229,8 +229,11 @@ def fingerprint(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for key, value in module.__dict__.items():
-            held = value.items() if isinstance(value, dict) else [("", value)]
-            found |= {f"{name}.{key}.{entry}": id(item) for entry, item in held}
+            if isinstance(value, dict):
+                for entry, item in value.items():
+                    found[f"{name}.{key}.{entry}"] = id(item)
+            else:
+                found[f"{name}.{key}."] = id(value)
         for method in ("forward", "generate", "__call__"):
             found[f"{name}.{method}()"] = getattr(getattr(module, method, None), "__func__", None)
     return found

@@ -10,6 +10,8 @@ from transformers import AutoModelForImageTextToText
 from ocvtp.hosts.loading import FULL_SIZE_MODELS, RANDOM_MODELS, load_config, load_model
 from ocvtp.random_models import full_size
 
+pytestmark = pytest.mark.sampled(2)
+
 # parameters of the public checkpoints, as their safetensors index counts them
 PUBLISHED = {
     "llava-1.5-7b": 7_063_427_072,
@@ -142,7 +144,6 @@ def test_rotary_frequencies_keep_their_precision(name):
     assert torch.equal(frequencies, exact)
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["demo", "random:demo", str(full_size.DEMO), "random:tiny-llava"])
 def test_configurations_are_those_of_the_models(name):
     expected = load_model(name if "/" in name or ":" in name else f"random:{name}")[0].config

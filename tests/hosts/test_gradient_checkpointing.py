@@ -21,7 +21,10 @@ from transformers import DynamicCache
 from ocvtp import Compose, Pruner, build_pruner
 from ocvtp.transformers_names import cache_name
 
-pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated"),
+    pytest.mark.sampled(2),
+]
 Gradients = dict[str, Tensor]
 LOST = "reentrant gradient checkpointing loses their gradients; pass use_reentrant=False"
 

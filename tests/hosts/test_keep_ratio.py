@@ -15,6 +15,8 @@ from torch import Tensor
 from ocvtp import Chain, Compose, VisualTokens, build_pruner
 from ocvtp.hosts.prompt.select import select_shares
 
+pytestmark = pytest.mark.sampled(2)
+
 RATIO = 0.3
 METHODS: dict[str, Any] = {
     "fastervlm": {},

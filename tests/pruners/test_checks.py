@@ -28,6 +28,7 @@ def test_what_is_shipped_passes(name):
     check_pruner(ocvtp.build_pruner(name, num_keep=4), grid_hw=(4, 3))
 
 
+@pytest.mark.slow
 def test_the_oc_pruner_passes(small_network):
     check_pruner(ocvtp.build_pruner("ocvtp", num_keep=4, network=small_network), grid_hw=(4, 4))
 

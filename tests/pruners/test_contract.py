@@ -41,8 +41,9 @@ VARIANTS = {
     "vflowopt": {"cell": 1},
     "vprune": {"group_side": 3, "bins": 4},
 }
-CASES = [(name, {}) for name in NAMES] + sorted(VARIANTS.items())
-CASES.append(("ocvtp", {"choice": "restore"}))
+MORE = [*sorted(VARIANTS.items()), ("ocvtp", {"choice": "restore"})]
+CASES = [(name, {}) for name in NAMES]
+CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 def build(name, num_keep, grid_hw=(4, 4), **settings):

@@ -242,6 +242,7 @@ def test_a_second_run_sets_the_first_ones_checkpoints_aside(tmp_path, scenes, ca
     assert any("checkpoints.1" in message for message in caplog.messages)
 
 
+@pytest.mark.slow
 def test_training_without_validation_images(tmp_path, scenes):
     path = settings_file(tmp_path, scenes)
     words = ["--config", str(path), "--data.val_images", "null", "--data.val_annotations", "null"]

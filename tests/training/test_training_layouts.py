@@ -185,6 +185,7 @@ def test_validation_does_not_depend_on_the_batches(tmp_path, shapes, layout):
             assert other[name] == pytest.approx(value, rel=1e-3), name
 
 
+@pytest.mark.slow
 def test_the_objective_kept_on_a_variable_grid(tmp_path, shapes):
     """Some images have fewer tokens than others, and fewer than there are slots."""
     from test_training import data, trainer

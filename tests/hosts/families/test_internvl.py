@@ -37,7 +37,7 @@ from ocvtp.hosts.prompt.shorten import look
 BUDGETS = ["per_image", "per_tile"]
 budgets = pytest.mark.parametrize("budget", BUDGETS)
 sides = pytest.mark.parametrize("side", ["left", "right"])
-pytestmark = pytest.mark.usefixtures("untouched_internvl")
+pytestmark = [pytest.mark.usefixtures("untouched_internvl"), pytest.mark.sampled(1)]
 
 
 @pytest.fixture

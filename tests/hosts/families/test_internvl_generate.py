@@ -21,7 +21,7 @@ from test_llava_next_generate import NUM_NEW, answer_of
 
 from ocvtp import Pruner, build_pruner
 
-pytestmark = pytest.mark.usefixtures("untouched_internvl")
+pytestmark = [pytest.mark.usefixtures("untouched_internvl"), pytest.mark.sampled(1)]
 PROMPTS = {"several": SEVERAL, "batch": BATCH}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 budgets = pytest.mark.parametrize("budget", ["per_image", "per_tile"])

@@ -29,6 +29,8 @@ from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_internvl import SPECIAL_TOKENS, tiny_internvl
 from ocvtp.slots import OCPrunerConfig
 
+pytestmark = pytest.mark.sampled(1)
+
 WORDS = ["what is it?", "how many are there, and where?"]
 OWN = [0, 1, 1]  # whose words each image goes with
 SAME = [(112, 112)] * 3  # pixels: a single tile
@@ -259,7 +261,6 @@ def test_answer(capsys: pytest.CaptureFixture[str], loaded: list[str], photo: st
     assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (48 - 7)
 
 
-@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("budget", "kept"), [("per_image", 8), ("per_tile", 24)])
 def test_show(
     capsys: pytest.CaptureFixture[str],

@@ -32,7 +32,7 @@ LONG_TEXT = [(2, IMG, 3), (40,)]  # as long after pruning
 PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH, "edges": EDGES, "text": LONG_TEXT}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 sides = pytest.mark.parametrize("side", ["left", "right"])
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ OTHER = {
     "several_samples": {"do_sample": True, "num_return_sequences": 3, "temperature": 1.5},
     "beam_sampling": {"do_sample": True, "num_beams": 2},
 }
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture
@@ -119,7 +119,6 @@ def test_repetition_penalty_sees_the_short_prompt(llava: Any, pruner: Pruner, ro
     assert not torch.equal(actual[:, -NUM_NEW:], short.greedy(NUM_NEW))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("rows", "settings"),
     [

@@ -24,7 +24,7 @@ from ocvtp.ops.merging import merge
 
 KEPT = [[1, 4, 5], [0, 2, 3], [7, 8, 15]]
 ANCHORS = [[5, 1, 4], [2, 3, 0], [15, 8, 7]]
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from ocvtp.hosts.base import Tiling
 
 BUDGETS = ["per_image", "per_tile"]
 SEPARATORS = ["rows", "all", "none"]
-pytestmark = pytest.mark.usefixtures("untouched_next")
+pytestmark = [pytest.mark.usefixtures("untouched_next"), pytest.mark.sampled(1)]
 ODD = [(1, 1), (7, 300), (300, 7), (56, 112), (97, 89), (113, 57), (336, 335), (31, 64)]
 
 
@@ -211,7 +211,6 @@ def test_images_of_one_size_are_not_padded(llava_next: Any) -> None:
 # ----------------------------------------------------------------------------------------- logits
 
 
-@pytest.mark.sampled(1)
 @torch.no_grad()
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("rows", [ONE, SEVERAL, BATCH], ids=["one", "several", "batch"])

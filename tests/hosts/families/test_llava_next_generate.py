@@ -14,7 +14,7 @@ from reference_next import BATCH, ONE, SEVERAL, best_cells, make_next, shorten_n
 from ocvtp import Pruner, build_pruner
 
 NUM_NEW = 5
-pytestmark = pytest.mark.usefixtures("untouched_next")
+pytestmark = [pytest.mark.usefixtures("untouched_next"), pytest.mark.sampled(1)]
 PROMPTS = {"several": SEVERAL, "batch": BATCH}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 budgets = pytest.mark.parametrize("budget", ["per_image", "per_tile"])

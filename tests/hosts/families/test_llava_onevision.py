@@ -63,7 +63,7 @@ budgets = pytest.mark.parametrize(
         ("either", "per_image"),
     ],
 )
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(1)]
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,6 @@ def test_logits_are_those_of_prompts_made_by_hand(
     assert_close(logits[real], short.logits(short.positions(positions))[real], 1e-5)
 
 
-@pytest.mark.sampled(1)
 @torch.no_grad()
 @budgets
 def test_a_batch_equals_single_calls(

@@ -24,7 +24,7 @@ from ocvtp import Needs, VisualTokens, build_pruner
 from ocvtp.towers import taps
 
 BLOCKS = (0, 3, 5, -1, -2, -6)
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture(params=["clip", "siglip"])

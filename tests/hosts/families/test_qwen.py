@@ -26,7 +26,7 @@ EVERYTHING = Needs(
 )
 
 
-pytestmark = pytest.mark.usefixtures("untouched_qwen")
+pytestmark = [pytest.mark.usefixtures("untouched_qwen"), pytest.mark.sampled(2)]
 
 
 def shown(model: Any, inputs: Any, needs: Needs = EVERYTHING) -> VisualTokens:

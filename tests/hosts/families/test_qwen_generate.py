@@ -21,7 +21,7 @@ NUM_NEW = 6
 PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 GREEDY = {"do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}
-pytestmark = pytest.mark.usefixtures("untouched_qwen")
+pytestmark = [pytest.mark.usefixtures("untouched_qwen"), pytest.mark.sampled(2)]
 
 
 def some(tokens: VisualTokens) -> Selection:

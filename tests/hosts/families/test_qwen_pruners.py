@@ -25,6 +25,8 @@ from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_qwen import SPECIAL_TOKENS, tiny_qwen, tiny_qwen2, tiny_qwen3
 from ocvtp.slots import OCPrunerConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 MODELS = [name for name in RANDOM_MODELS if "qwen" in name]
 FAMILIES = {"Qwen2-VL": tiny_qwen2, "Qwen2.5-VL": tiny_qwen, "Qwen3-VL": tiny_qwen3}
 WORDS = ["what is it?", "how many are there, and where?"]

@@ -21,6 +21,8 @@ from ocvtp.ops.selection import top_k
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.structures import LayerTokens
 
+pytestmark = pytest.mark.sampled(2)
+
 ONE = [(5, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]
 MIXED = [(5, IMG, 4), (9,), (3, IMG, 2, IMG, 6)]
@@ -516,6 +518,7 @@ def test_bf16_and_autocast(llava: Family) -> None:
     assert all(v.dtype == torch.float32 for v in pruner.seen[0].attention.values())
 
 
+@pytest.mark.slow
 def test_threads_do_not_see_each_other(llava: Family) -> None:
     from concurrent.futures import ThreadPoolExecutor
 

@@ -23,6 +23,8 @@ from ocvtp.hosts.in_llm.attention import turn
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 
+pytestmark = pytest.mark.sampled(2)
+
 ONE = [(6, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]
 MIXED = [(5, IMG, 4), (9,), (3, IMG, 2, IMG, 6)]

@@ -20,6 +20,8 @@ from ocvtp.hosts.in_llm.attention import turn, turn_to_start
 from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.structures import LayerTokens
 
+pytestmark = pytest.mark.sampled(2)
+
 ROWS = [(3, IMG, 4), (90, IMG, 7), (40, IMG, 2)]
 NO_GRID = {"relative": 0.0, "centre": 0.0}
 METHODS: dict[str, dict[str, Any]] = {

@@ -24,6 +24,8 @@ from ocvtp.hosts.runtime.call import Call
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers.hooks import put
 
+pytestmark = pytest.mark.sampled(2)
+
 ONE = [(6, IMG, 4)]
 ROWS = [(5, IMG, 4), (9, IMG, 2), (3, IMG, 6)]
 MIXED = [(5, IMG, 4), (9,), (3, IMG, 2, IMG, 6)]

@@ -29,6 +29,8 @@ from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers import taps
 
+pytestmark = pytest.mark.sampled(2)
+
 NONE = Savings(cut_tower=False, project_kept=False)
 ROWS = [(5, IMG, 4), (3, IMG, 2, IMG, 6)]
 ANYWHERE, WITH_CLS = ["none", "divprune", "random"], ["fastervlm", "visionzip", "prumerge"]

@@ -33,7 +33,7 @@ from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.ops.bipartite import even_schedule
 from ocvtp.slots import OCPrunerConfig
 
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 ROWS = [(5, "image", 4), (9,), (3, "image", 2, "image", 6)]
 NUM_READ = 5  # blocks of the tiny tower in front of the layer that is read
 EVERY_STAGE = ["tome", "vprune", "adaptive", "early"]
@@ -248,7 +248,6 @@ def test_a_tower_without_cls(llava_siglip: Any, kind: str) -> None:
         assert ask(llava_siglip, inputs).equal(short.greedy(5))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_a_batch_answers_as_its_rows_do(llava: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -258,7 +257,6 @@ def test_a_batch_answers_as_its_rows_do(llava: Any, kind: str) -> None:
     assert together.equal(torch.cat(alone))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_original_positions(llava: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -296,7 +294,6 @@ def test_early_is_off_by_default(llava: Any) -> None:
     assert seen(llava, late, inputs).encoded.tokens.num_tokens == 16
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_half_precision(llava: Any, kind: str) -> None:
     model = deepcopy(llava).bfloat16()
@@ -542,7 +539,6 @@ def test_other_hosts_refuse_these_stages(internvl: Any, qwen: Any) -> None:
                 ocvtp.attach(model, build(kind))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_an_attached_model_can_be_copied(llava: Any, kind: str) -> None:
     """A copy prunes on its own, and stays pruned when the original is not any more."""
@@ -565,7 +561,6 @@ def test_the_tower_alone_is_left_alone(llava: Any, kind: str) -> None:
             assert tower(inputs["pixel_values"]).last_hidden_state.equal(bare)
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_from_the_tower_into_the_language_model(llava: Any, kind: str) -> None:
     """What the language model drops is of what the tower left."""

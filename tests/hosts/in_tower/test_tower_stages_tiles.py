@@ -26,7 +26,7 @@ from tiny_onevision import tiny_onevision
 import ocvtp
 from ocvtp import Compose, build_pruner
 
-pytestmark = pytest.mark.usefixtures("untouched_next")
+pytestmark = [pytest.mark.usefixtures("untouched_next"), pytest.mark.sampled(2)]
 
 
 def make_inputs(rows: Any = BATCH, side: Any = "left") -> Any:
@@ -56,7 +56,6 @@ def prompt_by_hand(model: Any, inputs: Any, kind: str, separators: str, side: An
     return shorten_next(model, inputs, kept, separators, side, by_image), kept
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("side", "separators"), [("left", "rows"), ("right", "all")])
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_answers_are_those_of_prompts_made_by_hand(
@@ -79,7 +78,6 @@ def test_answers_are_those_of_prompts_made_by_hand(
     assert sum(summary["visual_tokens"]) == sum(len(cells(size)) for size in sizes_of(inputs))
 
 
-@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", EVERY_STAGE)
 def test_a_batch_answers_as_its_rows_do(llava_next: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -120,6 +118,7 @@ def test_a_count_for_a_whole_image_is_refused(llava_next: Any) -> None:
             ocvtp.attach(llava_next, build(kind))
 
 
+@pytest.mark.slow
 def test_resized_tokens_are_refused() -> None:
     """What OneVision resizes are means of neighbours, of which some would be missing."""
     model = tiny_onevision()

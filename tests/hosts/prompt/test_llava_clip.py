@@ -37,7 +37,7 @@ ROWS = [
     f"USER: <image>\n<image>\n{LONG} ASSISTANT:",
 ]
 SAID = ["what is it?", LONG, LONG]
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture(autouse=True)

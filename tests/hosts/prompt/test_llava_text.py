@@ -39,7 +39,7 @@ SAID = ["what is it?", "the same?", "the same?", *["who is here,  or here ?"] * 
 """Of each image's own row; what stood around an image stands there still."""
 
 sides = pytest.mark.parametrize("side", ["left", "right"])
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 def shown(model: Any, inputs: Any, needs: Needs = TEXT, **options: Any) -> Any:

@@ -22,7 +22,7 @@ FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 PLAIN = pytest.mark.parametrize("family", FAMILIES[:4], ids=lambda family: family.host)
 """Tokens of the others have coordinates."""
 ROWS = [(5, IMG, 4), (9,), (IMG, 2, IMG, 6)]
-pytestmark = pytest.mark.filterwarnings("ignore:the processor")
+pytestmark = [pytest.mark.filterwarnings("ignore:the processor"), pytest.mark.sampled(2)]
 
 
 def most_like_the_words(tokens: VisualTokens) -> Selection:

@@ -18,6 +18,8 @@ from torch.nn.functional import cross_entropy
 
 from ocvtp import Pruner, Selection, VisualTokens, build_pruner
 
+pytestmark = pytest.mark.sampled(2)
+
 FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 LENGTHS = [6, 2, 4]
 """Of the answers, which are padded behind."""

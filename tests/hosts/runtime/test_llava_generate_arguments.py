@@ -27,7 +27,7 @@ from ocvtp.hosts.loading import load_model
 
 LENGTH = make_batch(ONE)["input_ids"].shape[1]
 ANY_TOKEN_ENDS = list(range(3, 128))
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture

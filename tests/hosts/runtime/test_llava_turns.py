@@ -28,7 +28,7 @@ from ocvtp import Pruner, build_pruner
 PROMPTS = {"one": ONE, "several": SEVERAL, "batch": BATCH}
 prompts = pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS.keys())
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}
-pytestmark = pytest.mark.usefixtures("untouched")
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
 
 
 @pytest.fixture

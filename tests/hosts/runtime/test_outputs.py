@@ -19,6 +19,8 @@ from torch.nn.functional import cross_entropy
 from ocvtp import Pruner, Selection, VisualTokens, attach, build_pruner
 from ocvtp.hosts.base import Savings
 
+pytestmark = pytest.mark.sampled(2)
+
 FAMILY = pytest.mark.parametrize("family", EVERY_FAMILY)
 WHOLE = Savings(cut_tower=False, project_kept=False)
 GONE = ("last_hidden_state",)

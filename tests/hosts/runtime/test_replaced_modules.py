@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ocvtp import attach, build_pruner
 from ocvtp.transformers_names import rotate_heads
 
+pytestmark = pytest.mark.sampled(2)
+
 LLAVA = FAMILIES[0]
 TARGETS = r".*\.(q_proj|k_proj|v_proj|qkv|fc1|linear_1|proj)$"
 """Of towers, projectors and language models."""

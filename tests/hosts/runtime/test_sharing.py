@@ -26,6 +26,8 @@ from ocvtp.hosts.families.llava import LlavaHost
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.slots import OCPrunerConfig
 
+pytestmark = pytest.mark.sampled(2)
+
 ROWS = ["USER: <image>\nwhat is it? ASSISTANT:", "USER: <image>\n<image>\nthe same? ASSISTANT:"]
 OTHER_ROWS = ["USER: <image>\nwho? ASSISTANT:", "USER: <image>\n<image>\nwhere? ASSISTANT:"]
 Anything = Pruner | Compose
@@ -310,6 +312,7 @@ def test_other_settings_are_encoded_anew(llava: Any, uniform: Pruner) -> None:
         llava(**inputs, vision_feature_layer=layers[3])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_another_precision_is_encoded_anew(llava: Any, uniform: Pruner) -> None:
     shared, inputs = SharedEncodings.of(llava, [uniform]), make_batch(ONE)
@@ -321,6 +324,7 @@ def test_another_precision_is_encoded_anew(llava: Any, uniform: Pruner) -> None:
     assert kept == [1, 2, 2]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_changed_weights_encode_anew(uniform: Pruner) -> None:
     model, inputs = tiny_llava("clip"), make_batch(ONE)
