@@ -99,6 +99,12 @@ def encoded_images(arguments: dict[str, Any]) -> Any:
     return arguments.get(_ENCODED_IMAGES)
 
 
+def brings_images(arguments: dict[str, Any]) -> bool:
+    """Whether a call has images, or videos, to encode."""
+    given = (arguments.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
+    return any(given) or bool(encoded_images(arguments))
+
+
 @cache
 def hands_back_towers() -> bool:
     """Whether models hand back what their vision towers gave, not just the rows made of it."""

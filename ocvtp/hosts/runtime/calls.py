@@ -20,7 +20,7 @@ from ocvtp.hosts.runtime.call import Call
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.towers.recordings import CALL
-from ocvtp.transformers_names import cache_length, encoded_images, name_cache
+from ocvtp.transformers_names import brings_images, cache_length, name_cache
 
 
 def forward(
@@ -29,7 +29,7 @@ def forward(
     """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
     kwargs = name_cache(kwargs, attachment.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
-    if len(args) < 2 and not _brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
+    if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
         kwargs = conversation.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     kwargs = _by_name(model, "forward", args, kwargs)
@@ -39,7 +39,7 @@ def forward(
         plan = None if kwargs.get("inputs_embeds") is None else call.prompt.layers
         with call.reading(plan, deepstack):
             return original(**kwargs)
-    if not _brings_images(kwargs):
+    if not brings_images(kwargs):
         return original(**conversation.next_step(kwargs, ids))
     if attachment.logits == "full":  # the inner model prunes, and hands back all columns
         with Call(model, wants_tuple=_wants_tuple(model, kwargs)).on_its_way():
@@ -63,10 +63,10 @@ def inner_forward(
         attachment: of the model around it.
         args: of the call. kwargs: of the call.
     """
-    if len(args) < 2 and not _brings_images(kwargs):
+    if len(args) < 2 and not brings_images(kwargs):
         return original(*args, **kwargs)
     kwargs = name_cache(_by_name(module, "forward", args, kwargs), attachment.cache_name)
-    if not _brings_images(kwargs):
+    if not brings_images(kwargs):
         return original(**kwargs)
     return _pruned(attachment, module, original, kwargs)
 
@@ -120,7 +120,7 @@ def generate(
         attachment.hooks.renew()
         turn, shown = conversation.later_turn(attachment.host, note, kwargs)
         deltas = note.rope_deltas
-    elif not _brings_images(kwargs):
+    elif not brings_images(kwargs):
         return original(**kwargs)
     else:
         kwargs["attention_mask"] = mask = generate_arguments.given_or_inferred_mask(model, kwargs)
@@ -155,12 +155,6 @@ def _by_name(
 ) -> dict[str, Any]:
     names = list(inspect.signature(getattr(type(model), name)).parameters)[1:] if args else []
     return dict(zip(names, args, strict=False)) | kwargs
-
-
-def _brings_images(kwargs: dict[str, Any]) -> bool:
-    """Whether a call has images, or videos, to encode."""
-    given = (kwargs.get(name) is not None for name in ("pixel_values", "pixel_values_videos"))
-    return any(given) or bool(encoded_images(kwargs))
 
 
 def _wants_tuple(module: Any, kwargs: dict[str, Any]) -> bool:
