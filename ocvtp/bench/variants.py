@@ -148,9 +148,9 @@ def network_for(subject: Subject, inputs: Any, pruner: str = trainable.DEFAULT) 
         inputs: the processor's tensors, of any prompt with an image.
         pruner: name of a trainable one.
     """
-    cls = trainable.of_name(pruner)
+    kind = trainable.of_name(pruner).network_class
     host = find_host(subject.model)
-    needs = Needs(hidden=(layer := cls.default_layer(host.num_tower_blocks),))
+    needs = Needs(hidden=(layer := kind.default_layer(host.num_tower_blocks),))
     hooks = host.install(needs)
     try:
         tokens = look(host, needs, dict(inputs)).encoded.tokens
@@ -158,8 +158,8 @@ def network_for(subject: Subject, inputs: Any, pruner: str = trainable.DEFAULT) 
         for hook in hooks:
             hook.remove()
     width = tokens.hidden[layer].shape[-1]
-    config = cls.default_config(width, layer, tokens.num_tokens)
-    return cls.untrained(config, seed=0).to(subject.model.device)
+    config = kind.default_config(width, layer, tokens.num_tokens)
+    return kind.untrained(config, seed=0).to(subject.model.device)
 
 
 def _pruners(

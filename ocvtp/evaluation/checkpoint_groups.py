@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from safetensors.torch import save
@@ -38,6 +39,11 @@ class Checkpoint:
         """Whether the two differ in nothing but the seed."""
         return self.asked is not None and self.asked == other.asked and self.seed != other.seed
 
+    def is_alike(self, other: Checkpoint) -> bool:
+        """Whether both may be of one pruner: not known to have different formats."""
+        formats = [known.asked["format"] for known in (self, other) if known.asked is not None]
+        return len(set(formats)) < 2
+
 
 def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
     """Group the checkpoints of one training with several seeds.
@@ -46,7 +52,7 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
         paths: folders or hub ids of exported networks, or of what another pruner takes.
 
     Returns:
-        the groups, and why there are several; the empty text where there is one.
+        the groups, and why one pruner has several; the empty text where none has.
 
     Raises:
         ValueError: if two hold the same weights.
@@ -62,9 +68,10 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
         else:
             groups.append([checkpoint])
     found = [[checkpoint.path for checkpoint in group] for group in groups]
-    if len(groups) < 2:
+    alike = [(a[0], b[0]) for a, b in combinations(groups, 2) if a[0].is_alike(b[0])]
+    if not alike:
         return found, ""
-    first, second = groups[0][0], groups[1][0]
+    first, second = alike[0]
     return found, (
         f"checkpoints {first.path} and {second.path} are no seeds of one training"
         f" ({_differences(first, second)}), so they are not averaged: each has its own rows."

@@ -210,7 +210,7 @@ def oracle_conditions(budgets: Sequence[Budget]) -> list[Condition]:
 def untrained_conditions(
     budgets: Sequence[Budget], seeds: Sequence[int], like: Any
 ) -> list[Condition]:
-    """Pruners of one kind with random weights, see `TrainablePruner.untrained_configs`.
+    """Pruners of one kind with random weights, see `PrunerNetwork.untrained_configs`.
 
     Args:
         budgets: see `Budget`. seeds: of the weights.
@@ -221,7 +221,7 @@ def untrained_conditions(
     for label, own in untrained_labels(cls, like.config).items():
         about = {"untrained": dataclasses.asdict(own)}
         for seed in seeds:
-            network = cls.untrained(own, seed, like)
+            network = type(like).untrained(own, seed, like)
             for budget in budgets:
                 pruner = build_pruner(cls.name, network=network, **budget.settings())
                 settings = about | budget.settings() | {"seed": seed}
@@ -233,7 +233,7 @@ def untrained_labels(cls: type[trainable.TrainablePruner[Any]], config: Any) -> 
     """Settings of the untrained networks by their rows' labels: `untrained`, `untrained:mine`."""
     kind = [] if cls.name == trainable.DEFAULT else [cls.name]
     labels = {}
-    for difference, own in cls.untrained_configs(config).items():
+    for difference, own in cls.network_class.untrained_configs(config).items():
         about = ",".join([*kind, *filter(None, [difference])])
         labels[f"{UNTRAINED}:{about}" if about else UNTRAINED] = own
     return labels
@@ -245,12 +245,12 @@ def _always(pruner: Pruner) -> Callable[[Place], Pruner]:
 
 def random_network(config: Any, seed: int) -> Any:
     """A network of these settings before its training; global random numbers are left alone."""
-    return trainable.of_sizes(config).untrained(config, seed)
+    return trainable.of_sizes(config).network_class.untrained(config, seed)
 
 
 def default_layer(num_blocks: int, pruner: str = trainable.DEFAULT) -> int:
     """The layer that a trainable pruner reads by default, in a tower of any depth."""
-    return trainable.of_name(pruner).default_layer(num_blocks)
+    return int(trainable.of_name(pruner).network_class.default_layer(num_blocks))
 
 
 def content_hash(path: str) -> str:

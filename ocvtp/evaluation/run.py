@@ -200,11 +200,11 @@ def _untrained(
             first.setdefault(name, path)
     likes = [trainable.of_name(n).network_class.from_pretrained(p) for n, p in first.items()]
     if not likes:
-        cls = trainable.of_name(trainable.DEFAULT)
-        layer = cls.default_layer(find_host(subject.model).num_tower_blocks)
+        kind = trainable.of_name(trainable.DEFAULT).network_class
+        layer = kind.default_layer(find_host(subject.model).num_tower_blocks)
         tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
-        config = cls.default_config(tokens.hidden[layer].shape[-1], layer)
-        likes = [cls.untrained(config, 0)]
+        config = kind.default_config(tokens.hidden[layer].shape[-1], layer)
+        likes = [kind.untrained(config, 0)]
     return [one for like in likes for one in made.untrained_conditions(budgets, seeds, like)]
 
 

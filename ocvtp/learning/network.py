@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -141,6 +142,50 @@ class PrunerNetwork(
             if name in values:
                 values[name] = tuple(int(v) for v in values[name])
         return NetworkConfig(sizes=sizes, **values)
+
+    @classmethod
+    def default_layer(cls, num_blocks: int) -> int:
+        """The layer of `hidden_states` to read by default: that of most hosts."""
+        return max(1, num_blocks - 1)
+
+    @classmethod
+    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> Any:
+        """Settings for a tower where there is no trained network, e.g. to time one.
+
+        Args:
+            feature_dim: D.
+            layer: the one that it reads.
+            num_tokens: N, or the most of any image.
+        """
+        del num_tokens
+        return NetworkConfig(sizes=cls.sizes_class(), feature_dim=feature_dim, layer=layer)
+
+    @classmethod
+    def untrained_configs(cls, config: Any) -> dict[str, Any]:
+        """The untrained controls of a trained network with these settings.
+
+        Returns:
+            settings of each, by the word that tells it from the others: empty for the plain one.
+        """
+        return {"": config}
+
+    @classmethod
+    def untrained(cls, config: Any, seed: int, like: Self | None = None) -> Self:
+        """A network before its training; global random numbers are left alone.
+
+        Args:
+            config: its settings.
+            seed: of its weights.
+            like: a trained one of the same sizes, whose statistics of the data it takes over.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = cls(config).eval()
+        measured = {} if like is None else dict(like.statistics())
+        for layer, own in network.statistics():
+            if layer in measured:
+                own.load_state_dict(measured[layer].state_dict())
+        return network
 
     def for_inference(self) -> Self:
         """What an artifact holds by default: itself, or a copy without what only trains it."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import torch
-
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.registry import list_pruners, pruner_class
 from ocvtp.shipped import find_folder
@@ -94,50 +92,6 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
     def ready(self, tokens: VisualTokens) -> NetworkT:
         """The network in evaluation mode, on the device of the tokens, to which it moves."""
         return self.trained.eval().to(tokens.features.device)
-
-    @classmethod
-    def default_layer(cls, num_blocks: int) -> int:
-        """The layer of `hidden_states` that an untrained network reads: that of most hosts."""
-        return max(1, num_blocks - 1)
-
-    @classmethod
-    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> Any:
-        """Settings of an untrained network for a tower, e.g. to time one.
-
-        Args:
-            feature_dim: D.
-            layer: the one that it reads.
-            num_tokens: N, or the most of any image.
-        """
-        from ocvtp.learning.network import NetworkConfig
-
-        del num_tokens
-        sizes = cls.network_class.sizes_class()
-        return NetworkConfig(sizes=sizes, feature_dim=feature_dim, layer=layer)
-
-    @classmethod
-    def untrained_configs(cls, config: Any) -> dict[str, Any]:
-        """The controls of a trained network with these settings.
-
-        Returns:
-            settings of each, by the word that tells it from the others: empty for the plain one.
-        """
-        return {"": config}
-
-    @classmethod
-    def untrained(cls, config: Any, seed: int, like: NetworkT | None = None) -> NetworkT:
-        """A network before its training; global random numbers are left alone.
-
-        Args:
-            config: its settings.
-            seed: of its weights.
-            like: a trained one of the same sizes, whose statistics of the data it takes over.
-        """
-        del like
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network: NetworkT = cls.network_class(config).eval()
-        return network
 
 
 def trainables() -> dict[str, type[TrainablePruner[Any]]]:

@@ -22,6 +22,7 @@ from ocvtp.slots.queries import GaussianQueries
 from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import VisualTokens
 
+_LAYER_SHARE = 9 / 24  # the paper's layer of its tower
 _MODEL_CARD = """---
 {{ card_data }}
 ---
@@ -206,6 +207,31 @@ class OCPruner(
         if self.config.choice != "winners":
             return slot_choices(masks, tokens.valid)
         return slot_winners(masks)
+
+    @classmethod
+    def default_layer(cls, num_blocks: int) -> int:
+        """The layer that the paper reads, in a tower of another depth."""
+        return max(1, round(_LAYER_SHARE * num_blocks))
+
+    @classmethod
+    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> OCPrunerConfig:
+        """The paper's sizes, with query noise for every token."""
+        config = OCPrunerConfig(feature_dim=feature_dim, layer=layer, tower=None)
+        return replace(config, noise_rows=max(config.noise_rows, num_tokens))
+
+    @classmethod
+    def untrained_configs(cls, config: OCPrunerConfig) -> dict[str, OCPrunerConfig]:
+        """For raw tokens; and for standardised ones if the network reads these."""
+        config = replace(config, decoder=None)
+        found = {"": replace(config, standardize=False)}
+        if config.standardize:
+            found["standardize=true"] = config
+        return found
+
+    @classmethod
+    def untrained(cls, config: OCPrunerConfig, seed: int, like: OCPruner | None = None) -> OCPruner:
+        """The seed is also that of the query noise."""
+        return super().untrained(replace(config, noise_seed=seed), seed, like)
 
     def for_inference(self) -> OCPruner:
         return self.without_decoder()

@@ -20,6 +20,7 @@ import ocvtp
 from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene
 from ocvtp.evaluation import conditions as made
+from ocvtp.evaluation.checkpoint_groups import grouped
 from ocvtp.export import export_checkpoint
 from ocvtp.learning import NetworkConfig, artifact
 from ocvtp.pruners import registry, trainable
@@ -285,6 +286,15 @@ def test_each_checkpoint_goes_to_the_pruner_that_reads_it(page, module):
         assert [condition.settings["checkpoint"] for condition in found] == own
     assert made.readable("linear", [DEMO_PRUNER]) == [DEMO_PRUNER]  # it says what is wrong
     assert made.readable("random", both) == both
+
+
+def test_checkpoints_of_two_pruners_are_not_told_to_be_no_seeds(page, module):
+    network_of(module, 0).save_pretrained("a")
+    network_of(module, 0, hidden_dim=8).save_pretrained("b")
+    assert grouped([DEMO_PRUNER, "a"]) == ([[DEMO_PRUNER], ["a"]], "")
+    groups, why = grouped([DEMO_PRUNER, "a", "b"])
+    assert groups == [[DEMO_PRUNER], ["a"], ["b"]]
+    assert why.startswith("checkpoints a and b are no seeds of one training (sizes.hidden_dim: 64")
 
 
 def test_untrained_controls_of_each_kind(page, module):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -12,10 +12,8 @@ from ocvtp.pruners.base import Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.trainable import TrainablePruner
 from ocvtp.slots.attention import slot_winners
-from ocvtp.slots.config import Choice, OCPrunerConfig, check_choice, layers_read
+from ocvtp.slots.config import Choice, check_choice, layers_read
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
-
-_LAYER_SHARE = 9 / 24  # the paper's layer of its tower
 
 
 @register("ocvtp")
@@ -104,37 +102,6 @@ class OCVTP(TrainablePruner["slots.OCPruner"]):
         return fill_up(slot_winners(attention), scores, num_keep, tokens.valid)
 
     def _attend(self, tokens: VisualTokens, num_keep: int) -> Tensor:
-        network = self.ready(tokens)
+        network: slots.OCPruner = self.ready(tokens)
         features = tokens.hidden[network.config.layer].to(network.queries.mean.dtype)
         return network.assign(features, self.num_slots or num_keep, valid=tokens.valid)[1].detach()
-
-    @classmethod
-    def default_layer(cls, num_blocks: int) -> int:
-        return max(1, round(_LAYER_SHARE * num_blocks))
-
-    @classmethod
-    def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> OCPrunerConfig:
-        """The paper's sizes, with query noise for every token."""
-        config = OCPrunerConfig(feature_dim=feature_dim, layer=layer, tower=None)
-        return replace(config, noise_rows=max(config.noise_rows, num_tokens))
-
-    @classmethod
-    def untrained_configs(cls, config: OCPrunerConfig) -> dict[str, OCPrunerConfig]:
-        """For raw tokens; and for standardised ones if the network reads these."""
-        config = replace(config, decoder=None)
-        found = {"": replace(config, standardize=False)}
-        if config.standardize:
-            found["standardize=true"] = config
-        return found
-
-    @classmethod
-    def untrained(
-        cls, config: OCPrunerConfig, seed: int, like: slots.OCPruner | None = None
-    ) -> slots.OCPruner:
-        """The seed is also that of the query noise; the statistics are those of `like`."""
-        network = super().untrained(replace(config, noise_seed=seed), seed)
-        if like is not None:
-            for own, part in ((network.inputs, like.inputs), (network.targets, like.targets)):
-                if own is not None and part is not None:
-                    own.load_state_dict(part.state_dict())
-        return network
