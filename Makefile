@@ -63,8 +63,9 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed $
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
-# On older versions, of the slow tests those that every host has for every feature.
-HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py -m slow
+# On older versions, of the slow tests those that every host has for every feature, and calls that keep all.
+HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py tests/hosts/test_keep_all.py tests/hosts/families \
+	-k "not test_keep_all or none" -m slow
 
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)

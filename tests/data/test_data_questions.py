@@ -49,7 +49,7 @@ def exam(level, num=12, **options):
         yield objects, ask(objects, num, np.random.default_rng(index), **options)
 
 
-@pytest.fixture(scope="module", params=["easy", "hard"])
+@pytest.fixture(scope="module", params=["easy", pytest.param("hard", marks=pytest.mark.slow)])
 def asked(request):
     return list(exam(request.param))
 

@@ -37,7 +37,7 @@ def subject():
 
 @pytest.fixture(scope="module")
 def task():
-    return SceneTask(num_images=3, questions=3, size=48)
+    return SceneTask(num_images=3, questions=2, size=48)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_a_finished_run_asks_for_new_pruners_alone(subject, task, finished, monk
 
 def test_answers_of_other_settings_are_refused(subject, task, finished):
     with pytest.raises(ValueError, match="other settings"):
-        ask(subject, SceneTask(num_images=3, questions=3, size=48, seed=1), finished)
+        ask(subject, SceneTask(num_images=3, questions=2, size=48, seed=1), finished)
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, task, finished, batch_size=8)
 

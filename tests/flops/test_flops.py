@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -32,12 +33,17 @@ IMAGES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.sampled(2)
+@cache
+def known(name):
+    """The sizes of a model, which are read once for all counts."""
+    return sizes_of(full_size.config_of(name))
+
+
 @pytest.mark.parametrize(("name", "convention"), PUBLISHED)
 def test_published_figures(name, convention):
-    config = full_size.config_of(name)
+    sizes = known(name)
     for tokens, expected in PUBLISHED[name, convention].items():
-        found = count(config, num_keep=tokens).conventions[convention]
+        found = count(sizes, num_keep=tokens).conventions[convention]
         assert round(found / 1e12, 2) == expected, tokens
 
 
@@ -104,7 +110,7 @@ def test_attention_on_a_cpu_counts_in_every_version(masked):
 
 
 def test_parts_of_llava_as_its_sizes_say():
-    found = count(full_size.config_of("llava-1.5-7b"))
+    found = count(known("llava-1.5-7b"))
     block = 2 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096)
     assert found.tower == 2 * 576 * 588 * 1024 + 24 * block
     assert found.projector == 2 * 576 * (1024 * 4096 + 4096**2)
@@ -112,7 +118,7 @@ def test_parts_of_llava_as_its_sizes_say():
 
 
 def test_grouped_query_attention_counts_keys_with_their_own_width():
-    found = count(full_size.config_of("qwen2.5-vl-7b"), num_keep=64)
+    found = count(known("qwen2.5-vl-7b"), num_keep=64)
     n, d, k, m = 96, 3584, 512, 18944
     assert found.layers[0] == 2 * (2 * n * d * (d + k) + 2 * n**2 * d + 3 * n * d * m)
     per_layer = 2 * 64 * d * (d + k) + 2 * 64**2 * d + 3 * 64 * d * m
@@ -120,20 +126,20 @@ def test_grouped_query_attention_counts_keys_with_their_own_width():
 
 
 def test_several_images_and_newlines():
-    config = full_size.config_of("llava-next-7b")
-    one, two = count(config), count(config, num_images=2, num_newlines=48)
+    sizes = known("llava-next-7b")
+    one, two = count(sizes), count(sizes, num_images=2, num_newlines=48)
     assert two.visual == (2 * (2880 + 48),) * 32
     assert (two.tower, two.projector) == (2 * one.tower, 2 * one.projector)
-    longer = count(config, text_length=32 + 48 + 2928)
+    longer = count(sizes, text_length=32 + 48 + 2928)
     assert two.layers == longer.layers
-    assert count(config, num_keep=160, num_newlines=48).visual == (208,) * 32
+    assert count(sizes, num_keep=160, num_newlines=48).visual == (208,) * 32
 
 
 def test_savings_can_be_left_out():
-    config = full_size.config_of("llava-1.5-7b")
+    sizes = known("llava-1.5-7b")
     pruner = build_pruner("fastervlm", num_keep=64)
-    plain, saving = count(config), count(config, pruner=pruner)
-    without = count(config, pruner=pruner, savings=NOTHING_SAVED)
+    plain, saving = count(sizes), count(sizes, pruner=pruner)
+    without = count(sizes, pruner=pruner, savings=NOTHING_SAVED)
     assert (without.tower, without.projector) == (plain.tower, plain.projector)
     assert saving.tower < plain.tower  # the last block does not run
     assert saving.projector * 9 == plain.projector
@@ -141,18 +147,18 @@ def test_savings_can_be_left_out():
 
 
 def test_the_bound_of_a_pruner_is_of_its_whole_way():
-    config = full_size.config_of("llava-1.5-7b")
+    sizes = known("llava-1.5-7b")
     early, late = (
-        count(config, pruner=build_pruner(name, num_keep=64)) for name in ("vprune", "divprune")
+        count(sizes, pruner=build_pruner(name, num_keep=64)) for name in ("vprune", "divprune")
     )
     assert early.language_model == late.language_model
     assert early.tower < late.tower / 5
-    assert late.projector == count(config).projector  # it reads all projected tokens
+    assert late.projector == count(sizes).projector  # it reads all projected tokens
 
 
 def test_composed_pruners_act_one_after_the_other():
     pruners = [build_pruner("vprune", num_keep=288), build_pruner("fastv", stages=((2, 72),))]
-    found = count(full_size.config_of("llava-1.5-7b"), pruner=Compose(pruners))
+    found = count(known("llava-1.5-7b"), pruner=Compose(pruners))
     assert found.visual == (288,) * 2 + (72,) * 30
 
 
@@ -172,14 +178,14 @@ REFUSED = {
 def test_refusals(case):
     arguments, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
-        count(full_size.config_of("llava-1.5-7b"), **arguments)
+        count(known("llava-1.5-7b"), **arguments)
 
 
 def test_tiles_one_by_one_have_no_budget_of_an_image():
-    config = full_size.config_of("llava-next-7b")
+    sizes = known("llava-next-7b")
     with pytest.raises(ValueError, match="one tile at a time"):
-        count(config, pruner=build_pruner("vprune", num_keep=640))
-    found = count(config, pruner=build_pruner("vprune", keep_ratio=0.25))
+        count(sizes, pruner=build_pruner("vprune", num_keep=640))
+    found = count(sizes, pruner=build_pruner("vprune", keep_ratio=0.25))
     assert found.visual[0] == 5 * 144
 
 
@@ -213,13 +219,13 @@ def test_counting_makes_no_numbers_and_changes_no_configuration():
 )
 def test_what_a_model_cannot_run_is_refused_as_attach_does(name, pruner, reason):
     with pytest.raises(ValueError, match=reason):
-        count(full_size.config_of(name), pruner=build_spec(pruner, num_keep=64))
+        count(known(name), pruner=build_spec(pruner, num_keep=64))
 
 
 def test_words_that_ask_and_what_they_attend_to_are_part_of_the_choice():
     stages = ((3, 300), (7, 200), (16, 110))
     pruner = build_pruner("sparsevlm", plus=True, stages=stages)
-    found = count(full_size.config_of("llava-1.5-7b"), pruner=pruner, text_length=32)
+    found = count(known("llava-1.5-7b"), pruner=pruner, text_length=32)
     raters = 2 * 576 * 32 * 4096  # products of image and text embeddings
     scores = sum(2 * 32 * (n + 32) * 4096 + 2 * 32 * n for n in (576, 300, 200))
     assert found.select == raters + scores

@@ -88,7 +88,6 @@ def used(family: Family) -> Any:
     return model
 
 
-@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adapters_come_and_go_under_a_pruner(family: Family, name: str) -> None:
