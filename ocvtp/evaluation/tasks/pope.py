@@ -95,7 +95,7 @@ class PopeTask(ListedTask):
     ) -> PopeTask:
         files: Files
         if questions_file is None:
-            what = "or --questions-file, POPE's own questions"
+            what = "COCO's annotations of the images, or --questions-file, POPE's own questions"
             source = supplied.given("instances", instances, what)
             files = build_pope(source, supplied.folder / "pope", num_images, seed)
             num_images = None
