@@ -61,6 +61,7 @@ def test_the_docstring_has_a_command_whose_flags_exist(name, example, capsys):
         assert flag in known, flag
 
 
+@pytest.mark.slow
 def test_pipeline(example):
     lines = example("pipeline").splitlines()
     assert re.search(r"144 tokens +36 tokens \(divprune\)", lines[1])

@@ -202,6 +202,7 @@ def test_show_with_pruners_that_read_the_prompt(capsys, photo, reading, tmp_path
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
     """They mean different things by received attention, so each is shown its own."""
     from ocvtp.hosts.families.llava import LlavaHost

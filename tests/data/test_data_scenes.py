@@ -108,6 +108,7 @@ def test_masked_pixels_have_the_named_colour(scenes):
         assert names[np.abs(palette - colour).sum(1).argmin()] == item.colour
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fixture", ["scenes", "hard_scenes"])
 def test_masks_are_exact(fixture, request):
     """Inside a mask all is of the object's colour, but for the antialiased rim."""

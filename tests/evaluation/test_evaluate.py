@@ -311,6 +311,7 @@ def test_checkpoints_of_another_kind_are_never_averaged(tmp_path):
     assert "cannot be read" in said
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_trainings_have_rows_of_their_own(subject, few, tmp_path, network):
     paths = checkpoints_of(tmp_path, network, trained(0), trained(1), trained(0, epochs=1))
     given = {"controls": (), "checkpoints": paths}

@@ -58,6 +58,7 @@ def same(actual: Any, expected: Any, gone: tuple[str, ...] = ()) -> None:
         assert actual == expected
 
 
+@pytest.mark.sampled(1)
 @FAMILY
 @pytest.mark.parametrize("logits", ["short", "full"])
 @torch.no_grad()
