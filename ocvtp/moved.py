@@ -20,6 +20,8 @@ HOMES = {
     "ocvtp.hosts.rewrite": "ocvtp.hosts.prompt.shorten",
     "ocvtp.hosts.sharing": "ocvtp.hosts.runtime.shared_encodings",
     "ocvtp.hosts.templates": "ocvtp.hosts.prompt.chat_template",
+    "ocvtp.pruners.bipartite": "ocvtp.ops.bipartite",
+    "ocvtp.pruners.clustering": "ocvtp.ops.clustering",
     "ocvtp.pruners.colours": "ocvtp.ops.patch_colours",
     "ocvtp.pruners.diversity": "ocvtp.ops.diversity",
     "ocvtp.pruners.halves": "ocvtp.pruners.two_stage",

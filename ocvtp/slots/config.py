@@ -29,7 +29,7 @@ class NetworkSizes:
         frozen_queries: whether the table is the noise in training too; paper: no.
         standardize: whether the tokens are read at mean 0 and scale 1 per feature, by statistics of
             the training images that are saved with the weights; paper: no.
-        choice: how slots choose tokens, see `ocvtp.slots.choosing.Choice`; paper: `winners`.
+        choice: how slots choose tokens, see `ocvtp.slots.config.Choice`; paper: `winners`.
     """
 
     hidden_dim: int = 2048
