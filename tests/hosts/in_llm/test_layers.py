@@ -494,6 +494,28 @@ def test_a_hand_written_loop(llava: Family) -> None:
     assert torch.cat(words, dim=1).equal(expected)
 
 
+CHANGES = [
+    pytest.param("fastv", ((1, 5),), ((2, 4),), id="later"),
+    pytest.param("fastv", ((2, 5),), ((1, 4),), id="earlier"),
+    pytest.param("pyramiddrop", ((2, 4),), ((1, 7), (2, 4)), id="more"),
+    pytest.param("pyramiddrop", ((1, 7), (2, 4)), ((2, 4),), id="fewer"),
+    pytest.param("sparsevlm", ((2, 4),), ((1, 7), (2, 4)), id="with raters"),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "then"), CHANGES)
+def test_settings_that_are_changed_while_it_is_attached(
+    llava: Family, name: str, first: Any, then: Any
+) -> None:
+    inputs = llava.make(ONE, "left")
+    pruner: Any = build_pruner(name, stages=first)
+    with pruner(llava.model), torch.no_grad():
+        llava.model(**inputs)
+        pruner.stages = then
+        found = llava.model(**inputs).logits
+    assert torch.equal(found, logits_of(llava, inputs, build_pruner(name, stages=then)))
+
+
 def test_labels_and_gradients(llava: Family) -> None:
     """The loss is that of what is left: what follows an image is predicted from its last token."""
     model, inputs = deepcopy(llava.model), llava.make(MIXED, "left")
