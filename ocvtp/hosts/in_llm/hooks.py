@@ -90,6 +90,10 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Before the language model: begin a pass, if tokens are or were dropped."""
     call, cache = CALL.get(), cache_in(kwargs)
+    if type(call) is LayerCall:  # of a step that Ctrl-C ended: torch runs no hooks after that
+        CALL.set(call := None)
+    if isinstance(call, LayerCall):
+        call.layer_pass = None
     plan = call.plan if isinstance(call, LayerCall) else None
     past = 0 if cache is None else cache.get_seq_length()
     note = notes_on(cache).layers
