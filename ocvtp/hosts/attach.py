@@ -151,8 +151,14 @@ def _installed_hooks(
     if hasattr(type(host.model), MERGE_PROCESSORS):
         groups.append(partial(_method, host.model, caller_processors.merge, MERGE_PROCESSORS))
     groups.append(partial(_hooks, host, needs, attachment.layers))
-    settings = partial(getattr, host, "hook_settings")
+    settings = partial(_hook_settings, host, attachment.layers)
     return InstalledHooks(host.model, partial(check, host, pruner), groups, settings)
+
+
+def _hook_settings(host: Host, layered: LayerPruner | None) -> Any:
+    """What decides where hooks go besides the modules of the model."""
+    found = None if layered is None else layer_hooks.read_at(host.language_model, layered)
+    return host.hook_settings, found
 
 
 def _hooks(host: Host, needs: Needs, layered: LayerPruner | None) -> list[Hook]:

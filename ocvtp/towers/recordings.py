@@ -110,13 +110,11 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
             a graph, the first time: a backward pass that needs one for what was recorded there is
             refused.
     """
-    call, record = CALL.get() or TowerCall(), Recording()
-    token, outer = CALL.set(call), call.recording
-    call.recording = record
+    record = Recording()
+    token = CALL.set(TowerCall(recording=record))
     try:
         yield record
     finally:
-        call.recording = outer
         CALL.reset(token)
     trains = tower is not None and any(weight.requires_grad for weight in tower.parameters())
     if record.lost_graph and trains:

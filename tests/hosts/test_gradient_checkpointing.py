@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from copy import deepcopy
-from threading import Thread
+from functools import partial
+from threading import Barrier, Thread
 from typing import Any
 
 import pytest
@@ -139,6 +141,56 @@ def test_a_backward_pass_in_another_thread(llava: Any) -> None:
         thread.start()
         thread.join()
     assert_same(plain, {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """Results of calls in threads that begin with what this one has in its context."""
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(*map(asyncio.to_thread, calls))
+
+    return asyncio.run(run())
+
+
+class Together:
+    """A hook that lets two threads be in modules, and in copies of these, at the same time."""
+
+    def __init__(self) -> None:
+        self._barrier = Barrier(2)
+
+    def __deepcopy__(self, memo: Any) -> Together:
+        return self
+
+    def __call__(self, *_: Any) -> None:
+        self._barrier.wait(timeout=60)
+
+
+def test_threads_after_a_backward_pass_do_not_see_each_other(llava: Any) -> None:
+    gradients(llava, build("tome"), make_inputs(), reentrant=False)
+    batches = [make_inputs(), make_inputs()]
+    batches[1]["pixel_values"] = batches[1]["pixel_values"].flip(-1)
+    settings = {"max_new_tokens": 3, "do_sample": False}
+    with build_pruner("fopru", num_keep=5)(llava):
+        expected = [llava.generate(**inputs, **settings) for inputs in batches]
+        hook = llava.model.vision_tower.encoder.layers[1].register_forward_pre_hook(Together())
+        found = at_once(*[partial(llava.generate, **inputs, **settings) for inputs in batches])
+        hook.remove()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_two_backward_passes_at_once(llava: Any) -> None:
+    gradients(llava, build("tome"), make_inputs(), reentrant=False)
+    batches = [make_inputs(), make_inputs()]
+    batches[1]["pixel_values"] = batches[1]["pixel_values"].flip(-1)
+    expected = [gradients(llava, build("tome"), inputs) for inputs in batches]
+    met = deepcopy(llava)
+    keys = met.model.vision_tower.encoder.layers[1].self_attn.k_proj
+    keys.register_forward_pre_hook(Together())
+    found = at_once(
+        *[partial(gradients, met, build("tome"), inputs, reentrant=False) for inputs in batches]
+    )
+    for one, other in zip(expected, found, strict=True):
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

@@ -22,7 +22,7 @@ from ocvtp.hosts.cache_notes import LayersNote, leave_note, notes_on
 from ocvtp.hosts.in_llm.drop import Pass, drop, prepare
 from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
-from ocvtp.pruners.layer_pruner import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before
 from ocvtp.towers.module_state import is_compiled
@@ -58,6 +58,11 @@ def check(host: Host, pruner: LayerPruner) -> None:
         )
 
 
+def read_at(model: Any, pruner: LayerPruner) -> list[tuple[int, LayerNeeds]]:
+    """Before which layers a pruner drops tokens, and what it reads there, as it is set now."""
+    return [(layer, pruner.needs_at(layer)) for layer in pruner.layers(len(model.layers))]
+
+
 def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
     """Hooks in the language model.
 
@@ -65,9 +70,8 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
         model: the language model, its `layers` in order.
         pruner: of stage `llm_layers`.
     """
-    count = len(model.layers)
-    places = pruner.layers(count)
-    needs = [(layer, pruner.needs_at(layer)) for layer in places]
+    count, needs = len(model.layers), read_at(model, pruner)
+    places = [layer for layer, _ in needs]
     asked = {b for layer, need in needs for b, _ in need.attention if b != layer}
     read = asked | {b for layer, need in needs for b in need.keys if b != layer}
     found = [
@@ -86,6 +90,10 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
 def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Before the language model: begin a pass, if tokens are or were dropped."""
     call, cache = CALL.get(), cache_in(kwargs)
+    if type(call) is LayerCall:  # of a step that Ctrl-C ended: torch runs no hooks after that
+        CALL.set(call := None)
+    if isinstance(call, LayerCall):
+        call.layer_pass = None
     plan = call.plan if isinstance(call, LayerCall) else None
     past = 0 if cache is None else cache.get_seq_length()
     note = notes_on(cache).layers

@@ -312,13 +312,13 @@ def _attend(number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     The attention gets what is added to the logits of every row as a key.
     """
     run: TowerRun | None = kwargs.get(_CARRIER)
-    call = CALL.get()
-    if run is not None and run.merges:
-        if call is None:  # in the backward pass
-            CALL.set(call := TowerCall())
-        call.block_run = run
-    elif call is not None:
-        call.block_run = None
+    call, merging = CALL.get(), run if run is not None and run.merges else None
+    if type(call) is TowerCall and call.recording is None:
+        CALL.set(call := None)  # left by a backward pass; threads that began since have it too
+    if call is None and merging is not None:  # in the backward pass
+        CALL.set(call := TowerCall())
+    if call is not None:
+        call.block_run = merging
     if run is None:
         return None
     kwargs = {name: value for name, value in kwargs.items() if name != _CARRIER}

@@ -74,7 +74,8 @@ class InstalledHooks:
         model: the one that it is attached to.
         check: refuses a model that the pruner cannot be put into.
         groups: each looks up hooks in the model as it is now; they are put there together.
-        settings: gives what of the model's configuration decides where hooks go.
+        settings: gives what of the model's configuration, and of the pruner's, decides where hooks
+            go.
     """
 
     def __init__(

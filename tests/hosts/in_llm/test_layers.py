@@ -494,6 +494,49 @@ def test_a_hand_written_loop(llava: Family) -> None:
     assert torch.cat(words, dim=1).equal(expected)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_step_that_was_interrupted_is_over(llava: Family, layer: int) -> None:
+    """After Ctrl-C torch runs no hooks, not even those that it always runs."""
+    language_model = llava.model.model.language_model
+    text = llava.make([(6,)], "left")
+    with torch.no_grad():
+        expected = llava.model(**text).logits
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with Renumbering()(llava.model), torch.no_grad():
+        output = llava.model(**llava.make(ONE, "left"), use_cache=True)
+        step = {"input_ids": text["input_ids"][:, :1], "past_key_values": output.past_key_values}
+        hook = language_model.layers[layer].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            llava.model(**step)
+        hook.remove()
+        assert torch.equal(llava.model(**text).logits, expected)
+
+
+CHANGES = [
+    pytest.param("fastv", ((1, 5),), ((2, 4),), id="later"),
+    pytest.param("fastv", ((2, 5),), ((1, 4),), id="earlier"),
+    pytest.param("pyramiddrop", ((2, 4),), ((1, 7), (2, 4)), id="more"),
+    pytest.param("pyramiddrop", ((1, 7), (2, 4)), ((2, 4),), id="fewer"),
+    pytest.param("sparsevlm", ((2, 4),), ((1, 7), (2, 4)), id="with raters"),
+]
+
+
+@pytest.mark.parametrize(("name", "first", "then"), CHANGES)
+def test_settings_that_are_changed_while_it_is_attached(
+    llava: Family, name: str, first: Any, then: Any
+) -> None:
+    inputs = llava.make(ONE, "left")
+    pruner: Any = build_pruner(name, stages=first)
+    with pruner(llava.model), torch.no_grad():
+        llava.model(**inputs)
+        pruner.stages = then
+        found = llava.model(**inputs).logits
+    assert torch.equal(found, logits_of(llava, inputs, build_pruner(name, stages=then)))
+
+
 def test_labels_and_gradients(llava: Family) -> None:
     """The loss is that of what is left: what follows an image is predicted from its last token."""
     model, inputs = deepcopy(llava.model), llava.make(MIXED, "left")
