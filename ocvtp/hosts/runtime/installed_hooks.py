@@ -64,6 +64,7 @@ class _Holder:
             and len(parts) == self.num_parts
             and (self.module._compiled_call_impl is not None) == self.is_compiled
             and all(parts.get(name) is part for name, part in self.parts)
+            and vars(self.module).keys().isdisjoint(name for name, _ in self.parts)
         )
 
 
@@ -127,9 +128,14 @@ class InstalledHooks:
         return {number: pair[0] for number, pair in pairs if not _are_there(*pair)}
 
     def _holders(self) -> list[_Holder]:
-        """All modules between the model and those that have hooks, both included."""
+        """All modules between the model and those that have hooks, both included.
+
+        None where one of these is no registered part: nothing tells when it is replaced.
+        """
         wanted = {id(module) for group in self._put for module, _ in group}
         holders = {id(module): module for module in self._model.modules()}
+        if not wanted <= holders.keys():
+            return []
         parents: dict[int, set[int]] = {}
         for number, holder in holders.items():
             for child in holder._modules.values():
@@ -139,7 +145,7 @@ class InstalledHooks:
             if number not in found:
                 found.add(number)
                 queue += parents.get(number, ())
-        return [_Holder.of(holders[number], found) for number in found if number in holders]
+        return [_Holder.of(holders[number], found) for number in found]
 
     def remove(self) -> None:
         """Take everything out; may be called more than once."""

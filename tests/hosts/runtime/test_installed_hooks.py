@@ -93,6 +93,23 @@ def test_a_change_is_seen_once(change: Callable[[Model], None]) -> None:
     assert len(fired) == len(model.blocks)
 
 
+def test_a_part_that_hides_a_registered_one_is_seen() -> None:
+    model, fired, looked = Model(), list[int](), list[int]()
+    hooks = installed(model, fired, looked)
+    hooks.renew()
+    registered = model.blocks
+    for linear in (nn.Linear(2, 2), nn.Linear(2, 2), None):  # hidden, hidden again, and back
+        if linear is None:
+            del vars(model)["blocks"]
+        else:
+            vars(model)["blocks"] = nn.ModuleList([nn.Sequential(linear)])
+        hooks.renew()
+        fired.clear()
+        model(torch.zeros(1, 2))
+        assert fired == [id(block[0]) for block in model.blocks]
+    assert model.blocks is registered
+
+
 def test_what_is_not_on_the_way_may_change() -> None:
     model, fired, looked = Model(), list[int](), list[int]()
     hooks = installed(model, fired, looked)
