@@ -21,6 +21,7 @@ from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
 from ocvtp.shipped import find_folder
 from ocvtp.towers import taps
+from ocvtp.towers.families import look
 
 
 class CLIPEncoder(FrozenEncoder):
@@ -98,7 +99,7 @@ class CLIPEncoder(FrozenEncoder):
         return cast(nn.Module, tower)
 
     def _view(self, tower: nn.Module) -> taps.Tower:
-        return taps.clip_tower(tower)
+        return look(tower)
 
 
 @contextmanager

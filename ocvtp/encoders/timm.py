@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from ocvtp.encoders.base import DType, FrozenEncoder
@@ -17,6 +18,9 @@ from ocvtp.towers import taps
 
 class TimmEncoder(FrozenEncoder):
     """A frozen ViT of timm (plain blocks with fused qkv), cut after the layer that is read.
+
+    Registers are no tokens. Keys of towers that turn them by positions (DINOv3, EVA) are those
+    before rotation.
 
     Args:
         tower: timm model name, e.g. `vit_base_patch16_clip_224.openai`, or `hf-hub:ID` or
@@ -92,7 +96,20 @@ class TimmEncoder(FrozenEncoder):
             blocks=blocks,
             num_heads=int(blocks[0].attn.num_heads),
             query_key=lambda block: (block.attn.q_norm, block.attn.k_norm),
+            turn=_TURN if getattr(tower, "rope", None) is not None else None,
+            has_cls=tower.cls_token is not None,
         )
+
+
+def _turned(attention: Any, heads: Tensor, how: Tensor) -> Tensor:
+    """Heads [B, H, T, d] as `attention` turns them, all but those before the patches."""
+    first = attention.num_prefix_tokens
+    half = getattr(attention, "rotate_half", False)
+    patches = apply_rot_embed_cat(heads[:, :, first:], how, half=half)
+    return torch.cat([heads[:, :, :first], patches.to(heads.dtype)], dim=2)
+
+
+_TURN = taps.Turn(lambda block: block.attn, "rope", _turned)
 
 
 class TimmTransform:

@@ -34,7 +34,7 @@ class Recording:
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
     keys: dict[int, Tensor] = field(default_factory=dict)
     fused: dict[int, Tensor] = field(default_factory=dict)  # block -> [P, 3 D], with the values
-    turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # block -> cos and sin
+    turns: dict[int, Any] = field(default_factory=dict)  # block -> how far its heads are turned
     segment_ends: dict[int, Tensor] = field(default_factory=dict)  # block -> among the P
     rows: dict[int, Rows] = field(default_factory=dict)  # block -> what it ran, where not all
     features: Tensor | None = None

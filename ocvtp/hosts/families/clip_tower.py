@@ -24,6 +24,7 @@ from ocvtp.ops.merging import merge
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps
+from ocvtp.towers.families import look
 from ocvtp.towers.hooks import Hook
 from ocvtp.towers.module_state import is_compiled, on_device
 
@@ -102,7 +103,7 @@ class ClipFamilyHost(Host):
         return (self._projector,)
 
     def tower_parts(self) -> taps.Tower:
-        return taps.clip_tower(self.tower)
+        return look(self.tower)
 
     @property
     def num_prefix(self) -> int:
