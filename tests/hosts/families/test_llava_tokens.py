@@ -20,6 +20,7 @@ from reference import (
     shorten,
     tower_states,
 )
+from reference_tower import blocks_of
 from tiny_models import DINOS, tiny_llava
 
 from ocvtp import Needs, VisualTokens, build_pruner
@@ -153,7 +154,7 @@ def check_keys(model: Any, tokens: VisualTokens, images: torch.Tensor) -> None:
     states, _ = tower_states(model, images)
     first, tower = first_patch(model), model.model.vision_tower
     for block in (2, -1):
-        layer = (tower.encoder if hasattr(tower, "encoder") else tower.model).layer[block]
+        layer = blocks_of(tower)[block]
         own = layer.attention
         query, key = (
             (own.q_proj, own.k_proj)
