@@ -50,6 +50,18 @@ def blocks_of(tower: Any) -> Any:
     return encoder.layers if hasattr(encoder, "layers") else encoder.layer
 
 
+def queries_and_keys(tower: Any, block: int, states: Tensor) -> tuple[Tensor, Tensor]:
+    """[I, T, D] those that a block projects of its input, before they are turned."""
+    layer = blocks_of(tower)[block]
+    if hasattr(layer, "layer_norm1"):
+        states, own = layer.layer_norm1(states), layer.self_attn
+    else:
+        states, own = layer.norm1(states), layer.attention
+    if hasattr(own, "q_proj"):
+        return own.q_proj(states), own.k_proj(states)
+    return own.attention.query(states), own.attention.key(states)  # older DINOv2
+
+
 def prefix_of(tower: Any) -> int:
     """Tokens before the patches."""
     has_cls = "siglip" not in tower.config.model_type

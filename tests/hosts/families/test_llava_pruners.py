@@ -20,7 +20,7 @@ from reference import (
     single,
     tower_states,
 )
-from reference_tower import blocks_of
+from reference_tower import queries_and_keys
 from torch import Tensor
 
 import ocvtp
@@ -99,18 +99,6 @@ def tokens_by_hand(
         text_valid=valid,
         **space,
     )
-
-
-def queries_and_keys(tower: Any, block: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """[I, T, D] those that a block projects of its input, before they are turned."""
-    layer = blocks_of(tower)[block]
-    if hasattr(layer, "layer_norm1"):
-        states, own = layer.layer_norm1(states), layer.self_attn
-    else:
-        states, own = layer.norm1(states), layer.attention
-    if hasattr(own, "q_proj"):
-        return own.q_proj(states), own.k_proj(states)
-    return own.attention.query(states), own.attention.key(states)  # older DINOv2
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from reference import (
     shorten,
     tower_states,
 )
-from reference_tower import blocks_of
+from reference_tower import queries_and_keys
 from tiny_models import DINOS, tiny_llava
 
 from ocvtp import Needs, VisualTokens, build_pruner
@@ -154,18 +154,11 @@ def check_keys(model: Any, tokens: VisualTokens, images: torch.Tensor) -> None:
     states, _ = tower_states(model, images)
     first, tower = first_patch(model), model.model.vision_tower
     for block in (2, -1):
-        layer = blocks_of(tower)[block]
-        own = layer.attention
-        query, key = (
-            (own.q_proj, own.k_proj)
-            if hasattr(own, "q_proj")
-            else (own.attention.query, own.attention.key)
-        )
         with torch.no_grad():
-            normed = layer.norm1(states[block - (block < 0)])
-            assert_close(tokens.keys[block], key(normed)[:, first:], 1e-5)
-            assert_close(tokens.cls_keys[block], key(normed)[:, 0], 1e-5)
-            assert_close(tokens.cls_queries[block], query(normed)[:, 0], 1e-5)
+            queries, keys = queries_and_keys(tower, block, states[block - (block < 0)])
+        assert_close(tokens.keys[block], keys[:, first:], 1e-5)
+        assert_close(tokens.cls_keys[block], keys[:, 0], 1e-5)
+        assert_close(tokens.cls_queries[block], queries[:, 0], 1e-5)
 
 
 def test_the_cls_is_the_selected_layers(llava: Any) -> None:
