@@ -9,6 +9,7 @@ import torch
 from reference import (
     BATCH,
     IMAGE_TOKEN,
+    IMG,
     ask,
     assert_close,
     first_patch,
@@ -25,6 +26,8 @@ from torch import Tensor
 
 import ocvtp
 from ocvtp import Compose, OCPruner, Pruner, Selection, VisualTokens, build_pruner
+from ocvtp.evaluation.tasks.kept_tokens import kept_cells
+from ocvtp.hosts import find_host
 from ocvtp.slots import OCPrunerConfig
 
 WORDS = ["what is it?", "how many are there, and where?"]
@@ -205,6 +208,29 @@ def test_dino_towers(llava_dino: Any, processor: Any, name: str, settings: dict[
     assert_close(logits[real], short.logits(short.positions("contiguous"))[real], 1e-4)
     assert together.equal(short.greedy(5))
     assert name == "random" or together.equal(torch.cat(alone))
+
+
+@pytest.mark.usefixtures("untouched_dino")
+@pytest.mark.parametrize("name", ["fastervlm", "pyramiddrop"])
+def test_cells_of_dino_towers(llava_dino: Any, name: str) -> None:
+    """Registers have no place in the grid, and no row of theirs is a token."""
+    settings = {"num_keep": 6} if name == "fastervlm" else {"stages": ((1, 9), (2, 4))}
+    registers, host = num_registers(llava_dino), find_host(llava_dino)
+    inputs, prompts = make_batch([(2, IMG, 2), (3, IMG)], registers=registers), list[Any]()
+    with build_pruner(name, **settings)(llava_dino, on_prune=prompts.append), torch.no_grad():
+        llava_dino(**inputs)
+    (prompt,) = prompts
+    rows = host.tokens_of_rows(prompt.encoded)
+    assert rows.tolist() == 2 * ([-1] * registers + list(range(16)))
+    assert host.cells(prompt.encoded).tolist() == [list(range(16)), [-1] * 16]
+    kept = kept_cells(host, prompt)
+    assert kept.shape == (2, 16)
+    places = prompt.selection.keep_indices
+    if name == "pyramiddrop":
+        (stayed,) = [stage for stage in prompt.layers.kept if stage.layer == 2]
+        places = stayed.places
+    for image, own in enumerate(places):
+        assert kept[image].nonzero()[:, 0].tolist() == own[own >= 0].tolist()
 
 
 def tower_kind(model: Any) -> str:
