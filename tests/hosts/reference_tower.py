@@ -109,7 +109,7 @@ def attend(
     mixed = torch.einsum("hqk,khd->qhd", weights, values).flatten(1)
     if is_clip:
         return states + attention.out_proj(mixed), keys, weights
-    return states + block.layer_scale1(attention.o_proj(mixed)), keys, weights
+    return states + block.drop_path(block.layer_scale1(attention.o_proj(mixed))), keys, weights
 
 
 def finish(tower: Any, number: int, states: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def finish(tower: Any, number: int, states: Tensor) -> Tensor:
     block = blocks_of(tower)[number]
     if hasattr(block, "layer_norm2"):
         return states + block.mlp(block.layer_norm2(states))
-    return states + block.layer_scale2(block.mlp(block.norm2(states)))
+    return states + block.drop_path(block.layer_scale2(block.mlp(block.norm2(states))))
 
 
 @torch.no_grad()

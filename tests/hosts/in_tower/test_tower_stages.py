@@ -287,6 +287,25 @@ def test_dino_towers(llava_dino: Any, kind: str) -> None:
     assert together.equal(torch.cat(alone))
 
 
+class Half(torch.nn.Module):
+    """Stands for stochastic depth."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return 0.5 * states
+
+
+def test_merging_in_blocks_that_drop_paths() -> None:
+    """One module ends both halves of a block."""
+    model = tiny_llava("dinov3_vit")
+    for block in blocks_of(model.model.vision_tower):
+        block.drop_path = Half()
+    inputs = make_inputs([(2, "image", 2)], registers=4)
+    prompt = seen(model, build("tome"), inputs)
+    kept, states = by_hand(model, inputs["pixel_values"][0], "tome")
+    assert (prompt.encoded.places[0] - 4).tolist() == kept
+    assert_close(prompt.encoded.tokens.features[0], states[4:], 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["tome", "vprune", "adaptive"])
 def test_a_tower_without_cls(llava_siglip: Any, kind: str) -> None:
     inputs = make_inputs()
