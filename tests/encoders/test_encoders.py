@@ -10,9 +10,11 @@ from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
+    BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    DINOv3ViTImageProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -122,6 +124,10 @@ def folders(tmp_path_factory):
             SiglipImageProcessor(size={"height": 56, "width": 56}).save_pretrained(root / name)
         elif name == "siglip2":
             Siglip2ImageProcessor(patch_size=14, max_num_patches=16).save_pretrained(root / name)
+        elif name == "dinov2":
+            BitImageProcessor(**sizes).save_pretrained(root / name)
+        elif name == "dinov3_vit":
+            DINOv3ViTImageProcessor(size=sizes["crop_size"]).save_pretrained(root / name)
         else:
             CLIPImageProcessor(**sizes).save_pretrained(root / name)
     return {name: (str(root / name), tower) for name, (_, tower) in made.items()}
@@ -380,7 +386,7 @@ def test_timm_refuses_what_is_no_vit():
 
 
 @pytest.mark.parametrize("size", [(120, 80), (64, 200), (96, 96)])
-@pytest.mark.parametrize("kind", ["clip", "siglip", "timm"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "dinov2", "dinov3_vit", "timm"])
 def test_masks_go_through_the_same_geometry_as_images(folders, kind, size):
     if kind == "timm":
         transform = TimmEncoder("vit_tiny_patch16_224", layer=1, pretrained=False).transform
@@ -402,7 +408,7 @@ def test_descriptions_are_plain_json(folders):
     import json
 
     for transform in (
-        CLIPEncoder(folders["clip"][0], layer=1).transform,
+        *(CLIPEncoder(folders[k][0], layer=1).transform for k in ("clip", "siglip2", *DINOS)),
         TimmEncoder("vit_tiny_patch16_224", layer=1, pretrained=False).transform,
     ):
         assert json.loads(json.dumps(transform.describe())) == transform.describe()
