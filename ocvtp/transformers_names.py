@@ -308,12 +308,15 @@ def dino_query_key(block: Any) -> tuple[Any, Any]:
     attention = block.attention
     if hasattr(attention, "q_proj"):
         return attention.q_proj, attention.k_proj
-    return attention.attention.query, attention.attention.key  # of DINOv2, before 5.23 or earlier
+    return attention.attention.query, attention.attention.key  # older DINOv2
 
 
 def hands_on_arguments(block: Any) -> bool:
     """Whether a block of a tower hands the arguments that it is called with to its attention."""
-    return "kwargs" in signature(type(block).forward).parameters
+    forward = type(block).forward
+    if forward is torch.nn.Module.forward:  # of a wrapper, e.g. torch.compile's
+        return True
+    return any(p.kind is p.VAR_KEYWORD for p in signature(forward).parameters.values())
 
 
 def packed_images(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:

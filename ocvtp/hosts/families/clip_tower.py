@@ -119,8 +119,11 @@ class ClipFamilyHost(Host):
 
     @property
     def num_prefix(self) -> int:
-        has_cls = self.towers[self.tower.config.model_type]
-        return has_cls + self.num_registers
+        return self._has_cls + self.num_registers
+
+    @property
+    def _has_cls(self) -> bool:
+        return bool(self.towers[self.tower.config.model_type])
 
     @property
     def num_registers(self) -> int:
@@ -157,7 +160,7 @@ class ClipFamilyHost(Host):
 
     def check(self, needs: Needs) -> None:
         asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
-        if asks_cls and self.num_prefix == 0:
+        if asks_cls and not self._has_cls:
             raise ValueError(
                 f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
                 " use `received` attention where the method offers it, or a pruner without CLS."
@@ -328,7 +331,7 @@ class ClipFamilyHost(Host):
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = self._strategy(images)
-        wanted = "default" if self.num_prefix else "full"
+        wanted = "default" if self._has_cls else "full"
         if strategy != wanted:
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} does not hand the language model the"
