@@ -157,7 +157,9 @@ def _installed_hooks(
 
 def _hook_settings(host: Host, layered: LayerPruner | None) -> Any:
     """What decides where hooks go besides the modules of the model."""
-    found = None if layered is None else layer_hooks.read_at(host.language_model, layered)
+    found = None
+    if layered is not None:
+        found = layered.needs_by_layer(len(host.language_model.layers))
     return host.hook_settings, found
 
 
