@@ -121,7 +121,7 @@ def attach(
     assert inside is None or isinstance(inside, LayerPruner)
     encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
     chosen = by_stage.get("llm_input")
-    run: Select = compiled(chosen) if chosen and host.savings.compile_select else select
+    run: Select = select if chosen is None or not host.savings.compile_select else compiled(chosen)
     attachment = Attachment(
         host=host,
         pruner=chosen,
