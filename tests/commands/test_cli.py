@@ -189,6 +189,7 @@ def test_answer_with_a_pruner_that_reads_the_prompt(capsys, photo, reading):
     assert reading[0].clip_text.shape == (2, 1, 64)
 
 
+@pytest.mark.slow
 def test_show_with_pruners_that_read_the_prompt(capsys, photo, reading, tmp_path):
     out = tmp_path / "picture.png"
     words = ["show", *MODEL, "--pruner", "reading", "uniform", "--num-keep", "16", "--image", photo]

@@ -154,6 +154,7 @@ def test_a_task_that_asks_nothing_is_refused(name):
         build_task("toy")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs_as_it_says(squares, tmp_path, capsys, monkeypatch):
     (command,) = re.findall(r"^    ocvtp (.*?[^\\])$", PAGE, re.MULTILINE | re.DOTALL)[:1]
     typed = command.replace("\\\n", " ").replace("checkpoints/demo-vlm", DEMO).split()
@@ -169,6 +170,7 @@ def test_the_example_of_the_page_runs_as_it_says(squares, tmp_path, capsys, monk
     assert set(row["figures"]) == {"red", "green", "blue", "all"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_its_settings_alone(squares, tmp_path, capsys, monkeypatch):
     asked = []
     generate = LlavaForConditionalGeneration.generate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,9 @@ class LlavaHost(ClipFamilyHost):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
     counts_operations: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "image_sizes": "image_sizes belong to Pixtral towers; leave them out."
+    }
 
     @property
     def image_tokens(self) -> int:
@@ -67,8 +71,3 @@ class LlavaHost(ClipFamilyHost):
         assert isinstance(encoded, Placed)
         places, (height, width) = encoded.places.cpu(), encoded.tokens.grid_hw
         return places.masked_fill(places >= height * width, -1)
-
-    def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
-        super()._check_settings(images, needs)
-        if images.get("image_sizes") is not None:
-            raise ValueError("image_sizes belong to Pixtral towers; leave them out.")
