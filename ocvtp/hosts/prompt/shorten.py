@@ -162,7 +162,7 @@ def shorten(
     coordinates, given = host.rope_positions(inputs, seen.images), inputs.pop("position_ids", None)
     packed = packing_of(seen.packed, coordinates is None, positions, layers)
     selection = select_shares(pruner, encoded.tokens, run)
-    check_selection(pruner, encoded, selection)
+    check_selection(pruner, encoded.tokens, selection)
     fixed = coordinates is not None or (given is not None and packed is None)
     if positions == "original" or fixed:
         selection = selection.in_raster_order()  # every row has the position of its place
