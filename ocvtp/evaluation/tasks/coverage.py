@@ -18,15 +18,14 @@ from torch import Tensor
 
 from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, TokenTask
+from ocvtp.evaluation.tasks.base import Item, PlaceTask, Ratio, Record, Supplied
 from ocvtp.evaluation.tasks.kept_tokens import (
-    all_features,
-    grid_of,
-    kept_cells,
+    KeptTokens,
+    kept_of_prompt,
     nearest_kept,
     unrestored,
 )
-from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on, patch_side, source_pixels
+from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on
 from ocvtp.evaluation.tasks.registry import register_task
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Prompt
@@ -37,10 +36,11 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 
 @register_task("coverage")
-class CoverageTask(TokenTask):
+class CoverageTask(PlaceTask):
     """Object coverage, nearest-kept cosine and the unrestored share on a COCO file's images.
 
-    Nothing is generated: the runner shows `look` what a pruner kept. Figures:
+    Nothing is generated: the runner shows `look` what a pruner kept in a model, and `judge` what it
+    kept of a vision tower alone. Figures:
 
     - `coverage/small`, `/medium`, `/large` and `/all`: share of the objects with a kept token on
       them, see `cells_on`. Crowds do not count, nor objects of which the picture shows nothing
@@ -58,7 +58,8 @@ class CoverageTask(TokenTask):
         images: folder of the images. annotations: COCO `instances` file; areas are read from it, or
             counted where it has none.
             Objects without a mask do not count.
-        processor: of the model (or its image processor): says where the pixels of an image went.
+        processor: of the model (or its image processor): says where the pixels of an image went;
+            None for a vision tower alone, whose own transform says it.
         question: what pruners that read the prompt are told.
         limit: use only the first `limit` images.
 
@@ -75,7 +76,7 @@ class CoverageTask(TokenTask):
         self,
         images: str | Path,
         annotations: str | Path,
-        processor: Any,
+        processor: Any = None,
         question: str = "Describe the image.",
         limit: int | None = None,
     ) -> None:
@@ -108,7 +109,7 @@ class CoverageTask(TokenTask):
     ) -> CoverageTask:
         if len(images) != 1:
             raise ValueError(f"--images {' '.join(images)}: coverage reads one folder; pass one.")
-        processor = supplied.processor("the VLM that sees the images")
+        processor = None if supplied.load is None else supplied.load()
         return cls(images[0], instances, processor, limit=num_images)
 
     def image(self, owner: int) -> Image.Image:
@@ -125,7 +126,7 @@ class CoverageTask(TokenTask):
 
     @torch.no_grad()
     def look(self, host: Host, prompt: Prompt, items: Sequence[Item]) -> list[Record]:
-        """Measure what is kept of a batch.
+        """Measure what a model kept of a batch.
 
         Args:
             host: of the model. prompt: with one image a row, as `attach(on_prune=...)` gives it;
@@ -133,21 +134,38 @@ class CoverageTask(TokenTask):
             items: of the rows.
 
         Returns:
-            of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
-            `coverage/SIZE/hits`; `cosine` and `unrestored`.
+            see `judge`.
 
         Raises:
             ValueError: if an image is not one grid of tokens, if the rows are not the items, if the
                 processor is not the one that made the inputs, or if the model has not read on.
         """
-        grid = grid_of(host, prompt, len(items))
-        kept = kept_cells(host, prompt)  # [B, N]
-        features = all_features(host, prompt, grid)  # [B, N, D]
-        picture = tuple(host.picture(prompt.images).shape[-2:])
-        cosine, left = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
+        if self._processor is None:
+            raise ValueError(
+                "this coverage task was made without a processor, which says where the pixels of"
+                " images went; pass processor=, that of the model."
+            )
+        return self.judge(kept_of_prompt(host, prompt, len(items), self._processor), items)
+
+    @torch.no_grad()
+    def judge(self, kept: KeptTokens, items: Sequence[Item]) -> list[Record]:
+        """Measure what is kept of a batch.
+
+        Args:
+            kept: an image a row. items: of the rows.
+
+        Returns:
+            of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
+            `coverage/SIZE/hits`; `cosine` and `unrestored`.
+
+        Raises:
+            ValueError: if the images' pictures are not those that the tower was given.
+        """
+        cosine = nearest_kept(kept.features, kept.kept).tolist()
+        left = unrestored(kept.features, kept.kept).tolist()
         records: list[Record] = []
-        for number, (item, own) in enumerate(zip(items, kept.cpu().numpy(), strict=True)):
-            on = self._on(host, item.owner, grid, picture if number == 0 else None)
+        for number, (item, own) in enumerate(zip(items, kept.kept.cpu().numpy(), strict=True)):
+            on = self._on(kept, item.owner, is_first=number == 0)
             counts = _counts(on, own, self._folder.areas(item.owner))
             means = {"cosine": cosine[number], "unrestored": left[number]}
             records.append({**counts, **means})
@@ -167,21 +185,19 @@ class CoverageTask(TokenTask):
             found[name] = Ratio(column(name), np.ones(len(records)), owners)
         return found
 
-    def _on(
-        self, host: Host, owner: int, grid: tuple[int, int], picture: tuple[int, ...] | None
-    ) -> NDArray[np.bool_]:
+    def _on(self, kept: KeptTokens, owner: int, is_first: bool) -> NDArray[np.bool_]:
         """[O, N] see `cells_on`; the picture's size is checked where it is known."""
-        if (owner, grid) not in self._on_cells:
-            width, height = self.image(owner).size
-            rows, columns, inside = source_pixels(host, self._processor, (width, height))
-            if picture not in (None, inside.shape):
+        if (owner, kept.grid) not in self._on_cells:
+            size = self.image(owner).size
+            seen = kept.sight.seen(self._folder.masks(owner), size)
+            if is_first and seen.shape[1:] != kept.picture:
                 raise ValueError(
-                    f"the processor makes a picture of {inside.shape} pixels of this image, but the"
-                    f" model was given one of {picture}; pass the processor that made its inputs."
+                    f"the processor makes a picture of {seen.shape[1:]} pixels of this image, but"
+                    f" the model was given one of {kept.picture}; pass the processor that made its"
+                    " inputs."
                 )
-            seen = at_pixels(self._folder.masks(owner), rows, columns, (height, width)) & inside
-            self._on_cells[owner, grid] = cells_on(seen, grid, patch_side(host))
-        return self._on_cells[owner, grid]
+            self._on_cells[owner, kept.grid] = cells_on(seen, kept.grid, kept.sight.patch)
+        return self._on_cells[owner, kept.grid]
 
 
 def _counts(
