@@ -67,8 +67,8 @@ def show(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    """A model, pruners and budgets; cli.py adds the task."""
-    options.add_model(parser)
+    """A model or a tower, pruners and budgets; cli.py adds the task."""
+    options.add_model_or_tower(parser)
     parser.add_argument(
         "--pruners",
         nargs="+",
