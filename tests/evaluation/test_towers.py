@@ -75,7 +75,7 @@ def test_figures_are_those_of_the_vlm_with_this_tower(drawn, networks, tmp_path)
     model = Subject(vlm, processor, DEMO)
     task = CoverageTask(*drawn, processor)
     whole, asked = evaluate(model, task, pruners, BUDGETS, tmp_path / "vlm", **options)
-    tower, alone = TowerSubject(DEMO), CoverageTask(*drawn)
+    tower, alone = TowerSubject(DEMO), CoverageTask(*drawn, None)
     report, found = evaluate(tower, alone, pruners, BUDGETS, tmp_path / "tower", **options)
     unfit = {"fastv", "divprune"}
     assert set(found) == {key for key in asked if key.split(" ")[0] not in unfit}
@@ -105,7 +105,7 @@ def test_it_runs_once_for_all_pruners_that_agree(drawn, tower_folder, tmp_path, 
         return plain(self, pixels, *more)
 
     monkeypatch.setattr(FrozenEncoder, "forward", counted)
-    subject, task = TowerSubject(tower_folder, img_size=84), CoverageTask(*drawn)
+    subject, task = TowerSubject(tower_folder, img_size=84), CoverageTask(*drawn, None)
     run = {"batch_size": 2, "controls": ("random", "uniform", "oracle"), "seeds": [0]}
     _, records = evaluate(subject, task, ["fastervlm", "visionzip"], BUDGETS, tmp_path, **run)
     assert shapes == [(2, 3, 84, 84)] * 2 + [(1, 3, 84, 84)]  # tried, and two batches
@@ -200,3 +200,17 @@ def test_a_network_of_another_tower(drawn, networks, tower_folder, tmp_path, cap
     told = capsys.readouterr().err
     assert "[B, N, 96], hidden_states[2] of" in told
     assert OCPruner.from_pretrained(networks[0]).config.layer == 2
+
+
+def test_two_folders_in_one_run(drawn, tower_folder, tmp_path, capsys):
+    write_scenes(tmp_path / "more", num_train=1, num_val=2, size=96, seed=5)
+    other = tmp_path / "more/val2017", tmp_path / "more/annotations/instances_val2017.json"
+    pairs = [[str(path) for path in pair] for pair in zip(drawn, other, strict=True)]
+    asked = words(tmp_path / "out", tower_folder, drawn, "--no-controls", "--pruners", "uniform")
+    start = asked.index("--images")
+    asked[start : start + 4] = ["--images", *pairs[0], "--instances", *pairs[1], "--json"]
+    assert main(asked) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {row["label"]: row["figures"] for row in facts["rows"]}
+    assert rows["uniform"]["cosine"]["n"] == 5
+    assert facts["settings"]["task"]["images"] == pairs[0]
