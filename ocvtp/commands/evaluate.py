@@ -60,7 +60,6 @@ def _subject(arguments: argparse.Namespace) -> tuple[Judged, Callable[[], Any] |
     place = arguments.dtype, arguments.device
     if arguments.tower is not None:
         refuse_questions(task_class(arguments.task))
-        tower, size, layer = arguments.tower, arguments.img_size, arguments.feature_layer
-        return TowerSubject(tower, size, layer, *place), None
+        return TowerSubject(**options.tower_settings(arguments)), None
     model, processor = load_model(arguments.model, *place)
     return Subject(model, processor, arguments.model, arguments.text_tower), lambda: processor

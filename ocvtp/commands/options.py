@@ -50,29 +50,32 @@ def add_model_or_tower(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
 
 
+def tower_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tower of `add_model_or_tower`, for `TowerSubject`."""
+    names = ("img_size", "feature_layer", "dtype", "device")
+    return {"name": arguments.tower, **{name: getattr(arguments, name) for name in names}}
+
+
 def check_tower(arguments: argparse.Namespace) -> None:
     """Refuse flags of a tower without one, and those of a VLM with one.
 
     Raises:
         ValueError: for the first that does not fit.
     """
-    with_model = ("img_size", "feature_layer") if arguments.tower is None else ()
-    for name in with_model:
-        if (value := getattr(arguments, name)) is not None:
-            flag = "--" + name.replace("_", "-")
+    of_model = arguments.tower is None
+    for name in ("img_size", "feature_layer") if of_model else ("text_tower", "prompt"):
+        if (value := getattr(arguments, name, None)) is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if of_model:
             raise ValueError(
                 f"{flag} {value} is of a vision tower alone, and --model names a VLM, which says"
                 " it itself; leave it out, or pass --tower instead of --model."
             )
-    if arguments.tower is None:
-        return
-    for name in ("text_tower", "prompt"):
-        if getattr(arguments, name, None) is not None:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} is for pruners that read the prompt, and --tower has none; leave it out,"
-                " or pass --model."
-            )
+        raise ValueError(
+            f"{flag} is for pruners that read the prompt, and --tower has none; leave it out, or"
+            " pass --model."
+        )
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
