@@ -135,14 +135,18 @@ class TowerSubject(Judged):
         """[B, 3, H, W] RGB images as the tower's own transform makes them.
 
         Raises:
-            ValueError: if it makes several sizes.
+            ValueError: if a picture is not of the tower's one size, or is cut into tiles.
         """
         made = [self.encoder.transform(image) for image in images]
-        if len(shapes := sorted({tuple(one.shape) for one in made})) > 1:
-            raise ValueError(
-                f"the tower's image processor makes pictures of {shapes[:3]}; a tower alone is"
-                " judged where all have one size: pass one whose processor cuts images to it."
-            )
+        patch, grid = self.encoder.patch_size, self.encoder.grid_hw
+        for picture in made:
+            shape = tuple(picture.shape)
+            if len(shape) != 3 or (shape[1] // patch, shape[2] // patch) != grid:
+                raise ValueError(
+                    f"the image processor of {self.name!r} makes a picture of shape {shape}, which"
+                    f" is not one grid of {grid[0]} x {grid[1]} patches of {patch} pixels; pass a"
+                    " tower whose processor cuts every image to its one size."
+                )
         return torch.stack(made).to(self.device)
 
     def sharing(self, pruners: Sequence[Pruner | Compose]) -> TowerEncodings:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from tiny_models import tiny_llava, tiny_processor
 
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
@@ -22,6 +23,7 @@ from ocvtp.evaluation.tasks.coverage import CoverageTask
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.evaluation.towers import TowerSubject
 from ocvtp.hosts.loading import load_model
+from ocvtp.random_models.clip_config import plain_processor
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
@@ -192,6 +194,59 @@ def test_a_tower_without_a_cls(drawn, tmp_path, capsys):
     rows = {row["label"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert "reads the CLS token" in rows["fastervlm"]["note"]
     assert not rows["fopru"]["note"]
+
+
+def test_a_tower_without_a_cls_whose_last_layer_is_read(drawn, tmp_path):
+    vlm, processor = tiny_llava("siglip", vision_feature_layer=-1), tiny_processor()
+    processor.vision_feature_select_strategy = "full"
+    processor.num_additional_image_tokens = 0
+    vlm.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    name = str(tmp_path)
+    run = {"batch_size": 2, "controls": ("random",), "seeds": [0], "skip_unfit": True}
+    model, tower = Subject(vlm, processor, name), TowerSubject(name)
+    assert tower.encoder.layer == tower.num_tower_blocks
+    pruners, budgets = ["fopru", "fps", "fastervlm"], [Budget(num_keep=3)]
+    _, asked = evaluate(
+        model, CoverageTask(*drawn, processor), pruners, budgets, tmp_path / "vlm", **run
+    )
+    report, found = evaluate(
+        tower, CoverageTask(*drawn, None), pruners, budgets, tmp_path / "tower", **run
+    )
+    assert found.keys() == asked.keys()
+    for key, records in found.items():
+        for record, own in zip(records, asked[key], strict=True):
+            assert record == pytest.approx(own, abs=1e-5), key
+    assert "reads the CLS token" in {row.label: row.note for row in report.rows}["fastervlm"]
+
+
+def test_pictures_of_other_sizes_and_tiles_are_refused(drawn, tmp_path, capsys):
+    vlm, _ = load_model("random:tiny-llava")
+    vlm.save_pretrained(tmp_path / "large")
+    plain_processor(104).save_pretrained(tmp_path / "large")
+    assert main(words(tmp_path / "out", str(tmp_path / "large"), drawn)) == 2
+    told = capsys.readouterr().err
+    assert "a picture of shape (3, 104, 104), which is not one grid of 12 x 12 patches of 8" in told
+    vlm, processor = load_model("random:tiny-llava-next")
+    vlm.save_pretrained(tmp_path / "tiles")
+    processor.save_pretrained(tmp_path / "tiles")
+    assert main(words(tmp_path / "out", str(tmp_path / "tiles"), drawn)) == 2
+    assert "which is not one grid of" in capsys.readouterr().err
+
+
+def test_a_later_run_adds_to_an_earlier_one_in_half_precision(
+    drawn, tower_folder, tmp_path, capsys
+):
+    for pruner in ("fastervlm", "fopru"):
+        asked = words(tmp_path, tower_folder, drawn, "--pruners", pruner, "--no-controls", "--json")
+        assert main([*asked, "--dtype", "bfloat16"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+    assert {row["label"] for row in facts["rows"]} == {"unpruned", "fastervlm", "fopru"}
+    assert facts["environment"]["dtype"] == "bfloat16"
+    asked = words(tmp_path, tower_folder, drawn, "--no-controls")
+    asked[1:3] = ["--model", "random:tiny-llava"]
+    assert main(asked) == 2
+    assert "under other settings" in capsys.readouterr().err
 
 
 def test_a_network_of_another_tower(drawn, networks, tower_folder, tmp_path, capsys):
