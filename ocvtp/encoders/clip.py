@@ -52,6 +52,8 @@ class CLIPEncoder(FrozenEncoder):
         self.tower_id = "random" if isinstance(tower, dict) else tower
         self.layer = taps.resolve(layer, config.num_hidden_layers + 1, "hidden_states")
         self.feature_dim = config.hidden_size
+        self.image_size = int(config.image_size)
+        self.patch_size = int(config.patch_size)
         side = config.image_size // config.patch_size
         self.grid_hw = (side, side)
         self.num_prefix = 1 if config.model_type == "clip_vision_model" else 0

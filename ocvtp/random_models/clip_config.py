@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 _FAMILIES = ("clip_vision_model", "siglip_vision_model")
 
+SECOND_TO_LAST = -2
+"""The layer of `hidden_states` that LLaVA reads, and that a tower alone is judged by."""
+
 RANDOM_TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "clip_vision_model",
@@ -58,13 +61,7 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
         kind = settings.pop("model_type", "clip_vision_model")
         config = AutoConfig.for_model(kind, **settings)
     else:
-        try:
-            config = AutoConfig.from_pretrained(find_folder(tower))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
-                f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
-            ) from error
+        config = _saved_config(tower)
         config = getattr(config, "vision_config", config)
     if config.model_type not in _FAMILIES:
         raise ValueError(
@@ -72,6 +69,39 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
             " ocvtp.encoders.TimmEncoder."
         )
     return config
+
+
+def _saved_config(tower: str) -> PreTrainedConfig:
+    """Of a folder or hub id: of the tower, or of what holds it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(find_folder(tower))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
+            f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
+        ) from error
+
+
+def selected_layer(tower: str) -> int:
+    """The layer of `hidden_states` that the language model reads, where a tower's name is a VLM's.
+
+    Args:
+        tower: see `vision_config`.
+
+    Returns:
+        that of the VLM's configuration; `SECOND_TO_LAST` of a tower that is no VLM's.
+
+    Raises:
+        ValueError: if the VLM reads several.
+    """
+    if tower.startswith("random:"):
+        return SECOND_TO_LAST
+    layer = getattr(_saved_config(tower), "vision_feature_layer", SECOND_TO_LAST)
+    if not isinstance(layer, int):
+        raise ValueError(f"{tower!r} reads several layers of its tower, {layer}; pass one of them.")
+    return layer
 
 
 def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:

@@ -233,7 +233,7 @@ def test_its_flags_are_shown(squares, tmp_path, capsys):
         ("squars", [], "unknown task 'squars'; did you mean 'squares'? Known: "),
         ("coverage", ["--images", "."], "--task coverage needs --instances; pass COCO's"),
         ("vqa", ["--questions-file", "a", "b"], "--questions-file a b: vqa reads one file; pass"),
-        ("coverage", ["--images", "a", "b", "--instances", "c"], "coverage reads one folder; pass"),
+        ("coverage", ["--images", "a", "b", "--instances", "c"], "a, b; annotation files: c; pass"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(squares, tmp_path, capsys, task, more, problem):

@@ -167,7 +167,7 @@ def shorten(
         selection = keep_all(encoded.tokens)
     else:
         selection = select_shares(pruner, encoded.tokens, run)
-        check_selection(pruner, encoded, selection)
+        check_selection(pruner, encoded.tokens, selection)
     fixed = coordinates is not None or (given is not None and packed is None)
     if positions == "original" or fixed:
         selection = selection.in_raster_order()  # every row has the position of its place
