@@ -126,22 +126,49 @@ def figure(
     """
     if max_columns < 1:
         raise ValueError(f"max_columns={max_columns}; pass at least 1.")
-    pixels = _check_image(image)
-    tiles = [("input", pixels), *(tile for panel in panels for tile in _tiles(pixels, panel))]
-    rows = math.ceil(len(tiles) / max_columns)
-    columns = math.ceil(len(tiles) / rows)
-    aspect = pixels.shape[1] / pixels.shape[0]
-    width = min(max(math.sqrt(aspect), 0.8), 2.0) * tile_inches
+    tiles = _tiles_of_image(image, panels)
+    num_rows = math.ceil(len(tiles) / max_columns)
+    columns = math.ceil(len(tiles) / num_rows)
+    rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
+    return _figure_of_rows(rows, tile_inches)
+
+
+def figure_of_images(
+    pictures: Sequence[tuple[ArrayLike, Sequence[Panel]]], *, tile_inches: float = 2.8
+) -> Figure:
+    """Several images, each with its panels' kept tokens and slot masks in one row.
+
+    Args:
+        pictures: images and their panels, see `figure`; at least one.
+        tile_inches: side of a square picture.
+
+    Returns:
+        A figure for `save_figure`, or for a logger.
+
+    Raises:
+        ValueError: as `figure`.
+    """
+    return _figure_of_rows([_tiles_of_image(*one) for one in pictures], tile_inches)
+
+
+def _figure_of_rows(rows: Sequence[Sequence[tuple[str, Image]]], tile_inches: float) -> Figure:
+    """Titles and pictures; those of a row have one shape."""
+    columns = max(map(len, rows))
+    aspects = [row[0][1].shape[1] / row[0][1].shape[0] for row in rows]
+    width = min(max(math.sqrt(max(aspects)), 0.8), 2.0) * tile_inches
+    heights = [width / aspect + 0.3 for aspect in aspects]
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04, wspace=0, hspace=0)  # inches
-    drawing = Figure(figsize=(columns * width, rows * (width / aspect + 0.3)), layout=layout)
+    drawing = Figure(figsize=(columns * width, sum(heights)), layout=layout)
     FigureCanvasAgg(drawing)
-    axes = drawing.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes:
+    shape = {"height_ratios": heights}
+    axes = drawing.subplots(len(rows), columns, squeeze=False, gridspec_kw=shape)
+    for axis in axes.ravel():
         axis.set_axis_off()
-    for axis, (title, picture) in zip(axes, tiles, strict=False):
-        axis.imshow(picture, interpolation="lanczos")
-        size = min(10.0, 110 * width / len(title))  # points: a character is about half as wide
-        axis.set_title(title, fontsize=size, pad=4)
+    for row, places in zip(rows, axes, strict=True):
+        for (title, picture), axis in zip(row, places, strict=False):
+            axis.imshow(picture, interpolation="lanczos")
+            size = min(10.0, 110 * width / len(title))  # points: a character is about half as wide
+            axis.set_title(title, fontsize=size, pad=4)
     return drawing
 
 
@@ -228,6 +255,12 @@ def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     cones = [[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]]
     opponents = [[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]]
     return np.asarray(np.cbrt(linear @ np.array(cones)) @ np.array(opponents))
+
+
+def _tiles_of_image(image: ArrayLike, panels: Sequence[Panel]) -> list[tuple[str, Image]]:
+    """The image, and the tiles of its panels."""
+    pixels = _check_image(image)
+    return [("input", pixels), *(tile for panel in panels for tile in _tiles(pixels, panel))]
 
 
 def _tiles(pixels: Image, panel: Panel) -> list[tuple[str, Image]]:

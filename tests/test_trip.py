@@ -6,7 +6,7 @@ import pytest
 
 from tools.trip import Trip, follow, generate_trip
 
-MOST = {"fastervlm": 135, "fastv:stages=[[1,16]]": 180, "tome": 240}
+MOST = {"fastervlm": 115, "fastv:stages=[[1,16]]": 140, "tome": 210}
 
 
 @pytest.mark.parametrize("spec", MOST)

@@ -11,6 +11,7 @@ from ocvtp.visualize import (
     draw_kept_tokens,
     draw_slot_masks,
     figure,
+    figure_of_images,
     save_figure,
     slot_palette,
     slot_picture,
@@ -257,6 +258,21 @@ def test_titles_neither_overlap_nor_leave_the_figure(size):
         assert box.y1 <= height
         assert not any(box.overlaps(other) for other in boxes[:i])
         assert not any(box.overlaps(axis.get_window_extent(renderer)) for axis in drawn.axes)
+
+
+def test_several_images_have_a_row_each():
+    images = [photo(40, 60), photo(60, 60, seed=1), photo(50, 30, seed=2)]
+    shown = [panels(), panels()[:1], panels()[1:2]]
+    drawn = figure_of_images(list(zip(images, shown, strict=True)))
+    assert drawn.axes[0].get_gridspec().get_geometry() == (3, 5)
+    pictures = [axis.images[0].get_array() if axis.images else None for axis in drawn.axes]
+    for row, (image, own) in enumerate(zip(images, shown, strict=True)):
+        first = figure(image, own)
+        alone = [axis.images[0].get_array() for axis in first.axes if axis.images]
+        here = pictures[5 * row : 5 * row + 5]
+        assert len([one for one in here if one is not None]) == len(alone)
+        assert all(np.array_equal(*pair) for pair in zip(here, alone, strict=False))
+    assert drawn.get_figheight() > 3 * drawn.get_figwidth() / 5
 
 
 def test_an_empty_panel_is_refused():

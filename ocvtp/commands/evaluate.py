@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
-from ocvtp.commands import output
+from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
 from ocvtp.evaluation.conditions import CONTROLS, Budget
+from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.report import results, short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.base import Supplied
+from ocvtp.evaluation.tasks.registry import task_class
+from ocvtp.evaluation.towers import TowerSubject, refuse_questions
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
 
@@ -22,10 +27,10 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is loaded
+    options.check_tower(arguments)
     settings = task_settings(arguments)
-    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
-    subject = Subject(model, processor, arguments.model, arguments.text_tower)
-    task = make_task(Supplied(arguments.task, folder, lambda: processor), settings)
+    subject, load = _subject(arguments)
+    task = make_task(Supplied(arguments.task, folder, load), settings)
     budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
     budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
     report, records = evaluate(
@@ -48,3 +53,13 @@ def run(arguments: argparse.Namespace) -> int:
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0
+
+
+def _subject(arguments: argparse.Namespace) -> tuple[Judged, Callable[[], Any] | None]:
+    """What pruners are judged on, and what makes its processor, if it has one."""
+    place = arguments.dtype, arguments.device
+    if arguments.tower is not None:
+        refuse_questions(task_class(arguments.task))
+        return TowerSubject(**options.tower_settings(arguments)), None
+    model, processor = load_model(arguments.model, *place)
+    return Subject(model, processor, arguments.model, arguments.text_tower), lambda: processor

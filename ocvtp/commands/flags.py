@@ -56,10 +56,10 @@ def answer(parser: argparse.ArgumentParser) -> None:
 
 
 def show(parser: argparse.ArgumentParser) -> None:
-    """A model, pruners, an image and the picture to write."""
-    options.add_model(parser)
+    """A model or a tower, pruners, images and the picture to write."""
+    options.add_model_or_tower(parser)
     options.add_pruner(parser, several=True)
-    parser.add_argument("--image", required=True, help="image file")
+    parser.add_argument("--image", required=True, nargs="+", help="image files")
     parser.add_argument("--prompt", help="plain text, for pruners that read it")
     options.add_budget(parser)
     parser.add_argument("--output", required=True, help="PNG or PDF to write")
@@ -67,8 +67,8 @@ def show(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(parser: argparse.ArgumentParser) -> None:
-    """A model, pruners and budgets; cli.py adds the task."""
-    options.add_model(parser)
+    """A model or a tower, pruners and budgets; cli.py adds the task."""
+    options.add_model_or_tower(parser)
     parser.add_argument(
         "--pruners",
         nargs="+",

@@ -23,6 +23,61 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_place(parser)
 
 
+def add_model_or_tower(parser: argparse.ArgumentParser) -> None:
+    """Which model, or which vision tower alone; where, and in which precision."""
+    judged = parser.add_mutually_exclusive_group(required=True)
+    judged.add_argument(
+        "--model",
+        help="folder or hub id of a VLM; random weights: " + ", ".join(choices.TINY_MODELS),
+    )
+    judged.add_argument(
+        "--tower",
+        help="a vision tower without a language model: local-dir:PATH, hf-hub:ID or timm:NAME of"
+        " timm; folder or hub id of a CLIP, a SigLIP or a VLM that has one; random:tiny",
+    )
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        help="of --tower: pixels along the side of its picture, for towers of timm (default: the"
+        " tower's own)",
+    )
+    parser.add_argument(
+        "--feature-layer",
+        type=int,
+        help="of --tower: the layer of hidden_states that a language model would read (default: the"
+        " one that the VLM of that folder reads; of other towers -2, the second to last)",
+    )
+    add_place(parser)
+
+
+def tower_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The tower of `add_model_or_tower`, for `TowerSubject`."""
+    names = ("img_size", "feature_layer", "dtype", "device")
+    return {"name": arguments.tower, **{name: getattr(arguments, name) for name in names}}
+
+
+def check_tower(arguments: argparse.Namespace) -> None:
+    """Refuse flags of a tower without one, and those of a VLM with one.
+
+    Raises:
+        ValueError: for the first that does not fit.
+    """
+    of_model = arguments.tower is None
+    for name in ("img_size", "feature_layer") if of_model else ("text_tower", "prompt"):
+        if (value := getattr(arguments, name, None)) is None:
+            continue
+        flag = "--" + name.replace("_", "-")
+        if of_model:
+            raise ValueError(
+                f"{flag} {value} is of a vision tower alone, and --model names a VLM, which says"
+                " it itself; leave it out, or pass --tower instead of --model."
+            )
+        raise ValueError(
+            f"{flag} is for pruners that read the prompt, and --tower has none; leave it out, or"
+            " pass --model."
+        )
+
+
 def add_place(parser: argparse.ArgumentParser) -> None:
     """Where a model is, and in which precision."""
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")

@@ -1,21 +1,25 @@
-"""`ocvtp show`: what pruners keep of an image, and slot masks."""
+"""`ocvtp show`: what pruners keep of images, and slot masks."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from ocvtp.commands import options
 from ocvtp.commands import output as printing
 from ocvtp.encoders.clip import ProcessorTransform
+from ocvtp.evaluation.towers import TowerSubject
 from ocvtp.hosts.attach import attached
-from ocvtp.hosts.base import Encoded, Host, Tiling
+from ocvtp.hosts.base import Host, Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
@@ -24,33 +28,40 @@ from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
-from ocvtp.structures import Needs, Selection
-from ocvtp.visualize import Panel, figure, save_figure
+from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.visualize import Panel, figure, figure_of_images, save_figure
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
     printing.file(arguments.output)
-    result = show(
-        arguments.model,
-        [build_spec(spec, **options.pruner_settings(arguments)) for spec in arguments.pruner],
-        arguments.image,
-        arguments.output,
-        arguments.dtype,
-        arguments.device,
-        arguments.prompt,
-        arguments.text_tower,
-        Tiling(arguments.budget),
-    )
+    options.check_tower(arguments)
+    specs, settings = arguments.pruner, options.pruner_settings(arguments)
+    pruners = [build_spec(spec, **settings) for spec in specs]
+    images, output = arguments.image, arguments.output
+    if arguments.tower is not None:
+        tower = TowerSubject(**options.tower_settings(arguments))
+        result = show_tower(tower, pruners, images, output)
+    else:
+        result = show(
+            arguments.model,
+            pruners,
+            images,
+            output,
+            arguments.dtype,
+            arguments.device,
+            arguments.prompt,
+            arguments.text_tower,
+            Tiling(arguments.budget),
+        )
     printing.emit(result, f"wrote {result['output']}", arguments.json)
     return 0
 
 
-@torch.no_grad()
 def show(
     model: str,
     pruners: Sequence[Pruner],
-    image: str,
+    image: str | Sequence[str],
     output: str,
     dtype: str = "auto",
     device: str = "cpu",
@@ -58,41 +69,90 @@ def show(
     text_tower: str | None = None,
     tiling: Tiling | None = None,
 ) -> dict[str, Any]:
-    """Draw what pruners keep of an image, and slot masks where there are any.
+    """Draw what pruners keep of images, and slot masks where there are any.
 
-    The image is drawn as the vision tower saw it; where a model cuts it into tiles, once under the
+    An image is drawn as the vision tower saw it; where a model cuts it into tiles, once under the
     grid of its view of the whole and once under that of the tiles put together. It is encoded once
     for all pruners that agree on what they read.
 
     Args:
         model: see `load_model`.
         pruners: one or more.
-        image: file. output: PNG or PDF to write.
+        image: file, or several. output: PNG or PDF to write.
         dtype: see `load_model`. device: where to run.
         prompt: plain text for pruners that read it; the model's chat template is put around it.
         text_tower: see `ocvtp.attach`.
         tiling: its `budget`, see there too.
 
     Returns:
-        `output`, and of each pruner the number of tokens kept.
+        `output`, and of each pruner the number of tokens kept; of the first image, and in `images`
+        of each of several.
 
     Raises:
         ValueError: if something cannot be read, or a pruner does not fit the model.
     """
-    picture = open_image(image)
+    files = [image] if isinstance(image, str) else list(image)
+    pictures = list(map(open_image, files))
     vlm, processor = load_model(model, dtype, device)
     host = find_host(vlm, tiling)
-    text = with_template(processor, prompt or "", 1)
-    inputs = processor(images=[picture], text=[text], return_tensors="pt")
-    pixels = dict(inputs)
-    inputs = inputs.to(device, vlm.dtype)
-    groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
     _check_prompt(pruners, prompt)
     for pruner in pruners:
         refuse_beyond_all(host, pruner)
+    text = with_template(processor, prompt or "", 1)
+    drawn = [_of_model(host, processor, pruners, text, one, text_tower) for one in pictures]
+    return _written(drawn, files, pruners, output)
+
+
+@torch.no_grad()
+def show_tower(
+    tower: TowerSubject, pruners: Sequence[Pruner], images: Sequence[str], output: str
+) -> dict[str, Any]:
+    """The same of a vision tower without a language model.
+
+    Args:
+        tower: what the pruners see.
+        pruners: those that read it alone. images: files. output: PNG or PDF to write.
+
+    Returns:
+        as `show`.
+
+    Raises:
+        ValueError: if something cannot be read, or a pruner reads more.
+    """
+    pictures = list(map(open_image, images))
+    for pruner in pruners:
+        tower.fits(pruner)
+    shared, drawn = tower.sharing(pruners), []
+    for picture in pictures:
+        pixels = tower.pictures([picture])
+        stages = {}
+        for pruner in pruners:
+            tokens = shared.tokens(pixels, pruner.tower_needs)
+            cells, grids = torch.arange(tokens.num_tokens)[None], (tokens.grid_hw,)
+            stages[id(pruner)] = [_of_tokens(pruner, tokens, grids, cells)]
+        transform: Any = tower.encoder.transform
+        drawn.append(_Drawn(_seen(transform.denormalize(pixels[0].float().cpu())), stages))
+    return _written(drawn, images, pruners, output)
+
+
+@torch.no_grad()
+def _of_model(
+    host: Host,
+    processor: Any,
+    pruners: Sequence[Pruner],
+    text: str,
+    picture: Image.Image,
+    text_tower: str | None,
+) -> _Drawn:
+    """What pruners keep of an image in a model."""
+    vlm = host.model
+    inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    pixels = dict(inputs)
+    inputs = inputs.to(vlm.device, vlm.dtype)
+    groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
     for needs, _ in groups:
         host.check(needs)
-    drawn: dict[int, list[_Stage]] = {}
+    stages: dict[int, list[_Stage]] = {}
     for needs, group in groups:
         reader = make_reader(host, needs, processor, text_tower)
         hooks = host.install(needs)
@@ -101,20 +161,46 @@ def show(
         finally:
             for hook in hooks:
                 hook.remove()
-        drawn |= {id(pruner): [_before_llm(host, encoded, pruner)] for pruner in group}
+        place = host.grids(encoded), host.cells(encoded)
+        stages |= {id(pruner): [_of_tokens(pruner, encoded.tokens, *place)] for pruner in group}
     for pruner in filter(_runs_inside, pruners):
         settings = {"processor": processor, "text_tower": text_tower, **asdict(host.tiling)}
-        drawn[id(pruner)] = _by_running(vlm, host, pruner, inputs, settings)
-    panels = [
-        panel for pruner in pruners for stage in drawn[id(pruner)] for panel in stage.panels()
-    ]
-    kept = {pruner.name: len(drawn[id(pruner)][-1].cells) for pruner in pruners}
+        stages[id(pruner)] = _by_running(vlm, host, pruner, inputs, settings)
     view = host.picture(pixels).float()
-    colours = ProcessorTransform(processor.image_processor).denormalize(view)
-    seen = (colours * 255).round().byte().permute(1, 2, 0).numpy()  # [H, W, 3]
-    save_figure(figure(seen, panels), Path(output))
-    count = sum(rows * columns for rows, columns in drawn[id(pruners[0])][0].grids)
-    return {"output": output, "visual_tokens": count, "kept": kept}
+    return _Drawn(_seen(ProcessorTransform(processor.image_processor).denormalize(view)), stages)
+
+
+def _written(
+    drawn: Sequence[_Drawn], files: Sequence[str], pruners: Sequence[Pruner], output: str
+) -> dict[str, Any]:
+    """Write the figure, and say what it shows."""
+    pictures = [(one.seen, one.panels(pruners)) for one in drawn]
+    made = figure(*pictures[0]) if len(pictures) == 1 else figure_of_images(pictures)
+    save_figure(made, Path(output))
+    facts = [one.facts(pruners) for one in drawn]
+    result = {"output": output, **facts[0]}
+    if len(files) > 1:
+        pairs = zip(files, facts, strict=True)
+        result["images"] = [{"image": file, **counts} for file, counts in pairs]
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """One image [H, W, 3] as the tower saw it, and its stages under each pruner, by id."""
+
+    seen: NDArray[np.uint8]
+    stages: Mapping[int, Sequence[_Stage]]
+
+    def panels(self, pruners: Sequence[Pruner]) -> list[Panel]:
+        stages = [stage for pruner in pruners for stage in self.stages[id(pruner)]]
+        return [panel for stage in stages for panel in stage.panels()]
+
+    def facts(self, pruners: Sequence[Pruner]) -> dict[str, Any]:
+        """Tokens of the image, and those kept by each pruner."""
+        count = sum(rows * columns for rows, columns in self.stages[id(pruners[0])][0].grids)
+        kept = {pruner.name: len(self.stages[id(pruner)][-1].cells) for pruner in pruners}
+        return {"visual_tokens": count, "kept": kept}
 
 
 @dataclass(frozen=True)
@@ -164,14 +250,25 @@ def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
     return groups
 
 
-def _before_llm(host: Host, encoded: Encoded, pruner: Pruner) -> _Stage:
-    """What a pruner keeps of the tokens that would go to the language model."""
-    tokens, cells = encoded.tokens, host.cells(encoded)
+def _of_tokens(
+    pruner: Pruner, tokens: VisualTokens, grids: tuple[tuple[int, int], ...], cells: Tensor
+) -> _Stage:
+    """What a pruner keeps of the tokens that would go to the language model.
+
+    Args:
+        pruner: any of that stage. tokens: of the image, or its tiles.
+        grids: that they form. cells: of each among those of the grids, see `Host.cells`.
+    """
     masks = pruner.masks(tokens)
     if masks is not None:
         masks = _on_cells(masks.float().cpu(), cells)
-    chosen = _chosen(cells, pruner.select(tokens))
-    return _Stage(pruner.name, host.grids(encoded), chosen, masks)
+    return _Stage(pruner.name, grids, _chosen(cells, pruner.select(tokens)), masks)
+
+
+def _seen(colours: Tensor) -> NDArray[np.uint8]:
+    """[3, H, W] in 0..1 -> [H, W, 3]."""
+    pixels: NDArray[np.uint8] = (colours * 255).round().byte().permute(1, 2, 0).numpy()
+    return pixels
 
 
 def _by_running(

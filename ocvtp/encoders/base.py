@@ -31,6 +31,7 @@ class FrozenEncoder(nn.Module, ABC):
         grid_hw: rows and columns of the token grid, of a view where an image is cut into several.
         layout: how images become tokens.
         num_prefix: tokens before the patches (CLS, registers).
+        patch_size: pixels along the side of a token's patch.
         transform: the image processor that belongs to the tower.
     """
 
@@ -40,6 +41,7 @@ class FrozenEncoder(nn.Module, ABC):
     grid_hw: tuple[int, int]
     layout: Layout = "grid"
     num_prefix: int
+    patch_size: int
     transform: ImageTransform
 
     def __init__(self, dtype: DType) -> None:
@@ -53,6 +55,11 @@ class FrozenEncoder(nn.Module, ABC):
     @abstractmethod
     def depth(self) -> int:
         """Blocks of the whole tower."""
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token of the tower is a CLS."""
+        return self.num_prefix > 0
 
     @property
     def max_tokens(self) -> int:
@@ -69,6 +76,23 @@ class FrozenEncoder(nn.Module, ABC):
 
     def _run(self, tower: nn.Module, pixel_values: Tensor) -> None:
         tower(pixel_values)
+
+    def check(self, needs: Needs) -> None:
+        """Refuse what the tower cannot supply.
+
+        Raises:
+            ValueError: that names the alternative.
+        """
+        asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
+        if asks_cls and not self.has_cls:
+            raise ValueError(
+                f"the pruner reads the CLS token, which the tower {self.tower_id} has not; use"
+                " `received` attention where the method offers it, or a pruner without CLS."
+            )
+        for layer in needs.hidden:
+            taps.resolve(layer, self.depth + 1, "hidden_states")
+        for block in (*(block for block, _ in needs.attention), *needs.keys):
+            self._block(block)
 
     def load(self, needs: Needs) -> FrozenEncoder:
         """Read the weights of the blocks that `needs` reaches, and hook them.
@@ -110,7 +134,8 @@ class FrozenEncoder(nn.Module, ABC):
             image_sizes: height and width of the B images before `transform`, for encoders of tiles.
 
         Returns:
-            The visual tokens with what `load` was asked for, in fp32.
+            The visual tokens with what `load` was asked for, in fp32; `features` and `cls` are
+            those of the first layer that it was asked for.
 
         Raises:
             ValueError: for images of different sizes where the tower takes one.
@@ -134,6 +159,8 @@ class FrozenEncoder(nn.Module, ABC):
             pairs = zip(getattr(self.needs, kind), getattr(self._asked, kind), strict=True)
             found[name] = {asked: values[resolved].float() for asked, resolved in pairs}
         features = next(iter(found["hidden"].values()))
+        if self.needs.cls:
+            found["cls"] = record.hidden[self._asked.hidden[0]][:, 0].float()
         return VisualTokens(features=features, grid_hw=self.grid_hw, **found)
 
     def train(self, mode: bool = True) -> FrozenEncoder:

@@ -31,6 +31,7 @@ from ocvtp.transformers_names import (
     CLIP_TOWERS,
     DINO_TOWERS,
     PACKED_TOWER,
+    both,
     image_size,
     packed_images,
     patch_grid,
@@ -79,6 +80,7 @@ class CLIPEncoder(FrozenEncoder):
         self.tower_id = "random" if isinstance(tower, dict) else tower
         self.layer = taps.resolve(layer, config.num_hidden_layers + 1, "hidden_states")
         self.feature_dim = config.hidden_size
+        self.patch_size, _ = both(config.patch_size)
         self.num_prefix = prefix_tokens(config)
         self.transform = ProcessorTransform(self._image_processor(processor))
         self.grid_hw = patch_grid(config, self._image_size())

@@ -85,7 +85,7 @@ class QwenEncoder(FrozenEncoder):
         self.layer = taps.resolve(layer, config.depth + 1, "hidden_states")
         self.feature_dim = config.hidden_size
         self.grid_hw = (image_size // unit, image_size // unit)
-        self.num_prefix = 0
+        self.num_prefix, self.patch_size = 0, unit
         self._max_pixels = max_pixels
         self.transform = ProcessorTransform(_processor(image_size))
         if max_pixels is not None:
@@ -141,17 +141,21 @@ class QwenEncoder(FrozenEncoder):
         blocks: Any = tower.blocks
         return taps.Tower(blocks, self._config.num_heads, fused)
 
+    def check(self, needs: Needs) -> None:
+        if needs != Needs(hidden=needs.hidden):
+            raise ValueError(
+                f"the encoder of Qwen2.5-VL supplies hidden states alone, not {needs}; use an"
+                " objective that reads these, or the host, which supplies more."
+            )
+        super().check(needs)
+
     def load(self, needs: Needs) -> FrozenEncoder:
         """Read the weights of the blocks that `needs` reaches.
 
         Raises:
             ValueError: if more than hidden states is asked for.
         """
-        if needs != Needs(hidden=needs.hidden):
-            raise ValueError(
-                f"the encoder of Qwen2.5-VL supplies hidden states alone, not {needs}; use an"
-                " objective that reads these, or the host, which supplies more."
-            )
+        self.check(needs)
         return super().load(needs)
 
     @torch.no_grad()

@@ -189,6 +189,7 @@ def _view(seen: VisualTokens, index: Tensor, tiles: Tensor, grids: Tensor | None
         features=next(iter(hidden.values())),
         valid=None if is_full else ~padding,
         grids=None if grids is None else grids.to(device),
+        cls=None if seen.cls is None else seen.cls[tiles],
         hidden=hidden,
         attention={key: of_tokens(values) for key, values in seen.attention.items()},
         keys={number: of_tokens(values) for number, values in seen.keys.items()},

@@ -55,20 +55,39 @@ class TimmEncoder(FrozenEncoder):
         height, width = model.patch_embed.grid_size
         self.grid_hw = (int(height), int(width))
         self.num_prefix = int(model.num_prefix_tokens)
+        self._has_cls = getattr(model, "cls_token", None) is not None
+        self.patch_size = int(model.patch_embed.patch_size[0])
+        self._check_size(model.patch_embed.img_size)
         size = {"input_size": (3, *model.patch_embed.img_size)}  # `model_args` may have changed it
         self.transform = TimmTransform(resolve_model_data_config(model) | size)
+
+    @property
+    def has_cls(self) -> bool:
+        return self._has_cls
 
     @property
     def depth(self) -> int:
         return self._depth
 
+    def _check_size(self, image: tuple[int, int]) -> None:
+        if any(side < self.patch_size or side % self.patch_size for side in image):
+            less = max(1, image[0] // self.patch_size) * self.patch_size
+            raise ValueError(
+                f"img_size={image[0] if image[0] == image[1] else image} is no multiple of the"
+                f" {self.patch_size} pixels of a patch of {self._name!r}; pass one, e.g. {less} or"
+                f" {less + self.patch_size}."
+            )
+
     def _create(self, pretrained: bool) -> Any:
         try:
             model = timm.create_model(self._name, pretrained=pretrained, **self._args)
-        except RuntimeError as error:
-            close = timm.list_models(f"*{self._name.split('.')[0]}*")[:5]
+        except (RuntimeError, OSError, ValueError, KeyError, TypeError) as error:
+            name, reason = self._name, " ".join(str(error).split())[:300]
+            close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
             raise ValueError(
-                f"timm cannot make {self._name!r} ({error}); similar names: {close}."
+                f"timm cannot make {name!r} ({type(error).__name__}: {reason}); similar names:"
+                f" {close}. Pass one that timm lists, hf-hub:ID, or local-dir:PATH of a folder that"
+                " timm wrote."
             ) from error
         block = next(iter(getattr(model, "blocks", [])), None)
         if not hasattr(getattr(block, "attn", None), "q_norm"):
@@ -97,7 +116,7 @@ class TimmEncoder(FrozenEncoder):
             num_heads=int(blocks[0].attn.num_heads),
             query_key=lambda block: (block.attn.q_norm, block.attn.k_norm),
             turn=_TURN if getattr(tower, "rope", None) is not None else None,
-            has_cls=tower.cls_token is not None,
+            has_cls=self.has_cls,
         )
 
 

@@ -42,8 +42,8 @@ class Log:
         lines = whole.decode().splitlines()
         if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
             raise ValueError(
-                f"{self.path} holds answers of {key!r} under other settings (model, task, weights"
-                " or batch size); pass another --output, or delete that file."
+                f"{self.path} holds answers of {key!r} under other settings (model, tower, task,"
+                " weights or batch size); pass another --output, or delete that file."
             )
         self.records = [json.loads(line) for line in lines[1:]]
         if len(whole) < len(content):

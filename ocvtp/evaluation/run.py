@@ -23,17 +23,12 @@ from ocvtp.evaluation.conditions import (
     takes_checkpoints,
 )
 from ocvtp.evaluation.intervals import average
+from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.report import DIGITS, Report, Row
-from ocvtp.evaluation.runner import Subject, run, shared_settings
+from ocvtp.evaluation.runner import run, shared_settings
 from ocvtp.evaluation.tasks.base import Record, Task, TokenTask
-from ocvtp.hosts.attach import attached
-from ocvtp.hosts.prompt.checks import refuse_beyond_all
-from ocvtp.hosts.prompt.shorten import look
-from ocvtp.hosts.registry import find_host
-from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.pruners import trainable
 from ocvtp.reporting.environment import environment_of
-from ocvtp.structures import Needs, VisualTokens
 
 ANSWERS = "answers"
 Part = tuple[str, str, Sequence[str]]
@@ -41,7 +36,7 @@ Part = tuple[str, str, Sequence[str]]
 
 
 def evaluate(
-    subject: Subject,
+    subject: Judged,
     task: Task,
     pruners: Sequence[str],
     budgets: Sequence[Budget],
@@ -57,7 +52,7 @@ def evaluate(
     """Run pruners at budgets, and the controls beside them.
 
     Args:
-        subject: the model.
+        subject: the model, or the vision tower alone.
         task: what is asked.
         pruners: specs, see `build_spec`.
         budgets: of every pruner.
@@ -80,33 +75,29 @@ def evaluate(
         ValueError: if a pruner does not fit the model, before anything is asked.
     """
     before = earlier_runs.read(Path(output))
-    first = _first_tokens(subject, task, Needs())
+    subject.check(task)
+    num_tokens, grid = subject.shape(task)
     groups, remark = grouped(checkpoints)
     chosen = [part for spec in dict.fromkeys(pruners) for part in _parts(spec, groups)]
-    found = _conditions(subject, task, first, chosen, budgets, seeds, checkpoints, controls)
+    found = _conditions(
+        subject, task, num_tokens, grid, chosen, budgets, seeds, checkpoints, controls
+    )
     unfit = _refusals(subject, task, found, batch_size)
     if not skip_unfit:
         _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
     answers = Path(output) / ANSWERS
     records = run(subject, task, fit, answers, batch_size)
-    rows = _rows(task, found, records, first.num_tokens, unfit)
+    rows = _rows(task, found, records, num_tokens, unfit)
     shared = shared_settings(subject, task, batch_size)
     kept = earlier_runs.kept(before, task, answers, shared, rows)
-    settings = {
-        "task": shared["task"],
-        "batch_size": batch_size,
-        "seeds": list(seeds),
-        "checkpoints": list(checkpoints),
-        **kept.commands(command),
-    }
     report = Report(
         task=task.name,
         model=subject.name,
         metrics=tuple(task.metrics),
         percent=task.percent,
-        settings=settings,
-        environment=environment_of(subject.model),
+        settings=_settings(shared, seeds, checkpoints) | kept.commands(command),
+        environment=environment_of(subject),
         rows=kept.joined(rows),
         lower_is_better=task.lower_is_better,
         not_judged=task.not_judged,
@@ -114,6 +105,20 @@ def evaluate(
         remarks=[*filter(None, [remark]), *kept.remarks()],
     )
     return report, {**kept.records, **records}
+
+
+def _settings(
+    shared: Mapping[str, Any], seeds: Sequence[int], checkpoints: Sequence[str]
+) -> dict[str, Any]:
+    """Those of the task first; what the report says of the model or tower elsewhere is left out."""
+    told = {"task", "batch_size", "model", "model_weights", "tower_weights", "dtype"}
+    return {
+        "task": shared["task"],
+        "batch_size": shared["batch_size"],
+        "seeds": list(seeds),
+        "checkpoints": list(checkpoints),
+        **{name: value for name, value in shared.items() if name not in told},
+    }
 
 
 def _parts(spec: str, groups: Sequence[Sequence[str]]) -> list[Part]:
@@ -132,20 +137,21 @@ def _parts(spec: str, groups: Sequence[Sequence[str]]) -> list[Part]:
 
 
 def _conditions(
-    subject: Subject,
+    subject: Judged,
     task: Task,
-    first: VisualTokens,
+    num_tokens: int,
+    grid: tuple[int, int],
     pruners: Sequence[Part],
     budgets: Sequence[Budget],
     seeds: Sequence[int],
     checkpoints: Sequence[str],
     controls: Sequence[str],
 ) -> list[Condition]:
-    """All that is to be run, `first` being the tokens of the first image."""
-    counts = [budget.count(first.num_tokens) for budget in budgets]
+    """All that is to be run; the first image has `num_tokens`, on that grid if they are one."""
+    counts = [budget.count(num_tokens) for budget in budgets]
     if len(set(counts)) < len(counts):
         raise ValueError(
-            f"the budgets {', '.join(map(str, budgets))} are {counts} of {first.num_tokens} tokens;"
+            f"the budgets {', '.join(map(str, budgets))} are {counts} of {num_tokens} tokens;"
             " pass each count once."
         )
     found = made.unpruned_conditions()
@@ -155,10 +161,10 @@ def _conditions(
     known = {label for label, _, _ in pruners}
     controlled = [(name, name, checkpoints) for name in plain if name not in known]
     for label, spec, own in [*pruners, *controlled]:
-        found += made.pruner_conditions(spec, budgets, seeds, own, first.num_tokens, label)
+        found += made.pruner_conditions(spec, budgets, seeds, own, num_tokens, label)
     if UNTRAINED in controls:
         found += _untrained(subject, task, budgets, seeds, checkpoints)
-    one_grid = first.num_tokens == np.prod(first.grid_hw)
+    one_grid = num_tokens == np.prod(grid)
     if ORACLE in controls and one_grid and task.masks(0) is not None:
         found += made.oracle_conditions(budgets)
     return found
@@ -173,21 +179,8 @@ def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str,
     return {"items": items, "conditions": answered}
 
 
-@torch.no_grad()
-def _first_tokens(subject: Subject, task: Task, needs: Needs) -> VisualTokens:
-    item = task.items[0]
-    inputs = subject.inputs(task, [item], [item.owner])
-    host = find_host(subject.model)
-    hooks = host.install(needs)
-    try:
-        return look(host, needs, inputs).encoded.tokens
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def _untrained(
-    subject: Subject,
+    subject: Judged,
     task: Task,
     budgets: Sequence[Budget],
     seeds: Sequence[int],
@@ -201,16 +194,15 @@ def _untrained(
     likes = [trainable.of_name(n).network_class.from_pretrained(p) for n, p in first.items()]
     if not likes:
         kind = trainable.of_name(trainable.DEFAULT).network_class
-        layer = kind.default_layer(find_host(subject.model).num_tower_blocks)
-        tokens = _first_tokens(subject, task, Needs(hidden=(layer,)))
-        config = kind.default_config(tokens.hidden[layer].shape[-1], layer)
+        layer = kind.default_layer(subject.num_tower_blocks)
+        config = kind.default_config(subject.width(task, layer), layer)
         likes = [kind.untrained(config, 0)]
     return [one for like in likes for one in made.untrained_conditions(budgets, seeds, like)]
 
 
 @torch.no_grad()
 def _refusals(
-    subject: Subject, task: Task, found: Sequence[Condition], batch_size: int
+    subject: Judged, task: Task, found: Sequence[Condition], batch_size: int
 ) -> dict[tuple[str, Budget | None], str]:
     """Why pruners cannot run at some budgets: all are tried on the first batch."""
     items = task.items[:batch_size]
@@ -218,26 +210,17 @@ def _refusals(
     inputs = subject.inputs(task, items, owners)
     place = Place(0, lambda: [subject.seen(task, owner) for owner in owners])
     pruners = [condition.make(place) for condition in found]
-    shared = SharedEncodings.of(subject.model, pruners)
+    shared = subject.sharing(pruners)
     problems: dict[tuple[str, Budget | None], str] = {}
-    host = find_host(subject.model)
     for condition, pruner in zip(found, pruners, strict=True):
         try:
-            refuse_beyond_all(host, pruner)
-            with attached(
-                subject.model,
-                pruner,
-                processor=subject.processor,
-                text_tower=subject.text_tower,
-                shared=shared,
-            ):
-                subject.model(**inputs, logits_to_keep=1)
+            subject.attempt(pruner, inputs, shared)
         except ValueError as error:
             problems[condition.label, condition.budget] = str(error)
     return problems
 
 
-def _refuse(subject: Subject, problems: Mapping[tuple[str, Budget | None], str]) -> None:
+def _refuse(subject: Judged, problems: Mapping[tuple[str, Budget | None], str]) -> None:
     if not problems:
         return
     lines = "".join(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,23 @@ import torch
 from numpy.typing import NDArray
 
 from ocvtp.evaluation.conditions import Condition, Place, content_hash
+from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
-from ocvtp.evaluation.tasks.object_cells import at_pixels, source_pixels
+from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_host
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.prompt.chat_template import with_template
-from ocvtp.hosts.prompt.shorten import Prompt
+from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
+from ocvtp.pruners import Compose, Pruner
 from ocvtp.reporting.progress import progress_bar
+from ocvtp.structures import Needs, VisualTokens
 
 
 @dataclass(frozen=True)
-class Subject:
+class Subject(Judged):
     """A model to be asked.
 
     Args:
@@ -44,7 +49,50 @@ class Subject:
     processor: Any
     name: str
     text_tower: Any = None
-    _sources: dict[tuple[int, int], Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+    @property
+    def num_tower_blocks(self) -> int:
+        return find_host(self.model).num_tower_blocks
+
+    @cached_property
+    def _sight(self) -> Sight:
+        images = getattr(self.processor, "image_processor", self.processor)
+        return sight_of_host(find_host(self.model), images)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "model": self.name,
+            "model_weights": content_hash(self.name),
+            "dtype": str(self.dtype),
+        }
+
+    def shape(self, task: Task) -> tuple[int, tuple[int, int]]:
+        first = self._first_tokens(task, Needs())
+        return first.num_tokens, first.grid_hw
+
+    def width(self, task: Task, layer: int) -> int:
+        return self._first_tokens(task, Needs(hidden=(layer,))).hidden[layer].shape[-1]
+
+    @torch.no_grad()
+    def _first_tokens(self, task: Task, needs: Needs) -> VisualTokens:
+        item = task.items[0]
+        inputs = self.inputs(task, [item], [item.owner])
+        host = find_host(self.model)
+        hooks = host.install(needs)
+        try:
+            return look(host, needs, inputs).encoded.tokens
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def inputs(self, task: Task, items: Sequence[Item], owners: Sequence[int]) -> Any:
         """The processor's tensors: the questions of items on the images of `owners`."""
@@ -62,19 +110,48 @@ class Subject:
         return made.to(self.model.device, self.model.dtype)
 
     def seen(self, task: Task, owner: int) -> NDArray[np.bool_]:
-        """[O, H, W] the objects of an image whose masks are known, in the picture of the tower."""
-        masks, size = task.masks(owner), task.image(owner).size
+        masks = task.masks(owner)
         assert masks is not None
-        if size not in self._sources:
-            images = getattr(self.processor, "image_processor", self.processor)
-            self._sources[size] = source_pixels(find_host(self.model), images, size)
-        rows, columns, inside = self._sources[size]
-        there: NDArray[np.bool_] = at_pixels(masks, rows, columns, size[::-1]) & inside
-        return there
+        return self._sight.seen(masks, task.image(owner).size)
+
+    def sharing(self, pruners: Sequence[Pruner | Compose]) -> SharedEncodings:
+        return SharedEncodings.of(self.model, pruners)
+
+    def attempt(self, pruner: Pruner | Compose, inputs: Any, shared: SharedEncodings) -> None:
+        refuse_beyond_all(find_host(self.model), pruner)
+        with self._attached(pruner, shared):
+            self.model(**inputs, logits_to_keep=1)
+
+    def observe(
+        self,
+        task: Task,
+        items: Sequence[Item],
+        pruner: Pruner | Compose,
+        inputs: Any,
+        shared: SharedEncodings,
+    ) -> list[Record]:
+        prompts: list[Prompt] = []
+        host = find_host(self.model)
+        with self._attached(pruner, shared, on_prune=prompts.append):
+            found = _ask(self, task, items, inputs, host, prompts)
+        counts = visual_token_counts(prompts[0], host)
+        return [{**record, **count} for record, count in zip(found, counts, strict=True)]
+
+    def _attached(
+        self, pruner: Pruner | Compose, shared: SharedEncodings, **options: Any
+    ) -> AbstractContextManager[Any]:
+        return attached(
+            self.model,
+            pruner,
+            processor=self.processor,
+            text_tower=self.text_tower,
+            shared=shared,
+            **options,
+        )
 
 
 def run(
-    subject: Subject,
+    subject: Judged,
     task: Task,
     conditions: Sequence[Condition],
     folder: Path,
@@ -83,19 +160,17 @@ def run(
     """The records of all items under every condition.
 
     Args:
-        subject: the model.
+        subject: what pruners are judged on.
         task: what is asked.
         conditions: under which.
         folder: where records are kept; those that are there are not made again.
         batch_size: items at a time.
 
     Returns:
-        by `Condition.key`, in the order of `task.items`. A record has `answer`, or what
-        `task.look` finds, and `given` and `kept`: visual tokens of its image, before and after,
-        the latter on average over the layers of the language model.
+        by `Condition.key`, in the order of `task.items`, see `Judged.observe`.
 
     Raises:
-        ValueError: if a pruner does not fit the model, or `folder` holds records of other settings.
+        ValueError: if a pruner does not fit, or `folder` holds records of other settings.
     """
     shared = shared_settings(subject, task, batch_size)
     logs = {
@@ -105,7 +180,7 @@ def run(
         task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)
     ]
     pruners = [condition.make(Place(0, list)) for condition in conditions]
-    encodings = SharedEncodings.of(subject.model, pruners)
+    encodings = subject.sharing(pruners)
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(conditions) * len(batches))
         start = 0
@@ -121,12 +196,10 @@ def run(
     return {key: log.records for key, log in logs.items()}
 
 
-def shared_settings(subject: Subject, task: Task, batch_size: int) -> dict[str, Any]:
+def shared_settings(subject: Judged, task: Task, batch_size: int) -> dict[str, Any]:
     """What the records of all conditions of a run depend on, as JSON."""
     found: dict[str, Any] = {
-        "model": subject.name,
-        "model_weights": content_hash(subject.name),
-        "dtype": str(subject.model.dtype),
+        **subject.settings(),
         "task": {"name": task.name, **task.describe()},
         "batch_size": batch_size,
     }
@@ -135,15 +208,14 @@ def shared_settings(subject: Subject, task: Task, batch_size: int) -> dict[str, 
 
 
 def _observe(
-    subject: Subject,
+    subject: Judged,
     task: Task,
     items: Sequence[Item],
     start: int,
     conditions: Sequence[Condition],
-    shared: SharedEncodings,
+    shared: Any,
 ) -> Iterator[tuple[Condition, list[Record]]]:
     """What each condition makes of one batch."""
-    host = find_host(subject.model)
     for image in ("own", "other"):
         group = [condition for condition in conditions if condition.image == image]
         if not group:
@@ -156,25 +228,12 @@ def _observe(
         place = Place(start, partial(_seen, subject, task, owners))
         pruners = [condition.make(place) for condition in group]
         for condition, pruner in zip(group, pruners, strict=True):
-            prompts: list[Prompt] = []
             try:
-                with attached(
-                    subject.model,
-                    pruner,
-                    processor=subject.processor,
-                    text_tower=subject.text_tower,
-                    on_prune=prompts.append,
-                    shared=shared,
-                ):
-                    found = _ask(subject, task, items, inputs, host, prompts)
+                found = subject.observe(task, items, pruner, inputs, shared)
             except Exception as error:
                 error.add_note(f"while {condition.key!r} ran on items {start} and following")
                 raise
-            counts = visual_token_counts(prompts[0], host)
-            yield (
-                condition,
-                [{**record, **count} for record, count in zip(found, counts, strict=True)],
-            )
+            yield condition, found
 
 
 @torch.no_grad()
@@ -212,7 +271,7 @@ def visual_token_counts(prompt: Prompt, host: Any) -> list[dict[str, float]]:
     ]
 
 
-def _seen(subject: Subject, task: Task, owners: Sequence[int]) -> list[NDArray[np.bool_]]:
+def _seen(subject: Judged, task: Task, owners: Sequence[int]) -> list[NDArray[np.bool_]]:
     """The objects of each row's image, as the tower sees them."""
     by_owner = {owner: subject.seen(task, owner) for owner in set(owners)}
     return [by_owner[owner] for owner in owners]

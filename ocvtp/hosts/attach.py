@@ -20,7 +20,7 @@ from ocvtp.hosts.prompt.checks import beyond_all
 from ocvtp.hosts.prompt.clip_text import TextTower
 from ocvtp.hosts.prompt.read_call import encode_anew
 from ocvtp.hosts.prompt.read_prompt import make_reader
-from ocvtp.hosts.prompt.select import compiled, select
+from ocvtp.hosts.prompt.select import Select, compiled, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
 from ocvtp.hosts.runtime import caller_processors, calls
@@ -29,7 +29,7 @@ from ocvtp.hosts.runtime.forward_output import Logits, check_logits
 from ocvtp.hosts.runtime.installed_hooks import InstalledHooks
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.hosts.wrap_methods import Wrapped
-from ocvtp.pruners import Compose, Pruner, build_pruner
+from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
@@ -120,8 +120,8 @@ def attach(
     inside = by_stage.get("llm_layers")
     assert inside is None or isinstance(inside, LayerPruner)
     encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
-    chosen = by_stage.get("llm_input", build_pruner("none"))
-    compiles = host.savings.compile_select and "llm_input" in by_stage
+    chosen = by_stage.get("llm_input")
+    run: Select = select if chosen is None or not host.savings.compile_select else compiled(chosen)
     attachment = Attachment(
         host=host,
         pruner=chosen,
@@ -131,11 +131,11 @@ def attach(
         reader=make_reader(host, needs, processor, text_tower),
         layers=inside,
         encode=encode,
-        select=compiled(chosen) if compiles else select,
+        select=run,
         logits=logits,
         keeps_all=pruner.name == "none" and shared is None,
     )
-    savings = replace(host.savings_for(looked_for), compile_select=compiles)
+    savings = replace(host.savings_for(looked_for), compile_select=run is not select)
     attachment.hooks = _installed_hooks(attachment, pruner, looked_for)
     attachment.put()
     return Handle(attachment, savings)
@@ -157,7 +157,9 @@ def _installed_hooks(
 
 def _hook_settings(host: Host, layered: LayerPruner | None) -> Any:
     """What decides where hooks go besides the modules of the model."""
-    found = None if layered is None else layer_hooks.read_at(host.language_model, layered)
+    found = None
+    if layered is not None:
+        found = layered.needs_by_layer(len(host.language_model.layers))
     return host.hook_settings, found
 
 

@@ -34,7 +34,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     Raises:
         ValueError: if there is no such model, dtype or device.
     """
-    _check_place(dtype, device)
+    check_place(dtype, device)
     if name in FULL_SIZE_MODELS:
         return full_size.build(name.removeprefix("random:"), dtype, device)
     if name.startswith("random:"):
@@ -60,7 +60,12 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     return model.to(device).eval(), processor
 
 
-def _check_place(dtype: str, device: str) -> None:
+def check_place(dtype: str, device: str) -> None:
+    """Refuse a precision that is none of `DTYPES`, and a device that cannot be used.
+
+    Raises:
+        ValueError: for these.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; pass {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
     try:

@@ -131,6 +131,14 @@ class LayerPruner(Pruner):
             )
         return layers
 
+    def needs_by_layer(self, num_layers: int) -> list[tuple[int, LayerNeeds]]:
+        """Before which of L layers tokens are dropped, and what is read there.
+
+        Raises:
+            ValueError: if the model has no such layers.
+        """
+        return [(layer, self.needs_at(layer)) for layer in self.layers(num_layers)]
+
     @property
     def positions(self) -> Literal["contiguous", "original"]:
         """Whether tokens are numbered again when some are dropped."""

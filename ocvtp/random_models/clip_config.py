@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _TINY = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 8}
 _TINY_DINOV2 = {"mlp_ratio": 3, "image_size": 96, "initializer_range": 0.2, **_TINY}
 
+SECOND_TO_LAST = -2
+"""The layer of `hidden_states` that LLaVA reads, and that a tower alone is judged by."""
+
 RANDOM_TOWERS: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_type": "clip_vision_model",
@@ -77,13 +80,7 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
         kind = settings.pop("model_type", "clip_vision_model")
         config = AutoConfig.for_model(kind, **settings)
     else:
-        try:
-            config = AutoConfig.from_pretrained(find_folder(tower))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
-                f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
-            ) from error
+        config = _saved_config(tower)
         config = getattr(config, "vision_config", config)
     if config.model_type not in VISION_TOWERS:
         raise ValueError(
@@ -91,6 +88,39 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
             " use ocvtp.encoders.TimmEncoder."
         )
     return config
+
+
+def _saved_config(tower: str) -> PreTrainedConfig:
+    """Of a folder or hub id: of the tower, or of what holds it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(find_folder(tower))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"
+            f" reached now nor one of {['random:' + n for n in sorted(RANDOM_TOWERS)]}."
+        ) from error
+
+
+def selected_layer(tower: str) -> int:
+    """The layer of `hidden_states` that the language model reads, where a tower's name is a VLM's.
+
+    Args:
+        tower: see `vision_config`.
+
+    Returns:
+        that of the VLM's configuration; `SECOND_TO_LAST` of a tower that is no VLM's.
+
+    Raises:
+        ValueError: if the VLM reads several.
+    """
+    if tower.startswith("random:"):
+        return SECOND_TO_LAST
+    layer = getattr(_saved_config(tower), "vision_feature_layer", SECOND_TO_LAST)
+    if not isinstance(layer, int):
+        raise ValueError(f"{tower!r} reads several layers of its tower, {layer}; pass one of them.")
+    return layer
 
 
 def random_tower(config: PreTrainedConfig, seed: int) -> nn.Module:

@@ -119,3 +119,49 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
     trains = tower is not None and any(weight.requires_grad for weight in tower.parameters())
     if record.lost_graph and trains:
         record.guard()
+
+
+def current() -> Recording | None:
+    """The recording that this thread is in."""
+    call = CALL.get()
+    return None if call is None else call.recording
+
+
+def keep_features(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Before a projector: what it is given."""
+    if (record := current()) is not None:
+        record.features = record.seen(args[0])
+
+
+def keep_normed(module: nn.Module, args: Any, output: Any) -> None:
+    """After the norm that follows the last block: what it gave."""
+    if (record := current()) is not None:
+        record.normed = record.seen(output)
+
+
+def keep_turn(
+    number: int, argument: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """Before the attention of block `number`: the argument that says how far heads are turned."""
+    if (record := current()) is not None:
+        record.turns[number] = kwargs[argument]
+
+
+def keep_segments(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before the attention of block `number`: the rotations and the segments of its patches."""
+    if (record := current()) is not None:
+        record.turns[number] = kwargs["position_embeddings"]
+        record.segment_ends[number] = kwargs["cu_seqlens"]
+
+
+def keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
+    """After a module: its output, in the `store` of that name, under a number."""
+    if (record := current()) is not None:
+        value = output[0] if isinstance(output, tuple) else output
+        getattr(record, store)[number] = record.seen(value)
+
+
+def keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before the first block: the hidden states, under the number of a layer."""
+    if (record := current()) is not None:
+        record.hidden[number] = record.seen(args[0] if args else kwargs["hidden_states"])

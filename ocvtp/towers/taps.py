@@ -21,8 +21,16 @@ from torch.nn.functional import pad
 
 from ocvtp.structures import AttentionKind, Needs
 from ocvtp.towers.hooks import Hook, after, before
-from ocvtp.towers.recordings import CALL
 from ocvtp.towers.recordings import Recording as Recording
+from ocvtp.towers.recordings import current as current
+from ocvtp.towers.recordings import (
+    keep_features,
+    keep_input,
+    keep_normed,
+    keep_output,
+    keep_segments,
+    keep_turn,
+)
 from ocvtp.towers.recordings import recording as recording
 from ocvtp.towers.rows import Rows
 
@@ -114,38 +122,32 @@ def hooks_for(tower: Tower, needs: Needs) -> list[Hook]:
     hooks = []
     for layer in sorted({tower.layer(i) for i in needs.hidden}):
         if layer == 0:
-            pre = partial(_keep_input, layer)
+            pre = partial(keep_input, layer)
             hooks.append(before(tower.blocks[0], pre, with_kwargs=True))
         else:
-            hook = partial(_keep_output, "hidden", layer)
+            hook = partial(keep_output, "hidden", layer)
             hooks.append(after(tower.blocks[layer - 1], hook))
     blocks = {tower.block(number) for number, _ in needs.attention} | {
         tower.block(number) for number in needs.keys
     }
     for block in sorted(blocks):
         query, key = tower.query_key(tower.blocks[block])
-        hooks.append(after(query, partial(_keep_output, "queries", block)))
-        hooks.append(after(key, partial(_keep_output, "keys", block)))
+        hooks.append(after(query, partial(keep_output, "queries", block)))
+        hooks.append(after(key, partial(keep_output, "keys", block)))
         if (turn := tower.turn) is not None:
-            keep = partial(_keep_turn, block, turn.argument)
+            keep = partial(keep_turn, block, turn.argument)
             hooks.append(before(turn.attention(tower.blocks[block]), keep, with_kwargs=True))
     return hooks
 
 
-def current() -> Recording | None:
-    """The recording that this thread is in."""
-    call = CALL.get()
-    return None if call is None else call.recording
-
-
 def keep_features_of(projector: nn.Module) -> Hook:
     """Record what the projector is given as `features`."""
-    return before(projector, _keep_features)
+    return before(projector, keep_features)
 
 
 def keep_normed_of(norm: nn.Module) -> Hook:
     """Record what the norm after the last block gives as `normed`."""
-    return after(norm, _keep_normed)
+    return after(norm, keep_normed)
 
 
 def keep_fused_of(number: int, attention: Any) -> list[Hook]:
@@ -156,43 +158,9 @@ def keep_fused_of(number: int, attention: Any) -> list[Hook]:
         attention: its own, with `qkv`, called with `position_embeddings` and `cu_seqlens`.
     """
     return [
-        after(attention.qkv, partial(_keep_output, "fused", number)),
-        before(attention, partial(_keep_segments, number), with_kwargs=True),
+        after(attention.qkv, partial(keep_output, "fused", number)),
+        before(attention, partial(keep_segments, number), with_kwargs=True),
     ]
-
-
-def _keep_features(module: nn.Module, args: tuple[Any, ...]) -> None:
-    if (record := current()) is not None:
-        record.features = record.seen(args[0])
-
-
-def _keep_normed(module: nn.Module, args: Any, output: Any) -> None:
-    if (record := current()) is not None:
-        record.normed = record.seen(output)
-
-
-def _keep_turn(
-    number: int, argument: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> None:
-    if (record := current()) is not None:
-        record.turns[number] = kwargs[argument]
-
-
-def _keep_segments(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if (record := current()) is not None:
-        record.turns[number] = kwargs["position_embeddings"]
-        record.segment_ends[number] = kwargs["cu_seqlens"]
-
-
-def _keep_output(store: str, number: int, module: nn.Module, args: Any, output: Any) -> None:
-    if (record := current()) is not None:
-        value = output[0] if isinstance(output, tuple) else output
-        getattr(record, store)[number] = record.seen(value)
-
-
-def _keep_input(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if (record := current()) is not None:
-        record.hidden[number] = record.seen(args[0] if args else kwargs["hidden_states"])
 
 
 def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> dict[str, Any]:

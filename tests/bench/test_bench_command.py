@@ -104,6 +104,7 @@ def keys_of(found):
     return [[row["key"] for row in cell["rows"]] for cell in found["cells"]]
 
 
+@pytest.mark.slow
 def test_a_narrower_run_keeps_rows_and_cells(made, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "same"
     shutil.copytree(made, folder)

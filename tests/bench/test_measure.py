@@ -188,6 +188,7 @@ def test_memory_of_tensors_that_live():
     assert watch.bytes == 0
 
 
+@pytest.mark.slow
 def test_memory_and_operations_of_a_request(subject, inputs, rows):
     bench = Bench(subject, 4)
     by_name = {row.label: bench.look(row, inputs) for row in rows}

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,6 +19,7 @@ import ocvtp
 from ocvtp import Needs, Pruner, Selection, VisualTokens
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
+from ocvtp.hosts.loading import load_model
 from ocvtp.pruners import registry
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
@@ -116,6 +118,60 @@ def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
     assert picture.std() > 10
 
 
+def test_show_several_images_in_a_model_and_on_its_tower_alone(
+    capsys, photo, artifact, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        "ocvtp.commands.show.figure_of_images", lambda pictures: drawn.append(pictures) or Figure()
+    )
+    other = tmp_path / "other.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)).save(other)
+    load_model("random:tiny-llava")[0].save_pretrained(tmp_path / "vlm")
+    load_model("random:tiny-llava")[1].save_pretrained(tmp_path / "vlm")
+    words = ["--pruner", "ocvtp", "fastervlm", "fps", "--checkpoint", artifact, "--num-keep", "16"]
+    words += ["--image", photo, str(other), "--output", str(tmp_path / "picture.png"), "--json"]
+    facts = []
+    for flag in ("--model", "--tower"):
+        assert main(["show", flag, str(tmp_path / "vlm"), *words]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    assert facts[0] == facts[1]
+    kept = {"ocvtp": 16, "fastervlm": 16, "fps": 16}
+    assert [(one["image"], one["kept"]) for one in facts[1]["images"]] == [
+        (photo, kept),
+        (str(other), kept),
+    ]
+    assert facts[1]["visual_tokens"] == 144
+    for (seen, panels), (alone, own) in zip(*drawn, strict=True):
+        np.testing.assert_array_equal(seen, alone)
+        for panel, mine in zip(panels, own, strict=True):
+            assert (panel.title, panel.grid_hw) == (mine.title, mine.grid_hw)
+            assert panel.keep.equal(mine.keep)
+            assert (panel.attention is None) == (mine.attention is None)
+            if panel.attention is not None:
+                assert panel.attention.shape == (16, 144)
+                torch.testing.assert_close(panel.attention, mine.attention)
+
+
+def test_show_on_a_tower_alone(capsys, photo, tmp_path):
+    out = tmp_path / "picture.png"
+    words = ["show", "--tower", "random:tiny", "--image", photo, "--output", str(out)]
+    asked = [*words, "--num-keep", "9", "--pruner"]
+    assert main([*asked, "fopru", "fastervlm", "uniform", "--json"]) == 0  # of two encodings
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kept"] == {"fopru": 9, "fastervlm": 9, "uniform": 9}
+    assert np.asarray(Image.open(out).convert("RGB")).std() > 10
+    for pruner, more, message in (
+        ("fastv", [], "pruner 'fastv' acts at stage 'llm_layers'; on a tower alone"),
+        ("divprune", [], "pruner 'divprune' reads the projected tokens, which a tower alone"),
+        ("uniform", ["--prompt", "?"], "--prompt is for pruners that read the prompt, and --tower"),
+        ("uniform", ["--img-size", "80"], "img_size=80, but the tower 'random:tiny' sees 96 "),
+        ("uniform", ["--feature-layer", "8"], "hidden_states[8] does not exist in this tower"),
+    ):
+        assert main([*asked, pruner, *more]) == 2
+        assert message in the_error(capsys)
+
+
 @pytest.mark.slow
 def test_a_model_that_cuts_images_into_tiles(capsys, photo, artifact, tmp_path):
     words = ["--model", "random:tiny-llava-next", "--image", photo, "--num-keep", "40", "--json"]
@@ -189,6 +245,7 @@ def test_answer_with_a_pruner_that_reads_the_prompt(capsys, photo, reading):
     assert reading[0].clip_text.shape == (2, 1, 64)
 
 
+@pytest.mark.slow
 def test_show_with_pruners_that_read_the_prompt(capsys, photo, reading, tmp_path):
     out = tmp_path / "picture.png"
     words = ["show", *MODEL, "--pruner", "reading", "uniform", "--num-keep", "16", "--image", photo]

@@ -84,6 +84,7 @@ def test_a_misspelt_flag_is_refused_at_once():
     assert imported(RUN.format(words=["evaluate", "--modle", "x"])) == [set()]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_task_says_its_flags_and_refuses_others_at_once(name):
     words = [["--task", name, "--help"], ["--task", name, "--num-images", "few"]]
@@ -151,6 +152,7 @@ def test_choices_are_what_there_is():
         assert load_config(name).model_type
 
 
+@pytest.mark.slow
 def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
     import torch
 

@@ -21,6 +21,14 @@ from tools.demo_vlm.settings import load_settings
 from tools.demo_vlm.training import _step, build_optimizer, rate, train
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_to_validate_on():
+    """To draw hundreds of scenes after a stage of three steps takes longer than the stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_VAL_SCENES", 16)
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The command, once, on stages of three steps."""
@@ -219,6 +227,7 @@ def test_a_model_without_dropping_is_not_for_pruning(run, tmp_path):
     assert "do not compare pruners" in card(plain, "x.yaml", facts, 10)
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_finished_trainings_are_measured_again(run, capsys):
     config, folder = run
     before = (folder / "model.safetensors").read_bytes()

@@ -509,3 +509,58 @@ def test_a_second_encoding_leaves_no_hooks(llava, two_images):
     task = CoverageTask(*two_images, processor)
     run(task, llava, processor, build_pruner("tome", num_keep=5), task.items)
     assert count_hooks() == before
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two folders of scenes whose images have the same numbers, and a file of each."""
+    found = []
+    for seed in (0, 1):
+        write_scenes(tmp_path / str(seed), num_train=1, num_val=2, size=56, seed=seed)
+        place = tmp_path / str(seed)
+        found.append((place / "val2017", place / "annotations/instances_val2017.json"))
+    return list(zip(*found, strict=True))
+
+
+def test_several_folders_are_one_after_the_other(folders, llava):
+    task = CoverageTask(*folders, tiny_processor())
+    alone = [CoverageTask(*pair, tiny_processor()) for pair in zip(*folders, strict=True)]
+    assert len({item.key for item in task.items}) == 4
+    assert [item.owner for item in task.items] == [0, 1, 2, 3]
+    assert task.describe()["images"] == [str(folder) for folder in folders[0]]
+    assert alone[0].describe()["images"] == str(folders[0][0])
+    listed = CoverageTask(folders[0][:1], folders[1][:1], tiny_processor())
+    assert listed.describe() == alone[0].describe()
+    pruner = build_pruner("uniform", num_keep=3)
+    records, _ = run(task, llava, tiny_processor(), pruner, task.items)
+    apart = [run(one, llava, tiny_processor(), pruner, one.items)[0] for one in alone]
+    for record, own in zip(records, [*apart[0], *apart[1]], strict=True):
+        assert record == pytest.approx(own, abs=1e-5)
+    assert apart[0] != apart[1]
+    assert [counts(r)[-1][1] for r in records] == [len(task.masks(owner)) for owner in range(4)]
+    few = CoverageTask(*folders, None, limit=3)
+    assert [item.key for item in few.items] == [item.key for item in task.items][:3]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ((0,), r"images: .*0/val2017, .*1/val2017; annotation files: .*json; pass a file for each"),
+        ((0, 1, 1), "pass a file for each folder, in the same order"),
+        ((), "annotation files: none; pass a file for each folder"),
+    ],
+)
+def test_folders_and_files_go_in_pairs(folders, files, message):
+    with pytest.raises(ValueError, match=message):
+        CoverageTask(folders[0], [folders[1][number] for number in files], None)
+
+
+def test_an_image_counts_once(folders):
+    with pytest.raises(ValueError, match="would count twice; pass every image once"):
+        CoverageTask([folders[0][0]] * 2, [folders[1][0]] * 2, None)
+
+
+def test_a_model_s_tokens_need_its_processor(llava, two_images):
+    task = CoverageTask(*two_images, None)
+    with pytest.raises(ValueError, match="made without a processor"):
+        run(task, llava, tiny_processor(), these((0,), (7,)), task.items)

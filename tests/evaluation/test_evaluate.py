@@ -156,6 +156,7 @@ def test_a_finished_run_asks_for_new_pruners_alone(subject, task, finished, monk
     assert "uniform" in {row.label for row in report.rows}
 
 
+@pytest.mark.slow
 def test_answers_of_other_settings_are_refused(subject, task, finished):
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, SceneTask(num_images=3, questions=2, size=48, seed=1), finished)
@@ -163,6 +164,7 @@ def test_answers_of_other_settings_are_refused(subject, task, finished):
         ask(subject, task, finished, batch_size=8)
 
 
+@pytest.mark.slow
 def test_images_are_encoded_once_for_all_conditions(subject, few, tmp_path, monkeypatch):
     shared = []
     plain = SharedEncodings.of.__func__
@@ -188,6 +190,7 @@ def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, few
     assert not row.figures
 
 
+@pytest.mark.slow
 def test_budgets_beyond_every_image_are_named_before_anything_is_asked(subject, few, tmp_path):
     budgets = [Budget(num_keep=1000), Budget(num_keep=16)]
     message = "random @ 1000: num_keep=1000 exceeds the 144 visual tokens that every image"
@@ -217,6 +220,7 @@ def test_a_failing_batch_names_its_condition(subject, few, tmp_path, monkeypatch
     assert "'unpruned # 0' ran on items 0" in error.value.__notes__[0]
 
 
+@pytest.mark.slow
 def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, network):
     folders = []
     for seed in (0, 1):
@@ -335,6 +339,7 @@ def numbers(found):
     return {(row["label"], row["budget"]): row["figures"] for row in found["rows"]}
 
 
+@pytest.mark.slow
 def test_a_narrower_run_keeps_what_is_there(subject, few, tmp_path, monkeypatch):
     def go(pruners, budgets, **options):
         given = {"batch_size": 4, "seeds": [0, 1], "command": " ".join(pruners), **options}
@@ -371,6 +376,7 @@ def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
     assert (tmp_path / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_rows_whose_answers_are_gone_are_named(subject, few, tmp_path):
     write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     for path in (tmp_path / "answers").glob("fopru*"):

@@ -41,6 +41,7 @@ def test_it_prints_a_table_and_writes_what_it_found(tmp_path, capsys):
     assert {len(some) for some in facts["answers"]["conditions"].values()} == {len(asked)}
 
 
+@pytest.mark.slow
 def test_json_is_one_object_and_the_same_again(tmp_path, capsys):
     assert main(scenes(tmp_path, "--json")) == 0
     first = capsys.readouterr().out

@@ -45,6 +45,7 @@ def test_an_interval_is_the_plain_loops(make):
     np.testing.assert_allclose([found.low, found.high], plain_loop([ratio]), atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_difference_is_the_plain_loops_on_the_same_draws():
     a, b = answers(), answers(share=0.6, seed=0)
     found = difference(a, b)

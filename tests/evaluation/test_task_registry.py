@@ -154,6 +154,7 @@ def test_a_task_that_asks_nothing_is_refused(name):
         build_task("toy")
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page_runs_as_it_says(squares, tmp_path, capsys, monkeypatch):
     (command,) = re.findall(r"^    ocvtp (.*?[^\\])$", PAGE, re.MULTILINE | re.DOTALL)[:1]
     typed = command.replace("\\\n", " ").replace("checkpoints/demo-vlm", DEMO).split()
@@ -169,6 +170,7 @@ def test_the_example_of_the_page_runs_as_it_says(squares, tmp_path, capsys, monk
     assert set(row["figures"]) == {"red", "green", "blue", "all"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_its_settings_alone(squares, tmp_path, capsys, monkeypatch):
     asked = []
     generate = LlavaForConditionalGeneration.generate
@@ -231,7 +233,7 @@ def test_its_flags_are_shown(squares, tmp_path, capsys):
         ("squars", [], "unknown task 'squars'; did you mean 'squares'? Known: "),
         ("coverage", ["--images", "."], "--task coverage needs --instances; pass COCO's"),
         ("vqa", ["--questions-file", "a", "b"], "--questions-file a b: vqa reads one file; pass"),
-        ("coverage", ["--images", "a", "b", "--instances", "c"], "coverage reads one folder; pass"),
+        ("coverage", ["--images", "a", "b", "--instances", "c"], "a, b; annotation files: c; pass"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(squares, tmp_path, capsys, task, more, problem):

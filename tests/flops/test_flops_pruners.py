@@ -122,6 +122,7 @@ def test_every_saving(models, name, cut_tower, project_kept):
     assert found.total == pytest.approx(expected, rel=REL)
 
 
+@pytest.mark.slow
 def test_pixels_tower_and_language_model_together(models):
     model, inputs, sizes, processor = models["llava"]
     pruner = Compose(

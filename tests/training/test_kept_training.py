@@ -105,6 +105,7 @@ def test_a_resumed_run_measures_nothing_again(tmp_path, scenes, monkeypatch):
     assert_close(again.network.inputs.scale, scale, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_and_bf16_trains(tmp_path, scenes):
     found = []
     for folder, precision in (("a", "32-true"), ("b", "32-true"), ("c", "bf16-mixed")):

@@ -117,6 +117,7 @@ def test_training_learns_and_a_second_run_is_the_same(page):
     assert len(moved) == len(before) == 6
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_by_the_same_settings_alone(page, module, capsys):
     assert main(["train", *quick()]) == 0
     last = "run/checkpoints/last.ckpt"
@@ -188,6 +189,7 @@ def test_plain_sizes_and_a_class_are_not_mixed(page, module, more, capsys):
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_the_oc_pruner_is_the_one_where_nothing_is_said(page, tmp_path):
     config = yaml.safe_load(SETTINGS)
     del config["model"]["network"]

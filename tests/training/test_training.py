@@ -96,6 +96,7 @@ def test_a_resumed_run_continues_bit_for_bit(tmp_path, scenes, stop):
     assert_close(weights(resumed), weights(straight), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_runs_with_the_same_seed_are_the_same(tmp_path, scenes):
     one, _ = fit(tmp_path / "one", scenes, 3)
     torch.manual_seed(99)  # what happened before does not matter
@@ -180,6 +181,7 @@ def test_an_unreadable_image_is_named(tmp_path, damaged):
         trainer(tmp_path, max_epochs=1).fit(model, data(damaged, model))
 
 
+@pytest.mark.slow
 def test_skipped_images_are_named_and_counted(tmp_path, damaged, caplog):
     model = module()
     run = trainer(tmp_path, max_epochs=1, logger=pl.loggers.CSVLogger(tmp_path, name="csv"))

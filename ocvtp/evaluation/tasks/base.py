@@ -176,6 +176,19 @@ class TokenTask(Task):
         """
 
 
+class PlaceTask(TokenTask):
+    """A task that looks at the places that are kept: a vision tower alone can be judged by it."""
+
+    @abstractmethod
+    def judge(self, kept: Any, items: Sequence[Item]) -> Sequence[Record]:
+        """The records of a batch.
+
+        Args:
+            kept: `ocvtp.evaluation.tasks.kept_tokens.KeptTokens`, an image a row.
+            items: of the rows.
+        """
+
+
 def shares(items: Sequence[Item], right: Sequence[float]) -> dict[str, Ratio]:
     """What is right of each kind; where kinds are `GROUP/NAME`, of `GROUP/all` too; and of `all`.
 

@@ -18,15 +18,14 @@ from torch import Tensor
 
 from ocvtp.data.annotations import CocoFile
 from ocvtp.data.coco import CocoImages
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, TokenTask
+from ocvtp.evaluation.tasks.base import Item, PlaceTask, Ratio, Record, Supplied
 from ocvtp.evaluation.tasks.kept_tokens import (
-    all_features,
-    grid_of,
-    kept_cells,
+    KeptTokens,
+    kept_of_prompt,
     nearest_kept,
     unrestored,
 )
-from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on, patch_side, source_pixels
+from ocvtp.evaluation.tasks.object_cells import at_pixels, cells_on
 from ocvtp.evaluation.tasks.registry import register_task
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Prompt
@@ -37,10 +36,11 @@ SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("
 
 
 @register_task("coverage")
-class CoverageTask(TokenTask):
+class CoverageTask(PlaceTask):
     """Object coverage, nearest-kept cosine and the unrestored share on a COCO file's images.
 
-    Nothing is generated: the runner shows `look` what a pruner kept. Figures:
+    Nothing is generated: the runner shows `look` what a pruner kept in a model, and `judge` what it
+    kept of a vision tower alone. Figures:
 
     - `coverage/small`, `/medium`, `/large` and `/all`: share of the objects with a kept token on
       them, see `cells_on`. Crowds do not count, nor objects of which the picture shows nothing
@@ -55,15 +55,17 @@ class CoverageTask(TokenTask):
     its last layer.
 
     Args:
-        images: folder of the images. annotations: COCO `instances` file; areas are read from it, or
-            counted where it has none.
-            Objects without a mask do not count.
-        processor: of the model (or its image processor): says where the pixels of an image went.
+        images: folder of the images, or several. annotations: COCO `instances` file of each, in the
+            same order; areas are read from it, or counted where it has none. Objects without a mask
+            do not count.
+        processor: of the model (or its image processor): says where the pixels of an image went;
+            None for a vision tower alone, whose own transform says it.
         question: what pruners that read the prompt are told.
-        limit: use only the first `limit` images.
+        limit: use only the first `limit` images of all.
 
     Raises:
-        ValueError: see `CocoImages`; and if the file has objects, but no mask of any.
+        ValueError: see `CocoImages`; if a file has objects, but no mask of any; if folders and
+            files are not equally many, or list an image twice.
     """
 
     metrics = ("coverage/all", "cosine", "unrestored")
@@ -73,27 +75,25 @@ class CoverageTask(TokenTask):
 
     def __init__(
         self,
-        images: str | Path,
-        annotations: str | Path,
+        images: str | Path | Sequence[str | Path],
+        annotations: str | Path | Sequence[str | Path],
         processor: Any,
         question: str = "Describe the image.",
         limit: int | None = None,
     ) -> None:
-        self._folder = _Folder(images, annotations, _AsStored(), with_instances=True, limit=limit)
-        if self._folder.file.num_objects and not self._folder.file.num_masks:
-            raise ValueError(
-                f"coverage needs masks, but the objects of {annotations} have none "
-                "(`segmentation`), only boxes; pass a file with masks."
-            )
+        images, annotations = _listed(images), _listed(annotations)
+        folders = _folders(images, annotations, limit)
+        self._images = [(folder, n) for folder in folders for n in range(len(folder))][:limit]
         self._processor = getattr(processor, "image_processor", processor)
         self._settings = {
-            "images": str(images),
-            "annotations": str(annotations),
+            "images": images[0] if len(folders) == 1 else images,
+            "annotations": annotations[0] if len(folders) == 1 else annotations,
             "question": question,
             "limit": limit,
         }
         self.items = [
-            Item(str(number), owner, question, ()) for owner, number in enumerate(self._folder.ids)
+            Item(folder.key(n, alone=len(folders) == 1), owner, question, ())
+            for owner, (folder, n) in enumerate(self._images)
         ]
         self._on_cells: dict[tuple[int, tuple[int, int]], NDArray[np.bool_]] = {}
 
@@ -102,30 +102,37 @@ class CoverageTask(TokenTask):
         cls,
         supplied: Supplied,
         *,
-        images: Annotated[Sequence[str], "the folder of the images"],
-        instances: Annotated[str, "COCO's annotations of them"],
+        images: Annotated[Sequence[str], "the folder of the images, or several"],
+        instances: Annotated[Sequence[str], "COCO's annotations of them, a file for each folder"],
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
     ) -> CoverageTask:
-        if len(images) != 1:
-            raise ValueError(f"--images {' '.join(images)}: coverage reads one folder; pass one.")
-        processor = supplied.processor("the VLM that sees the images")
-        return cls(images[0], instances, processor, limit=num_images)
+        processor = None if supplied.load is None else supplied.load()
+        return cls(images, instances, processor, limit=num_images)
 
     def image(self, owner: int) -> Image.Image:
-        return self._folder.image(owner)
+        folder, number = self._images[owner]
+        return folder.image(number)
 
     def masks(self, owner: int) -> NDArray[np.bool_]:
         """Of every object but crowds, its whole mask, where others lie over it too."""
         width, height = self.image(owner).size
         rows, columns = np.indices((height, width))
-        return at_pixels(self._folder.masks(owner), rows, columns, (height, width))
+        return at_pixels(self._whole_masks(owner), rows, columns, (height, width))
+
+    def _whole_masks(self, owner: int) -> NDArray[np.bool_]:
+        folder, number = self._images[owner]
+        return folder.masks(number)
+
+    def _areas(self, owner: int) -> NDArray[np.float64]:
+        folder, number = self._images[owner]
+        return folder.areas(number)
 
     def describe(self) -> dict[str, Any]:
         return dict(self._settings)
 
     @torch.no_grad()
     def look(self, host: Host, prompt: Prompt, items: Sequence[Item]) -> list[Record]:
-        """Measure what is kept of a batch.
+        """Measure what a model kept of a batch.
 
         Args:
             host: of the model. prompt: with one image a row, as `attach(on_prune=...)` gives it;
@@ -133,22 +140,39 @@ class CoverageTask(TokenTask):
             items: of the rows.
 
         Returns:
-            of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
-            `coverage/SIZE/hits`; `cosine` and `unrestored`.
+            see `judge`.
 
         Raises:
             ValueError: if an image is not one grid of tokens, if the rows are not the items, if the
                 processor is not the one that made the inputs, or if the model has not read on.
         """
-        grid = grid_of(host, prompt, len(items))
-        kept = kept_cells(host, prompt)  # [B, N]
-        features = all_features(host, prompt, grid)  # [B, N, D]
-        picture = tuple(host.picture(prompt.images).shape[-2:])
-        cosine, left = nearest_kept(features, kept).tolist(), unrestored(features, kept).tolist()
+        if self._processor is None:
+            raise ValueError(
+                "this coverage task was made without a processor, which says where the pixels of"
+                " images went; pass processor=, that of the model."
+            )
+        return self.judge(kept_of_prompt(host, prompt, len(items), self._processor), items)
+
+    @torch.no_grad()
+    def judge(self, kept: KeptTokens, items: Sequence[Item]) -> list[Record]:
+        """Measure what is kept of a batch.
+
+        Args:
+            kept: an image a row. items: of the rows.
+
+        Returns:
+            of every item the objects there are, `coverage/SIZE/of`, and those with a kept token,
+            `coverage/SIZE/hits`; `cosine` and `unrestored`.
+
+        Raises:
+            ValueError: if the images' pictures are not those that the tower was given.
+        """
+        cosine = nearest_kept(kept.features, kept.kept).tolist()
+        left = unrestored(kept.features, kept.kept).tolist()
         records: list[Record] = []
-        for number, (item, own) in enumerate(zip(items, kept.cpu().numpy(), strict=True)):
-            on = self._on(host, item.owner, grid, picture if number == 0 else None)
-            counts = _counts(on, own, self._folder.areas(item.owner))
+        for number, (item, own) in enumerate(zip(items, kept.kept.cpu().numpy(), strict=True)):
+            on = self._on(kept, item.owner, is_first=number == 0)
+            counts = _counts(on, own, self._areas(item.owner))
             means = {"cosine": cosine[number], "unrestored": left[number]}
             records.append({**counts, **means})
         return records
@@ -167,21 +191,19 @@ class CoverageTask(TokenTask):
             found[name] = Ratio(column(name), np.ones(len(records)), owners)
         return found
 
-    def _on(
-        self, host: Host, owner: int, grid: tuple[int, int], picture: tuple[int, ...] | None
-    ) -> NDArray[np.bool_]:
+    def _on(self, kept: KeptTokens, owner: int, is_first: bool) -> NDArray[np.bool_]:
         """[O, N] see `cells_on`; the picture's size is checked where it is known."""
-        if (owner, grid) not in self._on_cells:
-            width, height = self.image(owner).size
-            rows, columns, inside = source_pixels(host, self._processor, (width, height))
-            if picture not in (None, inside.shape):
+        if (owner, kept.grid) not in self._on_cells:
+            size = self.image(owner).size
+            seen = kept.sight.seen(self._whole_masks(owner), size)
+            if is_first and seen.shape[1:] != kept.picture:
                 raise ValueError(
-                    f"the processor makes a picture of {inside.shape} pixels of this image, but the"
-                    f" model was given one of {picture}; pass the processor that made its inputs."
+                    f"the processor makes a picture of {seen.shape[1:]} pixels of this image, but"
+                    f" the model was given one of {kept.picture}; pass the processor that made its"
+                    " inputs."
                 )
-            seen = at_pixels(self._folder.masks(owner), rows, columns, (height, width)) & inside
-            self._on_cells[owner, grid] = cells_on(seen, grid, patch_side(host))
-        return self._on_cells[owner, grid]
+            self._on_cells[owner, kept.grid] = cells_on(seen, kept.grid, kept.sight.patch)
+        return self._on_cells[owner, kept.grid]
 
 
 def _counts(
@@ -195,6 +217,40 @@ def _counts(
         counts[f"coverage/{size}/hits"] = int((mine & covered).sum())
         counts[f"coverage/{size}/of"] = int((mine & there).sum())
     return counts
+
+
+def _listed(paths: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+
+
+def _folders(images: Sequence[str], annotations: Sequence[str], limit: int | None) -> list[_Folder]:
+    """Folders with their files.
+
+    Raises:
+        ValueError: see `CoverageTask`.
+    """
+    if len(images) != len(annotations) or not images:
+        raise ValueError(
+            f"folders of images: {', '.join(images) or 'none'}; annotation files:"
+            f" {', '.join(annotations) or 'none'}; pass a file for each folder, in the same order."
+        )
+    found, known = [], dict[Path, str]()
+    for folder, file in zip(images, annotations, strict=True):
+        made = _Folder(folder, file, _AsStored(), with_instances=True, limit=limit)
+        if made.file.num_objects and not made.file.num_masks:
+            raise ValueError(
+                f"coverage needs masks, but the objects of {file} have none (`segmentation`), only"
+                " boxes; pass a file with masks."
+            )
+        for path in made.paths:
+            if path in known:
+                raise ValueError(
+                    f"image {path} is listed by {known[path]} and by {file}, and would count twice;"
+                    " pass every image once."
+                )
+        known |= dict.fromkeys(made.paths, file)
+        found.append(made)
+    return found
 
 
 class _AsStored:
@@ -214,8 +270,15 @@ class _Folder(CocoImages):
     """Images with their objects' whole masks, those that others lie over included."""
 
     @property
-    def ids(self) -> list[int]:
-        return [number for number, _ in self._records]
+    def paths(self) -> list[Path]:
+        """Where the images are."""
+        folder = self.images.resolve()
+        return [folder / name for _, name in self._records]
+
+    def key(self, index: int, alone: bool) -> str:
+        """Names an image: by its number where the folder is `alone`, else by its path."""
+        number, name = self._records[index]
+        return str(number) if alone else f"{self.images}/{name}"
 
     @property
     def file(self) -> CocoFile:

@@ -1,23 +1,76 @@
-"""Which places of images a prompt kept, and how well what is kept stands for the rest.
+"""Which places of images are kept, and how well what is kept stands for the rest.
 
 A visual token is one cell of the grid; M of an image's tokens are left by the tower.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_host
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.ops.ridge import ridge_error
 from ocvtp.ops.similarity import full, unit
 from ocvtp.ops.token_views import left_over
 from ocvtp.slots.statistics import standardized
-from ocvtp.structures import Needs, take
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 PENALTY = 0.3
 """Of the ridge, a share of the mean squared length of the tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class KeptTokens:
+    """What was kept of a batch of images, each one grid of N tokens.
+
+    Args:
+        grid: its rows and columns.
+        kept: [B, N] bool, the places with a kept token.
+        features: [B, N, D] of all tokens.
+        picture: H, W of the first image as the tower saw it.
+        sight: how the tower sees images.
+    """
+
+    grid: tuple[int, int]
+    kept: Tensor
+    features: Tensor
+    picture: tuple[int, ...]
+    sight: Sight
+
+
+def kept_of_prompt(host: Host, prompt: Prompt, num_items: int, processor: Any) -> KeptTokens:
+    """What a prompt kept.
+
+    Args:
+        host: of the model. prompt: with one image a row, read by the model.
+        num_items: rows that there should be.
+        processor: of images, that made the model's inputs.
+
+    Raises:
+        ValueError: see `grid_of` and `kept_cells`.
+    """
+    grid = grid_of(host, prompt, num_items)
+    return KeptTokens(
+        grid,
+        kept_cells(host, prompt),
+        all_features(host, prompt, grid),
+        tuple(host.picture(prompt.images).shape[-2:]),
+        sight_of_host(host, processor),
+    )
+
+
+def kept_of_tower(
+    tokens: VisualTokens, selection: Selection, picture: tuple[int, ...], sight: Sight
+) -> KeptTokens:
+    """What was selected of the tokens of a tower alone; arguments as those of `KeptTokens`."""
+    images = torch.arange(tokens.batch_size)
+    kept = _marked(tokens.real, images, selection.keep_indices, selection.valid)
+    return KeptTokens(tokens.grid_hw, kept, tokens.features, picture, sight)
 
 
 def grid_of(host: Host, prompt: Prompt, num_items: int) -> tuple[int, int]:

@@ -6,13 +6,18 @@ O objects, N cells.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.hosts.base import Host
+
+_Sources = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 CELL_PARTS = 4
 """A cell lies on an object that covers at least one part in so many of it."""
@@ -45,26 +50,58 @@ def cells_on(seen: NDArray[np.bool_], grid: tuple[int, int], patch: int) -> NDAr
     return on
 
 
-def source_pixels(
-    host: Host, processor: Any, size: tuple[int, int]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Where the pixels of the picture that the tower sees come from.
-
-    The processor itself says so: it is given two images of the pixels' coordinates (low and high
-    bytes), resamples them to the nearest and neither scales nor normalises.
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """How a vision tower sees images.
 
     Args:
-        host: of the model. processor: that makes its pixels.
-        size: w, h of an image as stored.
-
-    Returns:
-        [H, W] row and column in the image, and whether there is one: borders may be added.
+        nearest: an image as the picture [3, H, W] that the tower sees, neither scaled nor
+            normalised, its pixels the nearest ones; 0 where none of the image is.
+        patch: pixels along the side of a patch of the tower.
     """
-    rows, columns = np.indices(size[::-1])
-    inside = np.full_like(rows, 255)
-    found = []
-    for channels in ((rows % 256, columns % 256, inside), (rows // 256, columns // 256, inside)):
-        image = Image.fromarray(np.stack(channels, axis=2).astype(np.uint8))
+
+    nearest: Callable[[Image.Image], NDArray[Any]]
+    patch: int
+    _known: dict[tuple[int, int], _Sources] = field(default_factory=dict, repr=False)
+
+    def sources(self, size: tuple[int, int]) -> _Sources:
+        """Where the pixels of the picture come from.
+
+        The tower's own image processing says so: it is given two images of the pixels' coordinates
+        (low and high bytes).
+
+        Args:
+            size: w, h of an image as stored.
+
+        Returns:
+            [H, W] row and column in the image, and whether there is one: borders may be added.
+        """
+        if size not in self._known:
+            rows, columns = np.indices(size[::-1])
+            inside = np.full_like(rows, 255)
+            low, high = (
+                self.nearest(Image.fromarray(np.stack(channels, axis=2).astype(np.uint8)))
+                for channels in (
+                    (rows % 256, columns % 256, inside),
+                    (rows // 256, columns // 256, inside),
+                )
+            )
+            there = low[2] == 255
+            row, column = (low[:2].astype(np.int64) + 256 * high[:2].astype(np.int64)) * there
+            self._known[size] = row, column, there
+        return self._known[size]
+
+    def seen(self, masks: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+        """[O, H, W] what the picture shows of the masks of an image, which is stored as w, h."""
+        rows, columns, inside = self.sources(size)
+        there: NDArray[np.bool_] = at_pixels(masks, rows, columns, size[::-1]) & inside
+        return there
+
+
+def sight_of_host(host: Host, processor: Any) -> Sight:
+    """That of a model's tower, by the processor that makes its pixels."""
+
+    def nearest(image: Image.Image) -> NDArray[Any]:
         made = processor(
             images=[image],
             return_tensors="pt",
@@ -73,11 +110,25 @@ def source_pixels(
             resample=Image.Resampling.NEAREST,
         )
         picture = host.picture({key: made[key] for key in host.image_keys if key in made})
-        found.append(picture.round().long().numpy())
-    low, high = found
-    there = low[2] == 255
-    row, column = (low[:2] + 256 * high[:2]) * there
-    return row, column, there
+        return np.asarray(picture.round().long().numpy())
+
+    return Sight(nearest, patch_side(host))
+
+
+def sight_of_encoder(encoder: FrozenEncoder) -> Sight:
+    """That of a tower alone, by its own transform."""
+
+    def nearest(image: Image.Image) -> NDArray[Any]:
+        channels = np.asarray(image).transpose(2, 0, 1)
+        made = [encoder.transform.instance_map(channel).numpy() for channel in channels]
+        return np.stack(made)
+
+    return Sight(nearest, encoder.patch_size)
+
+
+def source_pixels(host: Host, processor: Any, size: tuple[int, int]) -> _Sources:
+    """See `Sight.sources`, of a model's tower."""
+    return sight_of_host(host, processor).sources(size)
 
 
 def at_pixels(

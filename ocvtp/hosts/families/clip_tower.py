@@ -5,7 +5,7 @@ U are the views of a call (images, or tiles of images); N tokens are those of a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -86,6 +86,9 @@ class ClipFamilyHost(Host):
         "vision_feature_layer",
         "vision_feature_select_strategy",
     )
+
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Those that its towers do not take, and why."""
 
     _tower_stages: TowerStages | None = None
 
@@ -239,9 +242,10 @@ class ClipFamilyHost(Host):
 
     def _first_unread(self, view: taps.Tower, images: dict[str, Any], needs: Needs) -> int:
         """From where on nobody reads the tower, see `skip_unread.first_unread`."""
+        layers, readers = self.layers_read(images), self._readers(needs)
         if tower_output.is_asked(images):
             return self._last_half + 1
-        return skip_unread.first_unread(view, self.layers_read(images), self._readers(needs))
+        return skip_unread.first_unread(view, layers, readers)
 
     def _readers(self, needs: Needs) -> list[Needs]:
         """What is read of the tower besides the layers that go to the projector."""
@@ -286,11 +290,12 @@ class ClipFamilyHost(Host):
             RuntimeError: if a hook did not fire.
         """
         self._check_settings(images, needs)
-        stages, view = self._tower_stages, self.tower_parts()
+        stages, tower, num_prefix = self._tower_stages, self.tower, self.num_prefix
+        inside, view = self._inside(needs), self.tower_parts()
         eager = self.eager_tower(needs, acts=stages is not None)
-        with taps.recording(self.tower) as record, on_device(self.model.model), eager:
+        with taps.recording(tower) as record, on_device(self.model.model), eager:
             if stages is not None:
-                attention = self.tower.config._attn_implementation
+                attention = tower.config._attn_implementation
                 stages.begin(record, self.layers_read(images), attention)
             record.first_unread = self._first_unread(view, images, needs)
             if per_token and not needs.projected:
@@ -301,9 +306,9 @@ class ClipFamilyHost(Host):
                 "the projector ran but its hook did not fire: attach the pruner before the model"
                 " is compiled."
             )
-        found = taps.gather(record, view, self._inside(needs), self.num_prefix)
+        found = taps.gather(record, view, inside, num_prefix)
         if stages is not None:
-            stages.watch(self.tower, features)
+            stages.watch(tower, features)
         if needs.cls:
             found["cls"] = self._selected(record)[:, 0]
         if stages is not None and (ran := stages.ran(record)) is not None:
@@ -350,6 +355,9 @@ class ClipFamilyHost(Host):
                 f"the pruner takes the tokens of one layer to CLIP's space; vision_feature_layer="
                 f"{chosen} are several; pass one."
             )
+        for name, why in self.refused.items():
+            if images.get(name) is not None:
+                raise ValueError(why)
 
     def _strategy(self, images: dict[str, Any]) -> str:
         chosen = images.get("vision_feature_select_strategy")

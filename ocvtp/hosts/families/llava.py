@@ -7,6 +7,7 @@ always stay.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,9 @@ class LlavaHost(ClipFamilyHost):
     model_types: ClassVar[tuple[str, ...]] = ("llava",)
     stages: ClassVar[tuple[Stage, ...]] = STAGES
     counts_operations: ClassVar[bool] = True
+    refused: ClassVar[Mapping[str, str]] = {
+        "image_sizes": "image_sizes belong to Pixtral towers; leave them out."
+    }
 
     @property
     def grid_hw(self) -> tuple[int, int] | None:
@@ -89,8 +93,3 @@ class LlavaHost(ClipFamilyHost):
         assert isinstance(encoded, Placed)
         cells, (height, width) = encoded.places.cpu() - self.num_registers, encoded.tokens.grid_hw
         return cells.masked_fill((cells < 0) | (cells >= height * width), -1)
-
-    def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
-        super()._check_settings(images, needs)
-        if images.get("image_sizes") is not None:
-            raise ValueError("image_sizes belong to Pixtral towers; leave them out.")

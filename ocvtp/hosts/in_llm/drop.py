@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ocvtp.hosts.cache_notes import LayersNote, Left
 from ocvtp.hosts.in_llm.plan import LayerPlan, Stayed
-from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at, with_tail
+from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at
 from ocvtp.ops.merging import merge
+from ocvtp.structures import take
 from ocvtp.transformers_names import causal_mask
 
 
@@ -58,7 +59,8 @@ def drop(run: Pass, place: Place) -> Tensor:
     # A stable sort moves what stays to one side and keeps its order.
     order = keep.int().argsort(dim=1, descending=plan.pads_right, stable=True)
     index = order[:, :length] if plan.pads_right else order[:, order.shape[1] - length :]
-    hidden = current.shrink(hidden, index, keep.gather(1, index))
+    columns = current.shrink(index, keep.gather(1, index))
+    hidden = take(hidden, columns)
     new = None
     if plan.renumber:
         numbers = (current.mask.long().cumsum(dim=1) - 1).clamp(min=0)
@@ -67,7 +69,7 @@ def drop(run: Pass, place: Place) -> Tensor:
         last = plan.last[:, None].to(numbers.device)
         before = run.positions.expand(len(numbers), -1).gather(1, last)
         new = numbers, before - numbers.amax(dim=1, keepdim=True)
-    current.rope = _rope(run, hidden, place.rope, index, new)
+    current.rope = _rope(run, hidden, place.rope, columns, new)
     even = current.lengths is not None and len(set(current.lengths)) == 1
     lost = None if new is None else new[1]
     run.note.stages[place.number] = Left(None if even else current.mask, lost)
@@ -103,20 +105,20 @@ def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Te
     return hidden, keep
 
 
-def _rope(run: Pass, hidden: Tensor, rope: Any, index: Tensor, new: Any) -> Any:
+def _rope(run: Pass, hidden: Tensor, rope: Any, columns: Tensor, new: Any) -> Any:
     """Position embeddings of what is left: gathered, or computed again."""
     if new is None:
-        return tuple(_take_columns(part, index, run.num_tail) for part in rope)
+        return tuple(_take_columns(part, columns) for part in rope)
     numbers, lost = new
     assert run.positions is not None
     behind = run.positions[:, run.note.prompt_length :].expand(len(numbers), -1) - lost
     return run.model.rotary_emb(hidden, torch.cat([numbers, behind], dim=1))
 
 
-def _take_columns(part: Tensor, index: Tensor, num_tail: int) -> Tensor:
-    """[..., 1 or B, q, d] -> [..., B, L'' + T, d]."""
-    part, columns = part.to(index.device), with_tail(index, part.shape[-2], num_tail)
-    part = part.expand(*part.shape[:-3], len(index), *part.shape[-2:])
+def _take_columns(part: Tensor, columns: Tensor) -> Tensor:
+    """[..., 1 or B, q, d] at columns [B, L'' + T]: [..., B, L'' + T, d]."""
+    part = part.to(columns.device)
+    part = part.expand(*part.shape[:-3], len(columns), *part.shape[-2:])
     columns = columns[:, :, None].expand(*part.shape[:-2], -1, part.shape[-1])
     return part.gather(-2, columns)
 

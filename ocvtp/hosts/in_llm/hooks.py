@@ -22,7 +22,7 @@ from ocvtp.hosts.cache_notes import LayersNote, leave_note, notes_on
 from ocvtp.hosts.in_llm.drop import Pass, drop, prepare
 from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
-from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import take
 from ocvtp.towers.hooks import Hook, after, before
 from ocvtp.towers.module_state import is_compiled
@@ -58,11 +58,6 @@ def check(host: Host, pruner: LayerPruner) -> None:
         )
 
 
-def read_at(model: Any, pruner: LayerPruner) -> list[tuple[int, LayerNeeds]]:
-    """Before which layers a pruner drops tokens, and what it reads there, as it is set now."""
-    return [(layer, pruner.needs_at(layer)) for layer in pruner.layers(len(model.layers))]
-
-
 def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
     """Hooks in the language model.
 
@@ -70,7 +65,8 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
         model: the language model, its `layers` in order.
         pruner: of stage `llm_layers`.
     """
-    count, needs = len(model.layers), read_at(model, pruner)
+    count = len(model.layers)
+    needs = pruner.needs_by_layer(count)
     places = [layer for layer, _ in needs]
     asked = {b for layer, need in needs for b, _ in need.attention if b != layer}
     read = asked | {b for layer, need in needs for b in need.keys if b != layer}
@@ -115,9 +111,9 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         )
     num_tail = past + num_columns - note.prompt_length
     tail = None if mask is None else mask[:, note.prompt_length :].bool()
-    run = Pass(model, note, plan, _plain_positions(kwargs, past, num_columns), tail, num_tail)
-    if plan is not None:
-        run.current = Current.start(plan, embeddings, num_tail)
+    current = None if plan is None else Current.start(plan, embeddings, num_tail)
+    positions = _plain_positions(kwargs, past, num_columns)
+    run = Pass(model, note, plan, positions, tail, num_tail, current)
     if not isinstance(call, LayerCall):  # a step of the caller, on a cache that we filled
         CALL.set(call := LayerCall())
     call.layer_pass = run

@@ -163,7 +163,7 @@ def plan_layers(
         places: [B, L'] which of the image's tokens it is.
         mask: [B, L'] bool, False on padding.
         tower: what the vision tower gave of all images, where the pruner reads it.
-        renumber: whether positions may be counted again.
+        renumber: whether what stays is numbered again.
 
     Raises:
         ValueError: if the language model has no such layers, or the budget cannot be met.
@@ -182,7 +182,7 @@ def plan_layers(
         last=(width * real).argmax(dim=1).to(image.device),
         lengths=tuple(real.sum(dim=1).tolist()),
         pads_right=bool((real[:, 0] & ~real[:, -1]).any()),
-        renumber=renumber and pruner.positions == "contiguous",
+        renumber=renumber,
         tower=tower,
     )
 

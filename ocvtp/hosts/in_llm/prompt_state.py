@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ocvtp.hosts.in_llm.attention import among_each_other, rows_of_attention, turn, turn_to_start
 from ocvtp.hosts.in_llm.plan import Group, LayerPlan
+from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.structures import LayerTokens, take
 from ocvtp.towers.module_state import on_device
 
@@ -22,6 +23,7 @@ class Current:
     """The prompt as it is now, in the pass that reads it.
 
     Args:
+        needs: layer -> what is read before it.
         groups: its images.
         mask: [B, L'] bool, False on padding.
         last: [B] the column of the last token.
@@ -33,6 +35,7 @@ class Current:
         ropes: layer -> cosines and sines of its positions. rope: those of what is left.
     """
 
+    needs: dict[int, LayerNeeds]
     groups: tuple[Group, ...]
     mask: Tensor
     last: Tensor
@@ -47,8 +50,8 @@ class Current:
     @classmethod
     def start(cls, plan: LayerPlan, embeddings: Tensor, num_tail: int) -> Current:
         """All of the prompt."""
-        needs = [plan.pruner.needs_at(layer) for layer in plan.layers]
-        asks_text = any(kind == "text" for need in needs for _, kind in need.attention)
+        needs = {layer: plan.pruner.needs_at(layer) for layer in plan.layers}
+        asks_text = any(kind == "text" for need in needs.values() for _, kind in need.attention)
         groups = []
         for group in plan.groups:
             raters = None
@@ -59,7 +62,7 @@ class Current:
         length = plan.mask.shape[1]
         columns = torch.arange(length, device=embeddings.device).expand(len(plan.mask), -1)
         mask, last = plan.mask.to(columns.device), plan.last.to(columns.device)
-        return cls(tuple(groups), mask, last, columns, plan.lengths, length, num_tail)
+        return cls(needs, tuple(groups), mask, last, columns, plan.lengths, length, num_tail)
 
     def to(self, device: torch.device) -> None:
         """Move to the device of a layer of a model on several."""
@@ -67,24 +70,33 @@ class Current:
         self.mask, self.last = self.mask.to(device), self.last.to(device)
         self.origin = self.origin.to(device)
 
-    def shrink(self, hidden: Tensor, index: Tensor, real: Tensor) -> Tensor:
-        """Keep columns `index` [B, L''] of the prompt, of which some are not `real`."""
+    def shrink(self, index: Tensor, real: Tensor) -> Tensor:
+        """Keep columns `index` [B, L''] of the prompt, of which some are not `real`.
+
+        Returns:
+            [B, L'' + T] them and the columns after the prompt, among the L' + T.
+        """
+        length = self.mask.shape[1] + self.num_tail
         places = torch.full_like(self.origin, -1)
         new = torch.arange(index.shape[1], device=index.device).expand_as(index)
         places = places.scatter(1, index, new)
         self.origin, self.mask = self.origin.gather(1, index), real
         self.last = places.gather(1, self.last[:, None])[:, 0]
-        self.groups = tuple(
+        groups = [
             replace(
                 group,
                 columns=take(places[group.rows], group.columns),
                 text=take(places[group.rows], group.text).clamp(min=0),
             )
             for group in self.groups
-        )
+        ]
+        self.groups = tuple(groups)
         self.queries.clear()
         self.ropes.clear()
-        return take(hidden, with_tail(index, hidden.shape[1], self.num_tail))
+        if not self.num_tail:
+            return index
+        tail = torch.arange(length - self.num_tail, length, device=index.device)
+        return torch.cat([index, tail.expand(len(index), -1)], dim=1)
 
     def spread(self) -> Tensor:
         """[B, L' + T] for every original column the last one left at or before it."""
@@ -96,14 +108,6 @@ class Current:
         left = self.mask.shape[1]
         tail = torch.arange(left, left + self.num_tail, device=found.device)
         return torch.cat([found, tail.expand(len(found), -1)], dim=1)
-
-
-def with_tail(index: Tensor, length: int, num_tail: int) -> Tensor:
-    """[B, K] columns and the last T of `length`: [B, K + T]."""
-    if not num_tail:
-        return index
-    tail = torch.arange(length - num_tail, length, device=index.device)
-    return torch.cat([index, tail.expand(len(index), -1)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Place:
 
 def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> LayerTokens:
     """What the pruner of a plan reads of a group."""
-    needs = plan.pruner.needs_at(place.number)
+    needs = current.needs[place.number]
     keys = {block: _keys(current, place, block) for block in needs.keys}  # [B, H, S, d]
     tokens = _of_hidden(
         group,
@@ -214,8 +218,8 @@ def _attention(current: Current, group: Group, place: Place, block: int, kind: s
         queries = current.queries[block].to(place.hidden.device)
         projected, rope = queries[rows, asking], current.ropes[block]
     cos, sin = (_at(part.to(projected.device), rows, asking) for part in rope)
-    queries = turn(attention, projected, "q_norm", cos, sin)
     keys = _keys(current, place, block)
+    queries = turn(attention, projected, "q_norm", cos, sin)
     if group.row_numbers != tuple(range(len(keys))):
         keys = keys[group.rows]
     if kind == "visual":

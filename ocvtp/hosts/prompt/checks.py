@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Host
+from ocvtp.hosts.base import Host
 from ocvtp.pruners import Compose, Pruner
-from ocvtp.structures import Selection
+from ocvtp.structures import Selection, VisualTokens
 from ocvtp.transformers_names import encoded_images
 
 USE_GENERATE = (
@@ -79,9 +79,13 @@ def _refuse_other_images(inputs: dict[str, Any]) -> None:
 
 def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
     """Why a pruner drops nothing of any image of a model; None if it may, or if images differ."""
-    count = host.image_tokens
+    return None if host.image_tokens is None else beyond(host.image_tokens, pruner)
+
+
+def beyond(count: int, pruner: Pruner | Compose) -> str | None:
+    """The same where every image has `count` visual tokens."""
     for part in pruner.parts:
-        if count is not None and part.exact and part.exceeds(count):
+        if part.exact and part.exceeds(count):
             return (
                 f"num_keep={part.num_keep} exceeds the {count} visual tokens that every image of"
                 f" this model has, so that {part.name!r} drops none; pass at most {count}."
@@ -99,19 +103,19 @@ def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
         raise ValueError(why)
 
 
-def check_selection(pruner: Pruner, encoded: Encoded, selection: Selection) -> None:
+def check_selection(pruner: Pruner, tokens: VisualTokens, selection: Selection) -> None:
     """Refuse all but ascending indices: others would silently mix up tokens, or images.
 
     Raises:
         ValueError: for such indices.
     """
     keep, valid = selection.keep_indices, selection.valid
-    images, num_tokens = encoded.tokens.batch_size, encoded.tokens.num_tokens
+    images, num_tokens = tokens.batch_size, tokens.num_tokens
     if valid is None:
         valid = torch.ones_like(keep, dtype=torch.bool)
     fits = (keep >= 0) & (keep < num_tokens) | ~valid
-    if encoded.tokens.valid is not None:
-        real = encoded.tokens.valid.to(keep.device)
+    if tokens.valid is not None:
+        real = tokens.valid.to(keep.device)
         fits &= real.gather(1, keep.clamp(0, num_tokens - 1)) | ~valid
     fits[:, 1:] &= (keep.diff(dim=1) > 0) & valid[:, :-1] | ~valid[:, 1:]
     if len(keep) != images or not bool(fits.all()):

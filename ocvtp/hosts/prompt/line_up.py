@@ -69,6 +69,7 @@ def line_up(
         pad_id: of columns that hold nothing.
     """
     looked_at = inputs.get("logits_to_keep")
+    labels, inputs = inputs.get("labels"), _with_all_labels(inputs, looked_at)
     from_end = isinstance(looked_at, int) and looked_at > 0
     at_end = packed is None and (from_end or not pads_behind(real))
     index, padding = layout(keep, real, at_end)
@@ -79,8 +80,8 @@ def line_up(
             given = (real.long().cumsum(dim=1) - 1).clamp(min=0)
     else:
         blank = torch.zeros_like(padding)  # columns that are not read stay, too
-    short = gather(_with_all_labels(inputs, looked_at), index, blank, pad_id)
-    if (labels := inputs.get("labels")) is not None and labels.shape[1] < keep.shape[1]:
+    short = gather(inputs, index, blank, pad_id)
+    if labels is not None and labels.shape[1] < keep.shape[1]:
         short["labels"] = short["labels"][:, -labels.shape[1] :]
     numbers, deltas = None, None
     if packed is not None:

@@ -23,6 +23,7 @@ from ocvtp.hosts.prompt.read_call import encode_anew as encode_anew
 from ocvtp.hosts.prompt.read_call import look as look
 from ocvtp.hosts.prompt.select import Select, select, select_shares
 from ocvtp.hosts.prompt.tower_output import of_kept
+from ocvtp.ops.merging import keep_all
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs, Selection, take
@@ -131,7 +132,7 @@ class Shortened:
 
 def shorten(
     host: Host,
-    pruner: Pruner,
+    pruner: Pruner | None,
     inputs: dict[str, Any],
     seen: Seen,
     positions: Positions = "contiguous",
@@ -142,7 +143,7 @@ def shorten(
 
     Args:
         host: of the model.
-        pruner: with its hooks installed.
+        pruner: with its hooks installed; None keeps all tokens.
         inputs: what the processor returned (and `labels`, `position_ids` if wanted).
         seen: what `look` found in them.
         positions: `contiguous` numbers what is left from 0; `original` leaves the gaps. Where
@@ -159,10 +160,14 @@ def shorten(
     ids, real, encoded = seen.input_ids, seen.real, seen.encoded
     inputs = {k: v for k, v in inputs.items() if k not in seen.images}
     inputs |= {"input_ids": ids, "attention_mask": seen.mask}
+    pad_id = _pad_id(host, ids, real)
     coordinates, given = host.rope_positions(inputs, seen.images), inputs.pop("position_ids", None)
     packed = packing_of(seen.packed, coordinates is None, positions, layers)
-    selection = select_shares(pruner, encoded.tokens, run)
-    check_selection(pruner, encoded, selection)
+    if pruner is None:
+        selection = keep_all(encoded.tokens)
+    else:
+        selection = select_shares(pruner, encoded.tokens, run)
+        check_selection(pruner, encoded.tokens, selection)
     fixed = coordinates is not None or (given is not None and packed is None)
     if positions == "original" or fixed:
         selection = selection.in_raster_order()  # every row has the position of its place
@@ -170,7 +175,6 @@ def shorten(
     keep = real & ~seen.placeholder
     keep[seen.slots[kept.positions.to(seen.slots.device)].unbind(dim=1)] = True
 
-    pad_id = _pad_id(host, ids, real)
     lined = line_up(inputs, keep, real, given, coordinates, packed, positions, layers, pad_id)
     short, index, padding = lined.inputs, lined.index, lined.padding
     image_tokens = seen.placeholder.gather(1, index) & ~padding
@@ -202,10 +206,11 @@ def _plan(
     kept: Kept,
     index: Tensor,
     padding: Tensor,
-    renumber: bool,
+    may_renumber: bool,
 ) -> LayerPlan:
     images = _image_columns(host, seen, kept, index, padding)
     tower = seen.encoded.tokens if layers.tower_needs != Needs() else None
+    renumber = may_renumber and layers.positions == "contiguous"
     num_layers = len(host.language_model.layers)
     return plan_layers(layers, num_layers, *images, ~padding, renumber, tower)
 

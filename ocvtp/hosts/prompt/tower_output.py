@@ -26,6 +26,8 @@ def asked(inputs: dict[str, Any], kind: str, whole: bool = False) -> dict[str, b
         kind: the model's `model_type`.
         whole: whether that is wanted, if the call itself asks for nothing inside of the model.
     """
+    if not (whole or any(map(inputs.get, _ASKED))):
+        return {}
     found = {name: asks_tower(kind) and bool(inputs.get(name)) for name in _ASKED}
     return found if hands_back_towers() and (whole or any(found.values())) else {}
 

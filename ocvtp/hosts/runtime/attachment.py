@@ -26,7 +26,7 @@ class Attachment:
     """A pruner in a model; the arguments are those of `ocvtp.attach`, made ready.
 
     Args:
-        host: of the model. pruner: of stage `llm_input`; one that keeps all, if there is none.
+        host: of the model. pruner: of stage `llm_input`; None if all tokens come so far.
         needs: of all that reads the tower.
         reader: of prompts; None if nothing reads them.
         layers: what drops tokens inside the language model.
@@ -36,7 +36,7 @@ class Attachment:
     """
 
     host: Host
-    pruner: Pruner
+    pruner: Pruner | None
     needs: Needs
     positions: Positions
     on_prune: Callable[[Prompt], None] | None

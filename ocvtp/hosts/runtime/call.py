@@ -17,7 +17,6 @@ from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.runtime.generate_arguments import Callers
 from ocvtp.towers.recordings import CALL
-from ocvtp.transformers_names import cache_length
 
 
 @dataclass
@@ -54,17 +53,20 @@ class Call(LayerCall):
         Raises:
             ValueError: if generate() has not read all of the prompt.
         """
-        if self.prompt is not None and self.num_read < self.prompt.short_length:
+        if self.prompt is not None and self.num_read < self.prompt.short_ids.shape[1]:
             raise ValueError(
                 "generate() did not read the prompt that it was given, so the images are not in"
                 " the answer; leave out what rewrites prompts, e.g. token_healing."
             )
 
-    def step(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Deepstack | None]:
+    def step(self, kwargs: dict[str, Any], past: int) -> tuple[dict[str, Any], Deepstack | None]:
         """Arguments of a forward() inside generate(), whose ids are those of the short prompt.
 
         The prepared embeddings take the place of ids of the prompt, whichever part of it this
         forward reads.
+
+        Args:
+            kwargs: of the forward(). past: columns in the cache that it was given.
 
         Returns:
             the arguments, and what the language model adds to these columns.
@@ -74,11 +76,11 @@ class Call(LayerCall):
         """
         prompt, ids = self.prompt, kwargs.get("input_ids")
         assert prompt is not None
-        past = cache_length(kwargs)
-        if ids is None or past >= prompt.short_length:
+        rows, length = prompt.short_ids.shape
+        if ids is None or past >= length:
             return kwargs, None
         here = slice(past, past + ids.shape[1])
-        repeats, rest = divmod(ids.shape[0], prompt.short_ids.shape[0])
+        repeats, rest = divmod(ids.shape[0], rows)
         expected = prompt.short_ids[:, here].repeat_interleave(max(repeats, 1), dim=0)
         head = ids[:, : expected.shape[1]]
         if rest or not torch.equal(expected.to(ids.device), head):

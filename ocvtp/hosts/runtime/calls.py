@@ -20,7 +20,7 @@ from ocvtp.hosts.runtime.call import Call
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.towers.recordings import CALL
-from ocvtp.transformers_names import brings_images, cache_length, name_cache
+from ocvtp.transformers_names import brings_images, cache_in, cache_length, name_cache
 
 
 def forward(
@@ -32,10 +32,11 @@ def forward(
     if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
         kwargs = conversation.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
-    kwargs = _by_name(model, "forward", args, kwargs)
+    if args:
+        kwargs = _by_name(model, "forward", args, kwargs)
     call = CALL.get()
     if isinstance(call, Call) and call.model is model and call.prompt is not None:
-        kwargs, deepstack = call.step(kwargs)  # the ids are short already
+        kwargs, deepstack = call.step(kwargs, cache_length(kwargs))  # the ids are short already
         plan = None if kwargs.get("inputs_embeds") is None else call.prompt.layers
         with call.reading(plan, deepstack):
             return original(**kwargs)
@@ -65,7 +66,9 @@ def inner_forward(
     """
     if len(args) < 2 and not brings_images(kwargs):
         return original(*args, **kwargs)
-    kwargs = name_cache(_by_name(module, "forward", args, kwargs), attachment.cache_name)
+    if args:
+        kwargs = _by_name(module, "forward", args, kwargs)
+    kwargs = name_cache(kwargs, attachment.cache_name)
     if not brings_images(kwargs):
         return original(**kwargs)
     return _pruned(attachment, module, original, kwargs)
@@ -111,16 +114,20 @@ def generate(
     model: Any, original: Original, attachment: Attachment, *args: Any, **kwargs: Any
 ) -> Any:
     """`model.generate` on the short prompt; what the caller gives and gets is of the whole one."""
-    kwargs = name_cache(_by_name(model, "generate", args, kwargs), attachment.cache_name)
+    if args:
+        kwargs = _by_name(model, "generate", args, kwargs)
+    kwargs = name_cache(kwargs, attachment.cache_name)
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
-    note, prompt = conversation.remembered_prompt(kwargs), None
+    cache, has_images = cache_in(kwargs), brings_images(kwargs)
+    has_pixels = kwargs.get("pixel_values") is not None
+    note, prompt = conversation.remembered_prompt(cache, has_pixels), None
     if note is not None:  # a later turn: the images are in the cache
         attachment.hooks.renew()
         turn, shown = conversation.later_turn(attachment.host, note, kwargs)
         deltas = note.rope_deltas
-    elif not brings_images(kwargs):
+    elif not has_images:
         return original(**kwargs)
     else:
         kwargs["attention_mask"] = mask = generate_arguments.given_or_inferred_mask(model, kwargs)
@@ -130,18 +137,18 @@ def generate(
             generate_arguments.check_layers(model, kwargs)
         short = attachment.shorten(kwargs)
         turn, prompt = short.inputs, short.prompt
-        shown = generate_arguments.Shown(prompt.input_ids, prompt.short_length)
+        shown = generate_arguments.Shown(prompt.input_ids, turn["input_ids"].shape[1])
         deltas = prompt.rope_deltas
     generate_arguments.adjust(model, turn, shown)
     if (callers := generate_arguments.callers_of(turn, shown)) is not None:
         turn = with_assistant(turn)
     call = Call(model, prompt, callers)
     attachment.host.set_rope_deltas(deltas)
-    try:
-        with call.on_its_way():
+    with call.on_its_way():
+        try:
             output = original(**turn)
-    finally:
-        attachment.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them
+        finally:
+            attachment.host.set_rope_deltas(deltas)  # drafts of an assistant may have changed them
     if callers is not None:
         callers.check_found()
     call.check_read()
@@ -153,7 +160,7 @@ def generate(
 def _by_name(
     model: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    names = list(inspect.signature(getattr(type(model), name)).parameters)[1:] if args else []
+    names = list(inspect.signature(getattr(type(model), name)).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
 
 

@@ -34,18 +34,23 @@ def remember(output: Any, kwargs: dict[str, Any], prompt: Prompt) -> None:
             leave_note(cache, prompt=note)
 
 
-def remembered_prompt(kwargs: dict[str, Any]) -> PromptNote | None:
+def remembered_prompt(cache: Any, has_images: bool) -> PromptNote | None:
     """The prompt that the given cache was filled with under a pruner.
+
+    Args:
+        cache: of a generate(), None without one.
+        has_images: whether `pixel_values` come with it.
 
     Raises:
         ValueError: if images come with a cache that was filled without one.
     """
-    if not cache_length(kwargs):
-        if (cache := cache_in(kwargs)) is not None:  # it may be emptied
-            leave_note(cache, prompt=None)
+    if cache is None:
         return None
-    found = notes_on(cache_in(kwargs)).prompt
-    if found is None and kwargs.get("pixel_values") is not None:
+    if not cache.get_seq_length():  # it may be emptied
+        leave_note(cache, prompt=None)
+        return None
+    found = notes_on(cache).prompt
+    if found is None and has_images:
         raise ValueError(
             "generate() got images and a cache that was filled without the pruner; pass an empty"
             " cache, or the one that a pruned generate() filled."

@@ -117,8 +117,8 @@ class InstalledHooks:
         return (
             bool(holders)
             and all(holder.is_as_it_was() for holder in holders)
-            and settings == self._settings()
             and not any_lost([put for group in self._put for _, put in group])
+            and settings == self._settings()
         )
 
     def _lost(self) -> dict[int, list[Hook]]:

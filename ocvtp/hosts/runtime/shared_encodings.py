@@ -14,7 +14,8 @@ from ocvtp.hosts.lazy_projection import LaterRows
 from ocvtp.hosts.prompt.read_call import Encode, encode_anew
 from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner
-from ocvtp.structures import Needs, VisualTokens
+from ocvtp.structures import Needs
+from ocvtp.towers.joined_needs import covers, joined, only
 from ocvtp.towers.module_state import uncompiled
 
 _IN_TOWER = ("pixels", "encoder")
@@ -99,7 +100,7 @@ class SharedEncodings:
             ValueError: if the model is not supported.
         """
         host = find_host(model)
-        unions: list[Needs] = []
+        needs = []
         for pruner in pruners:
             if _acts_in_tower(pruner):
                 continue
@@ -107,14 +108,8 @@ class SharedEncodings:
                 check(host, pruner)
             except ValueError:
                 continue
-            needs = _plain(pruner.tower_needs)
-            for number, union in enumerate(unions):
-                if _agree(union, needs):
-                    unions[number] = _plain(union | needs)
-                    break
-            else:
-                unions.append(needs)
-        return cls(host.model, unions)
+            needs.append(pruner.tower_needs)
+        return cls(host.model, joined(needs))
 
     def clear(self) -> None:
         """Forget the images, and give their memory back."""
@@ -153,11 +148,11 @@ class SharedEncodings:
         if last is None or not call.is_like(last.call):
             self._last = None  # free the memory before more is taken
             last = _Last(call)
-        found = next((encoded for made, encoded in last.made if _covers(made, needs)), None)
+        found = next((encoded for made, encoded in last.made if covers(made, needs)), None)
         if found is None:
             last, found = self._add(last, host, images, needs)
         self._last = last
-        found = replace(found, tokens=_only(found.tokens, needs))
+        found = replace(found, tokens=only(found.tokens, needs))
         if isinstance(found.embeddings, LaterRows) and not needs.projected:
             return replace(found, embeddings=found.embeddings.unmade())
         return found
@@ -183,51 +178,11 @@ class SharedEncodings:
         return encoded
 
     def _union(self, needs: Needs) -> Needs | None:
-        return next((union for union in self.unions if _covers(union, needs)), None)
+        return next((union for union in self.unions if covers(union, needs)), None)
 
 
 def _acts_in_tower(pruner: Pruner | Compose) -> bool:
     return any(part.stage in _IN_TOWER for part in pruner.parts)
-
-
-def _reads_received(needs: Needs) -> bool:
-    return any(kind == "received" for _, kind in needs.attention)
-
-
-def _plain(needs: Needs) -> Needs:
-    """Without the kind of `received` attention where none is read."""
-    return replace(needs, patch_queries=needs.patch_queries and _reads_received(needs))
-
-
-def _agree(a: Needs, b: Needs) -> bool:
-    """Whether two mean the same by `received` attention."""
-    both = _reads_received(a) and _reads_received(b)
-    return not both or a.patch_queries == b.patch_queries
-
-
-def _covers(union: Needs, needs: Needs) -> bool:
-    """Whether what was recorded for `union` holds all that `needs` names."""
-    if not _agree(union, needs):
-        return False
-    return union | replace(needs, patch_queries=union.patch_queries) == union
-
-
-def _only(tokens: VisualTokens, needs: Needs) -> VisualTokens:
-    """What a host gives for just these needs; the tensors are the same."""
-
-    def named(values: Any, names: Sequence[Any]) -> dict[Any, Tensor]:
-        return {name: values[name] for name in names if name in values}
-
-    return replace(
-        tokens,
-        hidden=named(tokens.hidden, needs.hidden),
-        attention=named(tokens.attention, needs.attention),
-        keys=named(tokens.keys, needs.keys),
-        cls_keys=named(tokens.cls_keys, needs.keys),
-        cls_queries=named(tokens.cls_queries, needs.keys),
-        cls=tokens.cls if needs.cls else None,
-        projected=tokens.projected if needs.projected else None,
-    )
 
 
 @uncompiled

@@ -261,6 +261,7 @@ def test_answer(capsys: pytest.CaptureFixture[str], loaded: list[str], photo: st
     assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (48 - 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("budget", "kept"), [("per_image", 8), ("per_tile", 24)])
 def test_show(
     capsys: pytest.CaptureFixture[str],

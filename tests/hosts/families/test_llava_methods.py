@@ -136,6 +136,7 @@ def test_accelerate_unwraps_models(
     assert ask(model, inputs).equal(expected)
 
 
+@pytest.mark.slow
 def test_accelerate_wraps_again_what_it_unwrapped(
     llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
 ) -> None:

@@ -217,6 +217,7 @@ def test_answer(capsys: pytest.CaptureFixture[str], photo: str, model: str) -> N
     assert found["prompt_tokens"] - found["prompt_tokens_kept"] == 2 * (tokens - 7)
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("model", MODELS)
 def test_show(capsys: pytest.CaptureFixture[str], photo: str, tmp_path: Path, model: str) -> None:

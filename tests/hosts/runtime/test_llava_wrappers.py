@@ -36,6 +36,7 @@ def test_ddp_is_unwrapped(llava: Any, pruner: Pruner, inputs: Any) -> None:
         assert torch.equal(wrapped(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 def test_wrappers_are_taken_off_one_by_one(llava: Any) -> None:
     model = deepcopy(llava)
     assert find_host(torch.compile(model)).model is model

@@ -122,6 +122,7 @@ def test_llava_next(llava_next: Any, budget: Any) -> None:
     assert check_equal(llava_next, inputs, pruners, budget=budget) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the processor")
 def test_qwen() -> None:
     pruners = sweep()
@@ -223,6 +224,7 @@ def test_prompts_are_read_by_every_call(llava: Any, processor: Any) -> None:
     assert seen.seen[0].text is None
 
 
+@pytest.mark.slow
 def test_prompts_tell_the_images_apart(internvl: Any) -> None:
     pruner = build_pruner("divprune", num_keep=6)
     shared = SharedEncodings.of(internvl, [pruner])
