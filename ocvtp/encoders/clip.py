@@ -21,6 +21,7 @@ from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.random_models.clip_config import (
     plain_processor,
     random_tower,
+    resized,
     square_processor,
     vision_config,
 )
@@ -47,9 +48,9 @@ class CLIPEncoder(FrozenEncoder):
     """A frozen tower of the kinds that a LLaVA may have, cut after the layer that is read.
 
     CLIP, SigLIP, SigLIP2, DINOv2 (with registers or without) and DINOv3. A DINO tower takes images
-    of the size that the image processor makes; its registers are no tokens, and DINOv3's keys are
-    those before rotation. SigLIP2's tower for images of any shape (`Siglip2VisionModel`) is given
-    the square that its own positions are for.
+    of the size that the image processor makes, or of `img_size`; its registers are no tokens, and
+    DINOv3's keys are those before rotation. SigLIP2's tower for images of any shape
+    (`Siglip2VisionModel`) is given the square that its own positions are for.
 
     Args:
         tower: hub id or folder (of the tower, of a whole CLIP or SigLIP, or of a LLaVA),
@@ -59,9 +60,12 @@ class CLIPEncoder(FrozenEncoder):
         processor: hub id or folder of the image processor; None for the tower's own. Give the
             host's own if it prepares images in another way.
         seed: of random weights.
+        img_size: pixels along the side of the square picture of a DINO tower, a multiple of the
+            patch's; None for what the image processor makes.
 
     Raises:
-        ValueError: for other towers, and image processors that make images of several sizes.
+        ValueError: for other towers, image processors that make images of several sizes, and sizes
+            that the tower does not take.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class CLIPEncoder(FrozenEncoder):
         dtype: DType = "float32",
         processor: str | None = None,
         seed: int = 0,
+        img_size: int | None = None,
     ) -> None:
         super().__init__(dtype)
         self._source = find_folder(tower) if isinstance(tower, str) else tower
@@ -83,6 +88,8 @@ class CLIPEncoder(FrozenEncoder):
         self.patch_size, _ = both(config.patch_size)
         self.num_prefix = prefix_tokens(config)
         self.transform = ProcessorTransform(self._image_processor(processor))
+        if img_size is not None:
+            self._resize(img_size)
         self.grid_hw = patch_grid(config, self._image_size())
 
     @property
@@ -114,6 +121,26 @@ class CLIPEncoder(FrozenEncoder):
                 " pixels; pass a `processor` that crops or resizes them to one."
             )
         return one[0], one[1]
+
+    def _resize(self, side: int) -> None:
+        """Make square pictures of `side` pixels, by the image processor that makes others."""
+        name, known = self.tower_id, self._image_size() or image_size(self._config)
+        if known == (side, side):
+            return
+        if self._config.model_type not in DINO_TOWERS:
+            raise ValueError(
+                f"img_size={side}, but the tower {name!r} sees {known[0]} pixels and no other size;"
+                " leave it out, or pass a DINO tower, or one of timm (local-dir:, hf-hub: or"
+                " timm:)."
+            )
+        self._check_sides((side, side), name)
+        assert isinstance(self.transform, ProcessorTransform)
+        self.transform = ProcessorTransform(resized(self.transform.processor, side, known))
+        if (made := self._image_size()) != (side, side):
+            raise ValueError(
+                f"img_size={side}, but the image processor of {name!r} makes pictures of {made}"
+                " pixels, which are no squares; pass a `processor` that makes squares."
+            )
 
     def _build(self, num_blocks: int) -> nn.Module:
         config = copy.deepcopy(self._config)

@@ -57,7 +57,7 @@ class TimmEncoder(FrozenEncoder):
         self.num_prefix = int(model.num_prefix_tokens)
         self._has_cls = getattr(model, "cls_token", None) is not None
         self.patch_size = int(model.patch_embed.patch_size[0])
-        self._check_size(model.patch_embed.img_size)
+        self._check_sides(model.patch_embed.img_size, tower)
         size = {"input_size": (3, *model.patch_embed.img_size)}  # `model_args` may have changed it
         self.transform = TimmTransform(resolve_model_data_config(model) | size)
 
@@ -68,15 +68,6 @@ class TimmEncoder(FrozenEncoder):
     @property
     def depth(self) -> int:
         return self._depth
-
-    def _check_size(self, image: tuple[int, int]) -> None:
-        if any(side < self.patch_size or side % self.patch_size for side in image):
-            less = max(1, image[0] // self.patch_size) * self.patch_size
-            raise ValueError(
-                f"img_size={image[0] if image[0] == image[1] else image} is no multiple of the"
-                f" {self.patch_size} pixels of a patch of {self._name!r}; pass one, e.g. {less} or"
-                f" {less + self.patch_size}."
-            )
 
     def _create(self, pretrained: bool) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,3 +158,18 @@ def square_processor(processor: Any, size: int) -> Any:
     names += ["image_mean", "image_std", "rescale_factor", "resample"]
     settings = {n: v for n in names if (v := getattr(processor, n, None)) is not None}
     return SiglipImageProcessor(size={"height": size, "width": size}, **settings)
+
+
+def resized(processor: Any, size: int, known: tuple[int, int]) -> Any:
+    """A copy of an image processor for pictures of another size, that shows as much of an image.
+
+    Args:
+        processor: of transformers. size: of the sides, in pixels.
+        known: height and width of the pictures that it makes.
+    """
+    made, share = copy.deepcopy(processor), size / min(known)
+    for name in ("size", "crop_size"):
+        if sides := getattr(made, name, None):
+            scaled = {side: round(share * pixels) for side, pixels in dict(sides).items() if pixels}
+            setattr(made, name, type(sides)(**scaled))
+    return made

@@ -197,6 +197,43 @@ def test_tiny_towers_of_every_kind(name):
     assert encoder.grid_hw == (12, 12)
 
 
+@pytest.mark.parametrize("kind", DINOS)
+def test_dino_towers_of_other_sizes(folders, kind):
+    """The picture is larger and shows the same part of the image."""
+    path, tower = folders[kind]
+    plain, encoder = CLIPEncoder(path, layer=3), CLIPEncoder(path, layer=3, img_size=84)
+    assert (plain.grid_hw, encoder.grid_hw, encoder.patch_size) == ((4, 4), (6, 6), 14)
+    encoder.load(Needs(hidden=(3,), cls=True))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
+    pixels = encoder.transform(image)[None]
+    assert pixels.shape == (1, 3, 84, 84)
+    seen = encoder(pixels)
+    whole = in_whole(tower, pixels).hidden_states[3]
+    assert_close(seen.features, whole[:, encoder.num_prefix :])
+    assert_close(seen.cls, whole[:, 0])
+    rows, columns = np.indices((60, 90))
+    for ids in (rows, columns):
+        small, large = (
+            one.transform.instance_map(ids.astype(np.uint8)).numpy() for one in (plain, encoder)
+        )
+        corners = [(m[0, 0], m[-1, -1]) for m in (small, large)]
+        assert np.abs(np.subtract(*corners)).max() <= 1
+    assert plain.transform(image).shape == (3, 56, 56)
+
+
+def test_sizes_that_towers_do_not_take(folders, tmp_path):
+    with pytest.raises(ValueError, match=r"img_size=60 is no multiple of the 14 pixels .* or 70"):
+        CLIPEncoder(folders["dinov2"][0], layer=1, img_size=60)
+    for kind in ("clip", "siglip", "siglip2"):
+        with pytest.raises(ValueError, match="img_size=84, but the tower .* sees 56 pixels and no"):
+            CLIPEncoder(folders[kind][0], layer=1, img_size=84)
+        assert CLIPEncoder(folders[kind][0], layer=1, img_size=56).grid_hw == (4, 4)
+    sizes = {"size": {"height": 56, "width": 84}, "do_center_crop": False}
+    CLIPImageProcessor(**sizes).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"img_size=112, but .* makes pictures of \(112, 168\)"):
+        CLIPEncoder(folders["dinov2"][0], layer=1, processor=str(tmp_path), img_size=112)
+
+
 def test_processors_that_make_images_of_several_sizes(folders, tmp_path):
     path, _ = folders["dinov2"]
     CLIPImageProcessor(size={"shortest_edge": 56}, do_center_crop=False).save_pretrained(tmp_path)
