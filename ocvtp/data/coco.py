@@ -25,7 +25,7 @@ from ocvtp.images import IMAGE_ERRORS, read_image
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_INSTANCES = 255
 
 
@@ -58,7 +58,7 @@ class CocoImages(Dataset[dict[str, Any]]):
     Args:
         images: folder of the images.
         annotations: COCO `instances` file, whose images are all used, with annotations or without;
-            None for every jpg, jpeg, png and webp file in `images` and below, numbered from 0.
+            None for every image file (`IMAGE_SUFFIXES`) in `images` and below, numbered from 0.
         transform: the host's own image processing.
         on_error: `raise` a ValueError on an unreadable image, or `skip` it.
         with_instances: whether items have `instances`; needs `annotations`. None: where the file
