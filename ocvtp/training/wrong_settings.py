@@ -14,7 +14,10 @@ import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
 
 _ENCODERS = ("clip.CLIPEncoder", "tiles.TiledEncoder", "qwen.QwenEncoder", "timm.TimmEncoder")
-_DATA = ("module.CocoDataModule", "module.SceneDataModule", "folder.FolderDataModule")
+_DATA = (
+    *("module.CocoDataModule", "module.SceneDataModule", "folder.FolderDataModule"),
+    "features.FeatureDataModule",
+)
 CLASSES = {
     "model.encoder": [f"ocvtp.encoders.{name}" for name in _ENCODERS],
     "model.objective": ["ocvtp.slots.objectives.SlotsObjective", "ocvtp.slots.kept.KeptObjective"],
