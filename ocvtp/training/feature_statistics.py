@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.slots.statistics import Moments
 from ocvtp.structures import VisualTokens
+from ocvtp.training.features import count_images
 
 _BATCH = 16  # images encoded at once
 
@@ -50,7 +51,7 @@ def measure_statistics(
     images = Subset(dataset, [i * total // count for i in range(count)])
     device = wanted[0][1].mean.device
     for batch in DataLoader(images, _BATCH, collate_fn=collate):
-        if not batch["image_ids"]:
+        if not count_images(batch):
             continue
         tokens = tokens_of(move_data_to_device(batch, device))
         for layer, _, moments in wanted:

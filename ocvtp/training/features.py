@@ -18,6 +18,11 @@ from ocvtp.structures import Needs, VisualTokens
 _ALSO = {"cls_keys": "keys", "cls_queries": "keys"}  # these come with them
 
 
+def count_images(batch: Mapping[str, Any]) -> int:
+    """Readable images of a batch of pixels or features."""
+    return len(batch["image_ids"] if "tokens" in batch else batch["pixel_values"])
+
+
 def _pairs(kind: str, needs: Needs, stored: Needs) -> Iterator[tuple[Any, Any]]:
     """Each name that is asked for, and that in the files."""
     name = _ALSO.get(kind, kind)

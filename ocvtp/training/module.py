@@ -22,7 +22,7 @@ from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.structures import Needs, VisualTokens
 from ocvtp.training.feature_statistics import measure_statistics
-from ocvtp.training.features import stored_tokens
+from ocvtp.training.features import count_images, stored_tokens
 from ocvtp.training.metrics import (
     ForegroundARI,
     MeanBestOverlap,
@@ -161,7 +161,7 @@ class PrunerModule(pl.LightningModule):
         # Seeded by name: every rank draws the same S, and its own noise.
         choice = _seed(self.seed, "slots", step) % len(self.num_slots)
         torch.manual_seed(_seed(self.seed, "noise", step, self.global_rank))
-        size = len(batch["image_ids"])
+        size = count_images(batch)
         if not size:
             return self._nothing()
         outcome = self._run(batch, self.num_slots[choice])[1]
@@ -174,7 +174,7 @@ class PrunerModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
         self._report(batch["errors"])
-        if not batch["image_ids"]:
+        if not count_images(batch):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
         figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
@@ -189,7 +189,7 @@ class PrunerModule(pl.LightningModule):
             )
         if outcome.attention is None:
             return None
-        masks = first_views(tokens, outcome.attention.float(), len(batch["image_ids"]))
+        masks = first_views(tokens, outcome.attention.float(), count_images(batch))
         if "instances" in batch:
             self._score_masks(masks, batch["instances"])
         return {"masks": masks}

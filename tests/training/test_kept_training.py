@@ -137,7 +137,7 @@ def data_set(model, scenes):
 
 def test_no_readable_image_is_an_error():
     model = kept_module()
-    nothing = {"pixel_values": [], "image_sizes": [], "image_ids": []}
+    nothing = {"pixel_values": [], "image_sizes": []}
     for images, message in ((30, "no token was counted"), (0, "statistics_images=0")):
         with pytest.raises(ValueError, match=message):
             measure_statistics(model.network, model.tokens_of, [0, 1], lambda _: nothing, images)
