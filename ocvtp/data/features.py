@@ -129,7 +129,7 @@ def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> di
         is_packed = True
     tokens: dict[str, Any] = {"grid_hw": grid_hw, "num_heads": settings["num_heads"]}
     for kind in OF_TOKENS:
-        tokens[kind] = {k: pad_sequence(_all(items, kind, k), True) for k in items[0][kind]}
+        tokens[kind] = {k: _padded(_all(items, kind, k)) for k in items[0][kind]}
     for kind in OF_IMAGES:
         tokens[kind] = {k: torch.stack(_all(items, kind, k)) for k in items[0][kind]}
     if is_packed:
@@ -147,6 +147,12 @@ def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> di
     if "instances" in items[0]:
         batch["instances"] = stacked([item["instances"] for item in items])
     return batch
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[B, N, ...], 0 after the end of those that are shorter."""
+    alike = len({len(row) for row in rows}) == 1
+    return torch.stack(rows) if alike else pad_sequence(rows, batch_first=True)
 
 
 def _all(items: list[dict[str, Any]], kind: str, key: Any) -> list[Tensor]:
