@@ -27,7 +27,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfileobj
@@ -66,6 +66,9 @@ class ShardWriter:
     Args:
         path: of the shard. It is there when the block has ended without an error, and not before.
         metadata: written with the tensors; may be filled inside of the block.
+
+    Raises:
+        ValueError: if the disk is full.
     """
 
     def __init__(self, path: Path, metadata: dict[str, str]) -> None:
@@ -82,7 +85,19 @@ class ShardWriter:
     def __exit__(self, kind: Any, *_: Any) -> None:
         with self._open:
             if kind is None:
-                self._put_together()
+                with self._told():
+                    self._put_together()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """A full disk, as an error that names the file."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.path} cannot be written ({error.strerror or error}), and nothing of it is"
+                " left; make room, and run the same command again: it continues."
+            ) from error
 
     def add(self, name: str, values: Tensor) -> None:
         """Put values [k, ...] after those that the tensor of this name has."""
@@ -92,7 +107,8 @@ class ShardWriter:
             self._grown[name] = (new, values.dtype, [0, *values.shape[1:]])
         file, dtype, shape = self._grown[name]
         assert (values.dtype, list(values.shape[1:])) == (dtype, shape[1:]), name
-        file.write(_bytes(values))
+        with self._told():
+            file.write(_bytes(values))
         shape[0] += len(values)
 
     def _put_together(self) -> None:

@@ -276,7 +276,10 @@ class FeatureDataModule(ResumableDataModule):
             ValueError: names all that differs.
         """
         settings = self.manifest.settings
-        wrong = list(differences("", settings["tower"], plain(tower)))
+        there, here = settings["tower"], plain(tower)
+        if there["id"] != here["id"]:  # all else follows from that
+            there, here = {"id": there["id"]}, {"id": here["id"]}
+        wrong = list(differences("tower", there, here))
         wrong += _absent(needs, settings["needs"])
         if objects and not settings["splits"]["train"]["instances"]:
             wrong.append("masks of objects are not there, as train_instances of the data was false")

@@ -81,6 +81,20 @@ def test_nothing_is_left_of_a_shard_that_was_not_finished(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x", other])
 
 
+@pytest.mark.parametrize("at", ["grow", "put together"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, at):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    if at == "grow":
+        monkeypatch.setattr("ocvtp.data.feature_files._bytes", full)
+    else:
+        monkeypatch.setattr("ocvtp.data.feature_files.copyfileobj", full)
+    with pytest.raises(ValueError, match=r"x cannot be written \(No space left .*: it continues"):
+        write(tmp_path / "x", full=torch.ones(9))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_truncated_shard_is_an_error(tmp_path):
     path = write(tmp_path / "x", full=torch.ones(9))
     path.write_bytes(path.read_bytes()[:-4])
