@@ -12,6 +12,7 @@ in their number. A shard's tensors are
     hidden.LAYER, keys.BLOCK            [T, D]
     attention.BLOCK.KIND                [T] fp32
     cls_keys.BLOCK, cls_queries.BLOCK   [R, D]
+    cls.LAYER                           [R, D], of the first layer of `needs.hidden`
     grids                               [R, V, 2] int32, see `ocvtp.structures.VisualTokens`
     image_sizes                         [R, 2] int32, height and width before the transform
     instances                           [pixels of all rows] uint8, where the images have masks
@@ -44,7 +45,7 @@ MANIFEST, SETTINGS = "manifest.json", "extraction.json"
 SPLITS = ("train", "validation")
 OF_TOKENS = ("hidden", "attention", "keys")
 """What has a row for every token."""
-OF_IMAGES = ("cls_keys", "cls_queries")
+OF_IMAGES = ("cls_keys", "cls_queries", "cls")
 """What has one for every image."""
 
 _CODES = {

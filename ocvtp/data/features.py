@@ -34,10 +34,10 @@ from ocvtp.structures import Needs
 class FeatureImages(Dataset[dict[str, Any]]):
     """The images of a split, as their features.
 
-    An item is a dict of `hidden`, `attention`, `keys` (of tokens), `cls_keys` and `cls_queries`
-    (of the image), dicts as those of `VisualTokens`; `grids` [V, 2], `image_size`, `image_id`,
-    `path` and, where there are masks, `instances`, as in `ocvtp.data.coco.CocoImages`. Tensors are
-    slices of the memory-mapped file, in its dtype.
+    An item is a dict of `hidden`, `attention`, `keys` (of tokens), `cls_keys`, `cls_queries` and
+    `cls` (of the image), dicts as those of `VisualTokens`, `cls` by its layer; `grids` [V, 2],
+    `image_size`, `image_id`, `path` and, where there are masks, `instances`, as in
+    `ocvtp.data.coco.CocoImages`. Tensors are slices of the memory-mapped file, in its dtype.
 
     Args:
         manifest: of the folder.
@@ -117,7 +117,8 @@ def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> di
     Returns:
         what `ocvtp.data.coco.collate` returns, but in the place of `pixel_values` `tokens`: a dict
         of the fields of `VisualTokens` without `features`, as the encoder makes them of these
-        images, in the dtype of the files. `file_names` are the whole paths, and `errors` is empty.
+        images, in the dtype of the files; `cls` is a dict by its layer. `file_names` are the whole
+        paths, and `errors` is empty.
     """
     tower = settings["tower"]
     grids = torch.stack([item["grids"] for item in items])  # [B, V, 2]
@@ -309,6 +310,8 @@ def _absent(needs: Needs, there: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"{name}[{_numbers(one)}] is not there (but {told})" for one in missing)
         elif field.name != "patch_queries" and asked and not found:
             yield f"{field.name} is not there"
+    if needs.cls and there["cls"] and there["hidden"][0] != needs.hidden[0]:
+        yield f"cls is of hidden_states[{there['hidden'][0]}] there and [{needs.hidden[0]}] here"
     received = any(kind == "received" for _, kind in needs.attention)
     if received and needs.patch_queries != there["patch_queries"]:
         yield "the attention received is not the mean over the same queries (patch_queries)"

@@ -25,6 +25,9 @@ def count_images(batch: Mapping[str, Any]) -> int:
 
 def _pairs(kind: str, needs: Needs, stored: Needs) -> Iterator[tuple[Any, Any]]:
     """Each name that is asked for, and that in the files."""
+    if kind == "cls":  # of the layer whose features come first
+        yield from zip(needs.hidden[:1], stored.hidden[:1], strict=True)
+        return
     name = _ALSO.get(kind, kind)
     yield from zip(getattr(needs, name), getattr(stored, name), strict=True)
 
@@ -46,6 +49,7 @@ def stored_tokens(values: Mapping[str, Any], needs: Needs, stored: Needs) -> Vis
         pairs = _pairs(kind, needs, stored)
         found[kind] = {asked: there[name].float() for asked, name in pairs if name in there}
     features = next(iter(found["hidden"].values()))
+    found["cls"] = next(iter(found["cls"].values())) if needs.cls else None
     return VisualTokens(features=features, **found)
 
 
@@ -71,9 +75,10 @@ def stored_rows(
     counts = grids[0].prod(dim=2).sum(dim=1).tolist()
     for kind in (*OF_TOKENS, *OF_IMAGES):
         for name, asked in {name: asked for asked, name in _pairs(kind, needs, stored)}.items():
-            if asked not in getattr(views[0], kind):
+            found = [_named(view, kind, asked) for view in views]
+            if found[0] is None:
                 continue
-            values = torch.stack([getattr(view, kind)[asked] for view in views], dim=1)
+            values = torch.stack([value for value in found if value is not None], dim=1)
             kept = values.float() if kind == "attention" else values.to(dtype)
             _check_finite(tensor_name(kind, name), values, kept)
             if kind in OF_TOKENS:
@@ -81,6 +86,12 @@ def stored_rows(
                 yield tensor_name(kind, name), torch.cat([row.flatten(0, 1) for row in rows])
             else:
                 yield tensor_name(kind, name), kept.flatten(0, 1)
+
+
+def _named(tokens: VisualTokens, kind: str, name: Any) -> Tensor | None:
+    """What a tower gave under a name; None where it has none, as without a CLS."""
+    found: Tensor | None = tokens.cls if kind == "cls" else getattr(tokens, kind).get(name)
+    return found
 
 
 def _grids(tokens: VisualTokens) -> Tensor:

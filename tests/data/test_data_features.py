@@ -253,6 +253,7 @@ def test_the_data_module_reads_the_folder(tmp_path):
         ({}, {"cls_queries": (1,)}, True, ["cls_queries[1] is not there (but none)"]),
         ({"id": "u"}, {"hidden": (7,)}, True, ['"u" here', "hidden_states[7]"]),
         ({"id": "u", "preprocessing": {}}, {}, True, ['tower.id is "t" there and "u" here. Pass']),
+        ({}, {"cls": True}, True, ["cls is not there"]),
         ({}, {}, False, []),
         ({}, {"patch_queries": True}, True, []),
     ],
@@ -267,6 +268,15 @@ def test_what_is_not_there_is_named(tmp_path, tower, needs, objects, messages):
         data.check(TOWER | tower, asked, objects)
     for message in messages:
         assert message in str(caught.value)
+
+
+def test_the_cls_is_of_one_layer(tmp_path):
+    data = module(written(tmp_path, [2], GRID))
+    data.manifest.settings["needs"] = NEEDS | {"cls": True, "hidden": [2, 3]}
+    data.check(TOWER, Needs(hidden=(2, 3), cls=True), True)
+    data.check(TOWER, Needs(hidden=(3,)), True)
+    with pytest.raises(ValueError, match=r"cls is of hidden_states\[2\] there and \[3\] here"):
+        data.check(TOWER, Needs(hidden=(3,), cls=True), True)
 
 
 def test_masks_have_to_be_there_where_they_are_read(tmp_path):
