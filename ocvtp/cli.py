@@ -13,6 +13,7 @@ from ocvtp.commands.flags import FLAGS
 
 _COMMANDS = {
     "train": "train an OC-pruner (--config YAML [--resume CKPT])",
+    "extract": "the tower of a training run, run once: features in files (--config YAML)",
     "export": "checkpoint or official weights to an artifact",
     "resize": "a folder of images, pre-resized for training",
     "list": "every pruner: stage, needs, paper, status",
@@ -29,7 +30,9 @@ _COMMANDS = {
 
 _ASKS_A_TASK = {"evaluate": False, "lmms-task": True}
 """Whether lmms-eval is to ask it."""
-_CONTINUES = ("evaluate", "bench")
+_SETTINGS_OF_TRAINING = ("train", "extract")
+"""Commands that take the settings of a training run."""
+_CONTINUES = ("evaluate", "bench", "extract")
 """Commands that write down what is done as they go."""
 
 
@@ -39,10 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         words = _import_files(words)
-        if words[:1] == ["train"]:  # LightningCLI has a parser of its own
-            from ocvtp.commands.train import run_words
-
-            return run_words(words[1:])
+        if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
+            command = importlib.import_module(f"ocvtp.commands.{words[0]}")
+            return int(command.run_words(words[1:]))
         arguments = _parser(words).parse_args(words)
         arguments.words = words
         command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")

@@ -250,4 +250,4 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "flops": flops,
     "demo-vlm": demo_vlm,
 }
-"""All commands but `train`, which Lightning parses."""
+"""All commands but `train` and `extract`, whose settings Lightning parses."""

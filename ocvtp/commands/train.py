@@ -32,7 +32,7 @@ how long, and on what
   --trainer.logger false         no logs
   --trainer.fast_dev_run true    try one step and one validation batch, keep nothing
 
-the data (CocoDataModule, SceneDataModule)
+the data (CocoDataModule, FolderDataModule, SceneDataModule; FeatureDataModule of `ocvtp extract`)
   --data.root DIR                folder of the images and annotations
   --data.train_annotations null  images without annotations; --data.val_annotations likewise
   --data.batch_size N            images of a step, of each device

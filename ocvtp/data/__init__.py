@@ -1,6 +1,7 @@
 """Images and instance masks: COCO folders, drawn scenes, resizing.
 
-The LightningDataModules are in `ocvtp.data.module`, so that nothing else here imports Lightning.
+The LightningDataModules are in files of their own (`ocvtp.data.module`, `folder`, `features`), so
+that nothing else here imports Lightning.
 """
 
 from ocvtp.data.coco import CocoImages, ImageTransform, collate

@@ -25,7 +25,7 @@ from ocvtp.images import IMAGE_ERRORS, read_image
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_INSTANCES = 255
 
 
@@ -49,16 +49,16 @@ class CocoImages(Dataset[dict[str, Any]]):
     """The images of a COCO annotation file, in the order of their ids, or of a folder, sorted.
 
     An item is a dict of `pixel_values` as `transform` makes them, `image_size` (h, w), `image_id`
-    int, `file_name` str (relative to `images`) and, with instances, `instances` [H, W] int64: 0
-    background, then 1 for the largest instance, 2 for the next and so on. Smaller instances lie
-    over larger ones; crowds are left out, as are objects that have a box alone, and all after the
-    255 largest. An unreadable image or mask gives `{"error": "FILE: reason"}` where `on_error` is
-    `skip`: another image never takes its place.
+    int, `file_name` str (relative to `images`), `path` str (absolute) and, with instances,
+    `instances` [H, W] int64: 0 background, then 1 for the largest instance, 2 for the next and so
+    on. Smaller instances lie over larger ones; crowds are left out, as are objects that have a box
+    alone, and all after the 255 largest. An unreadable image or mask gives `{"error": "FILE:
+    reason"}` where `on_error` is `skip`: another image never takes its place.
 
     Args:
         images: folder of the images.
         annotations: COCO `instances` file, whose images are all used, with annotations or without;
-            None for every jpg, jpeg, png and webp file in `images` and below, numbered from 0.
+            None for every image file (`IMAGE_SUFFIXES`) in `images` and below, numbered from 0.
         transform: the host's own image processing.
         on_error: `raise` a ValueError on an unreadable image, or `skip` it.
         with_instances: whether items have `instances`; needs `annotations`. None: where the file
@@ -102,6 +102,11 @@ class CocoImages(Dataset[dict[str, Any]]):
             raise ValueError(_nothing_found(self.images, self.annotations))
         self._records = records[:limit]
 
+    @property
+    def names(self) -> list[tuple[int, str]]:
+        """Image id and file name of every item."""
+        return list(self._records)
+
     def __len__(self) -> int:
         return len(self._records)
 
@@ -121,6 +126,7 @@ class CocoImages(Dataset[dict[str, Any]]):
             "image_size": image.size[::-1],
             "image_id": image_id,
             "file_name": file_name,
+            "path": str(path.absolute()),
         }
         if ids is not None:
             item["instances"] = self.transform.instance_map(ids)
@@ -164,25 +170,27 @@ def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `pixel_values` [B, 3, H, W] of the B readable images ([0, 3, 0, 0] if there is none),
-        `image_sizes`, `image_ids` and `file_names`, lists of length B, `instances` [B, H, W] where
-        the items have them, and `errors`, a list of `FILE: reason` for the others. Pixel values and
-        instances of different sizes are lists of length B.
+        `image_sizes`, `image_ids`, `file_names` and `paths`, lists of length B, `instances`
+        [B, H, W] where the items have them, and `errors`, a list of `FILE: reason` for the others.
+        Pixel values and instances of different sizes are lists of length B.
     """
     good = [item for item in items if "error" not in item]
     pixels = [item["pixel_values"] for item in good]
     batch = {
-        "pixel_values": _together(pixels) if pixels else torch.empty(0, 3, 0, 0),
+        "pixel_values": stacked(pixels) if pixels else torch.empty(0, 3, 0, 0),
         "image_sizes": [item["image_size"] for item in good],
         "image_ids": [item["image_id"] for item in good],
         "file_names": [item["file_name"] for item in good],
+        "paths": [item.get("path", item["file_name"]) for item in good],
         "errors": [item["error"] for item in items if "error" in item],
     }
     if good and "instances" in good[0]:
-        batch["instances"] = _together([item["instances"] for item in good])
+        batch["instances"] = stacked([item["instances"] for item in good])
     return batch
 
 
-def _together(images: list[Tensor]) -> Tensor | list[Tensor]:
+def stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
+    """Images of one size in one tensor, of several as they are."""
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -38,10 +39,18 @@ class StreamSampler(DistributedSampler[int]):
         """The next pass is over `epoch`, without the first `first` images of this process."""
         self._next = (epoch, first)
 
-    def __iter__(self) -> Iterator[int]:
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """All images in the order of an epoch, for all processes together."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
+
+    def layout(self) -> dict[str, int]:
+        """What the orders and this process's share of them depend on, beside the epoch."""
+        shares = {"num_images": self.num_images, "num_processes": self.num_replicas}
+        return {**shares, "seed": self.seed}
+
+    def __iter__(self) -> Iterator[Any]:
         epoch, first = self._next
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_images)
-        share = order[: self.total_size][self.rank :: self.num_replicas]
+        share = self.order(epoch)[: self.total_size][self.rank :: self.num_replicas]
         return iter(share[first:].tolist())
 
 
@@ -56,6 +65,7 @@ class ResumableLoader(DataLoader[Any]):
         dataset: with a length.
         batch_size: per process; what is left over at the end of an epoch is dropped.
         seed: of the orders, not negative.
+        stream: of the dataset, with the orders; None for whole permutations by `seed`.
         options: of `torch.utils.data.DataLoader`.
 
     Raises:
@@ -63,9 +73,14 @@ class ResumableLoader(DataLoader[Any]):
     """
 
     def __init__(
-        self, dataset: Dataset[Any], batch_size: int, seed: int = 0, **options: Any
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        seed: int = 0,
+        stream: StreamSampler | None = None,
+        **options: Any,
     ) -> None:
-        self.stream = StreamSampler(dataset, seed)
+        self.stream = StreamSampler(dataset, seed) if stream is None else stream
         if not 1 <= batch_size <= len(self.stream):
             raise ValueError(
                 f"batch_size={batch_size} does not fit the {len(self.stream)} training images of a "
@@ -89,7 +104,7 @@ class ResumableLoader(DataLoader[Any]):
             ValueError: if that was inside an epoch that other settings made.
         """
         layout = self._layout()
-        saved = {name: state[name] for name in layout}
+        saved = {name: state[name] for name in state if name not in ("epoch", "batch")}
         if state["batch"] and saved != layout:
             raise ValueError(
                 f"the checkpoint was written inside an epoch with {saved}, but now there is "
@@ -100,12 +115,7 @@ class ResumableLoader(DataLoader[Any]):
         self._loaded = True
 
     def _layout(self) -> dict[str, int]:
-        return {
-            "num_images": self.stream.num_images,
-            "batch_size": self.batch_size or 0,
-            "num_processes": self.stream.num_replicas,
-            "seed": self.stream.seed,
-        }
+        return {"batch_size": self.batch_size or 0, **self.stream.layout()}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """One pass; reads nothing before the first batch, as Lightning names the epoch late."""

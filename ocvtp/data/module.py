@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +11,100 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ocvtp.data.coco import CocoImages, ImageTransform, collate
-from ocvtp.data.loader import ResumableLoader, own_generator
+from ocvtp.data.loader import ResumableLoader, StreamSampler, own_generator
 from ocvtp.data.scenes import Level, write_scenes
 
 
-class CocoDataModule(pl.LightningDataModule):
+class ResumableDataModule(pl.LightningDataModule, ABC):
+    """Training in an order that a checkpoint can continue, and validation in the given one.
+
+    Args:
+        batch_size: of training, per process.
+        val_batch_size: of validation; None for `batch_size`.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: of the training order, not negative.
+        transform: the host's image processing; may be set later, as the attribute of that name.
+
+    Attributes:
+        train_set: open after `setup`. val_set: the same.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        val_batch_size: int | None,
+        num_workers: int,
+        seed: int,
+        transform: ImageTransform | None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.val_batch_size = val_batch_size or batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.transform = transform
+        self.train_set: Dataset[Any] | None = None
+        self.val_set: Dataset[Any] | None = None
+        self._loader: ResumableLoader | None = None
+        self._state: dict[str, int] = {}
+
+    @property
+    @abstractmethod
+    def has_validation(self) -> bool:
+        """Whether there are validation images."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled whole batches, from where the checkpoint or the last loader stood."""
+        state = self.state_dict()
+        options = {**self._options(), "persistent_workers": self.num_workers > 0}
+        train_set = _opened(self.train_set)
+        stream = self._stream(train_set)
+        self._loader = ResumableLoader(train_set, self.batch_size, self.seed, stream, **options)
+        if state:
+            self._loader.load_state_dict(state)
+        return self._loader
+
+    def _stream(self, train_set: Dataset[Any]) -> StreamSampler:
+        """The order of the training images."""
+        return StreamSampler(train_set, self.seed)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Batches in the order of the images; none without validation images."""
+        if not self.has_validation:
+            return []
+        generator = own_generator(self.seed)
+        options = {**self._options(), "generator": generator}
+        return DataLoader(_opened(self.val_set), self.val_batch_size, **options)
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return collate(items)
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": self._collate,
+            "num_workers": self.num_workers,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def state_dict(self) -> dict[str, int]:
+        """The state of the training loader.
+
+        Lightning keeps it too, but restores it only where it counts an epoch as unfinished.
+        """
+        return self._state if self._loader is None else self._loader.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """What the next training loader starts from."""
+        self._loader, self._state = None, state
+
+
+def _opened(dataset: Dataset[Any] | None) -> Dataset[Any]:
+    if dataset is None:
+        raise ValueError("the data is not open yet; call setup() first, or let the Trainer do it.")
+    return dataset
+
+
+class CocoDataModule(ResumableDataModule):
     """COCO, or any folders of images, for training and validation.
 
     Args:
@@ -52,26 +142,16 @@ class CocoDataModule(pl.LightningDataModule):
         seed: int = 0,
         transform: ImageTransform | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
         self.root = Path(root)
         self.train_paths = (train_images, train_annotations)
         self.val_paths = (val_images, val_annotations)
-        self.batch_size = batch_size
-        self.val_batch_size = val_batch_size or batch_size
-        self.num_workers = num_workers
         self.on_error = on_error
         self.limit_train, self.limit_val = limit_train, limit_val
         self.train_instances = train_instances
-        self.seed = seed
-        self.transform = transform
-        self.train_set: Dataset[Any] | None = None
-        self.val_set: Dataset[Any] | None = None
-        self._loader: ResumableLoader | None = None
-        self._state: dict[str, int] = {}
 
     @property
     def has_validation(self) -> bool:
-        """Whether there are validation images."""
         return self.val_paths[0] is not None
 
     def setup(self, stage: str | None = None) -> None:
@@ -118,48 +198,6 @@ class CocoDataModule(pl.LightningDataModule):
             with_instances=instances,
             limit=limit,
         )
-
-    def train_dataloader(self) -> ResumableLoader:
-        """Shuffled whole batches, from where the checkpoint or the last loader stood."""
-        state = self.state_dict()
-        options = {**self._options(), "persistent_workers": self.num_workers > 0}
-        train_set = _opened(self.train_set)
-        self._loader = ResumableLoader(train_set, self.batch_size, self.seed, **options)
-        if state:
-            self._loader.load_state_dict(state)
-        return self._loader
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in the order of the images; none without validation images."""
-        if not self.has_validation:
-            return []
-        generator = own_generator(self.seed)
-        options = {**self._options(), "generator": generator}
-        return DataLoader(_opened(self.val_set), self.val_batch_size, **options)
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": collate,
-            "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def state_dict(self) -> dict[str, int]:
-        """The state of the training loader.
-
-        Lightning keeps it too, but restores it only where it counts an epoch as unfinished.
-        """
-        return self._state if self._loader is None else self._loader.state_dict()
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """What the next training loader starts from."""
-        self._loader, self._state = None, state
-
-
-def _opened(dataset: Dataset[Any] | None) -> Dataset[Any]:
-    if dataset is None:
-        raise ValueError("the data is not open yet; call setup() first, or let the Trainer do it.")
-    return dataset
 
 
 class SceneDataModule(CocoDataModule):

@@ -68,7 +68,7 @@ def resize_folder(
     `output` are skipped, so an interrupted call can be repeated.
 
     Args:
-        source: folder of jpg, jpeg, png and webp files, searched with all below it.
+        source: folder of image files (`IMAGE_SUFFIXES`), searched with all below it.
         output: folder of the results; made where absent.
         size: pixels of the shorter edge.
         quality: of the JPEG files, 1 to 100.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -110,22 +110,44 @@ class FrozenEncoder(nn.Module, ABC):
         Raises:
             ValueError: if the tower has no such layer or the weights are incomplete.
         """
-        hidden = tuple(taps.resolve(i, self.depth + 1, "hidden_states") for i in needs.hidden)
-        blocks = [taps.resolve(b, self.depth, "blocks") for b, _ in needs.attention]
-        blocks += [taps.resolve(b, self.depth, "blocks") for b in needs.keys]
-        self.num_blocks = max([*hidden, *(b + 1 for b in blocks), 1])
+        # Numbers from the end would point elsewhere in a cut tower: hook the resolved ones.
+        asked = self._asked = self.resolved(needs)
+        blocks = [*(b for b, _ in asked.attention), *asked.keys]
+        self.num_blocks = max([*asked.hidden, *(b + 1 for b in blocks), 1])
         self.tower = self._build(self.num_blocks).to(self.dtype).eval().requires_grad_(False)
         self.needs = needs
-        # Numbers from the end would point elsewhere in a cut tower: hook the resolved ones.
-        self._asked = replace(
-            needs,
-            hidden=hidden,
-            attention=tuple((self._block(b), kind) for b, kind in needs.attention),
-            keys=tuple(self._block(b) for b in needs.keys),
-        )
         put(taps.hooks_for(self._view(self.tower), self._asked))
         self.eval()
         return self
+
+    def resolved(self, needs: Needs) -> Needs:
+        """The same with the numbers of layers and blocks counted from the start.
+
+        Raises:
+            ValueError: if the tower has no such layer or block.
+        """
+        return replace(
+            needs,
+            hidden=tuple(taps.resolve(i, self.depth + 1, "hidden_states") for i in needs.hidden),
+            attention=tuple((self._block(b), kind) for b, kind in needs.attention),
+            keys=tuple(map(self._block, needs.keys)),
+            cls_queries=tuple(map(self._block, needs.cls_queries)),
+        )
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the tokens depend on beside the images, JSON-able; its weights are not read."""
+        is_random = self.tower_id.startswith("random")
+        return {
+            "id": self.tower_id,
+            "seed": getattr(self, "_seed", None) if is_random else None,
+            "depth": self.depth,
+            "feature_dim": self.feature_dim,
+            "grid_hw": list(self.grid_hw),
+            "layout": self.layout,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "preprocessing": self.transform.describe(),
+        }
 
     def _block(self, number: int) -> int:
         return taps.resolve(number, self.depth, "blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
+from ocvtp.images import IMAGE_ERRORS, read_image
 from ocvtp.reporting.files import replacing
 from ocvtp.visualize import slot_picture
+
+_LOG = logging.getLogger(__name__)
 
 
 def _side_by_side(images: Sequence[Tensor], masks: Sequence[Tensor]) -> NDArray[np.uint8]:
@@ -52,6 +56,15 @@ class SlotPictures(pl.Callback):
         self.num_images = num_images
         self.every_n_epochs = every_n_epochs
 
+    def _images(self, batch: dict[str, Any], transform: Any) -> Sequence[Tensor]:
+        """Pixel values of the first images, from their files where the batch has none."""
+        if "pixel_values" in batch:
+            first: Sequence[Tensor] = batch["pixel_values"][: self.num_images]
+            return first
+        upright = "instances" not in batch  # as in `ocvtp.data.coco.CocoImages`
+        paths = batch["paths"][: self.num_images]
+        return [transform(read_image(path, upright)) for path in paths]
+
     def on_validation_batch_end(
         self,
         trainer: pl.Trainer,
@@ -67,9 +80,15 @@ class SlotPictures(pl.Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
         if not trainer.is_global_zero or not outputs:
             return
-        views = [image if image.ndim == 3 else image[0] for image in batch["pixel_values"]]
-        colours = [pl_module.encoder.transform.denormalize(view.float()).cpu() for view in views]
-        picture = _side_by_side(colours[: self.num_images], outputs["masks"][: self.num_images])
+        transform = pl_module.encoder.transform
+        try:
+            images = self._images(batch, transform)
+        except IMAGE_ERRORS as error:  # features were extracted from files that are gone
+            _LOG.warning("no pictures of slots are drawn, as an image cannot be read: %s", error)
+            return
+        views = [image if image.ndim == 3 else image[0] for image in images]
+        colours = [transform.denormalize(view.float()).cpu() for view in views]
+        picture = _side_by_side(colours, outputs["masks"][: self.num_images])
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(

@@ -8,16 +8,17 @@ from typing import Any
 from pytorch_lightning.utilities import move_data_to_device
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.slots.statistics import Moments
+from ocvtp.structures import VisualTokens
+from ocvtp.training.features import count_images
 
 _BATCH = 16  # images encoded at once
 
 
 def measure_statistics(
     network: PrunerNetwork,
-    encoder: FrozenEncoder,
+    tokens_of: Callable[[dict[str, Any]], VisualTokens],
     dataset: Dataset[Any],
     collate: Callable[[list[Any]], dict[str, Any]],
     num_images: int,
@@ -28,8 +29,8 @@ def measure_statistics(
 
     Args:
         network: see `PrunerNetwork.statistics`.
-        encoder: loaded with their layers.
-        dataset: images; `num_images` of them at equal steps are read.
+        tokens_of: what makes the tokens of a batch, with their layers.
+        dataset: images, or their features; `num_images` of them at equal steps are read.
         collate: how they become a batch.
         num_images: how many, all if there are fewer.
 
@@ -50,10 +51,9 @@ def measure_statistics(
     images = Subset(dataset, [i * total // count for i in range(count)])
     device = wanted[0][1].mean.device
     for batch in DataLoader(images, _BATCH, collate_fn=collate):
-        if not len(batch["pixel_values"]):
+        if not count_images(batch):
             continue
-        pixel_values = move_data_to_device(batch["pixel_values"], device)
-        tokens = encoder(pixel_values, batch["image_sizes"])
+        tokens = tokens_of(move_data_to_device(batch, device))
         for layer, _, moments in wanted:
             moments.add(tokens.hidden[layer], tokens.valid)
     for _, statistics, moments in wanted:

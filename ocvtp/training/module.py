@@ -20,8 +20,9 @@ from ocvtp.learning.objective import Objective, Outcome
 from ocvtp.pruners import trainable
 from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.config import NetworkSizes
-from ocvtp.structures import VisualTokens
+from ocvtp.structures import Needs, VisualTokens
 from ocvtp.training.feature_statistics import measure_statistics
+from ocvtp.training.features import count_images, stored_tokens
 from ocvtp.training.metrics import (
     ForegroundARI,
     MeanBestOverlap,
@@ -58,6 +59,8 @@ class PrunerModule(pl.LightningModule):
         seed: of everything random in a step.
         statistics_images: training images, at equal steps among all, that the network's feature
             statistics are measured on before the first step, where it has any.
+        load_tower: False leaves the encoder's weights unread, for data that brings the tokens
+            (`ocvtp.data.features.FeatureDataModule`); `ocvtp train` sees to it.
 
     Attributes:
         run_settings: the settings of the run in plain types, for its checkpoints; see
@@ -83,6 +86,7 @@ class PrunerModule(pl.LightningModule):
         min_lr: float = 1e-8,
         seed: int = 0,
         statistics_images: int = 400,
+        load_tower: bool = True,
     ) -> None:
         super().__init__()
         pruner = trainable.of_sizes(network)
@@ -106,7 +110,9 @@ class PrunerModule(pl.LightningModule):
         self.seed, self.statistics_images = seed, statistics_images
         self.objective.check(sizes)
         layer = encoder.layer
-        self.encoder = encoder.load(kind.needs(sizes, layer) | self.objective.needs(layer))
+        self._needs = kind.needs(sizes, layer) | self.objective.needs(layer)
+        self._stored = encoder.resolved(self._needs)
+        self.encoder = encoder.load(self._needs) if load_tower else encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = kind.build(sizes, self.objective, **self._origin())
@@ -129,25 +135,36 @@ class PrunerModule(pl.LightningModule):
             "objective": self.objective.name,
         }
 
+    def reads(self) -> tuple[dict[str, Any], Needs, bool]:
+        """What features must be: the encoder's `origin`, what is read, whether of masks too."""
+        return self.encoder.origin, self._stored, self.objective.reads_objects
+
+    def tokens_of(self, batch: dict[str, Any]) -> VisualTokens:
+        """The visual tokens of a batch: by the tower, or those that it brings."""
+        if "tokens" in batch:
+            return stored_tokens(batch["tokens"], self._needs, self._stored)
+        tokens: VisualTokens = self.encoder(batch["pixel_values"], batch["image_sizes"])
+        return tokens
+
     # ------------------------------------------------------------------ steps
 
     def on_train_start(self) -> None:
         """Measure the features' statistics, unless a checkpoint brought them."""
         assert self.trainer.train_dataloader is not None
         data, images = self.trainer.train_dataloader, self.statistics_images
-        measure_statistics(self.network, self.encoder, data.dataset, data.collate_fn, images)
+        measure_statistics(self.network, self.tokens_of, data.dataset, data.collate_fn, images)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
-        """One step on the images of a batch, see `ocvtp.data.coco.collate`."""
+        """One step on a batch of images (`ocvtp.data.coco.collate`) or of their features."""
         self._report(batch["errors"])
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         # Seeded by name: every rank draws the same S, and its own noise.
         choice = _seed(self.seed, "slots", step) % len(self.num_slots)
         torch.manual_seed(_seed(self.seed, "noise", step, self.global_rank))
-        if not len(batch["pixel_values"]):
+        size = count_images(batch)
+        if not size:
             return self._nothing()
         outcome = self._run(batch, self.num_slots[choice])[1]
-        size = len(batch["pixel_values"])
         self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
         self.log("train/num_slots", float(self.num_slots[choice]), batch_size=size)
         for name, value in outcome.logs.items():
@@ -157,7 +174,7 @@ class PrunerModule(pl.LightningModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
         self._report(batch["errors"])
-        if not len(batch["pixel_values"]):
+        if not count_images(batch):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
         figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
@@ -172,13 +189,13 @@ class PrunerModule(pl.LightningModule):
             )
         if outcome.attention is None:
             return None
-        masks = first_views(tokens, outcome.attention.float(), len(batch["pixel_values"]))
+        masks = first_views(tokens, outcome.attention.float(), count_images(batch))
         if "instances" in batch:
             self._score_masks(masks, batch["instances"])
         return {"masks": masks}
 
     def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
-        tokens = self.encoder(batch["pixel_values"], batch["image_sizes"])
+        tokens = self.tokens_of(batch)
         objects = object_shares(batch, tokens) if self.objective.reads_objects else None
         return tokens, self.objective(self.network, tokens, num_slots, objects)
 

@@ -17,7 +17,7 @@ _LOG = logging.getLogger(__name__)
 
 _OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-_SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images")
+_SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower")
 """Settings that do not change the result."""
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 import signal
 import sys
@@ -126,6 +127,11 @@ class _TrainCLI(LightningCLI):
         assert isinstance(args, list)
         settle(parser, args, self.config)
 
+    def before_instantiate_classes(self) -> None:
+        module, _, name = self.config.data.class_path.rpartition(".")
+        kind = getattr(importlib.import_module(module), name)
+        self.config.model.load_tower = not getattr(kind, "brings_tokens", False)
+
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         shown: list[pl.Callback] = [SlotPictures()]
         if self.config.trainer.logger:
@@ -138,8 +144,19 @@ def _transform(model: PrunerModule) -> Any:
     return model.encoder.transform
 
 
-def build(args: Sequence[str] | None = None) -> LightningCLI:
+class _DataCLI(_TrainCLI):
+    """The same without a trainer, whose settings may be of another machine."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # type: ignore[override]
+        return None
+
+
+def build(args: Sequence[str] | None = None, extracts: bool = False) -> LightningCLI:
     """Parse and build trainer, module and data of `ocvtp train`, without training.
+
+    Args:
+        args: command-line words; None for those of the process.
+        extracts: build them for `ocvtp extract`: the trainer is left out.
 
     Raises:
         SystemExit: for settings that do not parse.
@@ -150,7 +167,7 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     with clear_errors(building=True):
-        cli = _TrainCLI(
+        cli = (_DataCLI if extracts else _TrainCLI)(
             PrunerModule,
             pl.LightningDataModule,
             subclass_mode_data=True,
@@ -162,14 +179,15 @@ def build(args: Sequence[str] | None = None) -> LightningCLI:
             trainer_defaults={"callbacks": []},
             parser_class=_Parser,
             parser_kwargs={
-                "prog": "ocvtp train",
+                "prog": "ocvtp extract" if extracts else "ocvtp train",
                 "usage": "%(prog)s --config FILE|NAME [--output DIR] [--resume CKPT]"
                 " [--SETTING VALUE]",
                 "description": _DESCRIPTION,
                 "allow_abbrev": False,
             },
         )
-    cli.model.run_settings = run_settings(cli.config_dump)
+    if not extracts:
+        cli.model.run_settings = run_settings(cli.config_dump)
     return cli
 
 

@@ -14,10 +14,14 @@ import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
 
 _ENCODERS = ("clip.CLIPEncoder", "tiles.TiledEncoder", "qwen.QwenEncoder", "timm.TimmEncoder")
+_DATA = (
+    *("module.CocoDataModule", "module.SceneDataModule", "folder.FolderDataModule"),
+    "features.FeatureDataModule",
+)
 CLASSES = {
     "model.encoder": [f"ocvtp.encoders.{name}" for name in _ENCODERS],
     "model.objective": ["ocvtp.slots.objectives.SlotsObjective", "ocvtp.slots.kept.KeptObjective"],
-    "data": ["ocvtp.data.module.CocoDataModule", "ocvtp.data.module.SceneDataModule"],
+    "data": [f"ocvtp.data.{name}" for name in _DATA],
     "trainer.logger": [f"pytorch_lightning.loggers.{name}" for name in pl.loggers.__all__],
     "trainer.callbacks": [f"pytorch_lightning.callbacks.{name}" for name in pl.callbacks.__all__],
 }

@@ -324,7 +324,7 @@ def test_missing_places(folder):
     with pytest.raises(ValueError, match=r"absent\.json does not exist"):
         open_images(folder, annotations=folder / "absent.json")
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no jpg, jpeg, png, webp files"):
+    with pytest.raises(ValueError, match="holds no jpg, jpeg, png, webp, bmp, tif, tiff files"):
         CocoImages(folder / "empty", None, Keep())
 
 

@@ -44,7 +44,7 @@ def test_fifty_steps_lower_the_loss_and_export_what_was_trained(tmp_path, scenes
     model = kept_module(statistics_images=30)
     images = data(scenes, model)
     images.setup("fit")
-    measure_statistics(model.network, model.encoder, images.train_set, collate, 30)
+    measure_statistics(model.network, model.tokens_of, images.train_set, collate, 30)
     state = model.network.state_dict().items()
     measured = {k: v for k, v in state if k.startswith(("inputs.", "targets."))}
     assert len(measured) == 6
@@ -141,7 +141,7 @@ def test_no_readable_image_is_an_error():
     nothing = {"pixel_values": [], "image_sizes": []}
     for images, message in ((30, "no token was counted"), (0, "statistics_images=0")):
         with pytest.raises(ValueError, match=message):
-            measure_statistics(model.network, model.encoder, [0, 1], lambda _: nothing, images)
+            measure_statistics(model.network, model.tokens_of, [0, 1], lambda _: nothing, images)
 
 
 def test_a_tower_without_a_cls_has_received_attention(tmp_path, scenes):

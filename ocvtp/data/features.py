@@ -1,0 +1,321 @@
+"""Training on features that `ocvtp extract` wrote: images, order and the LightningDataModule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ocvtp.data.coco import ImageTransform, stacked
+from ocvtp.data.feature_files import (
+    OF_IMAGES,
+    OF_TOKENS,
+    Manifest,
+    differences,
+    ends,
+    plain,
+    tensor_key,
+)
+from ocvtp.data.loader import StreamSampler
+from ocvtp.data.module import ResumableDataModule
+from ocvtp.structures import Needs
+
+
+class FeatureImages(Dataset[dict[str, Any]]):
+    """The images of a split, as their features.
+
+    An item is a dict of `hidden`, `attention`, `keys` (of tokens), `cls_keys`, `cls_queries` and
+    `cls` (of the image), dicts as those of `VisualTokens`, `cls` by its layer; `grids` [V, 2],
+    `image_size`, `image_id`, `path` and, where there are masks, `instances`, as in
+    `ocvtp.data.coco.CocoImages`. Tensors are slices of the memory-mapped file, in its dtype.
+
+    Args:
+        manifest: of the folder.
+        split: `train` or `validation`.
+
+    Attributes:
+        num_views: of every image. Index `(i, v)` is view v of image i, and `i` is `(i, 0)`.
+        starts: [shards + 1] number of the first image of every shard, and of all.
+    """
+
+    def __init__(self, manifest: Manifest, split: Literal["train", "validation"]) -> None:
+        self._folder = manifest.folder
+        self._shards = manifest.shards[split]
+        self.starts = ends([len(shard["images"]) for shard in self._shards]).numpy()
+        self.num_views = len(manifest.settings["views"]) if split == "train" else 1
+        self._opened: dict[int, _Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:  # every process maps the files itself
+        return {**self.__dict__, "_opened": {}}
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict[str, Any]:
+        image, view = index if isinstance(index, tuple) else (index, 0)
+        if not 0 <= image < len(self) or not 0 <= view < self.num_views:
+            raise IndexError(f"there is no view {view} of image {image}")
+        number = int(np.searchsorted(self.starts, image, side="right")) - 1
+        place = image - int(self.starts[number])
+        if number not in self._opened:
+            self._opened[number] = _Shard(self._folder / self._shards[number]["file"])
+        item = self._opened[number].row(place * self.num_views + view)
+        image_id, path = self._shards[number]["images"][place]
+        return {**item, "image_id": image_id, "path": path}
+
+
+class _Shard:
+    """A memory-mapped file of features."""
+
+    def __init__(self, path: Path) -> None:
+        file: Any = safe_open(path, "pt")
+        names = list(file.keys())
+        self._grids = file.get_tensor("grids").clone()
+        self._sizes = file.get_tensor("image_sizes").tolist()
+        self._tokens = ends(self._grids.prod(dim=2).sum(dim=1)).tolist()
+        self._areas: list[int] | None = None
+        if "instances" in names:
+            self._shapes = file.get_tensor("instance_sizes").tolist()
+            self._areas = ends([height * width for height, width in self._shapes]).tolist()
+        kinds = (*OF_TOKENS, *OF_IMAGES)
+        self._named = {n: tensor_key(n) for n in names if n.split(".")[0] in kinds}
+        self._slices = {n: file.get_slice(n) for n in names}
+
+    def row(self, row: int) -> dict[str, Any]:
+        """All that is stored of one view of an image."""
+        item: dict[str, Any] = {kind: {} for kind in (*OF_TOKENS, *OF_IMAGES)}
+        for name, (kind, key) in self._named.items():
+            values = self._slices[name]
+            if kind in OF_TOKENS:
+                item[kind][key] = values[self._tokens[row] : self._tokens[row + 1]]
+            else:
+                item[kind][key] = values[row : row + 1][0]
+        item["grids"], item["image_size"] = self._grids[row], tuple(self._sizes[row])
+        if self._areas is not None:
+            ids = self._slices["instances"][self._areas[row] : self._areas[row + 1]]
+            item["instances"] = ids.view(*self._shapes[row]).long()
+        return item
+
+
+def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch of items of `FeatureImages`.
+
+    Args:
+        items: B of them.
+        settings: of the manifest.
+
+    Returns:
+        what `ocvtp.data.coco.collate` returns, but in the place of `pixel_values` `tokens`: a dict
+        of the fields of `VisualTokens` without `features`, as the encoder makes them of these
+        images, in the dtype of the files; `cls` is a dict by its layer. `file_names` are the whole
+        paths, and `errors` is empty.
+    """
+    tower = settings["tower"]
+    grids = torch.stack([item["grids"] for item in items])  # [B, V, 2]
+    grid_hw = tuple(tower["grid_hw"])
+    is_packed = tower["layout"] == "joint"
+    if tower["layout"] == "variable" and bool((grids == grids[0]).all()):
+        grid_hw = tuple(grids[0, 0].tolist())
+    elif tower["layout"] == "variable":
+        is_packed = True
+    tokens: dict[str, Any] = {"grid_hw": grid_hw, "num_heads": settings["num_heads"]}
+    for kind in OF_TOKENS:
+        tokens[kind] = {k: _padded(_all(items, kind, k)) for k in items[0][kind]}
+    for kind in OF_IMAGES:
+        tokens[kind] = {k: torch.stack(_all(items, kind, k)) for k in items[0][kind]}
+    if is_packed:
+        counts = grids.prod(dim=2).sum(dim=1)
+        tokens["valid"] = torch.arange(int(counts.max())) < counts[:, None]
+        tokens["grids"] = grids.long()
+    batch = {
+        "tokens": tokens,
+        "image_sizes": [item["image_size"] for item in items],
+        "image_ids": [item["image_id"] for item in items],
+        "file_names": [item["path"] for item in items],
+        "paths": [item["path"] for item in items],
+        "errors": [],
+    }
+    if "instances" in items[0]:
+        batch["instances"] = stacked([item["instances"] for item in items])
+    return batch
+
+
+def _padded(rows: list[Tensor]) -> Tensor:
+    """[B, N, ...], 0 after the end of those that are shorter."""
+    alike = len({len(row) for row in rows}) == 1
+    return torch.stack(rows) if alike else pad_sequence(rows, batch_first=True)
+
+
+def _all(items: list[dict[str, Any]], kind: str, key: Any) -> list[Tensor]:
+    return [item[kind][key] for item in items]
+
+
+class FeatureSampler(StreamSampler):
+    """An order that reads few shards at a time, and a view of every image.
+
+    An epoch goes through the shards in a random order, `mixed_shards` of them at a time, whose
+    images are shuffled among each other. With no more shards than that, it is the order of
+    `StreamSampler`: all images are shuffled.
+
+    Args:
+        dataset: the images.
+        seed: of orders and views.
+        mixed_shards: how many are read at a time, by all processes together.
+    """
+
+    def __init__(self, dataset: FeatureImages, seed: int, mixed_shards: int) -> None:
+        super().__init__(dataset, seed)
+        self._starts, self._num_views = dataset.starts, dataset.num_views
+        self._mixed = mixed_shards
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        count = len(self._starts) - 1
+        if count <= self._mixed:
+            return super().order(epoch)
+        draws = np.random.default_rng([self.seed, epoch])
+        shards = draws.permutation(count)
+        groups = [shards[i : i + self._mixed] for i in range(0, count, self._mixed)]
+        ranges = [[np.arange(*self._starts[s : s + 2]) for s in group] for group in groups]
+        return np.concatenate([draws.permutation(np.concatenate(own)) for own in ranges])
+
+    def layout(self) -> dict[str, int]:
+        shards = {"num_shards": len(self._starts) - 1, "mixed_shards": self._mixed}
+        return {**super().layout(), **shards, "num_views": self._num_views}
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch = self._next[0]
+        if self._num_views == 1:
+            return super().__iter__()
+        draws = np.random.default_rng([self.seed, epoch, 1])
+        views = draws.integers(self._num_views, size=self.num_images).tolist()
+        return ((image, views[image]) for image in super().__iter__())
+
+
+class FeatureDataModule(ResumableDataModule):
+    """Features that `ocvtp extract` wrote, in the place of images: the tower does not run.
+
+    Args:
+        root: folder that was written.
+        batch_size: of training, per process.
+        val_batch_size: of validation; None for `batch_size`.
+        num_workers: processes that load; the files are mapped into memory, so 0 is fast.
+        mixed_shards: of so many shards at a time images are shuffled among each other, see
+            `FeatureSampler`; more of them read the disk in more places.
+        seed: of the training order, not negative.
+        transform: the host's image processing, which must be that of the features.
+
+    Raises:
+        ValueError: for less than one of `mixed_shards`.
+    """
+
+    brings_tokens = True
+    """Batches have `tokens`: the module that is trained need not read its tower."""
+
+    def __init__(
+        self,
+        root: str,
+        batch_size: int = 12,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        mixed_shards: int = 8,
+        seed: int = 0,
+        transform: ImageTransform | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        if mixed_shards < 1:
+            raise ValueError(f"mixed_shards={mixed_shards}; pass 1 or more.")
+        self.root = Path(root)
+        self.mixed_shards = mixed_shards
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Of the folder.
+
+        Raises:
+            ValueError: see `Manifest.read`.
+        """
+        return Manifest.read(self.root)
+
+    @property
+    def has_validation(self) -> bool:
+        return self.manifest.num_images("validation") > 0
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the files.
+
+        Raises:
+            ValueError: if they are not whole, or are not what the module that is trained reads.
+        """
+        reads = getattr(getattr(self.trainer, "lightning_module", None), "reads", None)
+        if reads is not None:
+            self.check(*reads())
+        if stage in (None, "fit"):
+            self._loader, self._state = None, {}
+            self.train_set = FeatureImages(self.manifest, "train")
+        if stage in (None, "fit", "validate") and self.has_validation:
+            self.val_set = FeatureImages(self.manifest, "validation")
+
+    def check(self, tower: dict[str, Any], needs: Needs, objects: bool) -> None:
+        """Compare the files with what will be read of them.
+
+        Args:
+            tower: what the encoder is, see `FrozenEncoder.origin`.
+            needs: what is read of it, with the numbers of its layers and blocks not negative.
+            objects: whether training reads masks of objects.
+
+        Raises:
+            ValueError: names all that differs.
+        """
+        settings = self.manifest.settings
+        there, here = settings["tower"], plain(tower)
+        if there["id"] != here["id"]:  # all else follows from that
+            there, here = {"id": there["id"]}, {"id": here["id"]}
+        wrong = list(differences("tower", there, here))
+        wrong += _absent(needs, settings["needs"])
+        if objects and not settings["splits"]["train"]["instances"]:
+            wrong.append("masks of objects are not there, as train_instances of the data was false")
+        if wrong:
+            raise ValueError(
+                f"the features in {self.root} are not those that this training reads:"
+                f" {'; '.join(wrong)}. Pass the settings that they were extracted with (its"
+                " extraction.json has them), or extract again into another folder."
+            )
+
+    def _stream(self, train_set: Dataset[Any]) -> StreamSampler:
+        assert isinstance(train_set, FeatureImages)
+        return FeatureSampler(train_set, self.seed, self.mixed_shards)
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        return put_together(items, self.manifest.settings)
+
+
+def _absent(needs: Needs, there: Mapping[str, Any]) -> Iterator[str]:
+    """What is asked for and was not extracted."""
+    for field in fields(Needs):
+        asked, found = plain(getattr(needs, field.name)), there[field.name]
+        if isinstance(asked, list):
+            name = {"hidden": "hidden_states"}.get(field.name, field.name)
+            told = ", ".join(map(_numbers, found)) or "none"
+            missing = [one for one in asked if one not in found]
+            yield from (f"{name}[{_numbers(one)}] is not there (but {told})" for one in missing)
+        elif field.name != "patch_queries" and asked and not found:
+            yield f"{field.name} is not there"
+    if needs.cls and there["cls"] and there["hidden"][0] != needs.hidden[0]:
+        yield f"cls is of hidden_states[{there['hidden'][0]}] there and [{needs.hidden[0]}] here"
+    received = any(kind == "received" for _, kind in needs.attention)
+    if received and needs.patch_queries != there["patch_queries"]:
+        yield "the attention received is not the mean over the same queries (patch_queries)"
+
+
+def _numbers(key: Any) -> str:
+    return ", ".join(map(str, key)) if isinstance(key, list) else str(key)
