@@ -24,12 +24,12 @@ STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
 AttentionKind = Literal["cls", "received", "given", "global", "last", "text", "visual"]
 AttentionKey = tuple[int, AttentionKind]
-"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS included, unless
-`Needs.patch_queries`), `given` the mean over the patch keys of each patch query, `global` the mean
-over the queries of those patches that receive at least twice the mean of all. In the language
-model, whose blocks are its layers: `last` is the row of the prompt's last token, `text` the mean
-over the rows that the pruner's `raters` name, `visual` the mean over the image's own tokens of
-their attention among each other. All are means over heads, in fp32."""
+"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS and registers
+included, unless `Needs.patch_queries`), `given` the mean over the patch keys of each patch query,
+`global` the mean over the queries of those patches that receive at least twice the mean of all. In
+the language model, whose blocks are its layers: `last` is the row of the prompt's last token,
+`text` the mean over the rows that the pruner's `raters` name, `visual` the mean over the image's
+own tokens of their attention among each other. All are means over heads, in fp32."""
 
 Layout = Literal["grid", "variable", "joint", "per_tile"]
 """How an image becomes tokens: of one `grid` for all images, or of a `variable` one; as a base view
@@ -49,7 +49,7 @@ class Needs:
             CLS).
         cls_queries: blocks of `keys` whose CLS query must be there.
         patch_queries: whether `received` attention is the mean over the patches' queries alone,
-            that of the CLS left out.
+            those of the CLS and of registers left out.
         cls: whether the CLS row of the selected layer is wanted.
         projected: whether the projected tokens (what the language model would read) are wanted.
         text: whether the text embeddings of the language model are wanted.
@@ -119,7 +119,7 @@ class VisualTokens:
     """The visual tokens of B images and what was asked for about them.
 
     Args:
-        features: [B, N, D], what would go to the projector, CLS apart.
+        features: [B, N, D], what would go to the projector, CLS and registers apart.
         grid_hw: rows and columns of the token grid; N = H W unless images are packed.
         valid: [B, N] bool, False on padding; None when all tokens are real.
         grids: [B, V, 2], rows and columns of each image's views where images have several or other
@@ -128,7 +128,7 @@ class VisualTokens:
         cls: [B, D], CLS row of the selected layer.
         hidden: layer -> [B, N, D].
         attention: (block, kind) -> [B, N], fp32.
-        keys: block -> [B, N, D], all heads side by side.
+        keys: block -> [B, N, D], all heads side by side, before positions turn them.
         cls_keys: block -> [B, D].
         cls_queries: block -> [B, D].
         num_heads: heads of the tower's attention.

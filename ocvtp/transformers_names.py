@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
@@ -250,6 +250,92 @@ def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     cut: Tensor = modeling_llava_next.unpad_image(image, size)
     return cut
+
+
+# Vision towers.
+
+CLIP_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
+DINO_TOWERS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+VISION_TOWERS = (*CLIP_TOWERS, *DINO_TOWERS)
+"""The `model_type` of the towers that are known here."""
+PACKED_TOWER = "siglip2_vision_model"
+"""The one that takes patches with the shapes of their images, in place of images."""
+
+
+def prefix_tokens(config: Any) -> int:
+    """Tokens of a tower before the patches: its CLS, then its registers."""
+    without_cls = config.model_type in ("siglip_vision_model", PACKED_TOWER)
+    return 0 if without_cls else 1 + num_registers(config)
+
+
+def num_registers(config: Any) -> int:
+    """Tokens of a tower that are no part of the image, besides its CLS."""
+    return int(getattr(config, "num_register_tokens", 0))
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width in pixels of the images that a tower's settings are for."""
+    if config.model_type == PACKED_TOWER:  # any shape; a square needs no other positions
+        return both(int(config.num_patches**0.5) * int(config.patch_size))
+    return both(config.image_size)
+
+
+def patch_grid(config: Any, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Rows and columns of patches of an image.
+
+    Args:
+        config: of a tower.
+        size: height and width of the image in pixels; None for what the settings are for.
+    """
+    (height, width), (rows, columns) = size or image_size(config), both(config.patch_size)
+    return height // rows, width // columns
+
+
+def both(size: int | Iterable[int]) -> tuple[int, int]:
+    """Height and width of settings that give one number where they are the same."""
+    height, width = size if isinstance(size, Iterable) else (size, size)
+    return int(height), int(width)
+
+
+def dino_blocks(tower: Any) -> tuple[Any, Any]:
+    """The module that runs the blocks of a DINO tower one after the other, and these."""
+    encoder = tower.encoder if hasattr(tower, "encoder") else tower.model
+    return encoder, encoder.layer
+
+
+def dino_query_key(block: Any) -> tuple[Any, Any]:
+    """The modules whose outputs are the queries and the keys of a DINO tower's block."""
+    attention = block.attention
+    if hasattr(attention, "q_proj"):
+        return attention.q_proj, attention.k_proj
+    return attention.attention.query, attention.attention.key  # older DINOv2
+
+
+def hands_on_arguments(block: Any) -> bool:
+    """Whether a block of a tower hands the arguments that it is called with to its attention."""
+    forward = type(block).forward
+    if forward is torch.nn.Module.forward:  # of a wrapper, e.g. torch.compile's
+        return True
+    return any(p.kind is p.VAR_KEYWORD for p in signature(forward).parameters.values())
+
+
+def packed_images(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """What a `Siglip2VisionModel` takes of images of one size.
+
+    Args:
+        pixel_values: [B, 3, H, W].
+        patch_size: side of a patch.
+    """
+    batch, _, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    cut = pixel_values.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))
+    patches = cut.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # [B, N, P P 3]
+    shape = torch.tensor([[rows, columns]], device=patches.device)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones_like(patches[:, :, 0], dtype=torch.long),
+        "spatial_shapes": shape.expand(batch, -1),
+    }
 
 
 def is_checkpointed(block: Any) -> bool:

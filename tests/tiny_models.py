@@ -26,21 +26,28 @@ TEXT = {  # of the language models
 
 
 def tiny_llava(tower: str, **settings: Any) -> Any:
-    """LLaVA-1.5 on 56 pixels: 16 tokens an image, a `clip` or `siglip` tower, 3 decoder layers."""
-    strategy = "default" if tower == "clip" else "full"
+    """LLaVA-1.5 on 56 pixels: 16 tokens an image, a tower of `tiny_vision`, 3 decoder layers."""
+    strategy = "full" if tower == "siglip" else "default"
     settings = {"vision_feature_layer": -2, "vision_feature_select_strategy": strategy} | settings
     return _llava(tiny_vision(tower), **settings)
 
 
 def tiny_vision(family: str) -> Any:
-    """Settings of a `clip` or `siglip` tower of 6 layers on 56 pixels."""
-    from transformers import CLIPVisionConfig, SiglipVisionConfig
+    """Settings of a tower of 6 layers on 56 pixels: `clip`, `siglip`, or one of `DINOS`."""
+    from transformers import AutoConfig, CLIPVisionConfig, SiglipVisionConfig
 
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "image_size": 56, "patch_size": 14}
+    sizes = {"hidden_size": 32, "image_size": 56, "patch_size": 14}
     sizes |= {"num_hidden_layers": 6, "num_attention_heads": 4}
+    if family in DINOS:
+        v3 = {"intermediate_size": 64, "num_register_tokens": 4}
+        own = v3 if family == "dinov3_vit" else {"mlp_ratio": 2}
+        return AutoConfig.for_model(family, **sizes, **own)
     if family == "clip":
-        return CLIPVisionConfig(**sizes, projection_dim=32)
-    return SiglipVisionConfig(**sizes, vision_use_head=False)
+        return CLIPVisionConfig(**sizes, intermediate_size=64, projection_dim=32)
+    return SiglipVisionConfig(**sizes, intermediate_size=64, vision_use_head=False)
+
+
+DINOS = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 
 
 def _llava(vision: Any, **settings: Any) -> Any:
@@ -70,9 +77,12 @@ def random_model(config: Any) -> Any:
 @torch.no_grad()
 def widen(model: Any) -> None:
     """Make weights larger: of the usual size, they make so small a model nearly blind."""
-    for parameter in model.parameters():
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
             parameter.mul_(8.0)
+        if name.endswith(("register_tokens", "cls_token", "lambda1")):  # zeros, or all alike
+            parameter.normal_(generator=random)
 
 
 LLAVA_TEMPLATE = (  # LLaVA-1.5's own in transformers

@@ -18,16 +18,19 @@ from ocvtp.random_models.tiny_llava import clip_processor
 PINPOINTS = [[56, 112], [112, 56], [112, 112], [56, 168], [168, 56]]
 
 
-def tiny_next(tower: str = "clip", **settings: Any) -> Any:
-    """LLaVA-NeXT on tiles of 56 pixels: 16 tokens a tile, a `clip` or `siglip` tower."""
+def tiny_next(tower: str = "clip", registers: int | None = None, **settings: Any) -> Any:
+    """LLaVA-NeXT on tiles of 56 pixels: 16 tokens a tile, a tower of `tiny_vision`."""
     from transformers import LlamaConfig, LlavaNextConfig
 
+    vision = tiny_vision(tower)
+    if registers is not None and hasattr(vision, "num_register_tokens"):
+        vision.num_register_tokens = registers
     config = LlavaNextConfig(
-        vision_config=tiny_vision(tower),
+        vision_config=vision,
         text_config=LlamaConfig(**TEXT),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        vision_feature_select_strategy="full" if tower == "siglip" else "default",
         attn_implementation="sdpa",
         **{"image_grid_pinpoints": PINPOINTS} | settings,
     )

@@ -33,13 +33,14 @@ def add_model_or_tower(parser: argparse.ArgumentParser) -> None:
     judged.add_argument(
         "--tower",
         help="a vision tower without a language model: local-dir:PATH, hf-hub:ID or timm:NAME of"
-        " timm; folder or hub id of a CLIP, a SigLIP or a VLM that has one; random:tiny",
+        " timm; folder or hub id of a CLIP, SigLIP, SigLIP2, DINOv2, DINOv3 or a VLM that has one;"
+        " random:tiny, random:tiny-dinov2 and others",
     )
     parser.add_argument(
         "--img-size",
         type=int,
-        help="of --tower: pixels along the side of its picture, for towers of timm (default: the"
-        " tower's own)",
+        help="of --tower: pixels along the side of its picture, for towers of timm and DINO towers"
+        " (default: the tower's own)",
     )
     parser.add_argument(
         "--feature-layer",

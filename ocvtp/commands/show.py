@@ -54,7 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.text_tower,
             Tiling(arguments.budget),
         )
-    printing.emit(result, f"wrote {result['output']}", arguments.json)
+    said = "".join(f"{name}: {note}\n" for name, note in result.get("notes", {}).items())
+    printing.emit(result, f"{said}wrote {result['output']}", arguments.json)
     return 0
 
 
@@ -111,10 +112,11 @@ def show_tower(
 
     Args:
         tower: what the pruners see.
-        pruners: those that read it alone. images: files. output: PNG or PDF to write.
+        pruners: those that read no prompt; projected tokens are the tower's own.
+        images: files. output: PNG or PDF to write.
 
     Returns:
-        as `show`.
+        as `show`; and `notes` by pruner, where there are any, see `Judged.note`.
 
     Raises:
         ValueError: if something cannot be read, or a pruner reads more.
@@ -132,7 +134,10 @@ def show_tower(
             stages[id(pruner)] = [_of_tokens(pruner, tokens, grids, cells)]
         transform: Any = tower.encoder.transform
         drawn.append(_Drawn(_seen(transform.denormalize(pixels[0].float().cpu())), stages))
-    return _written(drawn, images, pruners, output)
+    result = _written(drawn, images, pruners, output)
+    if notes := {pruner.name: note for pruner in pruners if (note := tower.note(pruner))}:
+        result["notes"] = notes
+    return result
 
 
 @torch.no_grad()

@@ -77,6 +77,16 @@ class FrozenEncoder(nn.Module, ABC):
     def _run(self, tower: nn.Module, pixel_values: Tensor) -> None:
         tower(pixel_values)
 
+    def _check_sides(self, sides: tuple[int, int], name: str) -> None:
+        """Refuse a picture of `sides` pixels that patches do not divide."""
+        patch = self.patch_size
+        if any(side < patch or side % patch for side in sides):
+            less = max(1, sides[0] // patch) * patch
+            raise ValueError(
+                f"img_size={sides[0] if sides[0] == sides[1] else sides} is no multiple of the"
+                f" {patch} pixels of a patch of {name!r}; pass one, e.g. {less} or {less + patch}."
+            )
+
     def check(self, needs: Needs) -> None:
         """Refuse what the tower cannot supply.
 

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP towers of transformers, frozen and cut."""
+"""Vision towers of transformers, frozen and cut: CLIP, SigLIP, SigLIP2, DINOv2 and DINOv3."""
 
 from __future__ import annotations
 
@@ -18,13 +18,39 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from ocvtp.encoders.base import DType, FrozenEncoder
-from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
+from ocvtp.random_models.clip_config import (
+    plain_processor,
+    random_tower,
+    resized,
+    square_processor,
+    vision_config,
+)
 from ocvtp.shipped import find_folder
 from ocvtp.towers import taps
+from ocvtp.towers.families import look
+from ocvtp.transformers_names import (
+    CLIP_TOWERS,
+    DINO_TOWERS,
+    PACKED_TOWER,
+    both,
+    image_size,
+    packed_images,
+    patch_grid,
+    prefix_tokens,
+)
+
+_PREFIX_OF_LLAVA = {r"^(model\.)?vision_tower\.": ""}
+_PREFIX = {r"^(model\.)?(vision_tower\.)?(vision_model\.)?": ""}
+"""What weights of a tower are called in a checkpoint of more than that."""
 
 
 class CLIPEncoder(FrozenEncoder):
-    """A frozen CLIP or SigLIP tower, cut after the layer that is read.
+    """A frozen tower of the kinds that a LLaVA may have, cut after the layer that is read.
+
+    CLIP, SigLIP, SigLIP2, DINOv2 (with registers or without) and DINOv3. A DINO tower takes images
+    of the size that the image processor makes, or of `img_size`; its registers are no tokens, and
+    DINOv3's keys are those before rotation. SigLIP2's tower for images of any shape
+    (`Siglip2VisionModel`) is given the square that its own positions are for.
 
     Args:
         tower: hub id or folder (of the tower, of a whole CLIP or SigLIP, or of a LLaVA),
@@ -34,6 +60,12 @@ class CLIPEncoder(FrozenEncoder):
         processor: hub id or folder of the image processor; None for the tower's own. Give the
             host's own if it prepares images in another way.
         seed: of random weights.
+        img_size: pixels along the side of the square picture of a DINO tower, a multiple of the
+            patch's; None for what the image processor makes.
+
+    Raises:
+        ValueError: for other towers, image processors that make images of several sizes, and sizes
+            that the tower does not take.
     """
 
     def __init__(
@@ -43,6 +75,7 @@ class CLIPEncoder(FrozenEncoder):
         dtype: DType = "float32",
         processor: str | None = None,
         seed: int = 0,
+        img_size: int | None = None,
     ) -> None:
         super().__init__(dtype)
         self._source = find_folder(tower) if isinstance(tower, str) else tower
@@ -52,34 +85,69 @@ class CLIPEncoder(FrozenEncoder):
         self.tower_id = "random" if isinstance(tower, dict) else tower
         self.layer = taps.resolve(layer, config.num_hidden_layers + 1, "hidden_states")
         self.feature_dim = config.hidden_size
-        self.image_size = int(config.image_size)
-        self.patch_size = int(config.patch_size)
-        side = config.image_size // config.patch_size
-        self.grid_hw = (side, side)
-        self.num_prefix = 1 if config.model_type == "clip_vision_model" else 0
+        self.patch_size, _ = both(config.patch_size)
+        self.num_prefix = prefix_tokens(config)
         self.transform = ProcessorTransform(self._image_processor(processor))
+        if img_size is not None:
+            self._resize(img_size)
+        self.grid_hw = patch_grid(config, self._image_size())
 
     @property
     def depth(self) -> int:
         return int(self._config.num_hidden_layers)
 
     def _image_processor(self, processor: str | None) -> Any:
+        side, _ = image_size(self._config)
         if processor is None and self._is_random:
-            return plain_processor(self._config.image_size)
+            return plain_processor(side)
         try:
-            return AutoImageProcessor.from_pretrained(processor or self._source)
+            found = AutoImageProcessor.from_pretrained(processor or self._source)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"no image processor in {processor or self._source!r}: pass"
                 " `processor`, the id or folder of the host or tower that has one."
             ) from error
+        return square_processor(found, side)
+
+    def _image_size(self) -> tuple[int, int] | None:
+        """Height and width of the images that the processor makes; None where all have one."""
+        if self._config.model_type not in DINO_TOWERS:
+            return None
+        examples = (Image.new("RGB", size) for size in ((96, 64), (64, 96)))
+        one, other = (self.transform(image).shape[-2:] for image in examples)
+        if one != other:
+            raise ValueError(
+                f"the image processor makes images of several sizes, e.g. {[*one]} and {[*other]}"
+                " pixels; pass a `processor` that crops or resizes them to one."
+            )
+        return one[0], one[1]
+
+    def _resize(self, side: int) -> None:
+        """Make square pictures of `side` pixels, by the image processor that makes others."""
+        name, known = self.tower_id, self._image_size() or image_size(self._config)
+        if known == (side, side):
+            return
+        if self._config.model_type not in DINO_TOWERS:
+            raise ValueError(
+                f"img_size={side}, but the tower {name!r} sees {known[0]} pixels and no other size;"
+                " leave it out, or pass a DINO tower, or one of timm (local-dir:, hf-hub: or"
+                " timm:)."
+            )
+        self._check_sides((side, side), name)
+        assert isinstance(self.transform, ProcessorTransform)
+        self.transform = ProcessorTransform(resized(self.transform.processor, side, known))
+        if (made := self._image_size()) != (side, side):
+            raise ValueError(
+                f"img_size={side}, but the image processor of {name!r} makes pictures of {made}"
+                " pixels, which are no squares; pass a `processor` that makes squares."
+            )
 
     def _build(self, num_blocks: int) -> nn.Module:
         config = copy.deepcopy(self._config)
         if self._is_random:
             # Draw all blocks, so that the first ones are those of the whole tower.
             tower: Any = random_tower(config, self._seed)
-            tower.encoder.layers = tower.encoder.layers[:num_blocks]
+            del look(tower).blocks[num_blocks:]  # type: ignore[attr-defined]
             return cast(nn.Module, tower)
         config.num_hidden_layers = num_blocks
         config.vision_use_head = False  # SigLIP: no pooling head
@@ -90,17 +158,23 @@ class CLIPEncoder(FrozenEncoder):
                 dtype=self.dtype,
                 output_loading_info=True,
                 attn_implementation="sdpa",
-                key_mapping={r"^(model\.)?(vision_tower\.)?(vision_model\.)?": ""},
+                key_mapping=_PREFIX if config.model_type in CLIP_TOWERS else _PREFIX_OF_LLAVA,
             )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"{self._source!r} lacks {len(missing)} weights of the vision tower, e.g."
-                f" {missing[:3]}; pass the id or folder of a CLIP or SigLIP tower."
+                f" {missing[:3]}; pass the id or folder of a {config.model_type}."
             )
         return cast(nn.Module, tower)
 
     def _view(self, tower: nn.Module) -> taps.Tower:
-        return taps.clip_tower(tower)
+        return look(tower)
+
+    def _run(self, tower: nn.Module, pixel_values: Tensor) -> None:
+        if self._config.model_type == PACKED_TOWER:
+            tower(**packed_images(pixel_values, self._config.patch_size))
+        else:
+            super()._run(tower, pixel_values)
 
 
 @contextmanager

@@ -27,11 +27,11 @@ def build_encoder(
     Args:
         name: `local-dir:PATH`, `hf-hub:ID` or `timm:NAME` is a tower of timm, as are a folder that
             timm wrote and a name that timm lists; any other folder, hub id or `random:NAME` is one
-            of transformers, what `CLIPEncoder` takes.
+            of transformers, what `CLIPEncoder` takes: CLIP, SigLIP, SigLIP2, DINOv2 or DINOv3.
         layer: number of `hidden_states` that its features are; None for the one that the language
             model reads where the name is a VLM's, and for the second to last of any other tower.
-        img_size: pixels along the side of the square picture; None for the tower's own. Towers of
-            transformers have no other.
+        img_size: pixels along the side of the square picture; None for the tower's own. CLIP,
+            SigLIP and SigLIP2 of transformers have no other.
         dtype: of weights and computation.
 
     Raises:
@@ -43,13 +43,8 @@ def build_encoder(
         args = {} if img_size is None else {"img_size": img_size}
         own = SECOND_TO_LAST if layer is None else layer
         return TimmEncoder(_name_for_timm(name), own, dtype=dtype, model_args=args)
-    encoder = CLIPEncoder(name, selected_layer(name) if layer is None else layer, dtype)
-    if img_size not in (None, encoder.image_size):
-        raise ValueError(
-            f"img_size={img_size}, but the tower {name!r} sees {encoder.image_size} pixels and no"
-            " other size; leave it out, or pass a tower of timm (local-dir:, hf-hub: or timm:)."
-        )
-    return encoder
+    own = selected_layer(name) if layer is None else layer
+    return CLIPEncoder(name, own, dtype, img_size=img_size)
 
 
 def source_of(name: str) -> str:

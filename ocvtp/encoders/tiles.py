@@ -19,13 +19,13 @@ from transformers import LlavaNextImageProcessor
 from ocvtp.encoders.base import DType
 from ocvtp.encoders.clip import CLIPEncoder, ProcessorTransform
 from ocvtp.structures import VisualTokens
-from ocvtp.transformers_names import tile_grid, unpad
+from ocvtp.transformers_names import image_size, tile_grid, unpad
 
 Slots = Literal["joint", "per_tile"]
 
 
 class TiledEncoder(CLIPEncoder):
-    """A frozen CLIP or SigLIP tower over the tiles of LLaVA-NeXT's image processor.
+    """A frozen tower, as `CLIPEncoder` takes, over the tiles of LLaVA-NeXT's image processor.
 
     Tokens are those that the host shows to pruners: of an image first those of the base view, then
     those of the tiles, row by row of the whole image, without what unpadding removes.
@@ -57,7 +57,7 @@ class TiledEncoder(CLIPEncoder):
         if slots not in ("joint", "per_tile"):
             raise ValueError(f"slots={slots!r}; pass 'joint' or 'per_tile'.")
         self.layout = slots
-        self._side = int(self._config.image_size)
+        self._side, _ = image_size(self._config)
         tiler = self._image_processor(processor)
         if not getattr(tiler, "image_grid_pinpoints", None):
             raise ValueError(
@@ -77,7 +77,7 @@ class TiledEncoder(CLIPEncoder):
     def _image_processor(self, processor: str | None) -> Any:
         if processor is not None or not self._is_random:
             return super()._image_processor(processor)
-        side = self._config.image_size
+        side, _ = image_size(self._config)
         shapes = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-NeXT's own
         return LlavaNextImageProcessor(
             size={"shortest_edge": side},

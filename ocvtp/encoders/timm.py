@@ -9,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 
 from ocvtp.encoders.base import DType, FrozenEncoder
@@ -17,6 +18,9 @@ from ocvtp.towers import taps
 
 class TimmEncoder(FrozenEncoder):
     """A frozen ViT of timm (plain blocks with fused qkv), cut after the layer that is read.
+
+    Registers are no tokens. Keys of towers that turn them by positions (DINOv3, EVA) are those
+    before rotation.
 
     Args:
         tower: timm model name, e.g. `vit_base_patch16_clip_224.openai`, or `hf-hub:ID` or
@@ -53,7 +57,7 @@ class TimmEncoder(FrozenEncoder):
         self.num_prefix = int(model.num_prefix_tokens)
         self._has_cls = getattr(model, "cls_token", None) is not None
         self.patch_size = int(model.patch_embed.patch_size[0])
-        self._check_size(model.patch_embed.img_size)
+        self._check_sides(model.patch_embed.img_size, tower)
         size = {"input_size": (3, *model.patch_embed.img_size)}  # `model_args` may have changed it
         self.transform = TimmTransform(resolve_model_data_config(model) | size)
 
@@ -64,15 +68,6 @@ class TimmEncoder(FrozenEncoder):
     @property
     def depth(self) -> int:
         return self._depth
-
-    def _check_size(self, image: tuple[int, int]) -> None:
-        if any(side < self.patch_size or side % self.patch_size for side in image):
-            less = max(1, image[0] // self.patch_size) * self.patch_size
-            raise ValueError(
-                f"img_size={image[0] if image[0] == image[1] else image} is no multiple of the"
-                f" {self.patch_size} pixels of a patch of {self._name!r}; pass one, e.g. {less} or"
-                f" {less + self.patch_size}."
-            )
 
     def _create(self, pretrained: bool) -> Any:
         try:
@@ -111,7 +106,20 @@ class TimmEncoder(FrozenEncoder):
             blocks=blocks,
             num_heads=int(blocks[0].attn.num_heads),
             query_key=lambda block: (block.attn.q_norm, block.attn.k_norm),
+            turn=_TURN if getattr(tower, "rope", None) is not None else None,
+            has_cls=self.has_cls,
         )
+
+
+def _turned(attention: Any, heads: Tensor, how: Tensor) -> Tensor:
+    """Heads [B, H, T, d] as `attention` turns them, all but those before the patches."""
+    first = attention.num_prefix_tokens
+    half = getattr(attention, "rotate_half", False)
+    patches = apply_rot_embed_cat(heads[:, :, first:], how, half=half)
+    return torch.cat([heads[:, :, :first], patches.to(heads.dtype)], dim=2)
+
+
+_TURN = taps.Turn(lambda block: block.attn, "rope", _turned)
 
 
 class TimmTransform:

@@ -70,6 +70,11 @@ class Judged(ABC):
     def sharing(self, pruners: Sequence[Pruner | Compose]) -> Any:
         """What keeps the images of the last inputs encoded, for all of these pruners."""
 
+    def note(self, pruner: Pruner | Compose) -> str:
+        """What a reader must know of the figures of a pruner that can run."""
+        del pruner
+        return ""
+
     @abstractmethod
     def attempt(self, pruner: Pruner | Compose, inputs: Any, shared: Any) -> None:
         """Run a pruner once.

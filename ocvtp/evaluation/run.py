@@ -31,6 +31,8 @@ from ocvtp.pruners import trainable
 from ocvtp.reporting.environment import environment_of
 
 ANSWERS = "answers"
+Words = Mapping[tuple[str, Budget | None], str]
+"""What is said of a label at a budget."""
 Part = tuple[str, str, Sequence[str]]
 """Label of rows, spec of their pruner, and the checkpoints whose figures are averaged."""
 
@@ -82,13 +84,13 @@ def evaluate(
     found = _conditions(
         subject, task, num_tokens, grid, chosen, budgets, seeds, checkpoints, controls
     )
-    unfit = _refusals(subject, task, found, batch_size)
+    unfit, notes = _tried(subject, task, found, batch_size)
     if not skip_unfit:
         _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
     answers = Path(output) / ANSWERS
     records = run(subject, task, fit, answers, batch_size)
-    rows = _rows(task, found, records, num_tokens, unfit)
+    rows = _rows(task, found, records, num_tokens, notes, unfit)
     shared = shared_settings(subject, task, batch_size)
     kept = earlier_runs.kept(before, task, answers, shared, rows)
     report = Report(
@@ -201,26 +203,27 @@ def _untrained(
 
 
 @torch.no_grad()
-def _refusals(
+def _tried(
     subject: Judged, task: Task, found: Sequence[Condition], batch_size: int
-) -> dict[tuple[str, Budget | None], str]:
-    """Why pruners cannot run at some budgets: all are tried on the first batch."""
+) -> tuple[Words, Words]:
+    """Why pruners cannot run at some budgets, and notes on those that can: all try one batch."""
     items = task.items[:batch_size]
     owners = [item.owner for item in items]
     inputs = subject.inputs(task, items, owners)
     place = Place(0, lambda: [subject.seen(task, owner) for owner in owners])
     pruners = [condition.make(place) for condition in found]
     shared = subject.sharing(pruners)
-    problems: dict[tuple[str, Budget | None], str] = {}
+    problems, notes = {}, {}
     for condition, pruner in zip(found, pruners, strict=True):
         try:
             subject.attempt(pruner, inputs, shared)
+            notes[condition.label, condition.budget] = subject.note(pruner)
         except ValueError as error:
             problems[condition.label, condition.budget] = str(error)
-    return problems
+    return problems, notes
 
 
-def _refuse(subject: Judged, problems: Mapping[tuple[str, Budget | None], str]) -> None:
+def _refuse(subject: Judged, problems: Words) -> None:
     if not problems:
         return
     lines = "".join(
@@ -238,7 +241,8 @@ def _rows(
     found: Sequence[Condition],
     records: Mapping[str, Sequence[Record]],
     num_tokens: int,
-    unfit: Mapping[tuple[str, Budget | None], str],
+    notes: Words,
+    unfit: Words,
 ) -> list[Row]:
     """A row for each pruner and budget, averaged over seeds."""
     groups: dict[tuple[str, Budget | None], list[Condition]] = {}
@@ -246,8 +250,9 @@ def _rows(
         groups.setdefault((condition.label, condition.budget), []).append(condition)
     rows = []
     for (label, budget), group in groups.items():
-        figures, kept, note = {}, None, unfit.get((label, budget), "")
-        if not note:
+        figures, kept, note = {}, None, unfit.get((label, budget))
+        if note is None:
+            note = notes[label, budget]
             of_seeds = [task.ratios(records[condition.key]) for condition in group]
             figures = {name: average([one[name] for one in of_seeds]) for name in of_seeds[0]}
             counts = [record["kept"] for condition in group for record in records[condition.key]]

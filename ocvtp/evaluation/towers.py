@@ -1,6 +1,7 @@
 """A vision tower that pruners are judged on without a language model.
 
 What a pruner sees of it is what a VLM with this tower shows it, as far as the tower alone can tell.
+Projected tokens are the tower's own, as if the projector changed nothing.
 B images of a batch, each one grid of N tokens.
 """
 
@@ -29,6 +30,9 @@ from ocvtp.hosts.prompt.checks import beyond, check_selection
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs, VisualTokens
 from ocvtp.towers.joined_needs import covers, joined, only
+
+PROJECTED = "the tower's own, as there is no projector"
+"""What a pruner on a tower alone is given as projected tokens."""
 
 
 class TowerSubject(Judged):
@@ -83,6 +87,7 @@ class TowerSubject(Judged):
             "tower_weights": content_hash(source_of(self.name)),
             "grid": list(self.encoder.grid_hw),
             "feature_layer": self.encoder.layer,
+            "projected_tokens": PROJECTED,
             "dtype": str(self.dtype),
         }
 
@@ -102,15 +107,17 @@ class TowerSubject(Judged):
                     " of stage 'llm_input' are judged: pass a VLM (--model) for it."
                 )
         needs = pruner.tower_needs
-        read = {"projected tokens": needs.projected, "prompt": needs.text or needs.clip}
-        if wanted := " and the ".join(name for name, is_read in read.items() if is_read):
+        if needs.text or needs.clip:
             raise ValueError(
-                f"pruner {pruner.name!r} reads the {wanted}, which a tower alone has not; pass a"
-                " VLM (--model) for it, or an option of the pruner that does not read this."
+                f"pruner {pruner.name!r} reads the prompt, which a tower alone has not; pass a VLM"
+                " (--model) for it, or an option of the pruner that does not read this."
             )
         self.encoder.check(needs)
         if why := beyond(self.encoder.grid_hw[0] * self.encoder.grid_hw[1], pruner):
             raise ValueError(why)
+
+    def note(self, pruner: Pruner | Compose) -> str:
+        return f"projected tokens: {PROJECTED}" if pruner.tower_needs.projected else ""
 
     def shape(self, task: Task) -> tuple[int, tuple[int, int]]:
         del task
@@ -161,7 +168,11 @@ class TowerSubject(Judged):
         return TowerEncodings(self, joined(needs))
 
     def loaded(self, needs: Needs) -> FrozenEncoder:
-        """The tower with what is needed, and the layer of the features first; read once."""
+        """The tower with what is needed, and the layer of the features first; read once.
+
+        Projected tokens are left out: they are nothing that it makes.
+        """
+        needs = replace(needs, projected=False)
         known = next((own for own in self._loaded if covers(own, needs)), None)
         if known is not None:
             needs = known
@@ -228,7 +239,8 @@ class TowerEncodings:
         if pictures is not self._last:
             self._last, self._made = pictures, {}
         if union not in self._made:
-            self._made[union] = self._subject.loaded(union)(pictures)
+            made = self._subject.loaded(union)(pictures)
+            self._made[union] = replace(made, projected=made.features) if union.projected else made
             self.num_encoded += 1
         return only(self._made[union], needs)
 

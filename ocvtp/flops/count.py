@@ -105,10 +105,11 @@ def count(
         raise ValueError(f"num_keep={num_keep}; pass 0 to the {seen} tokens of an image.")
     if savings is None:
         savings = NOTHING_SAVED if pruner is None else Savings()
-    found = follow_image.follow(sizes, pruner, seen, text_length, savings, num_newlines)
+    apart = num_newlines + sizes.host.num_registers
+    found = follow_image.follow(sizes, pruner, seen, text_length, savings, apart)
     visual = found.visual
     if num_keep is not None:
-        visual = (num_keep + num_newlines,) * sizes.text.layers
+        visual = (num_keep + apart,) * sizes.text.layers
     visual = tuple(num_images * tokens for tokens in visual)
     return Count(
         tower=num_images * found.tower,

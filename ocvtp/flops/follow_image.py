@@ -71,7 +71,7 @@ def follow(
     num_tokens: int,
     text_length: int,
     savings: Savings,
-    num_newlines: int = 0,
+    num_apart: int = 0,
 ) -> Image:
     """Follow one image through the model.
 
@@ -81,7 +81,7 @@ def follow(
         num_tokens: of the image before pruning, V N.
         text_length: tokens of the prompt that are none of the image's.
         savings: what is left out where nobody reads it.
-        num_newlines: rows of the image that are no tokens of the tower.
+        num_apart: rows of the image that are no tokens of the tower.
 
     Raises:
         ValueError: see `ocvtp.flops.count`.
@@ -101,7 +101,7 @@ def follow(
     _check_tiles(parts, views)
     image = Image(sizes, text_length, savings, needs, views, grid_hw, num_tokens)
     tokens = _before_language_model(image, parts)
-    image.left += num_newlines
+    image.left += num_apart
     _inside(image, parts.get("llm_layers"), tokens)
     return image
 
@@ -158,7 +158,7 @@ def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualT
             rows = image.left
         elif part is not None and part.merging:  # mixtures are projected besides all tokens
             rows = everything + image.left
-    image.projector = linear(rows, tower.projector, 1)
+    image.projector = linear(rows + host.num_registers, tower.projector, 1)
     return tokens
 
 
@@ -208,8 +208,8 @@ def _merge(image: Image, part: BlockMerger, per_view: int) -> int:
         rows.append(BlockRows((left,), left - merged))
         runs = number < num_read or not image.savings.cut_tower
         if merged and runs:
-            keys = Draw()(1, left, tower.width)
-            operations, _ = counted(partial(part.rows, keys, tower.heads, merged, prefix == 1))
+            keys = Draw()(1, left - max(prefix - 1, 0), tower.width)
+            operations, _ = counted(partial(part.rows, keys, tower.heads, merged, prefix > 0))
             image.select += image.num_views * operations
         left -= merged
     image.rows = rows

@@ -202,7 +202,12 @@ class Host(ABC):
 
     @property
     def num_prefix(self) -> int:
-        """Tokens of the tower before the patches, e.g. its CLS."""
+        """Tokens of the tower before the patches: its CLS, then its registers."""
+        return 0
+
+    @property
+    def num_registers(self) -> int:
+        """How many of these are registers: the language model reads them, pruners do not."""
         return 0
 
     @property

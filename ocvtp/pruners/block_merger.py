@@ -54,5 +54,6 @@ class BlockMerger(Pruner):
             keys: [B, T, D] of the block, all heads side by side.
             num_heads: of them.
             num_merged: see `schedule`.
-            has_cls: whether the first token is a CLS; it stays alone, and first.
+            has_cls: whether the first token is a CLS (or the last of a tower's registers); it stays
+                alone, and first.
         """

@@ -1,18 +1,21 @@
-"""CLIP and SigLIP towers by name: their settings, and random weights for them."""
+"""Vision towers by name: their settings, and random weights for them."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ocvtp.shipped import find_folder
+from ocvtp.transformers_names import VISION_TOWERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_FAMILIES = ("clip_vision_model", "siglip_vision_model")
+_TINY = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "patch_size": 8}
+_TINY_DINOV2 = {"mlp_ratio": 3, "image_size": 96, "initializer_range": 0.2, **_TINY}
 
 SECOND_TO_LAST = -2
 """The layer of `hidden_states` that LLaVA reads, and that a tower alone is judged by."""
@@ -28,6 +31,23 @@ RANDOM_TOWERS: dict[str, dict[str, Any]] = {
         "patch_size": 8,
         "projection_dim": 64,
         "initializer_factor": 2.0,
+    },
+    "tiny-dinov2": {"model_type": "dinov2", **_TINY_DINOV2},
+    "tiny-dinov2-with-registers": {"model_type": "dinov2_with_registers", **_TINY_DINOV2},
+    "tiny-dinov3": {
+        "model_type": "dinov3_vit",
+        "intermediate_size": 192,
+        "image_size": 96,
+        "num_register_tokens": 4,
+        "initializer_range": 0.2,
+        **_TINY,
+    },
+    "tiny-siglip2": {
+        "model_type": "siglip2_vision_model",
+        "intermediate_size": 192,
+        "num_patches": 144,
+        "vision_use_head": False,
+        **_TINY,
     },
     "clip-vit-large-patch14-336": {
         "model_type": "clip_vision_model",
@@ -47,7 +67,7 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
     """Settings of a tower: of `random:NAME`, of a settings dictionary, a folder or a hub id.
 
     Raises:
-        ValueError: if it is unknown, or not a CLIP or SigLIP tower.
+        ValueError: if it is unknown, or no tower of CLIP, SigLIP or DINO.
     """
     from transformers import AutoConfig
 
@@ -63,10 +83,10 @@ def vision_config(tower: str | dict[str, Any]) -> PreTrainedConfig:
     else:
         config = _saved_config(tower)
         config = getattr(config, "vision_config", config)
-    if config.model_type not in _FAMILIES:
+    if config.model_type not in VISION_TOWERS:
         raise ValueError(
-            f"tower={tower!r} is a {config.model_type}; pass one of {', '.join(_FAMILIES)}, or use"
-            " ocvtp.encoders.TimmEncoder."
+            f"tower={tower!r} is a {config.model_type}; pass one of {', '.join(VISION_TOWERS)}, or"
+            " use ocvtp.encoders.TimmEncoder."
         )
     return config
 
@@ -121,3 +141,35 @@ def plain_processor(size: int) -> Any:
     return CLIPImageProcessor(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
+
+
+def square_processor(processor: Any, size: int) -> Any:
+    """An image processor that makes patches of images of any shape, for squares of `size` pixels.
+
+    Args:
+        processor: of transformers; returned as it is unless it makes patches.
+        size: in pixels.
+    """
+    from transformers import SiglipImageProcessor
+
+    if not hasattr(processor, "max_num_patches"):
+        return processor
+    names = ["do_resize", "do_rescale", "do_normalize", "do_convert_rgb"]
+    names += ["image_mean", "image_std", "rescale_factor", "resample"]
+    settings = {n: v for n in names if (v := getattr(processor, n, None)) is not None}
+    return SiglipImageProcessor(size={"height": size, "width": size}, **settings)
+
+
+def resized(processor: Any, size: int, known: tuple[int, int]) -> Any:
+    """A copy of an image processor for pictures of another size, that shows as much of an image.
+
+    Args:
+        processor: of transformers. size: of the sides, in pixels.
+        known: height and width of the pictures that it makes.
+    """
+    made, share = copy.deepcopy(processor), size / min(known)
+    for name in ("size", "crop_size"):
+        if sides := getattr(made, name, None):
+            scaled = {side: round(share * pixels) for side, pixels in dict(sides).items() if pixels}
+            setattr(made, name, type(sides)(**scaled))
+    return made

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.hosts.families.clip_tower import ClipFamilyHost
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
 from ocvtp.pruners.specs import parse_spec
 from ocvtp.structures import AttentionKind, Needs, Stage
@@ -15,6 +14,8 @@ from ocvtp.towers.taps import resolve
 KEY = "ocvtp"
 """Of the model's configuration, where the settings are."""
 _STAGE: Stage = "llm_input"
+_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""The `model_type` of towers that servers build, and the tokens before the patches."""
 _OF_TOWERS: tuple[AttentionKind, ...] = ("cls", "received", "given", "global")
 _EXAMPLE = '{"ocvtp": {"pruner": "divprune", "num_keep": 64}}'
 
@@ -92,17 +93,17 @@ def served_tower(config: Any) -> ServedTower:
             layer.
     """
     vision, layer = config.vision_config, config.vision_feature_layer
-    if vision.model_type not in ClipFamilyHost.towers:
+    if vision.model_type not in _TOWERS:
         raise ValueError(
-            f"this LLaVA has a {vision.model_type} tower; visual tokens can be pruned after"
-            f" {' and '.join(ClipFamilyHost.towers)}."
+            f"this LLaVA has a {vision.model_type} tower; in a server, visual tokens can be pruned"
+            f" after {' and '.join(_TOWERS)}."
         )
     if not isinstance(layer, int):
         raise ValueError(
             f"vision_feature_layer={layer}: this model selects several layers, and pruning in a"
             " server reads those of one; serve it without the pruner."
         )
-    num_prefix = ClipFamilyHost.towers[vision.model_type]
+    num_prefix = _TOWERS[vision.model_type]
     wanted = "default" if num_prefix else "full"
     if (strategy := config.vision_feature_select_strategy) != wanted:
         raise ValueError(

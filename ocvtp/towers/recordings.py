@@ -34,7 +34,7 @@ class Recording:
     queries: dict[int, Tensor] = field(default_factory=dict)  # block -> [B, T, D]
     keys: dict[int, Tensor] = field(default_factory=dict)
     fused: dict[int, Tensor] = field(default_factory=dict)  # block -> [P, 3 D], with the values
-    turns: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # block -> cos and sin
+    turns: dict[int, Any] = field(default_factory=dict)  # block -> how far its heads are turned
     segment_ends: dict[int, Tensor] = field(default_factory=dict)  # block -> among the P
     rows: dict[int, Rows] = field(default_factory=dict)  # block -> what it ran, where not all
     features: Tensor | None = None
@@ -137,6 +137,14 @@ def keep_normed(module: nn.Module, args: Any, output: Any) -> None:
     """After the norm that follows the last block: what it gave."""
     if (record := current()) is not None:
         record.normed = record.seen(output)
+
+
+def keep_turn(
+    number: int, argument: str, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> None:
+    """Before the attention of block `number`: the argument that says how far heads are turned."""
+    if (record := current()) is not None:
+        record.turns[number] = kwargs[argument]
 
 
 def keep_segments(number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -66,6 +66,11 @@ class Rows:
         index = self.places.clamp(max=self.num_tokens - 1)
         return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
+    def gather_patches(self, table: Tensor, num_prefix: int) -> Tensor:
+        """[N, d] of the patches of every image -> [B, 1, R - `num_prefix`, d] for all heads."""
+        places = self.places[:, num_prefix:].clamp(max=self.num_tokens - 1) - num_prefix
+        return table[places][:, None]
+
     def scatter(self, values: Tensor) -> Tensor:
         """[B, R, D] -> [B, T, D], 0 in the places of tokens that are not there."""
         spare = 0 if self.real is None else 1

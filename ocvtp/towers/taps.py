@@ -29,11 +29,43 @@ from ocvtp.towers.recordings import (
     keep_normed,
     keep_output,
     keep_segments,
+    keep_turn,
 )
 from ocvtp.towers.recordings import recording as recording
 from ocvtp.towers.rows import Rows
 
 _CHUNK_BYTES = 64 * 2**20  # of fp32 attention held at once
+
+
+@dataclass(frozen=True)
+class BlockParts:
+    """Modules of a block.
+
+    Args:
+        attention: the first half, called with `attention_mask` and `position_embeddings`.
+        norm: the first module of the second half.
+        last: the last module of the second half, perhaps of the first one too: what it gives is
+            added to what the half was given.
+    """
+
+    attention: nn.Module
+    norm: nn.Module
+    last: nn.Module
+
+
+@dataclass(frozen=True)
+class Turn:
+    """How attention turns queries and keys by their positions.
+
+    Args:
+        attention: block -> the module that does.
+        argument: of it, that says how far.
+        apply: this module, queries or keys [B, H, T, d], that argument -> these, turned.
+    """
+
+    attention: Callable[[Any], nn.Module]
+    argument: str
+    apply: Callable[[Any, Tensor, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -45,11 +77,19 @@ class Tower:
         num_heads: H.
         query_key: block -> the two modules whose outputs are its queries and its keys, either
             [B, T, D] or [B, H, T, D / H].
+        encoder: what hands the arguments it is called with to all blocks; None if nothing does.
+        parts: block -> what is in it; None where no pruner acts inside of the tower.
+        turn: how attention turns queries and keys by their positions; None if it does not.
+        has_cls: whether the first of the tokens before the patches, if there are any, is a CLS.
     """
 
     blocks: Sequence[nn.Module]
     num_heads: int
     query_key: Callable[[Any], tuple[nn.Module, nn.Module]]
+    encoder: nn.Module | None = None
+    parts: Callable[[Any], BlockParts] | None = None
+    turn: Turn | None = None
+    has_cls: bool = True
 
     def layer(self, number: int) -> int:
         """The non-negative number of a layer of `hidden_states`.
@@ -62,19 +102,6 @@ class Tower:
     def block(self, number: int) -> int:
         """The non-negative number of a block."""
         return resolve(number, len(self.blocks), "blocks")
-
-
-def clip_tower(tower: Any) -> Tower:
-    """Where things are in a CLIP or SigLIP tower of transformers."""
-    return Tower(
-        blocks=tower.encoder.layers,
-        num_heads=tower.config.num_attention_heads,
-        query_key=_query_key_of_clip,
-    )
-
-
-def _query_key_of_clip(block: Any) -> tuple[nn.Module, nn.Module]:
-    return block.self_attn.q_proj, block.self_attn.k_proj
 
 
 def resolve(number: int, count: int, what: str) -> int:
@@ -107,6 +134,9 @@ def hooks_for(tower: Tower, needs: Needs) -> list[Hook]:
         query, key = tower.query_key(tower.blocks[block])
         hooks.append(after(query, partial(keep_output, "queries", block)))
         hooks.append(after(key, partial(keep_output, "keys", block)))
+        if (turn := tower.turn) is not None:
+            keep = partial(keep_turn, block, turn.argument)
+            hooks.append(before(turn.attention(tower.blocks[block]), keep, with_kwargs=True))
     return hooks
 
 
@@ -140,7 +170,7 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         record: of a forward that ran with the hooks installed.
         tower: the one that ran.
         needs: as given to `install`.
-        num_prefix: tokens before the patches: 1 with a CLS, else 0.
+        num_prefix: tokens before the patches: the CLS, where there is one, and registers.
 
     Returns:
         Keyword arguments of `VisualTokens`; 0 for tokens that were not there any more.
@@ -149,7 +179,8 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         ValueError: for CLS attention of a tower without a CLS.
         RuntimeError: if a hook did not fire.
     """
-    if num_prefix == 0 and any(kind == "cls" for _, kind in needs.attention):
+    has_cls = num_prefix > 0 and tower.has_cls
+    if not has_cls and any(kind == "cls" for _, kind in needs.attention):
         raise ValueError(
             "this vision tower has no CLS token, so there is no CLS attention; use a method (or an"
             " option) that reads `received` attention instead."
@@ -169,6 +200,9 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
     for number, kind in needs.attention:
         block = tower.block(number)
         queries, keys = _side_by_side(record.queries[block]), _side_by_side(record.keys[block])
+        if (turn := tower.turn) is not None:
+            turned = partial(_turned, tower, turn, block, record.turns[block])
+            queries, keys = turned(queries), turned(keys)
         rows = record.rows.get(block)
         mean = attention_mean(
             queries, keys, tower.num_heads, kind, num_prefix, needs.patch_queries, rows
@@ -183,11 +217,17 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
 
     keys_of = {i: whole(record.keys, tower.block(i)) for i in needs.keys}
     found["keys"] = {i: keys[:, num_prefix:] for i, keys in keys_of.items()}
-    if num_prefix:
+    if has_cls:
         queries_of = {i: whole(record.queries, tower.block(i)) for i in needs.keys}
         found["cls_keys"] = {i: keys[:, 0] for i, keys in keys_of.items()}
         found["cls_queries"] = {i: queries[:, 0] for i, queries in queries_of.items()}
     return found
+
+
+def _turned(tower: Tower, turn: Turn, block: int, how: Any, projected: Tensor) -> Tensor:
+    """[B, T, D] queries or keys of a block, turned as its own attention turns them."""
+    heads = projected.unflatten(2, (tower.num_heads, -1)).transpose(1, 2)
+    return _side_by_side(turn.apply(turn.attention(tower.blocks[block]), heads, how))
 
 
 def _side_by_side(projected: Tensor) -> Tensor:

@@ -160,10 +160,18 @@ def test_show_on_a_tower_alone(capsys, photo, tmp_path):
     assert main([*asked, "fopru", "fastervlm", "uniform", "--json"]) == 0  # of two encodings
     facts = json.loads(capsys.readouterr().out)
     assert facts["kept"] == {"fopru": 9, "fastervlm": 9, "uniform": 9}
+    assert "notes" not in facts
     assert np.asarray(Image.open(out).convert("RGB")).std() > 10
+    note = "projected tokens: the tower's own, as there is no projector"
+    assert main([*asked, "divprune", "todre", "uniform", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kept"] == {"divprune": 9, "todre": 9, "uniform": 9}
+    assert facts["notes"] == {"divprune": note, "todre": note}
+    assert main([*asked, "divprune"]) == 0
+    assert capsys.readouterr().out.startswith(f"divprune: {note}\nwrote ")
     for pruner, more, message in (
         ("fastv", [], "pruner 'fastv' acts at stage 'llm_layers'; on a tower alone"),
-        ("divprune", [], "pruner 'divprune' reads the projected tokens, which a tower alone"),
+        ("greedyprune", [], "pruner 'greedyprune' reads the prompt, which a tower alone"),
         ("uniform", ["--prompt", "?"], "--prompt is for pruners that read the prompt, and --tower"),
         ("uniform", ["--img-size", "80"], "img_size=80, but the tower 'random:tiny' sees 96 "),
         ("uniform", ["--feature-layer", "8"], "hidden_states[8] does not exist in this tower"),

@@ -14,6 +14,7 @@ from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.encoders.loading import build_encoder, source_of
 from ocvtp.encoders.timm import TimmEncoder
 from ocvtp.hosts.loading import load_model
+from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
 from ocvtp.structures import Needs
 
 SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 56, "num_classes": 0}
@@ -69,6 +70,29 @@ def test_names_of_transformers(llava_folder):
     assert build_encoder(str(llava_folder)).layer == 6  # the one that its language model reads
     assert build_encoder(str(llava_folder), layer=-2).layer == 5
     assert build_encoder("random:tiny", img_size=96).grid_hw == (12, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prefix", "has_cls"),
+    [
+        ("tiny-dinov2", 1, True),
+        ("tiny-dinov2-with-registers", 5, True),
+        ("tiny-dinov3", 5, True),
+        ("tiny-siglip2", 0, False),
+    ],
+)
+def test_dino_and_siglip2_of_transformers(name, num_prefix, has_cls, tmp_path):
+    encoder = build_encoder(f"random:{name}")
+    assert (encoder.num_prefix, encoder.has_cls, encoder.patch_size) == (num_prefix, has_cls, 8)
+    assert (encoder.layer, encoder.grid_hw) == (5, (12, 12))
+    random_tower(vision_config(f"random:{name}"), seed=0).save_pretrained(tmp_path)
+    plain_processor(64 if num_prefix else 96).save_pretrained(tmp_path)
+    saved = build_encoder(str(tmp_path))
+    assert isinstance(saved, CLIPEncoder)
+    assert saved.grid_hw == ((8, 8) if num_prefix else (12, 12))
+    sized = build_encoder(str(tmp_path), img_size=96).load(Needs(hidden=(5,)))
+    pixels = torch.randn(1, 3, 96, 96)
+    assert_close(sized(pixels).features, encoder.load(Needs(hidden=(5,)))(pixels).features)
 
 
 def test_the_cls_is_that_of_the_first_layer(timm_folder):

@@ -15,20 +15,25 @@ from tiny_models import tiny_llava, tiny_processor
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
 from ocvtp.encoders.base import FrozenEncoder
+from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.coverage import CoverageTask
+from ocvtp.evaluation.tasks.kept_tokens import kept_of_tower
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.evaluation.towers import TowerSubject
 from ocvtp.hosts.loading import load_model
+from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models.clip_config import plain_processor
 from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.structures import Needs
 
 DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
 BUDGETS = [Budget(num_keep=16), Budget(keep_ratio=0.0625)]
 OF_THE_TOWER = ("fastervlm", "visionzip", "fopru", "prumerge", "hiprune", "fps", "ridge")
+DINOS_AND_SIGLIP2 = ("tiny-dinov2", "tiny-dinov2-with-registers", "tiny-dinov3", "tiny-siglip2")
 SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 56, "num_classes": 0}
 
 
@@ -72,14 +77,14 @@ def words(output, tower, drawn, *more, task="coverage"):
 
 def test_figures_are_those_of_the_vlm_with_this_tower(drawn, networks, tmp_path):
     vlm, processor = load_model(DEMO)
-    pruners = (*OF_THE_TOWER, "ocvtp", "fastv", "divprune")
+    pruners = (*OF_THE_TOWER, "ocvtp", "fastv", "greedyprune")
     options = {"checkpoints": networks, "seeds": [0, 1], "batch_size": 2, "skip_unfit": True}
     model = Subject(vlm, processor, DEMO)
     task = CoverageTask(*drawn, processor)
     whole, asked = evaluate(model, task, pruners, BUDGETS, tmp_path / "vlm", **options)
     tower, alone = TowerSubject(DEMO), CoverageTask(*drawn, None)
     report, found = evaluate(tower, alone, pruners, BUDGETS, tmp_path / "tower", **options)
-    unfit = {"fastv", "divprune"}
+    unfit = {"fastv", "greedyprune"}
     assert set(found) == {key for key in asked if key.split(" ")[0] not in unfit}
     assert {"ocvtp", "untrained", "random", "uniform", "pool", "fill_only", "oracle"} <= {
         key.split(" ")[0] for key in found
@@ -93,10 +98,63 @@ def test_figures_are_those_of_the_vlm_with_this_tower(drawn, networks, tmp_path)
     rows = {(row.label, row.num_keep): row for row in report.rows}
     assert rows["ocvtp", 16].seeds == 2
     assert rows["fastervlm", 16].visual_tokens == 16
-    assert "reads the projected tokens, which a tower alone has not" in rows["divprune", 16].note
+    assert "reads the prompt, which a tower alone has not" in rows["greedyprune", 16].note
+    assert rows["fastervlm", 16].note == ""
     assert "'fastv' acts at stage 'llm_layers'" in rows["fastv", 16].note
     assert report.metrics == whole.metrics
     assert report.settings["feature_layer"] == 4
+
+
+@pytest.mark.parametrize("tower", ["tiny", "tiny-dinov3"])
+def test_projected_tokens_are_those_of_the_tower(drawn, tower, tmp_path):
+    subject, task = TowerSubject(f"random:{tower}"), CoverageTask(*drawn, None)
+    specs = ["divprune", "todre", "fps:space=projected", "fps"]
+    run = {"batch_size": 3, "controls": ("random",), "seeds": [0]}
+    report, found = evaluate(subject, task, specs, [Budget(num_keep=9)], tmp_path, **run)
+    pictures = subject.pictures([task.image(owner) for owner in range(3)])
+    needs = Needs(hidden=(subject.encoder.layer,), attention=((-1, "cls"),))
+    seen = CLIPEncoder(f"random:{tower}", layer=subject.encoder.layer).load(needs)(pictures)
+    seen = replace(seen, projected=seen.features)
+    for spec in specs:
+        pruner = build_spec(spec, num_keep=9)
+        judged = kept_of_tower(seen, pruner.select(seen), (96, 96), subject.sight)
+        own = task.judge(judged, task.items)
+        for record, expected in zip(found[f"{spec} @ 9 # 0"], own, strict=True):
+            assert {name: record[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    said = "the tower's own, as there is no projector"
+    notes = {row.label: row.note for row in report.rows}
+    assert notes == dict.fromkeys(["unpruned", "random", "fps"], "") | dict.fromkeys(
+        specs[:3], f"projected tokens: {said}"
+    )
+    assert all(row.figures for row in report.rows)
+    assert report.settings["projected_tokens"] == said
+
+
+@pytest.mark.parametrize("tower", DINOS_AND_SIGLIP2)
+def test_towers_of_transformers(drawn, tower, tmp_path, capsys):
+    more = ["--pruners", "fastervlm", "visionzip", "fopru", "divprune", "--skip-unfit", "--json"]
+    assert main(words(tmp_path, f"random:{tower}", drawn, "--no-controls", *more)) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {row["label"]: row for row in facts["rows"]}
+    assert rows["unpruned"]["visual_tokens"] == 144  # registers are none of them
+    assert (facts["settings"]["grid"], facts["settings"]["feature_layer"]) == ([12, 12], 5)
+    reads_cls = {"fastervlm", "visionzip"}
+    for name, row in rows.items():
+        if tower == "tiny-siglip2" and name in reads_cls:
+            assert "reads the CLS token" in row["note"]
+        elif name != "unpruned":
+            assert row["visual_tokens"] == 9
+            assert 0 < row["figures"]["cosine"]["value"] < 1
+    asked = words(tmp_path / "large", f"random:{tower}", drawn, "--no-controls", "--json")
+    asked += ["--pruners", "fopru", "--img-size", "112"]
+    if tower == "tiny-siglip2":
+        assert main(asked) == 2
+        assert "img_size=112, but the tower 'random:tiny-siglip2' sees" in capsys.readouterr().err
+        return
+    assert main(asked) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["settings"]["grid"] == [14, 14]
+    assert {row["label"]: row["visual_tokens"] for row in facts["rows"]}["unpruned"] == 196
 
 
 def test_it_runs_once_for_all_pruners_that_agree(drawn, tower_folder, tmp_path, monkeypatch):
@@ -150,8 +208,8 @@ def test_any_size_from_the_command_line(drawn, tower_folder, tmp_path, capsys):
         (("--device", "nowhere"), "device='nowhere' cannot be used"),
         (("--pruners", "fastv:stages=[[1,4]]"), "acts at stage 'llm_layers'"),
         (("--pruners", "tome"), "acts at stage 'encoder'"),
-        (("--pruners", "divprune"), "'divprune' reads the projected tokens, which a tower alone"),
         (("--pruners", "trim"), "reads the prompt, which a tower alone has not; pass a VLM"),
+        (("--pruners", "cdpruner"), "reads the prompt, which a tower alone has not; pass a VLM"),
         (("--pruners", "fastervlm:block=9"), "blocks[9] does not exist in this tower"),
         (("--pruners", "uniform", "--num-keep", "17"), "num_keep=17 exceeds the 16 visual tokens"),
     ],

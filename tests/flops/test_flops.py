@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import DINOS, tiny_llava
 
 from ocvtp import Compose, build_pruner
 from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.sizes import sizes_of
+from ocvtp.hosts import find_host
 from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models import full_size
+from ocvtp.transformers_names import hands_on_arguments
 
 # model, convention -> visual tokens: 10^12 operations of the language model; from the papers
 PUBLISHED = {
@@ -95,6 +98,40 @@ def test_towers_and_projectors_as_torch_counts_them(whole):
     assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
     assert found.select == 0
     assert found.total == found.tower + found.projector + found.language_model
+
+
+@pytest.mark.parametrize("kind", DINOS)
+def test_dino_towers_as_torch_counts_them(kind):
+    """The language model reads registers, too, which pruners do not drop."""
+    model, registers = tiny_llava(kind), 0 if kind == "dinov2" else 4
+    with operations.counter() as counter, torch.no_grad():
+        model.model.get_image_features(torch.zeros(1, 3, 56, 56))
+    found = count(model)
+    assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
+    assert found.visual == (registers + 16,) * 3
+    ids = torch.tensor([[1, *[100] * (registers + 16), 5]])
+    for name in ("fastervlm", "vprune", "tome"):
+        if name != "fastervlm" and not hands_on_arguments(find_host(model).tower_parts().blocks[0]):
+            continue
+        pruner = build_pruner(name, num_keep=6)
+        counted = count(model, pruner=pruner, text_length=2)
+        assert counted.visual == (registers + 6,) * 3
+        linears = 0
+
+        def note(module, args, output):
+            nonlocal linears
+            linears += 2 * output.numel() * module.in_features
+
+        hooks = [
+            module.register_forward_hook(note)
+            for module in model.model.multi_modal_projector.modules()
+            if isinstance(module, torch.nn.Linear)
+        ]
+        with pruner(model), torch.no_grad():
+            model(input_ids=ids, pixel_values=torch.zeros(1, 3, 56, 56))
+        for hook in hooks:
+            hook.remove()
+        assert linears == counted.projector
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -5,9 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BATCH, ONE, best_by_cls, fingerprint, make_batch, shorten
+from reference import (
+    BATCH,
+    ONE,
+    best_by_cls,
+    fingerprint,
+    make_batch,
+    num_registers,
+    shorten,
+    tower_states,
+)
 from tiny_internvl import tiny_internvl
-from tiny_models import tiny_clip, tiny_processor
+from tiny_models import DINOS, tiny_clip, tiny_llava, tiny_processor
 from tiny_qwen import FAMILIES
 from tiny_qwen import ONE as ONE_OF_ANY_SIZE
 from tiny_qwen import make_batch as make_qwen_batch
@@ -49,6 +58,23 @@ def untouched_next(used_next: list[Any]) -> Iterator[None]:
     yield
     for model, expected in zip(used_next, before, strict=True):
         assert dict(fingerprint(model).items() ^ expected.items()) == {}
+
+
+@pytest.fixture(scope="session", params=DINOS)
+def llava_dino(request: pytest.FixtureRequest) -> Any:
+    """A LLaVA-1.5 with a DINO tower, after a first call."""
+    model = tiny_llava(request.param)
+    model.generate(**make_batch(ONE, registers=num_registers(model)), max_new_tokens=1)
+    tower_states(model, torch.zeros(1, 3, 56, 56))
+    return model
+
+
+@pytest.fixture
+def untouched_dino(llava_dino: Any) -> Iterator[None]:
+    """The model is the same after the test as before it."""
+    before = fingerprint(llava_dino)
+    yield
+    assert dict(fingerprint(llava_dino).items() ^ before.items()) == {}
 
 
 @pytest.fixture

@@ -53,15 +53,17 @@ def keep_first(tokens: VisualTokens, num_keep: int = 3) -> Selection:
     return Selection(torch.arange(num_keep).repeat(tokens.batch_size, 1))
 
 
-def make_batch(rows: Sequence[tuple[int | str, ...]], side: Side = "left", seed: int = 0) -> Inputs:
-    """What a processor returns."""
+def make_batch(
+    rows: Sequence[tuple[int | str, ...]], side: Side = "left", seed: int = 0, registers: int = 0
+) -> Inputs:
+    """What a processor returns; each image has placeholders for its tokens and the registers."""
     random = torch.Generator().manual_seed(seed)
     prompts, num_images = [], 0
     for row in rows:
         ids = [BOS]
         for part in row:
             if part == IMG:
-                ids += [IMAGE_TOKEN] * NUM_TOKENS
+                ids += [IMAGE_TOKEN] * (registers + NUM_TOKENS)
                 num_images += 1
             else:
                 ids += torch.randint(3, 99, (int(part),), generator=random).tolist()
@@ -75,10 +77,12 @@ def make_batch(rows: Sequence[tuple[int | str, ...]], side: Side = "left", seed:
     return inputs
 
 
-def make_prompts(processor: Any, rows: Sequence[str], side: Side = "left") -> Inputs:
+def make_prompts(
+    processor: Any, rows: Sequence[str], side: Side = "left", registers: int = 0
+) -> Inputs:
     """What a processor returns for these prompts and random images."""
     processor.tokenizer.padding_side = side
-    text = [row.replace("<image>", "<image>" * NUM_TOKENS) for row in rows]
+    text = [row.replace("<image>", "<image>" * (registers + NUM_TOKENS)) for row in rows]
     inputs = dict(processor.tokenizer(text, padding=True, return_tensors="pt"))
     inputs.pop("token_type_ids", None)
     num_images = sum(row.count("<image>") for row in rows)
@@ -89,7 +93,8 @@ def make_prompts(processor: Any, rows: Sequence[str], side: Side = "left") -> In
 def single(inputs: Inputs, row: int) -> Inputs:
     """One row of a batch, without its padding."""
     real = inputs["attention_mask"][row].bool()
-    per_row = (inputs["input_ids"] == IMAGE_TOKEN).sum(dim=1) // NUM_TOKENS
+    per_row = (inputs["input_ids"] == IMAGE_TOKEN).sum(dim=1)
+    per_row = per_row * len(inputs["pixel_values"]) // per_row.sum()
     first = int(per_row[:row].sum())
     alone = {name: inputs[name][row : row + 1, real] for name in ("input_ids", "attention_mask")}
     if per_row[row]:
@@ -107,17 +112,28 @@ def tower_states(model: Any, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], 
 
 
 def project(model: Any, pixel_values: Tensor) -> Tensor:
-    """[I, N, D'] what the language model reads of each image."""
+    """[I, N, D'] what the language model reads of each image, the registers first."""
     states = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states
     has_cls = model.config.vision_feature_select_strategy == "default"
     features = states[model.config.vision_feature_layer][:, int(has_cls) :]
     return model.model.multi_modal_projector(features)
 
 
+def num_registers(model: Any) -> int:
+    """Rows that the language model reads of each image besides its tokens."""
+    return int(getattr(model.config.vision_config, "num_register_tokens", 0))
+
+
+def first_patch(model: Any) -> int:
+    """The number of the first patch among the tokens of the tower."""
+    has_cls = model.config.vision_feature_select_strategy == "default"
+    return int(has_cls) + num_registers(model)
+
+
 def best_by_cls(model: Any, pixel_values: Tensor, num_keep: int) -> list[list[int]]:
     """For each image, the tokens that the CLS of block -2 attends to most, ascending."""
     _, attentions = tower_states(model, pixel_values)
-    scores = attentions[-2].mean(dim=1)[:, 0, 1:]
+    scores = attentions[-2].mean(dim=1)[:, 0, first_patch(model) :]
     return [sorted(image.topk(num_keep).indices.tolist()) for image in scores]
 
 
@@ -183,7 +199,10 @@ def shorten(
     side: Side = "left",
     projected: Tensor | None = None,
 ) -> Short:
-    """Drop all image tokens but `kept` (of each image) from the prompt, by hand."""
+    """Drop all image tokens but `kept` (of each image) from the prompt, by hand.
+
+    Rows before the last `NUM_TOKENS` of an image are registers, which stay.
+    """
     if projected is None:
         projected = project(model, inputs["pixel_values"])
     images = iter(zip(projected, kept, strict=True))
@@ -197,9 +216,11 @@ def shorten(
                 column += 1
             elif ids[column] == IMAGE_TOKEN:
                 tokens, keep = next(images)
+                registers = len(tokens) - NUM_TOKENS
+                keep = [*range(registers), *(registers + i for i in keep)]
                 vectors.append(tokens[keep])
                 numbers += [column + i for i in keep]
-                column += NUM_TOKENS
+                column += len(tokens)
             else:
                 vectors.append(embed(ids[column])[None])
                 numbers.append(column)

@@ -105,12 +105,13 @@ def kept_cells(host: Host, prompt: Prompt) -> Tensor:
     encoded, selection = prompt.encoded, prompt.selection
     real = encoded.tokens.real  # [B, M], M tokens that the tower left
     num_cells = encoded.tokens.grid_hw[0] * encoded.tokens.grid_hw[1]
-    if len(encoded.embeddings) != len(real) * num_cells:
+    first = host.num_registers
+    if len(encoded.embeddings) != len(real) * (first + num_cells):
         raise ValueError(
             "the images of this call have grids of different shapes, or rows between their tokens;"
             " pass one image at a time (batch size 1), and separators='none' where there are any."
         )
-    tokens = host.tokens_of_rows(encoded).to(real.device).view(len(real), num_cells)
+    tokens = host.tokens_of_rows(encoded).to(real.device).view(len(real), -1)[:, first:]
     if prompt.layers is None or not prompt.layers.layers:
         chosen, valid = selection.keep_indices, selection.valid
         kept = _marked(real, torch.arange(len(real)), chosen, valid)

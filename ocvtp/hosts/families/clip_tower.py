@@ -1,4 +1,4 @@
-"""What hosts with a CLIP or SigLIP tower of transformers, followed by a projector, share.
+"""What hosts with a vision tower of transformers, followed by a projector, share.
 
 U are the views of a call (images, or tiles of images); N tokens are those of a view.
 """
@@ -24,8 +24,16 @@ from ocvtp.ops.merging import merge
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection
 from ocvtp.towers import taps
+from ocvtp.towers.families import look
 from ocvtp.towers.hooks import Hook
 from ocvtp.towers.module_state import is_compiled, on_device
+from ocvtp.transformers_names import (
+    DINO_TOWERS,
+    PACKED_TOWER,
+    both,
+    num_registers,
+    patch_grid,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +74,12 @@ class ClipFamilyHost(Host):
 
     family: ClassVar[str]
     """Its name in messages."""
-    towers: ClassVar[dict[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
-    """The `model_type` of its towers, and how many tokens each has before the patches."""
+    towers: ClassVar[dict[str, int]] = {
+        "clip_vision_model": 1,
+        "siglip_vision_model": 0,
+        **dict.fromkeys(DINO_TOWERS, 1),
+    }
+    """The `model_type` of its towers, and whether each has a CLS (1) or none (0)."""
     image_keys: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "image_sizes",
@@ -86,9 +98,10 @@ class ClipFamilyHost(Host):
         super().__init__(model, tiling, savings)
         kind = self.tower.config.model_type
         if kind not in self.towers:
+            packed = " (SigLIP2 where images have one size)" if kind == PACKED_TOWER else ""
             raise ValueError(
                 f"this {self.family} has a {kind} tower; visual tokens can be pruned after"
-                f" {' and '.join(self.towers)}."
+                f" {' and '.join(self.towers)}{packed}."
             )
 
     @property
@@ -105,16 +118,41 @@ class ClipFamilyHost(Host):
         return (self._projector,)
 
     def tower_parts(self) -> taps.Tower:
-        return taps.clip_tower(self.tower)
+        return look(self.tower)
 
     @property
     def num_prefix(self) -> int:
-        return self.towers[self.tower.config.model_type]
+        return self._has_cls + self.num_registers
 
     @property
-    def grid_hw(self) -> tuple[int, int]:
-        side = int(self.tower.config.image_size // self.tower.config.patch_size)
-        return side, side
+    def _has_cls(self) -> bool:
+        return bool(self.towers[self.tower.config.model_type])
+
+    @property
+    def num_registers(self) -> int:
+        return num_registers(self.tower.config)
+
+    def _refuse_registers(self) -> None:
+        """For families whose images are packed by their grids.
+
+        Raises:
+            ValueError: if the tower has registers.
+        """
+        if self.num_registers:
+            raise ValueError(
+                f"the vision tower of this {self.family} has {self.num_registers} registers, which"
+                " its packing of tiles by rows and columns does not take, pruned or not; use a"
+                " tower without registers, or a LLaVA-1.5 (model_type llava)."
+            )
+
+    @property
+    def grid_hw(self) -> tuple[int, int] | None:
+        return self._usual_grid
+
+    @property
+    def _usual_grid(self) -> tuple[int, int]:
+        """Of images of the size that the tower's settings name."""
+        return patch_grid(self.tower.config)
 
     def _inside(self, needs: Needs) -> Needs:
         """What to tap in the tower, the selected layer included where its CLS is wanted."""
@@ -125,7 +163,7 @@ class ClipFamilyHost(Host):
 
     def check(self, needs: Needs) -> None:
         asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
-        if asks_cls and self.num_prefix == 0:
+        if asks_cls and not self._has_cls:
             raise ValueError(
                 f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
                 " use `received` attention where the method offers it, or a pruner without CLS."
@@ -145,7 +183,7 @@ class ClipFamilyHost(Host):
 
     def _check_clip(self, needs: Needs) -> None:
         layer = self.model.config.vision_feature_layer
-        if needs.clip and self.num_prefix == 0:
+        if needs.clip and self.tower.config.model_type != "clip_vision_model":
             raise ValueError(
                 "the pruner compares images with the prompt in CLIP's space, where the tokens of a"
                 f" {self.tower.config.model_type} are not; use a pruner that reads the language"
@@ -194,7 +232,7 @@ class ClipFamilyHost(Host):
 
     def _behind_blocks(self) -> list[nn.Module]:
         """The tower's norm, and the head that pools what it gives."""
-        names = ("post_layernorm", "head")
+        names = ("post_layernorm", "head", "layernorm", "norm")
         return [getattr(self.tower, name) for name in names if hasattr(self.tower, name)]
 
     @property
@@ -223,7 +261,7 @@ class ClipFamilyHost(Host):
         if any(part.stage == "pixels" for part in parts):
             processor = find_processor(self.model) if processor is None else processor
             scale = scale_of(processor, self.tower.config.model_type)
-        patch = self.tower.config.patch_size
+        patch, _ = both(self.tower.config.patch_size)
         for part in parts:
             self.check(part.needs)
         stages = TowerStages(parts, _View(self), self.num_prefix, patch, scale)
@@ -298,7 +336,7 @@ class ClipFamilyHost(Host):
 
     def _check_settings(self, images: dict[str, Any], needs: Needs) -> None:
         strategy = self._strategy(images)
-        wanted = "default" if self.num_prefix else "full"
+        wanted = "default" if self._has_cls else "full"
         if strategy != wanted:
             raise ValueError(
                 f"vision_feature_select_strategy={strategy!r} does not hand the language model the"
@@ -326,22 +364,38 @@ class ClipFamilyHost(Host):
         return str(chosen or self.model.config.vision_feature_select_strategy)
 
     def _grid(self, pixel_values: Tensor, num_tokens: int) -> tuple[int, int]:
-        patch = self.tower.config.patch_size
-        height, width = pixel_values.shape[-2] // patch, pixel_values.shape[-1] // patch
+        sides = both(self.tower.config.patch_size)
+        height, width = (n // side for n, side in zip(pixel_values.shape[-2:], sides, strict=True))
         assert height * width == num_tokens, (height, width, num_tokens)
         return height, width
 
-    def _kept(self, encoded: Encoded, selection: Selection, places: Tensor) -> Kept:
-        """What was selected, in the order of `selection`.
+    def _kept(
+        self,
+        encoded: Encoded,
+        selection: Selection,
+        places: Tensor,
+        registers: Tensor | None = None,
+    ) -> Kept:
+        """What was selected, in the order of `selection`; with registers, in that of all rows.
 
         Args:
             encoded: the images.
             selection: of their tokens.
             places: [I, K] where the kept tokens are among all rows that the language model reads.
+            registers: [n] where the rows are that always stay; None where there are none.
         """
-        valid = selection.valid
+        valid, order = selection.valid, None
         positions = places.flatten() if valid is None else places[valid]
-        if selection.merge is None:
-            return Kept(positions, encoded.embeddings[positions.to(encoded.embeddings.device)])
-        rows = self._projector(merge(encoded.tokens, selection.merge))  # [I, K, D']
-        return Kept(positions, rows.flatten(0, 1) if valid is None else rows[valid])
+        rows = None
+        if selection.merge is not None:
+            mixed = self._projector(merge(encoded.tokens, selection.merge))  # [I, K, D']
+            rows = mixed.flatten(0, 1) if valid is None else mixed[valid]
+        device = encoded.embeddings.device
+        if registers is not None:
+            registers = registers.to(positions.device)
+            if rows is not None:
+                rows = torch.cat([rows, encoded.embeddings[registers.to(device)].to(rows)])
+            positions, order = torch.cat([positions, registers]).sort()
+        if rows is None:
+            return Kept(positions, encoded.embeddings[positions.to(device)])
+        return Kept(positions, rows if order is None else rows[order.to(rows.device)])

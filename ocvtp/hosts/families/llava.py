@@ -1,4 +1,8 @@
-"""LLaVA-1.5 in transformers: a CLIP or SigLIP tower, N = H W tokens an image."""
+"""LLaVA-1.5 in transformers: a CLIP, SigLIP or DINO tower, N = H W tokens an image.
+
+Of a tower with registers the language model reads these too, before the tokens of each image. They
+always stay.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,18 @@ from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.ops.token_views import counted, left_over, numbers_of_rows, seen_of_tiles
 from ocvtp.random_models import tiny_llava
 from ocvtp.structures import STAGES, Needs, Selection, Stage, VisualTokens
+from ocvtp.transformers_names import DINO_TOWERS
 
 
 class LlavaHost(ClipFamilyHost):
     """LLaVA-1.5 and models of its architecture.
 
+    Keys of DINOv3 are those before rotation, since methods compare what they hold and not where
+    they are; its attention is that of the turned ones.
+
     Raises:
-        ValueError: for other towers than CLIP and SigLIP, and for settings under which the tokens
-            are no grid.
+        ValueError: for other towers than CLIP, SigLIP, DINOv2 and DINOv3, and for settings under
+            which the tokens are no grid.
     """
 
     family: ClassVar[str] = "LLaVA"
@@ -34,20 +42,30 @@ class LlavaHost(ClipFamilyHost):
     }
 
     @property
-    def image_tokens(self) -> int:
-        return math.prod(self.grid_hw)
+    def grid_hw(self) -> tuple[int, int] | None:
+        """DINO towers take images of any size."""
+        return None if self.tower.config.model_type in DINO_TOWERS else self._usual_grid
+
+    @property
+    def image_tokens(self) -> int | None:
+        return None if self.grid_hw is None else math.prod(self.grid_hw)
+
+    @property
+    def usual_tokens(self) -> int:
+        return math.prod(self._usual_grid)
 
     def encode(self, images: dict[str, Any], needs: Needs) -> Encoded:
         output, found, later = self._look_inside(images, needs)
         rows = output.pooler_output
-        features = found["features"]
-        num_images, num_tokens = features.shape[:2]
+        features, first = found["features"], self.num_registers
         embeddings = self._rows(rows, later, features)
+        found["features"] = features[:, first:]
+        num_images, num_tokens = found["features"].shape[:2]
         grid = self._grid(images["pixel_values"], num_tokens)
         if needs.projected:
-            found["projected"] = torch.stack(list(rows))
-        places = torch.arange(num_images * num_tokens, device=features.device)
-        places, given = places.view(num_images, num_tokens), None
+            found["projected"] = torch.stack(list(rows))[:, first:]
+        places = torch.arange(len(embeddings), device=features.device)
+        places, given = places.view(num_images, -1)[:, first:], None
         if (ran := found.pop("valid", None)) is not None:
             index, valid = left_over(ran)
             everyone = torch.arange(num_images, device=index.device)
@@ -60,8 +78,12 @@ class LlavaHost(ClipFamilyHost):
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         assert isinstance(encoded, Placed)
-        keep = selection.keep_indices
-        return self._kept(encoded, selection, encoded.places.to(keep.device).gather(1, keep))
+        keep, registers = selection.keep_indices, None
+        if self.num_registers:
+            starts = encoded.first_rows(keep.device)[:, None]  # [I, 1]
+            registers = (starts + torch.arange(self.num_registers, device=keep.device)).flatten()
+        places = encoded.places.to(keep.device).gather(1, keep)
+        return self._kept(encoded, selection, places, registers)
 
     def tokens_of_rows(self, encoded: Encoded) -> Tensor:
         assert isinstance(encoded, Placed)
@@ -69,5 +91,5 @@ class LlavaHost(ClipFamilyHost):
 
     def cells(self, encoded: Encoded) -> Tensor:
         assert isinstance(encoded, Placed)
-        places, (height, width) = encoded.places.cpu(), encoded.tokens.grid_hw
-        return places.masked_fill(places >= height * width, -1)
+        cells, (height, width) = encoded.places.cpu() - self.num_registers, encoded.tokens.grid_hw
+        return cells.masked_fill((cells < 0) | (cells >= height * width), -1)

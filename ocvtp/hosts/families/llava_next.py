@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.hosts.base import Encoded, Kept, Tiny
+from ocvtp.hosts.base import Encoded, Kept, Savings, Tiling, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
 from ocvtp.hosts.families.tiles import TokenMap, newline_of
 from ocvtp.hosts.lazy_projection import Rows
@@ -47,7 +47,7 @@ class LlavaNextHost(ClipFamilyHost):
     Merged rows stand in the places of their anchors, so that each is in its line.
 
     Raises:
-        ValueError: for other towers than CLIP and SigLIP.
+        ValueError: for other towers than CLIP, SigLIP and DINO without registers.
     """
 
     family: ClassVar[str] = "LLaVA-NeXT"
@@ -56,10 +56,16 @@ class LlavaNextHost(ClipFamilyHost):
     stages: ClassVar[tuple[Stage, ...]] = STAGES
     counts_operations: ClassVar[bool] = True
 
+    def __init__(
+        self, model: Any, tiling: Tiling | None = None, savings: Savings | None = None
+    ) -> None:
+        super().__init__(model, tiling, savings)
+        self._refuse_registers()
+
     @property
     def usual_tokens(self) -> int:
         """Of an image of two tiles by two, and its base view."""
-        return 5 * math.prod(self.grid_hw)
+        return 5 * math.prod(self._usual_grid)
 
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """Each tile is one image to them."""

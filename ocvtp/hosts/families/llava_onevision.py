@@ -19,6 +19,7 @@ from ocvtp.hosts.families.tiles import newline_of
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.random_models import tiny_llava
 from ocvtp.structures import Needs, Selection
+from ocvtp.transformers_names import both
 
 
 class LlavaOnevisionHost(LlavaNextHost):
@@ -30,7 +31,7 @@ class LlavaOnevisionHost(LlavaNextHost):
     `features` and `projected`, [I, M, D'], and nothing from inside the tower.
 
     Raises:
-        ValueError: for other towers than CLIP and SigLIP.
+        ValueError: for other towers than CLIP, SigLIP and DINO without registers.
     """
 
     family: ClassVar[str] = "LLaVA-OneVision"
@@ -54,8 +55,9 @@ class LlavaOnevisionHost(LlavaNextHost):
         # The model's own forward() takes this argument but follows the config.
         images = {name: value for name, value in images.items() if name != "vision_aspect_ratio"}
         self._check_settings(images, needs)
+        sides = both(self.tower.config.patch_size)
         height, width = (
-            n // self.tower.config.patch_size for n in images["pixel_values"].shape[-2:]
+            n // side for n, side in zip(images["pixel_values"].shape[-2:], sides, strict=True)
         )
         token_map = self._token_map(images, height * width)
         output, found, later = self._look_inside(images, needs, per_token=not token_map.mixed)

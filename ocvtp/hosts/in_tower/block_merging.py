@@ -42,12 +42,14 @@ class BlockMerging:
         return self.merger.schedule(*counts)
 
     def hooks(self, number: int, block: Any) -> list[Hook]:
-        """Hooks in a block with `layer_norm2` and `mlp`."""
-        _, key = self.look().query_key(block)
+        """Hooks in a block between its halves, and at its end."""
+        view = self.look()
+        assert view.parts is not None
+        parts, (_, key) = view.parts(block), view.query_key(block)
         return [
             after(key, partial(_keep_keys, number)),
-            before(block.layer_norm2, partial(self._merge, number)),
-            after(block.mlp, partial(_fill_up, number)),
+            before(parts.norm, partial(self._merge, number)),
+            after(parts.last, partial(_fill_up, number)),
         ]
 
     def _merge(self, number: int, module: Any, args: tuple[Tensor, ...]) -> Any:
@@ -68,7 +70,7 @@ class BlockMerging:
         if step.merged is None:
             places = first_places(rows.places, step.row_of, num_rows)
             step.merged = replace(rows, places=places, sizes=sizes)
-        # The block will add these to the output of its MLP, which is of other rows: see `_fill_up`.
+        # The block will add these to what its MLP gives, which is of other rows: see `_fill_up`.
         states.zero_()
         return (step.mixed,)
 
@@ -78,7 +80,12 @@ class BlockMerging:
         keys, step.keys = step.keys, None
         if keys is None:
             raise RuntimeError("the hook on the keys of a block did not fire: is it compiled?")
-        return self.merger.rows(keys, self.look().num_heads, step.num_merged, self.num_prefix == 1)
+        # Only the last token before the patches takes part, as one that stays alone.
+        apart = max(self.num_prefix - 1, 0)
+        heads, has_prefix = self.look().num_heads, self.num_prefix > 0
+        row_of = self.merger.rows(keys[:, apart:], heads, step.num_merged, has_prefix)
+        alone = torch.arange(apart, device=row_of.device).expand(len(row_of), -1)
+        return torch.cat([alone, row_of + apart], dim=1)
 
 
 def _step(number: int) -> Step | None:
@@ -94,11 +101,13 @@ def _keep_keys(number: int, module: Any, args: Any, output: Tensor) -> None:
 
 
 def _fill_up(number: int, module: Any, args: Any, output: Tensor) -> Tensor | None:
-    """After the MLP of a block that merged: add its residual, which was emptied for that.
+    """At the end of a block that merged: add its residual, which was emptied for that.
 
     Rows that were merged away become zeros, so that there are as many as the block expects.
     """
     step = _step(number)
+    if step is not None and step.num_merged and step.mixed is None:
+        return None  # the module ends both halves, and this was the first
     if (call := CALL.get()) is not None:  # the last to ask
         call.block_run = None
     if step is None or step.mixed is None:

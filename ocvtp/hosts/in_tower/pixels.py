@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
+from ocvtp.transformers_names import DINO_TOWERS
+
 
 @dataclass(frozen=True)
 class PixelScale:
@@ -44,6 +46,8 @@ def scale_of(processor: Any, model_type: str) -> PixelScale:
         ValueError: if neither is known.
     """
     from transformers.image_utils import (
+        IMAGENET_DEFAULT_MEAN,
+        IMAGENET_DEFAULT_STD,
         IMAGENET_STANDARD_MEAN,
         IMAGENET_STANDARD_STD,
         OPENAI_CLIP_MEAN,
@@ -52,7 +56,9 @@ def scale_of(processor: Any, model_type: str) -> PixelScale:
 
     images = getattr(processor, "image_processor", processor)
     if getattr(images, "image_mean", None) is None:
+        dino = PixelScale(tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD))
         known = {
+            **dict.fromkeys(DINO_TOWERS, dino),
             "clip_vision_model": PixelScale(tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)),
             "siglip_vision_model": PixelScale(
                 tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)

@@ -30,12 +30,15 @@ from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook, after, before
 from ocvtp.towers.recordings import CALL, Recording, TowerCall
 from ocvtp.towers.rows import Rows, Step, TowerRun
-from ocvtp.transformers_names import is_checkpointed
+from ocvtp.transformers_names import TESTED, hands_on_arguments, is_checkpointed
 
 _CARRIER = "ocvtp_tower_run"
 """The argument of blocks and of their attention that is the `TowerRun`. Gradient checkpointing runs
 a block again in the backward pass, perhaps in another thread, after the call is over; it keeps this
 argument with the others."""
+
+_TURNS = "position_embeddings"
+"""The argument of blocks by whose tables [N, d] attention turns the patches, in some towers."""
 
 
 class TowerStages:
@@ -72,6 +75,13 @@ class TowerStages:
         self._patch_size = patch_size
         self._scale = scale
         self._at = None if self.dropper is None else first_block(self.dropper, self._view)
+        if not all(map(hands_on_arguments, self._view.blocks)):
+            raise ValueError(
+                f"the blocks of this vision tower ({type(self._view.blocks[0]).__name__} of the"
+                " installed transformers) take nothing but hidden states, so that"
+                f" {parts[0].name!r} cannot tell them which tokens are left; install transformers"
+                f" {TESTED[1]}, or use a pruner of stage llm_input."
+            )
         if self.merger is not None and self.pixels is not None and not self.pixels.exact:
             raise ValueError(
                 f"{self.pixels.name!r} leaves images different numbers of patches, and"
@@ -170,19 +180,21 @@ class TowerStages:
             )
 
     def hooks(self, tower: Any) -> list[Hook]:
-        """Hooks in a tower with an `encoder` of blocks of `self_attn`, `layer_norm2` and `mlp`."""
+        """Hooks in a tower whose `encoder` and `parts` are known."""
         view = self._view
+        assert view.encoder is not None
+        assert view.parts is not None
         hooks = [before(tower, self._start, with_kwargs=True)]
-        hooks.append(before(tower.encoder, _hand_to_blocks, with_kwargs=True))
+        hooks.append(before(view.encoder, _hand_to_blocks, with_kwargs=True))
         if self.dropper is not None:
             hooks += taps.hooks_for(view, self.dropper.needs)
         for number, block in enumerate(view.blocks):
-            modules: Any = block
             enter, leave = partial(self._enter, number), partial(self._leave, number)
             hooks.append(before(block, enter, with_kwargs=True))
             # Before other hooks see the block's output: those of transformers and of `taps`.
             hooks.append(after(block, leave, prepend=True, with_kwargs=True))
-            hooks.append(before(modules.self_attn, partial(_attend, number), with_kwargs=True))
+            attention = view.parts(block).attention
+            hooks.append(before(attention, partial(_attend, number), with_kwargs=True))
             if self._merging is not None:
                 hooks += self._merging.hooks(number, block)
         return hooks
@@ -210,8 +222,12 @@ class TowerStages:
         if number not in run.steps:
             with torch.no_grad():
                 run.steps[number] = self._step(run, number, states)
-        step = run.steps[number]
-        return (states if step.rows is None else step.rows.gather(states), *args[1:]), kwargs
+        if (rows := run.steps[number].rows) is None:
+            return args, kwargs
+        if (turns := kwargs.get(_TURNS)) is not None:
+            turns = tuple(rows.gather_patches(table, self._num_prefix) for table in turns)
+            kwargs = kwargs | {_TURNS: turns}
+        return (rows.gather(states), *args[1:]), kwargs
 
     def _leave(
         self, number: int, module: Any, args: Any, kwargs: dict[str, Any], output: Tensor

@@ -27,6 +27,7 @@ from reference_next import (
     tiles_of,
     views,
 )
+from reference_tower import queries_and_keys
 from tiny_models import IMAGE_TOKEN
 from tiny_next import tiny_next, tiny_next_processor
 
@@ -139,12 +140,15 @@ def test_tiles_are_drawn_where_the_whole_image_is(llava_next: Any, size: tuple[i
 # ------------------------------------------------------------------------------- what pruners see
 
 
-@pytest.fixture(params=["clip", "siglip"])
+@pytest.fixture(scope="module", params=["clip", "siglip", "dinov2", "dinov3_vit"])
 def model(request: pytest.FixtureRequest) -> Any:
-    name = "llava_next" if request.param == "clip" else "llava_next_siglip"
-    return request.getfixturevalue(name)
+    names = {"clip": "llava_next", "siglip": "llava_next_siglip"}
+    if (name := names.get(request.param)) is not None:
+        return request.getfixturevalue(name)
+    return tiny_next(request.param, registers=0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("budget", BUDGETS)
 @torch.no_grad()
 def test_tokens_are_those_of_the_tiles(model: Any, budget: Any) -> None:
@@ -163,8 +167,7 @@ def test_tokens_are_those_of_the_tiles(model: Any, budget: Any) -> None:
     tokens = pruner.seen[0]
     _, attentions = tower_states(model, tiles_of(inputs))
     states = model.model.vision_tower(tiles_of(inputs), output_hidden_states=True).hidden_states
-    layer = model.model.vision_tower.encoder.layers[2]
-    keys = layer.self_attn.k_proj(layer.layer_norm1(states[2]))
+    _, keys = queries_and_keys(model.model.vision_tower, 2, states[2])
     tiled = {"features": states[-2], "keys": keys}
     tiled |= {f"hidden {i}": states[i] for i in needs.hidden}
     shown = {"features": tokens.features, "keys": tokens.keys[2]}
@@ -240,6 +243,22 @@ def test_logits_are_those_of_prompts_made_by_hand(
         logits = llava_next(**inputs).logits
     real = short.mask.bool()
     assert_close(logits[real], short.logits(short.positions(positions))[real], 1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["dinov2", "dinov3_vit"])
+def test_dino_towers_without_registers(tower: str) -> None:
+    model, inputs = tiny_next(tower, registers=0), make_next(BATCH)
+    bare = model(**inputs).logits
+    for name in ("none", "fastervlm"):
+        with build_pruner(name, keep_ratio=1.0)(model):
+            assert torch.equal(model(**inputs).logits, bare)
+    kept = best_cells(model, inputs, 7, "per_image")
+    short = shorten_next(model, inputs, kept, "rows", "left")
+    with build_pruner("fastervlm", num_keep=7)(model):
+        logits = model(**inputs).logits
+    real = short.mask.bool()
+    assert_close(logits[real], short.logits(short.positions("contiguous"))[real], 1e-5)
 
 
 @torch.no_grad()

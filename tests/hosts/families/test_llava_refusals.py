@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BATCH, ONE, SEVERAL, Scripted, make_batch
+from reference import BATCH, IMG, ONE, SEVERAL, Scripted, make_batch, num_registers
+from reference_next import make_next
+from tiny_models import _llava
+from tiny_next import tiny_next
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ocvtp import Needs, Pruner, Selection, attach, build_pruner
@@ -100,9 +103,38 @@ def test_other_towers(pruner: Pruner) -> None:
     vision = PixtralVisionConfig(**sizes, num_attention_heads=1, image_size=32, patch_size=16)
     text = LlamaConfig(**sizes, vocab_size=8, num_attention_heads=1)
     model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text))
-    message = "has a pixtral tower; .* after clip_vision_model and siglip_vision_model"
+    message = "has a pixtral tower; .* after clip_vision_model and siglip_vision_model and dinov2"
     with pytest.raises(ValueError, match=message):
         attach(model, pruner)
+
+
+def test_siglip2_of_packed_patches(pruner: Pruner) -> None:
+    """The bare model does not hand on what such a tower needs; its other kind is a SigLIP."""
+    from transformers import Siglip2VisionConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision = Siglip2VisionConfig(**sizes, num_attention_heads=1, num_patches=16, patch_size=14)
+    model = _llava(vision, vision_feature_select_strategy="full")
+    message = (
+        r"a siglip2_vision_model tower; .*siglip_vision_model.* \(SigLIP2 where images have one"
+    )
+    with pytest.raises(ValueError, match=message):
+        attach(model, pruner)
+
+
+def test_registers_in_tiles(pruner: Pruner) -> None:
+    """The bare model refuses its images, too."""
+    model, inputs = tiny_next("dinov2_with_registers"), make_next([(3, IMG, 2)])
+    with pytest.raises(RuntimeError, match="must match the existing size"):
+        model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    with pytest.raises(ValueError, match=r"LLaVA-NeXT has 4 registers, .*; use a tower without"):
+        attach(model, pruner)
+
+
+def test_dino_towers_that_hand_over_their_cls(llava_dino: Any, pruner: Pruner) -> None:
+    inputs = make_batch(ONE, registers=num_registers(llava_dino))
+    full = inputs | {"vision_feature_select_strategy": "full"}
+    both_refuse(llava_dino, pruner, "strategy='full' does not .* grid .*; pass 'default'", full)
 
 
 # ----------------------------------------------------------------------------------------- calls

@@ -13,23 +13,29 @@ from reference import (
     Scripted,
     assert_close,
     best_by_cls,
+    first_patch,
     make_batch,
+    num_registers,
     project,
     shorten,
     tower_states,
 )
-from tiny_models import tiny_llava
+from reference_tower import queries_and_keys
+from tiny_models import DINOS, tiny_llava
 
 from ocvtp import Needs, VisualTokens, build_pruner
 from ocvtp.towers import taps
 
 BLOCKS = (0, 3, 5, -1, -2, -6)
-pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
+pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(4)]
 
 
-@pytest.fixture(params=["clip", "siglip"])
+@pytest.fixture(scope="module", params=["clip", "siglip", *DINOS])
 def model(request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue("llava" if request.param == "clip" else "llava_siglip")
+    names = {"clip": "llava", "siglip": "llava_siglip"}
+    if (name := names.get(request.param)) is not None:
+        return request.getfixturevalue(name)
+    return tiny_llava(request.param)
 
 
 def has_cls(model: Any) -> bool:
@@ -38,7 +44,7 @@ def has_cls(model: Any) -> bool:
 
 def shown(model: Any, needs: Needs) -> tuple[VisualTokens, torch.Tensor]:
     """What a pruner of these needs sees, and the images."""
-    pruner, inputs = Scripted(wants=needs), make_batch(BATCH)
+    pruner, inputs = Scripted(wants=needs), make_batch(BATCH, registers=num_registers(model))
     with pruner(model), torch.no_grad():
         model(**inputs)
     return pruner.seen[0], inputs["pixel_values"]
@@ -51,8 +57,8 @@ def test_attention_equals_the_eager_towers(
     model: Any, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taps, "_CHUNK_BYTES", chunk_bytes)
-    first = int(has_cls(model))
-    kinds = ("received", "given", "cls")[: 2 + first]
+    first = first_patch(model)
+    kinds = ("received", "given", "cls")[: 2 + has_cls(model)]
     needs = Needs(attention=tuple((block, kind) for block in BLOCKS for kind in kinds))
     eager = deepcopy(model)
     eager.model.vision_tower.set_attn_implementation("eager")
@@ -74,8 +80,8 @@ def test_attention_equals_the_eager_towers(
 
 
 def test_received_attention_may_leave_the_cls_query_out(model: Any) -> None:
-    first = int(has_cls(model))
-    kinds = ("received", "given", "cls")[: 2 + first]
+    first = first_patch(model)
+    kinds = ("received", "given", "cls")[: 2 + has_cls(model)]
     asked = tuple((block, kind) for block in BLOCKS for kind in kinds)
     tokens, images = shown(model, Needs(attention=asked, patch_queries=True))
     _, attentions = tower_states(model, images)
@@ -103,14 +109,14 @@ def test_hidden_layers_equal_the_towers(model: Any) -> None:
         states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
     assert tokens.hidden.keys() == set(layers)
     for layer in layers:
-        assert torch.equal(tokens.hidden[layer], states[layer][:, int(has_cls(model)) :])
+        assert torch.equal(tokens.hidden[layer], states[layer][:, first_patch(model) :])
 
 
 def test_tokens_hold_what_was_asked_for_and_no_more(model: Any) -> None:
     tokens, images = shown(model, Needs())
     with torch.no_grad():
         states = model.model.vision_tower(images, output_hidden_states=True).hidden_states
-    assert torch.equal(tokens.features, states[-2][:, int(has_cls(model)) :])
+    assert torch.equal(tokens.features, states[-2][:, first_patch(model) :])
     assert tokens.grid_hw == (4, 4)
     assert tokens.num_heads == 4
     nothing = (tokens.cls, tokens.projected, tokens.text, tokens.valid, tokens.clip_visual)
@@ -121,15 +127,17 @@ def test_tokens_hold_what_was_asked_for_and_no_more(model: Any) -> None:
 def test_projected_tokens_are_what_the_language_model_reads(model: Any) -> None:
     tokens, images = shown(model, Needs(projected=True))
     assert tokens.projected is not None
-    assert torch.equal(tokens.projected, project(model, images))
+    assert torch.equal(tokens.projected, project(model, images)[:, num_registers(model) :])
     assert tokens.projected.shape == (3, NUM_TOKENS, 48)
 
 
 def test_keys_give_the_attention_of_the_tower(model: Any) -> None:
+    """But for the registers, and of DINOv3 for the turns."""
     tokens, images = shown(model, Needs(keys=(2, -1)))
     _, attentions = tower_states(model, images)
+    if num_registers(model):
+        return check_keys(model, tokens, images)
     for block in (2, -1):
-        attention = model.model.vision_tower.encoder.layers[block].self_attn
         assert tokens.keys[block].shape == (3, NUM_TOKENS, 32)
         if not has_cls(model):
             assert tokens.cls_keys == {}
@@ -137,8 +145,20 @@ def test_keys_give_the_attention_of_the_tower(model: Any) -> None:
         keys = torch.cat([tokens.cls_keys[block][:, None], tokens.keys[block]], dim=1)
         heads = keys.unflatten(-1, (4, 8)).transpose(1, 2)  # [I, H, T, d]
         query = tokens.cls_queries[block].unflatten(-1, (4, 8))[:, :, None]
-        scores = (query @ heads.transpose(-1, -2)) * attention.head_dim**-0.5
+        scores = (query @ heads.transpose(-1, -2)) * 8**-0.5
         assert_close(scores.softmax(dim=-1)[:, :, 0], attentions[block][:, :, 0], 1e-5)
+
+
+def check_keys(model: Any, tokens: VisualTokens, images: torch.Tensor) -> None:
+    """They are what the tower projects."""
+    states, _ = tower_states(model, images)
+    first, tower = first_patch(model), model.model.vision_tower
+    for block in (2, -1):
+        with torch.no_grad():
+            queries, keys = queries_and_keys(tower, block, states[block - (block < 0)])
+        assert_close(tokens.keys[block], keys[:, first:], 1e-5)
+        assert_close(tokens.cls_keys[block], keys[:, 0], 1e-5)
+        assert_close(tokens.cls_queries[block], queries[:, 0], 1e-5)
 
 
 def test_the_cls_is_the_selected_layers(llava: Any) -> None:

@@ -10,11 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from reference import BATCH, IMG, ONE, Scripted, ask, assert_close, fingerprint, make_batch
+from reference import (
+    BATCH,
+    IMG,
+    ONE,
+    Scripted,
+    ask,
+    assert_close,
+    fingerprint,
+    make_batch,
+    num_registers,
+)
 from reference_internvl import make_internvl
 from reference_next import make_next
 from reference_onevision import make_onevision
-from tiny_models import _llava, tiny_vision
+from reference_tower import blocks_of
+from tiny_models import DINOS, _llava, tiny_llava, tiny_vision
 from tiny_onevision import tiny_onevision
 from tiny_qwen import ONE as ONE_OF_ANY_SIZE
 from tiny_qwen import make_batch as make_qwen_batch
@@ -38,6 +49,7 @@ IN_TOWER = ["early", "vprune"]
 SERVED = {
     "llava": [*ANYWHERE, *WITH_CLS, *IN_TOWER],
     "llava_siglip": [*ANYWHERE, *IN_TOWER],
+    "dinov3_vit": [*ANYWHERE, *WITH_CLS, *IN_TOWER],
     "llava_next": [*ANYWHERE, *WITH_CLS, *IN_TOWER],
     "internvl": [*ANYWHERE, *WITH_CLS],
     "onevision": [*ANYWHERE, *IN_TOWER],
@@ -71,10 +83,16 @@ def counted(modules: dict[str, Any]) -> Iterator[dict[str, list[int]]]:
 
 
 def halves(model: Any) -> dict[str, Any]:
-    """A linear layer of every half of a block of a CLIP or SigLIP tower."""
-    blocks = model.model.vision_tower.encoder.layers
-    named = {f"attention {i}": block.self_attn.out_proj for i, block in enumerate(blocks)}
-    return named | {f"MLP {i}": block.mlp.fc1 for i, block in enumerate(blocks)}
+    """A linear layer of every half of a block of a LLaVA's tower."""
+    found: dict[str, Any] = {}
+    for i, block in enumerate(blocks_of(model.model.vision_tower)):
+        for half, part in ((f"attention {i}", first_half(block)), (f"MLP {i}", block.mlp)):
+            found[half] = next(m for m in part.modules() if isinstance(m, torch.nn.Linear))
+    return found
+
+
+def first_half(block: Any) -> Any:
+    return block.self_attn if hasattr(block, "self_attn") else block.attention
 
 
 @torch.no_grad()
@@ -92,9 +110,11 @@ def left_out(model: Any, pruner: Pruner, inputs: Any, **options: Any) -> set[str
 
 
 @pytest.mark.usefixtures("untouched")
-@pytest.mark.parametrize("tower", ["llava", "llava_siglip"])
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("tower", ["llava", "llava_siglip", *DINOS])
 def test_blocks_run_as_far_as_somebody_reads(tower: str, request: pytest.FixtureRequest) -> None:
-    model, inputs = request.getfixturevalue(tower), make_batch(ONE)
+    model = tiny_llava(tower) if tower in DINOS else request.getfixturevalue(tower)
+    inputs = make_batch(ONE, registers=num_registers(model))
     last = find_host(model).num_tower_blocks - 1  # layer -2 goes to the projector
     behind = {f"attention {last}", f"MLP {last}"}
 
@@ -131,6 +151,7 @@ def cases(llava: Any, llava_siglip: Any, llava_next: Any, internvl: Any) -> dict
     return {
         "llava": (llava, make_batch(ROWS)),
         "llava_siglip": (llava_siglip, make_batch(ROWS)),
+        "dinov3_vit": (tiny_llava("dinov3_vit"), make_batch(ROWS, registers=4)),
         "llava_next": (llava_next, make_next(ROWS)),
         "internvl": (internvl, make_internvl(ROWS)),
         "onevision": (tiny_onevision(), make_onevision(ROWS)),
@@ -138,7 +159,7 @@ def cases(llava: Any, llava_siglip: Any, llava_next: Any, internvl: Any) -> dict
     }
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("case", "name"), [(case, name) for case, served in SERVED.items() for name in served]
 )

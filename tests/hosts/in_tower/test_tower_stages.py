@@ -10,13 +10,16 @@ import torch
 from reference import (
     ask,
     assert_close,
+    first_patch,
     make_batch,
+    num_registers,
     shorten,
     single,
 )
 from reference_tower import (
     MEAN,
     STD,
+    blocks_of,
     make_pictures,
     masked_by_hand,
     merged_by_hand,
@@ -32,8 +35,13 @@ from ocvtp.hosts import find_host
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.ops.bipartite import even_schedule
 from ocvtp.slots import OCPrunerConfig
+from ocvtp.transformers_names import hands_on_arguments
 
 pytestmark = [pytest.mark.usefixtures("untouched"), pytest.mark.sampled(2)]
+SCALES = {"clip_vision_model": (MEAN, STD), "siglip_vision_model": (0.5, 0.5)}
+IMAGENET = tuple(
+    torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+)
 ROWS = [(5, "image", 4), (9,), (3, "image", 2, "image", 6)]
 NUM_READ = 5  # blocks of the tiny tower in front of the layer that is read
 EVERY_STAGE = ["tome", "vprune", "adaptive", "early"]
@@ -53,8 +61,8 @@ def network() -> OCPruner:
     return OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 4), layer=3)).eval()
 
 
-def make_inputs(rows: Any = ROWS, side: Any = "left") -> Any:
-    inputs = make_batch(rows, side)
+def make_inputs(rows: Any = ROWS, side: Any = "left", registers: int = 0) -> Any:
+    inputs = make_batch(rows, side, registers=registers)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = normalised(make_pictures(len(inputs["pixel_values"])))
     return inputs
@@ -62,25 +70,28 @@ def make_inputs(rows: Any = ROWS, side: Any = "left") -> Any:
 
 @torch.no_grad()
 def by_hand(model: Any, pixels: Tensor, kind: str, num_keep: int = 6) -> tuple[list[int], Tensor]:
-    """The patches of one image that are left, and their states [K, D] of the layer that is read."""
+    """The patches of one image that are left, and their states [K, D] of the layer that is read.
+
+    Registers come before these.
+    """
     tower = model.model.vision_tower
-    has_cls = model.config.vision_feature_select_strategy == "default"
+    first = first_patch(model)
     if kind == "tome":
         schedule = even_schedule(16, num_keep, NUM_READ)
-        return merged_by_hand(tower, pixels, schedule, has_cls)
+        return merged_by_hand(tower, pixels, schedule, has_cls=first > 0)
     pruner = build(kind, num_keep)
 
     def choose(number: int, states: Tensor, weights: Tensor | None) -> Any:
         if kind == "early" and number == 3:
             assert weights is not None
             tokens = VisualTokens(
-                states[None, 1:],
+                states[None, first:],
                 (4, 4),
-                hidden={3: states[None, 1:]},
-                attention={(2, "received"): weights.mean(dim=(0, 1))[None, 1:]},
+                hidden={3: states[None, first:]},
+                attention={(2, "received"): weights.mean(dim=(0, 1))[None, first:]},
             )
         elif kind != "early" and number == 0:
-            mean, std = (0.5, 0.5) if not has_cls else (MEAN, STD)
+            mean, std = SCALES.get(tower.config.model_type, IMAGENET)
             raw = ((pixels * std + mean) * 255).round().clamp(0, 255)
             tokens = VisualTokens(patches_of(raw)[None], (4, 4))
         else:
@@ -89,17 +100,20 @@ def by_hand(model: Any, pixels: Tensor, kind: str, num_keep: int = 6) -> tuple[l
         keep = found.keep_indices[0]
         return (keep if found.valid is None else keep[found.valid[0]]).tolist()
 
-    kept, layers, _ = masked_by_hand(tower, pixels, NUM_READ, has_cls, choose)
-    return kept, layers[NUM_READ][[patch + int(has_cls) for patch in kept]]
+    kept, layers, _ = masked_by_hand(tower, pixels, NUM_READ, choose)
+    registers = range(first - num_registers(model), first)
+    return kept, layers[NUM_READ][[*registers, *(patch + first for patch in kept)]]
 
 
 def prompt_by_hand(model: Any, inputs: Any, kind: str, side: Any = "left") -> Any:
     """The pruned prompt."""
-    kept, projected = [], torch.zeros(len(inputs["pixel_values"]), 16, 48)
+    kept, first = [], num_registers(model)
+    projected = torch.zeros(len(inputs["pixel_values"]), first + 16, 48)
     for image, pixels in enumerate(inputs["pixel_values"]):
         places, states = by_hand(model, pixels, kind)
         with torch.no_grad():
-            projected[image, places] = model.model.multi_modal_projector(states)
+            rows = [*range(first), *(first + place for place in places)]
+            projected[image, rows] = model.model.multi_modal_projector(states)
         kept.append(places)
     return shorten(model, inputs, kept, side, projected)
 
@@ -240,6 +254,58 @@ def test_answers_are_those_of_prompts_made_by_hand(llava: Any, kind: str, side: 
         assert answer.equal(short.greedy(5))
 
 
+@pytest.mark.usefixtures("untouched_dino")
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("kind", EVERY_STAGE)
+def test_dino_towers(llava_dino: Any, kind: str) -> None:
+    """Registers stay, and each token is turned by its own place, whichever are left."""
+    tower = llava_dino.model.vision_tower
+    if not hands_on_arguments(blocks_of(tower)[0]):
+        with pytest.raises(ValueError, match=r"blocks .* take nothing but hidden states.*install"):
+            ocvtp.attach(llava_dino, build(kind))
+        return
+    first, inputs = num_registers(llava_dino), make_inputs(registers=num_registers(llava_dino))
+    prompt = seen(llava_dino, build(kind), inputs)
+    for image, pixels in enumerate(inputs["pixel_values"]):
+        kept, states = by_hand(llava_dino, pixels, kind)
+        places = prompt.encoded.places[image]
+        assert (places[places >= 0] - (first + 16) * image - first).tolist() == kept
+        assert_close(prompt.encoded.tokens.features[image, : len(kept)], states[first:], 1e-5)
+    short = prompt_by_hand(llava_dino, inputs, kind)
+    with torch.no_grad():
+        bare = llava_dino(**inputs).logits
+        with build(kind, 16)(llava_dino):
+            same = llava_dino(**inputs).logits
+        assert kind == "adaptive" or torch.equal(same, bare)
+        with build(kind)(llava_dino):
+            logits = llava_dino(**inputs).logits
+            together = ask(llava_dino, inputs)
+            alone = [ask(llava_dino, single(inputs, row)) for row in range(3)]
+    real = short.mask.bool()
+    assert_close(logits[real], short.logits()[real], 1e-4)
+    assert together.equal(short.greedy(5))
+    assert together.equal(torch.cat(alone))
+
+
+class Half(torch.nn.Module):
+    """Stands for stochastic depth."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return 0.5 * states
+
+
+def test_merging_in_blocks_that_drop_paths() -> None:
+    """One module ends both halves of a block."""
+    model = tiny_llava("dinov3_vit")
+    for block in blocks_of(model.model.vision_tower):
+        block.drop_path = Half()
+    inputs = make_inputs([(2, "image", 2)], registers=4)
+    prompt = seen(model, build("tome"), inputs)
+    kept, states = by_hand(model, inputs["pixel_values"][0], "tome")
+    assert (prompt.encoded.places[0] - 4).tolist() == kept
+    assert_close(prompt.encoded.tokens.features[0], states[4:], 1e-5)
+
+
 @pytest.mark.parametrize("kind", ["tome", "vprune", "adaptive"])
 def test_a_tower_without_cls(llava_siglip: Any, kind: str) -> None:
     inputs = make_inputs()
@@ -351,7 +417,7 @@ def test_what_follows_sees_the_patches_that_ran(llava: Any) -> None:
                 return kept if number == (3 if kind == "early" else 0) else None
 
             tower = llava.model.vision_tower
-            _, layers, attentions = masked_by_hand(tower, pixels, 6, True, choose)
+            _, layers, attentions = masked_by_hand(tower, pixels, 6, choose)
             row = attentions[4].mean(dim=0)[0, rows[1:]]
             assert_close(tokens.attention[-2, "cls"][image, : len(kept)], row, 1e-5)
             normed = tower.encoder.layers[4].layer_norm1(layers[4])
@@ -372,7 +438,7 @@ def test_means_of_attention_leave_dropped_patches_out(llava: Any, kind: Any) -> 
         def choose(number: int, *_: Any, kept: Any = kept) -> Any:
             return kept if number == 0 else None
 
-        _, _, attentions = masked_by_hand(llava.model.vision_tower, pixels, 6, True, choose)
+        _, _, attentions = masked_by_hand(llava.model.vision_tower, pixels, 6, choose)
         weights = attentions[4].mean(dim=0)[rows][:, rows]
         mean = weights.mean(dim=0 if kind == "received" else 1)
         found = prompt.encoded.tokens.attention[-2, kind][image, : len(kept)]
@@ -419,7 +485,7 @@ def test_inside_after_pixels_by_hand(llava: Any) -> None:
             return [encoded[i] for i in build("early", 3).select(tokens).keep_indices[0].tolist()]
 
         tower = llava.model.vision_tower
-        kept, layers, _ = masked_by_hand(tower, pixels, NUM_READ, True, choose)
+        kept, layers, _ = masked_by_hand(tower, pixels, NUM_READ, choose)
         assert (prompt.encoded.places[image] - 16 * image).tolist() == kept
         states = layers[NUM_READ][[patch + 1 for patch in kept]]
         assert_close(prompt.encoded.tokens.features[image], states, 1e-5)
@@ -459,7 +525,7 @@ def test_several_selected_layers(llava: Any) -> None:
     chosen, _ = by_hand(llava, inputs["pixel_values"][0], "vprune")
     tower = model.model.vision_tower
     _, layers, _ = masked_by_hand(
-        tower, inputs["pixel_values"][0], 6, True, lambda n, *_: None if n else chosen
+        tower, inputs["pixel_values"][0], 6, lambda n, *_: None if n else chosen
     )
     rows = [patch + 1 for patch in chosen]
     assert_close(tokens.features[0], torch.cat([layers[5][rows], layers[3][rows]], dim=1), 1e-5)

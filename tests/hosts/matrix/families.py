@@ -165,14 +165,24 @@ def qwen(host: str, tiny: Callable[[], Any]) -> Family:
 FAMILIES = (
     Family(
         host="llava",
-        towers={"CLIP": lambda: tiny_llava("clip"), "SigLIP": lambda: tiny_llava("siglip")},
+        towers={
+            "CLIP": lambda: tiny_llava("clip"),
+            "SigLIP": lambda: tiny_llava("siglip"),
+            "DINOv2": lambda: tiny_llava("dinov2"),
+            "DINOv2 with registers": lambda: tiny_llava("dinov2_with_registers"),
+            "DINOv3": lambda: tiny_llava("dinov3_vit"),
+        },
         make=reference.make_batch,
         single=reference.single,
         shorten=shorten_llava,
     ),
     Family(
         host="llava_next",
-        towers={"CLIP": lambda: tiny_next("clip"), "SigLIP": lambda: tiny_next("siglip")},
+        towers={
+            "CLIP": lambda: tiny_next("clip"),
+            "SigLIP": lambda: tiny_next("siglip"),
+            "DINOv2": lambda: tiny_next("dinov2"),
+        },
         make=reference_next.make_next,
         single=reference_next.single_next,
         shorten=shorten_next,

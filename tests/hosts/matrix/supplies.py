@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference
 import torch
 from reference import Scripted
 from tiny_models import tiny_clip, tiny_processor
@@ -39,6 +40,8 @@ def check_supply(family: Family, model: Any, needs: Needs) -> bool:
         return False
     clip = tiny_clip(host.tower) if needs.clip else None
     with pruner(model, processor=tiny_processor(), text_tower=clip):
-        model(**family.make(SEVERAL, "left"))
+        registers = reference.num_registers(model)
+        given = reference.make_batch(SEVERAL, registers=registers) if registers else None
+        model(**given or family.make(SEVERAL, "left"))
     assert not pruner.seen[0].missing(needs)
     return True
