@@ -124,32 +124,61 @@ def greedy_ridge(
     Returns:
         [B, K] token numbers in the order of picking, unique. Ties go to the lower number.
     """
-    gram = targets @ targets.mT  # [B, N, N], of Y; what was deflated is in `done`
-    floor = penalty * mean_energy(targets, weights)  # [B, 1]
-    energy = gram.diagonal(dim1=1, dim2=2).clone()  # [B, N], |R_s|^2
-    gain = _times(gram.square(), weights)  # [B, N], the numerators
-    blocked = torch.zeros_like(gain)
+    steps = RidgeSteps(targets, weights, num, penalty)
+    blocked = torch.zeros_like(steps.energy)
     if valid is not None:
         blocked = blocked.masked_fill(~valid, -1e30)
-    done = gain.new_zeros(len(gain), num, gain.shape[1])  # [B, K, N], rows sqrt(b) g
     picks = []
-    for step in range(num):
-        pick = (gain / (energy + floor) + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+    for _ in range(num):
+        pick = (steps.gains() + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
         blocked = blocked.scatter(1, pick, float("-inf"))
-        past = done[:, :step]
-        at_pick = past.gather(2, pick[:, None].expand(-1, step, 1)).squeeze(2)  # [B, step]
-        column = take(gram, pick).squeeze(1) - _times(past.mT, at_pick)  # g
-        length = energy.gather(1, pick)  # |v|^2
+        steps.take(pick)
+    return torch.cat(picks, dim=1)
+
+
+class RidgeSteps:
+    """What is left to restore while tokens are taken one by one, see `greedy_ridge`.
+
+    Args:
+        targets: Y [B, N, D].
+        weights: omega [B, N].
+        num: most tokens that will be taken.
+        penalty: lambda, above 0.
+
+    Attributes:
+        energy: [B, N], |R_s|^2.
+    """
+
+    def __init__(self, targets: Tensor, weights: Tensor, num: int, penalty: float) -> None:
+        self._gram = targets @ targets.mT  # [B, N, N], of Y; what was deflated is in `_done`
+        self._weights = weights
+        self._floor = penalty * mean_energy(targets, weights)  # [B, 1]
+        self.energy = self._gram.diagonal(dim1=1, dim2=2).clone()
+        self._gain = _times(self._gram.square(), weights)  # [B, N], the numerators
+        # [B, K, N], rows sqrt(b) g
+        self._done = self._gain.new_zeros(len(self._gain), num, self._gain.shape[1])
+        self._step = 0
+
+    def gains(self) -> Tensor:
+        """[B, N] how much each token would restore."""
+        return self._gain / (self.energy + self._floor)
+
+    def take(self, pick: Tensor) -> None:
+        """Take the tokens [B, 1]."""
+        floor, past = self._floor, self._done[:, : self._step]
+        at_pick = past.gather(2, pick[:, None].expand(-1, self._step, 1)).squeeze(2)  # [B, step]
+        column = take(self._gram, pick).squeeze(1) - _times(past.mT, at_pick)  # g
+        length = self.energy.gather(1, pick)  # |v|^2
         shrink = (length + 2 * floor) / (length + floor).square()  # b
-        salient = weights * column
-        shared = _times(gram, salient) - _times(past.mT, _times(past, salient))  # h
+        salient = self._weights * column
+        shared = _times(self._gram, salient) - _times(past.mT, _times(past, salient))  # h
         squared = shrink * column.square()
         total = shrink * (salient * column).sum(dim=1, keepdim=True)
-        gain = (gain - 2 * shrink * column * shared + squared * total).clamp(min=0)
-        energy = (energy - squared).clamp(min=0)
-        done[:, step] = shrink.sqrt() * column
-    return torch.cat(picks, dim=1)
+        gain = self._gain - 2 * shrink * column * shared + squared * total
+        self._gain, self.energy = gain.clamp(min=0), (self.energy - squared).clamp(min=0)
+        self._done[:, self._step] = shrink.sqrt() * column
+        self._step += 1
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
