@@ -23,6 +23,7 @@ STOREYS = (
     "ops towers data visualize",
     "encoders learning",
     "slots",
+    "surprise",
     "pruners",
     "export hosts training",
     "evaluation",

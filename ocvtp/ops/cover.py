@@ -1,0 +1,79 @@
+"""Taking the tokens that cover an image: facility location, balanced with restoring the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ocvtp.ops.ridge import RidgeSteps
+from ocvtp.structures import take
+
+
+def greedy_cover(
+    likeness: Tensor,
+    weights: Tensor,
+    targets: Tensor,
+    num: int,
+    balance: float,
+    penalty: float = 0.3,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Take, one by one, the token that covers and restores the most of what is left.
+
+    A taken token s covers token m by `k_sm`. The cover `sum_m omega_m max_s k_sm` gains `f_s` by
+    one more token, the ridge restores `r_s` more (`greedy_ridge`, all tokens weighing the same).
+    Each step takes the largest `(1 - balance) f_s / sum f + balance r_s / sum r`.
+
+    Args:
+        likeness: k [B, N, N], symmetric, at least 0.
+        weights: omega [B, N], 0 on padding.
+        targets: what is to be restored, [B, N, D], 0 on padding.
+        num: K, at most N.
+        balance: 0 covers alone, 1 restores alone.
+        penalty: of the ridge, see there.
+        valid: [B, N] bool; padding is taken when nothing else is left.
+
+    Returns:
+        [B, K] token numbers in the order of taking, unique. Ties go to the lower number.
+    """
+    real = torch.ones_like(weights, dtype=torch.bool) if valid is None else valid
+    even = real.to(targets.dtype) / real.sum(dim=1, keepdim=True)
+    restored = RidgeSteps(targets, even, num, penalty)
+    covered = torch.zeros_like(weights)  # max_s k_sm
+    blocked = torch.zeros_like(weights).masked_fill(~real, -1e30)
+    picks = []
+    for _ in range(num):
+        more = (likeness - covered[:, None]).clamp(min=0)  # [B, N, N]
+        gain = (more @ weights[:, :, None]).squeeze(2)
+        score = (1 - balance) * _shares(gain, real) + balance * _shares(restored.gains(), real)
+        pick = (score + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+        picks.append(pick)
+        blocked = blocked.scatter(1, pick, float("-inf"))
+        covered = torch.maximum(covered, take(likeness, pick).squeeze(1))
+        restored.take(pick)
+    return torch.cat(picks, dim=1)
+
+
+def likeness(directions: Tensor, grid_hw: tuple[int, int], power: float, spread: float) -> Tensor:
+    """`k_nm = max(cos(y_n, y_m), 0)^power exp(-d_nm^2 / (2 sigma^2))`, [B, N, N].
+
+    Args:
+        directions: [B, N, D] of length 1; N = H W.
+        grid_hw: H and W.
+        power: of the cosine, above 0.
+        spread: sigma as a share of the longer side of the grid; d is the distance on the grid.
+    """
+    rows, columns = grid_hw
+    device = directions.device
+    places = torch.cartesian_prod(
+        torch.arange(rows, device=device), torch.arange(columns, device=device)
+    ).to(directions.dtype)
+    squared = (places[:, None] - places[None]).square().sum(dim=2)
+    near = torch.exp(-squared / (2 * (spread * max(grid_hw)) ** 2))
+    return (directions @ directions.mT).clamp(min=0).pow(power) * near
+
+
+def _shares(gains: Tensor, real: Tensor) -> Tensor:
+    """[B, N] of the whole gain of an image; 0 where there is none."""
+    gains = gains * real
+    return gains / gains.sum(dim=1, keepdim=True).clamp(min=torch.finfo(gains.dtype).tiny)

@@ -1,0 +1,1 @@
+"""The network of the pruner `surprise`: what a token's surroundings do not foretell."""
