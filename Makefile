@@ -170,7 +170,7 @@ PHOTO_SHOWN := ocvtp ridge scope fastervlm random
 
 # Two trainings of one thread each take less than one after the other of two.
 photos: export OMP_NUM_THREADS := 2
-photos: $(PHOTO_FEATURES)
+photos: $(PHOTO_FEATURES) | photos-inputs install
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(PHOTO_KEPT) $(PHOTO_SLOTS)
 	$(MAKE) --no-print-directory $(PHOTO_WORK)/judged/summary.json $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png
 	mkdir -p $(PHOTO_RESULTS) $(PHOTO_PRUNERS)
@@ -194,14 +194,14 @@ $(PHOTO_FEATURES): $(PHOTO_TOWER) | photos-inputs
 	$(BIN)/ocvtp extract --config configs/train/photos_kept.yaml --data ocvtp.data.folder.FolderDataModule \
 		--data.root $(PHOTOS) --data.num_val $(PHOTO_VAL) --data.batch_size 8 --output $(@D)
 
-# What is exported needs no checkpoint to go on from, so that settings that are changed start from nothing; what was judged
-# was another pruner.
+# The last step is exported: seeds of as many steps are averaged. It needs no checkpoint to go on from then, so that settings
+# that are changed start from nothing; and what was judged was another pruner.
 $(PHOTO_KEPT): configs/train/photos_kept.yaml
 $(PHOTO_SLOTS): configs/train/photos_slots.yaml
 $(PHOTO_KEPT) $(PHOTO_SLOTS): $(PHOTO_WORK)/pruners/%/model.safetensors: $(PHOTO_FEATURES)
 	$(BIN)/ocvtp train --config configs/train/photos_$(*D).yaml --seed_everything $(*F) --output $(PHOTO_WORK)/runs/$* \
 		--trainer.enable_progress_bar false $(PHOTO_TRAIN) $(if $(wildcard $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt),--resume last)
-	$(BIN)/ocvtp export --checkpoint $(PHOTO_WORK)/runs/$*/checkpoints/best.ckpt --output $(@D)
+	$(BIN)/ocvtp export --checkpoint $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
 	rm -rf $(PHOTO_WORK)/runs/$*/checkpoints $(PHOTO_WORK)/judged
 
 $(PHOTO_WORK)/judged/summary.json: $(PHOTO_KEPT) $(PHOTO_SLOTS) | photos-inputs

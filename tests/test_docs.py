@@ -195,6 +195,7 @@ def test_its_make_targets_and_files_exist():
                     "checkpoints/NAME",
                     "checkpoints/official",
                     "checkpoints/demo-pruner/S",
+                    "checkpoints/photo-pruner",
                 )
             )
             assert made or Path(file).exists(), f"{path}: {file}"
