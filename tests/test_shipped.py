@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import ocvtp
 from ocvtp import shipped
@@ -139,8 +140,23 @@ PRUNERS = sorted(
 )
 
 
+RECIPES = {"demo-pruner": "demo_kept", "photo-pruner": "photos_kept"}
+
+
 @pytest.mark.parametrize("folder", PRUNERS)
-def test_shipped_pruners_choose_and_hold_no_weights_but_their_own(folder):
+def test_shipped_pruners_are_of_the_recipe_beside_them(folder):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    recipe = CONFIGS / "train" / f"{RECIPES[Path(folder).parent.name]}.yaml"
+    model = yaml.safe_load(recipe.read_text())["model"]
+    asked = {**model["network"], "layer": model["encoder"]["init_args"]["layer"]}
+    assert {name: config[name] for name in asked} == asked
+    assert config["num_slots"] == model["num_slots"]
+    assert config["target_layer"] == model["objective"]["init_args"]["target_layer"]
+    assert config["training"]["lr"] == model["lr"]
+
+
+@pytest.mark.parametrize("folder", PRUNERS)
+def test_shipped_pruners_choose_choose_and_hold_no_weights_but_their_own(folder):
     pruner = ocvtp.build_pruner("ocvtp", num_keep=16, checkpoint=folder)
     config = pruner.network.config
     run = config.training
