@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy photos photos-inputs hosts plots pictures readme docs clean
 
 install: $(STAMP)
 
@@ -126,13 +126,15 @@ bench: install
 bench-gpu: install
 	$(BIN)/python -m benchmarks.gpu
 
-# Every pruner on the shipped demo VLM, then the tables of the README and the documentation.
-PRUNERS := ocvtp divprune scope fopru fopru:strategy=row visionzip hiprune:object_block=2 fastervlm \
-	vispruner prumerge prumerge_plus holov greedyprune trimtokenator zspaprune todre visiondrop fps \
-	kmeans ridge ridge:weights=none trim trim:nearest=true \
+# Those that a vision tower alone can be asked about, and all.
+TOWER_PRUNERS := ocvtp divprune scope fopru fopru:strategy=row visionzip hiprune:object_block=2 fastervlm \
+	vispruner prumerge prumerge_plus holov todre visiondrop fps kmeans ridge ridge:weights=none
+PRUNERS := $(TOWER_PRUNERS) greedyprune trimtokenator zspaprune trim trim:nearest=true \
 	cdpruner cdpruner:nearest=true tome vprune "fastv:stages=[[1,K]]" \
 	"pyramiddrop:stages=[[1,K]]" "sparsevlm:stages=[[1,K]]" "dart:stages=[[1,K]]" \
 	"topv:stages=[[1,K]]" vflowopt "vitcop:stages=[[2,K]]" todre:later=true
+
+# Every pruner on the shipped demo VLM, then the tables of the README and the documentation.
 RESULTS := docs/results/demo-vlm
 
 accuracy: export OMP_NUM_THREADS := 1
@@ -145,6 +147,78 @@ accuracy: install
 	cp outputs/accuracy/summary.json $(RESULTS)/results.json
 	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
 	$(BIN)/python -m benchmarks.readme
+
+# The learned pruner on photographs without labels, with a pretrained tower: docs/photographs.md. Whatever is there is not
+# made again, so that the same command goes on after a stop. COCO judges, and nothing is trained on it.
+PHOTOS ?= data/photos
+COCO ?= data/coco
+PHOTO_SEEDS := 0 1 2
+PHOTO_VAL := 50
+PHOTO_TRAIN :=
+PHOTO_JUDGE :=
+PHOTO_WORK := outputs/photos
+PHOTO_RESULTS := docs/results/photos
+PHOTO_PRUNERS := checkpoints/photo-pruner
+PHOTO_COCO := train2017 val2017 annotations/instances_train2017.json annotations/instances_val2017.json
+PHOTO_TOWER := $(PHOTO_WORK)/tower/model.safetensors
+PHOTO_FEATURES := $(PHOTO_WORK)/features/manifest.json
+PHOTO_KEPT := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/kept/%/model.safetensors)
+PHOTO_SLOTS := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/slots/%/model.safetensors)
+PHOTO_READS := --tower local-dir:$(PHOTO_WORK)/tower --img-size 336
+PHOTO_INPUTS := PHOTOS=$(PHOTOS) COCO=$(COCO) PHOTO_VAL=$(PHOTO_VAL) PHOTO_TRAIN=$(PHOTO_TRAIN) PHOTO_JUDGE=$(PHOTO_JUDGE)
+PHOTO_SHOWN := ocvtp ridge scope fastervlm random
+
+# Two trainings of one thread each take less than one after the other of two.
+photos: export OMP_NUM_THREADS := 2
+photos: $(PHOTO_FEATURES) | photos-inputs install
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(PHOTO_KEPT) $(PHOTO_SLOTS)
+	$(MAKE) --no-print-directory $(PHOTO_WORK)/judged/summary.json $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png
+	mkdir -p $(PHOTO_RESULTS) $(PHOTO_PRUNERS)
+	cp $(PHOTO_WORK)/judged/summary.json $(PHOTO_RESULTS)/results.json
+	cp $(PHOTO_WORK)/judged/report.md $(PHOTO_WORK)/judged/*.png $(PHOTO_WORK)/hidden/*.png $(PHOTO_RESULTS)/
+	cp -r $(PHOTO_WORK)/pruners/kept/. $(PHOTO_PRUNERS)/
+
+photos-inputs:
+	@test -d "$(PHOTOS)" || { echo "make photos: there is no folder $(PHOTOS); put photographs into it" \
+		"(of anything, no labels are read), or pass PHOTOS=DIR" >&2; exit 1; }
+	@for name in $(PHOTO_COCO); do test -e "$(COCO)/$$name" || { echo "make photos: there is no $(COCO)/$$name; put COCO's" \
+		"images and masks there ($(PHOTO_COCO)), or pass COCO=DIR" >&2; exit 1; }; done
+	@mkdir -p $(PHOTO_WORK); test -e $(PHOTO_WORK)/inputs || echo "$(PHOTO_INPUTS)" > $(PHOTO_WORK)/inputs
+	@test "$(PHOTO_INPUTS)" = "$$(cat $(PHOTO_WORK)/inputs)" || { echo "make photos: $(PHOTO_WORK) is of" \
+		"$$(cat $(PHOTO_WORK)/inputs); pass these, or remove that folder" >&2; exit 1; }
+
+$(PHOTO_TOWER): | photos-inputs install
+	$(BIN)/python -m tools.photo_tower $(@D)
+
+$(PHOTO_FEATURES): $(PHOTO_TOWER) | photos-inputs
+	$(BIN)/ocvtp extract --config configs/train/photos_kept.yaml --data ocvtp.data.folder.FolderDataModule \
+		--data.root $(PHOTOS) --data.num_val $(PHOTO_VAL) --data.batch_size 8 --output $(@D)
+
+# The last step is exported: seeds of as many steps are averaged. It needs no checkpoint to go on from then, so that settings
+# that are changed start from nothing; and what was judged was another pruner.
+$(PHOTO_KEPT): configs/train/photos_kept.yaml
+$(PHOTO_SLOTS): configs/train/photos_slots.yaml
+$(PHOTO_KEPT) $(PHOTO_SLOTS): $(PHOTO_WORK)/pruners/%/model.safetensors: $(PHOTO_FEATURES)
+	$(BIN)/ocvtp train --config configs/train/photos_$(*D).yaml --seed_everything $(*F) --output $(PHOTO_WORK)/runs/$* \
+		--trainer.enable_progress_bar false $(PHOTO_TRAIN) $(if $(wildcard $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt),--resume last)
+	$(BIN)/ocvtp export --checkpoint $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
+	rm -rf $(PHOTO_WORK)/runs/$*/checkpoints $(PHOTO_WORK)/judged
+
+$(PHOTO_WORK)/judged/summary.json: $(PHOTO_KEPT) $(PHOTO_SLOTS) | photos-inputs
+	mkdir -p $(@D)
+	$(BIN)/ocvtp evaluate $(PHOTO_READS) --task coverage --images $(COCO)/train2017 $(COCO)/val2017 \
+		--instances $(COCO)/annotations/instances_train2017.json $(COCO)/annotations/instances_val2017.json $(PHOTO_JUDGE) \
+		--pruners $(subst object_block=2,object_block=4,$(TOWER_PRUNERS)) --num-keep 128 64 32 16 --batch-size 16 --skip-unfit \
+		--checkpoint $(patsubst %/,%,$(dir $(PHOTO_KEPT) $(PHOTO_SLOTS))) --output $(@D) --json > $(@D)/summary.part
+	mv $(@D)/summary.part $@
+
+# Photographs of others are in no repository: of them, only the pictures without a pixel of them are copied from here.
+$(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png: $(PHOTO_WORK)/%.png: $(PHOTO_KEPT) $(PHOTO_SLOTS) | photos-inputs
+	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
+		--num-keep 32 --image $(wordlist 1,3,$(sort $(wildcard $(COCO)/val2017/*.jpg))) --output $(PHOTO_WORK)/hidden/$*.png \
+		--hide-image
+	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
+		--num-keep 32 --image $(wordlist 1,3,$(sort $(wildcard $(COCO)/val2017/*.jpg))) --output $@
 
 # What every host can do, on the newest transformers and the oldest.
 hosts: install $(OLDEST)/.installed

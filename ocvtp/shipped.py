@@ -1,4 +1,4 @@
-"""What comes with the package: settings, and the demo model with its pruners.
+"""What comes with the package: settings, the demo model with its pruners, and one for photographs.
 
 They lie at the top of the repository, in `configs/` and `checkpoints/`; a wheel holds copies inside
 the package.

@@ -29,6 +29,7 @@ Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
 _OUTLINE = (255, 196, 0)
+_HIDDEN = 190  # the grey in the place of an image
 _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 """Suffixes `save_figure` writes, and what it leaves out so that equal figures are equal files."""
 
@@ -107,7 +108,12 @@ def draw_slot_masks(image: ArrayLike, attention: Tensor, grid_hw: tuple[int, int
 
 
 def figure(
-    image: ArrayLike, panels: Sequence[Panel], *, max_columns: int = 5, tile_inches: float = 2.8
+    image: ArrayLike,
+    panels: Sequence[Panel],
+    *,
+    max_columns: int = 5,
+    tile_inches: float = 2.8,
+    hide_image: bool = False,
 ) -> Figure:
     """The image, then each panel's kept tokens and slot masks, in rows of equal length.
 
@@ -116,17 +122,19 @@ def figure(
         panels: one a pruner.
         max_columns: most pictures in a row.
         tile_inches: side of a square picture; others have about the same area.
+        hide_image: whether panels are drawn on grey and the image is left out, so that the figure
+            holds none of its pixels.
 
     Returns:
         A figure for `save_figure`, or for a logger.
 
     Raises:
-        ValueError: if the image is no uint8 RGB image, a panel does not fit its grid or
-            `max_columns` is below 1.
+        ValueError: if the image is no uint8 RGB image, a panel does not fit its grid,
+            `max_columns` is below 1, or an image is hidden and has no panel.
     """
     if max_columns < 1:
         raise ValueError(f"max_columns={max_columns}; pass at least 1.")
-    tiles = _tiles_of_image(image, panels)
+    tiles = _tiles_of_image(image, panels, hide_image)
     num_rows = math.ceil(len(tiles) / max_columns)
     columns = math.ceil(len(tiles) / num_rows)
     rows = [tiles[first : first + columns] for first in range(0, len(tiles), columns)]
@@ -134,13 +142,16 @@ def figure(
 
 
 def figure_of_images(
-    pictures: Sequence[tuple[ArrayLike, Sequence[Panel]]], *, tile_inches: float = 2.8
+    pictures: Sequence[tuple[ArrayLike, Sequence[Panel]]],
+    *,
+    tile_inches: float = 2.8,
+    hide_image: bool = False,
 ) -> Figure:
     """Several images, each with its panels' kept tokens and slot masks in one row.
 
     Args:
         pictures: images and their panels, see `figure`; at least one.
-        tile_inches: side of a square picture.
+        tile_inches: side of a square picture. hide_image: see `figure`.
 
     Returns:
         A figure for `save_figure`, or for a logger.
@@ -148,7 +159,8 @@ def figure_of_images(
     Raises:
         ValueError: as `figure`.
     """
-    return _figure_of_rows([_tiles_of_image(*one) for one in pictures], tile_inches)
+    rows = [_tiles_of_image(*one, hide_image) for one in pictures]
+    return _figure_of_rows(rows, tile_inches)
 
 
 def _figure_of_rows(rows: Sequence[Sequence[tuple[str, Image]]], tile_inches: float) -> Figure:
@@ -257,10 +269,17 @@ def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.cbrt(linear @ np.array(cones)) @ np.array(opponents))
 
 
-def _tiles_of_image(image: ArrayLike, panels: Sequence[Panel]) -> list[tuple[str, Image]]:
-    """The image, and the tiles of its panels."""
+def _tiles_of_image(
+    image: ArrayLike, panels: Sequence[Panel], hide_image: bool
+) -> list[tuple[str, Image]]:
+    """The image, and the tiles of its panels; those alone, on grey, where it is hidden."""
     pixels = _check_image(image)
-    return [("input", pixels), *(tile for panel in panels for tile in _tiles(pixels, panel))]
+    if not hide_image:
+        return [("input", pixels), *(tile for panel in panels for tile in _tiles(pixels, panel))]
+    if not panels:
+        raise ValueError("hide_image leaves nothing to draw of an image without panels; pass one.")
+    blank = np.full_like(pixels, _HIDDEN)
+    return [tile for panel in panels for tile in _tiles(blank, panel)]
 
 
 def _tiles(pixels: Image, panel: Panel) -> list[tuple[str, Image]]:

@@ -11,10 +11,13 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 import ocvtp
 from ocvtp import shipped
 from ocvtp.cli import main
+from ocvtp.structures import VisualTokens
 
 CONFIGS = Path("configs").resolve()
 TRAIN = sorted(path.stem for path in CONFIGS.glob("train/*.yaml"))
@@ -132,6 +135,44 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"ocvtp {ocvtp.__version__}\n"
 
 
+PRUNERS = sorted(
+    path.parent.as_posix() for path in Path("checkpoints").glob("*-pruner/*/config.json")
+)
+
+
+RECIPES = {"demo-pruner": "demo_kept", "photo-pruner": "photos_kept"}
+
+
+@pytest.mark.parametrize("folder", PRUNERS)
+def test_shipped_pruners_are_of_the_recipe_beside_them(folder):
+    config = json.loads((Path(folder) / "config.json").read_text())
+    recipe = CONFIGS / "train" / f"{RECIPES[Path(folder).parent.name]}.yaml"
+    model = yaml.safe_load(recipe.read_text())["model"]
+    asked = {**model["network"], "layer": model["encoder"]["init_args"]["layer"]}
+    assert {name: config[name] for name in asked} == asked
+    assert config["num_slots"] == model["num_slots"]
+    assert config["target_layer"] == model["objective"]["init_args"]["target_layer"]
+    assert config["training"]["lr"] == model["lr"]
+
+
+@pytest.mark.parametrize("folder", PRUNERS)
+def test_shipped_pruners_choose_choose_and_hold_no_weights_but_their_own(folder):
+    pruner = ocvtp.build_pruner("ocvtp", num_keep=16, checkpoint=folder)
+    config = pruner.network.config
+    run = config.training
+    assert (config.objective, run["seed"]) == ("kept", int(Path(folder).name))
+    assert run["steps"] > 100
+    names = sorted(path.name for path in Path(folder).iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    size = (Path(folder) / "model.safetensors").stat().st_size
+    assert size < 2e6
+    rows, columns = config.grid_hw
+    layers = {config.layer, config.target_layer}
+    hidden = {layer: torch.randn(1, rows * columns, config.feature_dim) for layer in layers}
+    tokens = VisualTokens(features=hidden[config.layer], grid_hw=config.grid_hw, hidden=hidden)
+    assert pruner.select(tokens).keep_indices.shape == (1, 16)
+
+
 # -------------------------------------------------------------------------------------- the wheel
 
 
@@ -174,7 +215,8 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         facts = Parser().parsestr(archive.read(metadata).decode())
-    parts = ("ocvtp", "configs", "checkpoints/demo-vlm", "checkpoints/demo-pruner")
+    shipped_folders = ("demo-vlm", "demo-pruner", "photo-pruner")
+    parts = ("ocvtp", "configs", *(f"checkpoints/{name}" for name in shipped_folders))
     files = {path for part in parts for path in Path(part).rglob("*") if path.is_file()}
     here = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     expected = {name if name.startswith("ocvtp/") else f"ocvtp/{name}" for name in here}

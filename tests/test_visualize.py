@@ -275,6 +275,22 @@ def test_several_images_have_a_row_each():
     assert drawn.get_figheight() > 3 * drawn.get_figwidth() / 5
 
 
+def test_a_hidden_image_leaves_its_panels_on_grey():
+    image, own = photo(), panels()
+    grey = np.full_like(image, 190)
+    _, *expected = (axis.images[0].get_array() for axis in figure(grey, own).axes if axis.images)
+    for drawn in (
+        figure(image, own, hide_image=True),
+        figure_of_images([(image, own)], hide_image=True),
+    ):
+        assert texts(drawn) == texts(figure(image, own))[1:]
+        found = [axis.images[0].get_array() for axis in drawn.axes if axis.images]
+        assert len(found) == len(expected) == 4
+        assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match="nothing to draw of an image without panels; pass one"):
+        figure(image, [], hide_image=True)
+
+
 def test_an_empty_panel_is_refused():
     with pytest.raises(ValueError, match="'nothing' is empty; pass keep, attention or both"):
         Panel("nothing", None, None, (4, 5))

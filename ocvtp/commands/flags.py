@@ -62,6 +62,11 @@ def show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", required=True, nargs="+", help="image files")
     parser.add_argument("--prompt", help="plain text, for pruners that read it")
     options.add_budget(parser)
+    parser.add_argument(
+        "--hide-image",
+        action="store_true",
+        help="draw what is kept and the slots on grey, without a pixel of the images",
+    )
     parser.add_argument("--output", required=True, help="PNG or PDF to write")
     options.add_json(parser)
 

@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     images, output = arguments.image, arguments.output
     if arguments.tower is not None:
         tower = TowerSubject(**options.tower_settings(arguments))
-        result = show_tower(tower, pruners, images, output)
+        result = show_tower(tower, pruners, images, output, arguments.hide_image)
     else:
         result = show(
             arguments.model,
@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.prompt,
             arguments.text_tower,
             Tiling(arguments.budget),
+            arguments.hide_image,
         )
     said = "".join(f"{name}: {note}\n" for name, note in result.get("notes", {}).items())
     printing.emit(result, f"{said}wrote {result['output']}", arguments.json)
@@ -69,6 +70,7 @@ def show(
     prompt: str | None = None,
     text_tower: str | None = None,
     tiling: Tiling | None = None,
+    hide_image: bool = False,
 ) -> dict[str, Any]:
     """Draw what pruners keep of images, and slot masks where there are any.
 
@@ -84,6 +86,7 @@ def show(
         prompt: plain text for pruners that read it; the model's chat template is put around it.
         text_tower: see `ocvtp.attach`.
         tiling: its `budget`, see there too.
+        hide_image: see `ocvtp.visualize.figure`.
 
     Returns:
         `output`, and of each pruner the number of tokens kept; of the first image, and in `images`
@@ -101,19 +104,23 @@ def show(
         refuse_beyond_all(host, pruner)
     text = with_template(processor, prompt or "", 1)
     drawn = [_of_model(host, processor, pruners, text, one, text_tower) for one in pictures]
-    return _written(drawn, files, pruners, output)
+    return _written(drawn, files, pruners, output, hide_image)
 
 
 @torch.no_grad()
 def show_tower(
-    tower: TowerSubject, pruners: Sequence[Pruner], images: Sequence[str], output: str
+    tower: TowerSubject,
+    pruners: Sequence[Pruner],
+    images: Sequence[str],
+    output: str,
+    hide_image: bool = False,
 ) -> dict[str, Any]:
     """The same of a vision tower without a language model.
 
     Args:
         tower: what the pruners see.
         pruners: those that read no prompt; projected tokens are the tower's own.
-        images: files. output: PNG or PDF to write.
+        images: files. output: PNG or PDF to write. hide_image: as in `show`.
 
     Returns:
         as `show`; and `notes` by pruner, where there are any, see `Judged.note`.
@@ -134,7 +141,7 @@ def show_tower(
             stages[id(pruner)] = [_of_tokens(pruner, tokens, grids, cells)]
         transform: Any = tower.encoder.transform
         drawn.append(_Drawn(_seen(transform.denormalize(pixels[0].float().cpu())), stages))
-    result = _written(drawn, images, pruners, output)
+    result = _written(drawn, images, pruners, output, hide_image)
     if notes := {pruner.name: note for pruner in pruners if (note := tower.note(pruner))}:
         result["notes"] = notes
     return result
@@ -176,11 +183,18 @@ def _of_model(
 
 
 def _written(
-    drawn: Sequence[_Drawn], files: Sequence[str], pruners: Sequence[Pruner], output: str
+    drawn: Sequence[_Drawn],
+    files: Sequence[str],
+    pruners: Sequence[Pruner],
+    output: str,
+    hide_image: bool,
 ) -> dict[str, Any]:
     """Write the figure, and say what it shows."""
     pictures = [(one.seen, one.panels(pruners)) for one in drawn]
-    made = figure(*pictures[0]) if len(pictures) == 1 else figure_of_images(pictures)
+    if len(pictures) == 1:
+        made = figure(*pictures[0], hide_image=hide_image)
+    else:
+        made = figure_of_images(pictures, hide_image=hide_image)
     save_figure(made, Path(output))
     facts = [one.facts(pruners) for one in drawn]
     result = {"output": output, **facts[0]}

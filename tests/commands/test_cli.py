@@ -123,7 +123,8 @@ def test_show_several_images_in_a_model_and_on_its_tower_alone(
 ):
     drawn = []
     monkeypatch.setattr(
-        "ocvtp.commands.show.figure_of_images", lambda pictures: drawn.append(pictures) or Figure()
+        "ocvtp.commands.show.figure_of_images",
+        lambda pictures, **how: drawn.append(pictures) or Figure(),
     )
     other = tmp_path / "other.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (80, 60, 3), np.uint8)).save(other)
@@ -178,6 +179,26 @@ def test_show_on_a_tower_alone(capsys, photo, tmp_path):
     ):
         assert main([*asked, pruner, *more]) == 2
         assert message in the_error(capsys)
+
+
+@pytest.mark.parametrize("source", [MODEL, ["--tower", "random:tiny"]], ids=["model", "tower"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_show_draws_nothing_of_images_that_are_hidden(capsys, photo, tmp_path, source, count):
+    """Two photographs with the same tokens kept are the same figure; shown, they differ."""
+    other = tmp_path / "other.png"
+    Image.fromarray(np.random.default_rng(7).integers(0, 255, (80, 80, 3), np.uint8)).save(other)
+    out = tmp_path / "picture.png"
+    words = ["show", *source, "--pruner", "uniform", "random", "--num-keep", "9"]
+    words += ["--output", str(out), "--image"]
+    drawn = {}
+    for hide in ([], ["--hide-image"]):
+        for name in (photo, str(other)):
+            assert main([*words, *[name] * count, *hide]) == 0
+            drawn[name, bool(hide)] = np.asarray(Image.open(out).convert("RGB"))
+    assert np.array_equal(drawn[photo, True], drawn[str(other), True])
+    assert not np.array_equal(drawn[photo, False], drawn[str(other), False])
+    assert drawn[photo, True].std() > 10
+    capsys.readouterr()
 
 
 @pytest.mark.slow

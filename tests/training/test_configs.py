@@ -31,8 +31,13 @@ def test_configs_build(path, tmp_path, monkeypatch):
 
     words = ["--config", str(path), "--trainer.default_root_dir", str(tmp_path)]
     words += ["--trainer.logger", "false"]
-    tower = yaml.safe_load(path.read_text())["model"]["encoder"]["init_args"]["tower"]
-    if not tower.startswith("random:") and not Path(tower).is_dir():
+    encoder = yaml.safe_load(path.read_text())["model"]["encoder"]
+    tower = encoder["init_args"]["tower"]
+    if tower.startswith("local-dir:"):
+        assert "python -m tools.photo_tower" in path.read_text()
+        words += ["--model.encoder.tower", "vit_small_patch14_dinov2"]
+        words += ["--model.encoder.pretrained", "false"]
+    elif not tower.startswith("random:") and not Path(tower).is_dir():
         name = tower.split("/")[-1]
         words += ["--model.encoder.tower", f"random:{TOWERS.get(name, name)}"]
     with torch.device("meta"):  # sizes only
