@@ -164,19 +164,22 @@ PHOTO_TOWER := $(PHOTO_WORK)/tower/model.safetensors
 PHOTO_FEATURES := $(PHOTO_WORK)/features/manifest.json
 PHOTO_KEPT := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/kept/%/model.safetensors)
 PHOTO_SLOTS := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/slots/%/model.safetensors)
+PHOTO_SURPRISE := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/surprise/%/model.safetensors)
+PHOTO_TRAINED := $(PHOTO_SURPRISE) $(PHOTO_KEPT) $(PHOTO_SLOTS)
 PHOTO_READS := --tower local-dir:$(PHOTO_WORK)/tower --img-size 336
 PHOTO_INPUTS := PHOTOS=$(PHOTOS) COCO=$(COCO) PHOTO_VAL=$(PHOTO_VAL) PHOTO_TRAIN=$(PHOTO_TRAIN) PHOTO_JUDGE=$(PHOTO_JUDGE)
-PHOTO_SHOWN := ocvtp ridge scope fastervlm random
+PHOTO_SHOWN := ridge scope fastervlm random
+PHOTO_BALANCES := surprise:balance=0.3 surprise surprise:balance=0.75
 
 # Two trainings of one thread each take less than one after the other of two.
 photos: export OMP_NUM_THREADS := 2
 photos: $(PHOTO_FEATURES) | photos-inputs install
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(PHOTO_KEPT) $(PHOTO_SLOTS)
-	$(MAKE) --no-print-directory $(PHOTO_WORK)/judged/summary.json $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(PHOTO_TRAINED)
+	$(MAKE) --no-print-directory $(PHOTO_WORK)/judged/summary.json $(PHOTO_WORK)/surprise.png $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png
 	mkdir -p $(PHOTO_RESULTS) $(PHOTO_PRUNERS)
 	cp $(PHOTO_WORK)/judged/summary.json $(PHOTO_RESULTS)/results.json
 	cp $(PHOTO_WORK)/judged/report.md $(PHOTO_WORK)/judged/*.png $(PHOTO_WORK)/hidden/*.png $(PHOTO_RESULTS)/
-	cp -r $(PHOTO_WORK)/pruners/kept/. $(PHOTO_PRUNERS)/
+	cp -r $(PHOTO_WORK)/pruners/surprise/. $(PHOTO_PRUNERS)/
 
 photos-inputs:
 	@test -d "$(PHOTOS)" || { echo "make photos: there is no folder $(PHOTOS); put photographs into it" \
@@ -198,26 +201,29 @@ $(PHOTO_FEATURES): $(PHOTO_TOWER) | photos-inputs
 # that are changed start from nothing; and what was judged was another pruner.
 $(PHOTO_KEPT): configs/train/photos_kept.yaml
 $(PHOTO_SLOTS): configs/train/photos_slots.yaml
-$(PHOTO_KEPT) $(PHOTO_SLOTS): $(PHOTO_WORK)/pruners/%/model.safetensors: $(PHOTO_FEATURES)
+$(PHOTO_SURPRISE): configs/train/photos_surprise.yaml
+$(PHOTO_TRAINED): $(PHOTO_WORK)/pruners/%/model.safetensors: $(PHOTO_FEATURES)
 	$(BIN)/ocvtp train --config configs/train/photos_$(*D).yaml --seed_everything $(*F) --output $(PHOTO_WORK)/runs/$* \
 		--trainer.enable_progress_bar false $(PHOTO_TRAIN) $(if $(wildcard $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt),--resume last)
 	$(BIN)/ocvtp export --checkpoint $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
 	rm -rf $(PHOTO_WORK)/runs/$*/checkpoints $(PHOTO_WORK)/judged
 
-$(PHOTO_WORK)/judged/summary.json: $(PHOTO_KEPT) $(PHOTO_SLOTS) | photos-inputs
+$(PHOTO_WORK)/judged/summary.json: $(PHOTO_TRAINED) | photos-inputs
 	mkdir -p $(@D)
 	$(BIN)/ocvtp evaluate $(PHOTO_READS) --task coverage --images $(COCO)/train2017 $(COCO)/val2017 \
 		--instances $(COCO)/annotations/instances_train2017.json $(COCO)/annotations/instances_val2017.json $(PHOTO_JUDGE) \
-		--pruners $(subst object_block=2,object_block=4,$(TOWER_PRUNERS)) --num-keep 128 64 32 16 --batch-size 16 --skip-unfit \
-		--checkpoint $(patsubst %/,%,$(dir $(PHOTO_KEPT) $(PHOTO_SLOTS))) --output $(@D) --json > $(@D)/summary.part
+		--pruners $(subst object_block=2,object_block=4,$(TOWER_PRUNERS)) $(PHOTO_BALANCES) --num-keep 128 64 32 16 --batch-size 16 --skip-unfit \
+		--checkpoint $(patsubst %/,%,$(dir $(PHOTO_TRAINED))) --output $(@D) --json > $(@D)/summary.part
 	mv $(@D)/summary.part $@
 
 # Photographs of others are in no repository: of them, only the pictures without a pixel of them are copied from here.
-$(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png: $(PHOTO_WORK)/%.png: $(PHOTO_KEPT) $(PHOTO_SLOTS) | photos-inputs
-	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
+$(PHOTO_WORK)/surprise.png: PHOTO_LEARNED := surprise
+$(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png: PHOTO_LEARNED := ocvtp
+$(PHOTO_WORK)/surprise.png $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png: $(PHOTO_WORK)/%.png: $(PHOTO_TRAINED) | photos-inputs
+	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_LEARNED) $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
 		--num-keep 32 --image $(wordlist 1,3,$(sort $(wildcard $(COCO)/val2017/*.jpg))) --output $(PHOTO_WORK)/hidden/$*.png \
 		--hide-image
-	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
+	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_LEARNED) $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
 		--num-keep 32 --image $(wordlist 1,3,$(sort $(wildcard $(COCO)/val2017/*.jpg))) --output $@
 
 # What every host can do, on the newest transformers and the oldest.
