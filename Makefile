@@ -169,7 +169,7 @@ PHOTO_TRAINED := $(PHOTO_SURPRISE) $(PHOTO_KEPT) $(PHOTO_SLOTS)
 PHOTO_READS := --tower local-dir:$(PHOTO_WORK)/tower --img-size 336
 PHOTO_INPUTS := PHOTOS=$(PHOTOS) COCO=$(COCO) PHOTO_VAL=$(PHOTO_VAL) PHOTO_TRAIN=$(PHOTO_TRAIN) PHOTO_JUDGE=$(PHOTO_JUDGE)
 PHOTO_SHOWN := ridge scope fastervlm random
-PHOTO_BALANCES := surprise:balance=0.3 surprise surprise:balance=0.75
+PHOTO_VARIANTS := surprise surprise:balance=0.3 surprise:balance=0.75 surprise:surprise_power=0 surprise:attention_power=0
 
 # Two trainings of one thread each take less than one after the other of two.
 photos: export OMP_NUM_THREADS := 2
@@ -212,7 +212,7 @@ $(PHOTO_WORK)/judged/summary.json: $(PHOTO_TRAINED) | photos-inputs
 	mkdir -p $(@D)
 	$(BIN)/ocvtp evaluate $(PHOTO_READS) --task coverage --images $(COCO)/train2017 $(COCO)/val2017 \
 		--instances $(COCO)/annotations/instances_train2017.json $(COCO)/annotations/instances_val2017.json $(PHOTO_JUDGE) \
-		--pruners $(subst object_block=2,object_block=4,$(TOWER_PRUNERS)) $(PHOTO_BALANCES) --num-keep 128 64 32 16 --batch-size 16 --skip-unfit \
+		--pruners $(subst object_block=2,object_block=4,$(TOWER_PRUNERS)) $(PHOTO_VARIANTS) --num-keep 128 64 32 16 --batch-size 16 --skip-unfit \
 		--checkpoint $(patsubst %/,%,$(dir $(PHOTO_TRAINED))) --output $(@D) --json > $(@D)/summary.part
 	mv $(@D)/summary.part $@
 
