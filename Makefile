@@ -162,6 +162,7 @@ PHOTO_PRUNERS := checkpoints/photo-pruner
 PHOTO_COCO := train2017 val2017 annotations/instances_train2017.json annotations/instances_val2017.json
 PHOTO_TOWER := $(PHOTO_WORK)/tower/model.safetensors
 PHOTO_FEATURES := $(PHOTO_WORK)/features/manifest.json
+PHOTO_EARLY := $(PHOTO_WORK)/features-surprise/manifest.json
 PHOTO_KEPT := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/kept/%/model.safetensors)
 PHOTO_SLOTS := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/slots/%/model.safetensors)
 PHOTO_SURPRISE := $(PHOTO_SEEDS:%=$(PHOTO_WORK)/pruners/surprise/%/model.safetensors)
@@ -173,7 +174,7 @@ PHOTO_VARIANTS := surprise surprise:balance=0.3 surprise:balance=0.75 surprise:s
 
 # Two trainings of one thread each take less than one after the other of two.
 photos: export OMP_NUM_THREADS := 2
-photos: $(PHOTO_FEATURES) | photos-inputs install
+photos: $(PHOTO_FEATURES) $(PHOTO_EARLY) | photos-inputs install
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs 2 $(PHOTO_TRAINED)
 	$(MAKE) --no-print-directory $(PHOTO_WORK)/judged/summary.json $(PHOTO_WORK)/surprise.png $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png
 	mkdir -p $(PHOTO_RESULTS) $(PHOTO_PRUNERS)
@@ -193,8 +194,10 @@ photos-inputs:
 $(PHOTO_TOWER): | photos-inputs install
 	$(BIN)/python -m tools.photo_tower $(@D)
 
-$(PHOTO_FEATURES): $(PHOTO_TOWER) | photos-inputs
-	$(BIN)/ocvtp extract --config configs/train/photos_kept.yaml --data ocvtp.data.folder.FolderDataModule \
+$(PHOTO_FEATURES): PHOTO_RECIPE := kept
+$(PHOTO_EARLY): PHOTO_RECIPE := surprise
+$(PHOTO_FEATURES) $(PHOTO_EARLY): $(PHOTO_TOWER) | photos-inputs
+	$(BIN)/ocvtp extract --config configs/train/photos_$(PHOTO_RECIPE).yaml --data ocvtp.data.folder.FolderDataModule \
 		--data.root $(PHOTOS) --data.num_val $(PHOTO_VAL) --data.batch_size 8 --output $(@D)
 
 # The last step is exported: seeds of as many steps are averaged. It needs no checkpoint to go on from then, so that settings
@@ -202,7 +205,9 @@ $(PHOTO_FEATURES): $(PHOTO_TOWER) | photos-inputs
 $(PHOTO_KEPT): configs/train/photos_kept.yaml
 $(PHOTO_SLOTS): configs/train/photos_slots.yaml
 $(PHOTO_SURPRISE): configs/train/photos_surprise.yaml
-$(PHOTO_TRAINED): $(PHOTO_WORK)/pruners/%/model.safetensors: $(PHOTO_FEATURES)
+$(PHOTO_KEPT) $(PHOTO_SLOTS): $(PHOTO_FEATURES)
+$(PHOTO_SURPRISE): $(PHOTO_EARLY)
+$(PHOTO_TRAINED): $(PHOTO_WORK)/pruners/%/model.safetensors:
 	$(BIN)/ocvtp train --config configs/train/photos_$(*D).yaml --seed_everything $(*F) --output $(PHOTO_WORK)/runs/$* \
 		--trainer.enable_progress_bar false $(PHOTO_TRAIN) $(if $(wildcard $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt),--resume last)
 	$(BIN)/ocvtp export --checkpoint $(PHOTO_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
