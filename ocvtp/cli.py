@@ -12,7 +12,7 @@ from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
 
 _COMMANDS = {
-    "train": "train an OC-pruner (--config YAML [--resume CKPT])",
+    "train": "train the network of a pruner (--config YAML [--resume CKPT])",
     "extract": "the tower of a training run, run once: features in files (--config YAML)",
     "export": "checkpoint or official weights to an artifact",
     "resize": "a folder of images, pre-resized for training",

@@ -88,7 +88,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         nargs="+",
         default=[],
-        help="exported OC-pruner; several that differ in nothing but the seed are averaged",
+        help="exported network; several that differ in nothing but the seed are averaged",
     )
     options.add_text_tower(parser)
     parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
@@ -138,7 +138,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-keep", type=int, nargs="+", required=True, help="tokens of an image")
     parser.add_argument(
-        "--checkpoint", help="exported OC-pruner; without one, `ocvtp` runs on random weights"
+        "--checkpoint", help="exported network; without one, trained pruners run on random weights"
     )
     options.add_text_tower(parser)
     options.add_sizes(parser)
@@ -199,7 +199,7 @@ def flops(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; without any, the model with so many tokens, whichever they are",
     )
-    parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+    parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
     parser.add_argument(
         "--text-length",
         type=int,

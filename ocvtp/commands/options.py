@@ -97,7 +97,7 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--num-keep", type=int, help="tokens kept per image")
     budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
-    parser.add_argument("--checkpoint", help="exported OC-pruner, for pruners that take one")
+    parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
     add_text_tower(parser)
 
 

@@ -11,8 +11,8 @@ from ocvtp.shipped import with_configs
 HELP = """\
 usage: ocvtp train --config FILE|NAME [--output DIR] [--resume CKPT] [--SETTING VALUE ...]
 
-Train an OC-pruner. Settings come first: a YAML file, or the name of one in configs/train; every
-other word changes one of them.
+Train the network of a pruner. Settings come first: a YAML file, or the name of one in
+configs/train; every other word changes one of them.
 
 the run
   --config FILE|NAME             settings: a YAML file, or a name of configs/train, e.g. scenes;

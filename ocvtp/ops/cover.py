@@ -39,17 +39,17 @@ def greedy_cover(
     real = torch.ones_like(weights, dtype=torch.bool) if valid is None else valid
     even = real.to(targets.dtype) / real.sum(dim=1, keepdim=True)
     restored = RidgeSteps(targets, even, num, penalty)
-    covered = torch.zeros_like(weights)  # max_s k_sm
+    covers = likeness * weights[:, None]  # [B, N, N], omega_m k_sm
+    covered = torch.zeros_like(weights)  # max_s omega_m k_sm
     blocked = torch.zeros_like(weights).masked_fill(~real, -1e30)
     picks = []
     for _ in range(num):
-        more = (likeness - covered[:, None]).clamp(min=0)  # [B, N, N]
-        gain = (more @ weights[:, :, None]).squeeze(2)
+        gain = (covers - covered[:, None]).clamp_(min=0).sum(dim=2)  # [B, N]
         score = (1 - balance) * _shares(gain, real) + balance * _shares(restored.gains(), real)
         pick = (score + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
         blocked = blocked.scatter(1, pick, float("-inf"))
-        covered = torch.maximum(covered, take(likeness, pick).squeeze(1))
+        covered = torch.maximum(covered, take(covers, pick).squeeze(1))
         restored.take(pick)
     return torch.cat(picks, dim=1)
 

@@ -182,4 +182,5 @@ class RidgeSteps:
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector[:, :, None]).squeeze(2)
+    """[B, n, m] and [B, m] to [B, n]; a row from the left is several times as fast on a CPU."""
+    return (vector[:, None] @ matrix.mT).squeeze(1)

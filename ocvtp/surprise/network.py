@@ -72,14 +72,16 @@ class SurpriseNetwork(PrunerNetwork):
         """Mean squared error [B, N] of what is foretold, 0 on padding.
 
         Raises:
-            ValueError: for tokens of another width, or that are not one grid an image.
+            ValueError: for tokens of another width, or of images that are not all on one grid.
         """
         features = tokens.hidden[self.config.layer]
         (rows, columns), dim = tokens.grid_hw, self.config.feature_dim
-        if features.shape[2] != dim or features.shape[1] != rows * columns:
+        is_one_grid = tokens.grids is None and features.shape[1] == rows * columns
+        if features.shape[2] != dim or not is_one_grid:
+            of = f"a grid of {rows} x {columns}" if tokens.grids is None else "grids of their own"
             raise ValueError(
-                f"features have shape {list(features.shape)} on a grid of {rows} x {columns}; this"
-                f" network reads [B, rows x columns, {dim}], one grid an image:"
+                f"features have shape {list(features.shape)} on {of}; this network reads"
+                f" [B, rows x columns, {dim}], all images on one grid:"
                 f" hidden_states[{self.config.layer}] of {self.config.tower}."
             )
         given = self.inputs(features.float())

@@ -517,7 +517,7 @@ def test_what_stages_of_the_tower_and_of_the_language_model_keep(
 ):
     drawn = []
     monkeypatch.setattr(
-        "ocvtp.commands.show.figure", lambda image, panels: drawn.extend(panels) or Figure()
+        "ocvtp.commands.show.figure", lambda image, panels, **how: drawn.extend(panels) or Figure()
     )
     out = tmp_path / "picture.png"
     words = ["show", *MODEL, "--image", photo, "--num-keep", "9", "--output", str(out), "--json"]

@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from small_networks import network_setting
 
 import ocvtp
 from ocvtp.pruners import pruner_class
@@ -23,9 +24,9 @@ NO_SHARES = ["0.5", math.nan, math.inf, -math.inf, 0, 0.0, -0.5, 1.01, 2, True, 
 
 
 @pytest.fixture(params=NAMES)
-def build(request, small_network):
+def build(request):
     """Builds one pruner with a budget."""
-    settings = {"network": small_network} if request.param == "ocvtp" else {}
+    settings = network_setting(request.param, 8)
     return lambda **budget: ocvtp.build_pruner(request.param, **settings, **budget)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from small_networks import TRAINED, network_setting
 
 import ocvtp
 from ocvtp.ops.selection import top_k
@@ -13,7 +14,7 @@ from ocvtp.pruners import Pruner, pruner_class
 from ocvtp.pruners.checks import check_pruner, random_tokens
 from ocvtp.structures import STAGES, Needs, Selection
 
-APART = {"ocvtp", "none", "pool"}  # takes a network; keeps all; has the cells of the padded grid
+APART = {*TRAINED, "none", "pool"}  # take a network; keeps all; has the cells of the padded grid
 GOOD = [
     name
     for name in ocvtp.list_pruners()
@@ -29,8 +30,9 @@ def test_what_is_shipped_passes(name):
 
 
 @pytest.mark.slow
-def test_the_oc_pruner_passes(small_network):
-    check_pruner(ocvtp.build_pruner("ocvtp", num_keep=4, network=small_network), grid_hw=(4, 4))
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_takes_a_network_passes(name):
+    check_pruner(ocvtp.build_pruner(name, num_keep=4, **network_setting(name, 8)), grid_hw=(4, 4))
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,13 +8,13 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from small_networks import network_setting
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ocvtp
 from ocvtp.pruners import pruner_class
 from ocvtp.pruners.catalog import entry
-from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.structures import STAGES, Needs, VisualTokens
 
 GRIDS = [(4, 4), (3, 5), (2, 9)]  # N even and odd, square and not
@@ -38,6 +38,7 @@ VARIANTS = {
     "ocvtp": {"choice": "one_to_one"},
     "ridge": {"weights": "none"},
     "scope": {"alpha": 0.5},
+    "surprise": {"attention_power": 0.0, "balance": 1.0},
     "vflowopt": {"cell": 1},
     "vprune": {"group_side": 3, "bins": 4},
 }
@@ -47,20 +48,11 @@ CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
 
 def build(name, num_keep, grid_hw=(4, 4), **settings):
+    choice = {}
     if name == "ocvtp":
-        torch.manual_seed(0)
-        choice = settings.pop("choice", "winners")
-        config = OCPrunerConfig(
-            feature_dim=WIDTH,
-            hidden_dim=16,
-            slot_dim=4,
-            ffn_dim=8,
-            grid_hw=grid_hw,
-            layer=3,
-            choice=choice,
-            target_layer=-2 if choice == "restore" else None,
-        )
-        settings["network"] = OCPruner(config).eval()
+        choice = {"choice": settings.pop("choice", "winners")}
+        choice["target_layer"] = -2 if choice["choice"] == "restore" else None
+    settings |= network_setting(name, WIDTH, grid_hw, **choice)
     return ocvtp.build_pruner(name, num_keep=num_keep, **settings)
 
 

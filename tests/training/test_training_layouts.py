@@ -110,6 +110,7 @@ OTHERS |= {"tiles apart": "llava_next_7b", "siglip in tiles": "llava_next_7b"}
 
 def test_every_configuration_is_trained_here():
     apart = {"demo_kept"}  # trained by `make demo`
+    apart |= {"photos_kept", "photos_slots", "photos_surprise"}  # by `make photos`
     assert {path.stem for path in Path("configs/train").glob("*.yaml")} <= CASES.keys() | apart
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from reference import Short, assert_close
 from reference_internvl import Cell, projected, shorten_internvl, tiles_of, views
+from small_networks import network_setting
 from test_internvl import by_hand
 from test_llava_pruners import CASES as OF_ALL
 from tiny_models import IMAGE_TOKEN
@@ -22,12 +23,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import ocvtp
-from ocvtp import Needs, OCPruner, Pruner, Selection, VisualTokens, build_pruner
+from ocvtp import Needs, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.cli import main
 from ocvtp.hosts.prompt.user_words import Prompts
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_internvl import SPECIAL_TOKENS, tiny_internvl
-from ocvtp.slots import OCPrunerConfig
 
 pytestmark = pytest.mark.sampled(1)
 
@@ -38,7 +38,8 @@ MIXED = [(200, 210), (112, 112), (230, 112)]
 NUM_TILES = [5, 1, 3]
 REFUSED = ("cdpruner", "trim")
 CASES = [(name, settings) for name, settings in OF_ALL if name not in REFUSED]
-ON_GRIDS = [("pool", {}), ("fopru", {"strategy": "row"})]  # which tokens of several tiles are not
+# which tokens of several tiles are not
+ON_GRIDS = [("pool", {}), ("surprise", {}), ("fopru", {"strategy": "row"})]
 SHOWN = {
     "one_tile": (SAME, "per_image", "left"),
     "tiles": (MIXED, "per_image", "right"),
@@ -59,10 +60,7 @@ def random_internvl() -> Any:
 
 
 def build(name: str, num_keep: int | None = 6, **settings: Any) -> Pruner:
-    if name == "ocvtp":
-        torch.manual_seed(0)
-        sizes = {"feature_dim": 64, "hidden_dim": 32, "slot_dim": 8, "ffn_dim": 16}
-        settings["network"] = OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 4), layer=3)).eval()
+    settings |= network_setting(name, 64)
     if name == "hiprune":
         settings["object_block"] = 2
     return build_pruner(name, num_keep=num_keep, **settings)
@@ -184,7 +182,9 @@ def single(inputs: Any, row: int) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
-@pytest.mark.parametrize("name", sorted({name for name, _ in CASES} - {"random", "pool"}))
+@pytest.mark.parametrize(
+    "name", sorted({name for name, _ in CASES} - {"random", "pool", "surprise"})
+)
 def test_a_batch_answers_as_its_rows_do(random_internvl: Any, budget: Any, name: str) -> None:
     model, processor = random_internvl
     pruner, inputs = build(name), prompts_about(processor, MIXED)

@@ -36,7 +36,8 @@ from ocvtp.hosts.prompt.user_words import Prompts
 
 pytestmark = pytest.mark.usefixtures("untouched_next")
 PER_VIEW = ("cls", "cls_keys", "cls_queries", "text", "text_valid", "clip_text")
-ON_GRIDS = [("pool", {}), ("fopru", {"strategy": "row"})]  # which tokens of several tiles are not
+# which tokens of several tiles are not
+ON_GRIDS = [("pool", {}), ("surprise", {}), ("fopru", {"strategy": "row"})]
 View = tuple[int, list[Cell]]
 """Image, and the cells of it that a pruner sees as one."""
 
@@ -164,7 +165,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["per_image", "per_tile"])
 @pytest.mark.parametrize(
-    "name", [n for n in ocvtp.list_pruners("llm_input") if n not in ("random", "pool")]
+    "name", [n for n in ocvtp.list_pruners("llm_input") if n not in ("random", "pool", "surprise")]
 )
 def test_a_batch_answers_as_its_rows_do(
     llava_next: Any, reading: Any, budget: Any, name: str

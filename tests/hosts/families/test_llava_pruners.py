@@ -22,13 +22,13 @@ from reference import (
     tower_states,
 )
 from reference_tower import queries_and_keys
+from small_networks import network_setting
 from torch import Tensor
 
 import ocvtp
-from ocvtp import Compose, OCPruner, Pruner, Selection, VisualTokens, build_pruner
+from ocvtp import Compose, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.evaluation.tasks.kept_tokens import kept_cells
 from ocvtp.hosts import find_host
-from ocvtp.slots import OCPrunerConfig
 
 WORDS = ["what is it?", "how many are there, and where?"]
 ROWS = [
@@ -42,10 +42,7 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def build(name: str, num_keep: int | None = 6, **settings: Any) -> Pruner:
-    if name == "ocvtp":
-        torch.manual_seed(0)
-        sizes = {"feature_dim": 32, "hidden_dim": 32, "slot_dim": 8, "ffn_dim": 16}
-        settings["network"] = OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 4), layer=3)).eval()
+    settings |= network_setting(name, 32)
     return build_pruner(name, num_keep=num_keep, **SETTINGS.get(name, {}), **settings)
 
 

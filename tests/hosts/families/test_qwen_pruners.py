@@ -13,17 +13,17 @@ import torch
 from PIL import Image
 from qwen_reference import Looked, by_unit, look_at_all, shorten
 from reference import assert_close
+from small_networks import network_setting
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import ocvtp
-from ocvtp import OCPruner, Pruner, VisualTokens, build_pruner
+from ocvtp import Pruner, VisualTokens, build_pruner
 from ocvtp.cli import main
 from ocvtp.hosts import find_host
 from ocvtp.hosts.loading import RANDOM_MODELS
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_qwen import SPECIAL_TOKENS, tiny_qwen, tiny_qwen2, tiny_qwen3
-from ocvtp.slots import OCPrunerConfig
 
 pytestmark = pytest.mark.sampled(2)
 
@@ -33,15 +33,16 @@ WORDS = ["what is it?", "how many are there, and where?"]
 OWN = [0, 1, 1]  # whose words each image goes with
 SAME = [(4, 5)] * 3  # rows and columns of units
 MIXED = [(4, 5), (7, 4), (3, 8)]
-NEED_GRID = ("hiprune", "pool")
+NEED_GRID = ("hiprune", "pool", "surprise")
 SETTINGS: dict[str, dict[str, Any]] = {"hiprune": {"object_block": 2, "alpha": 0.9}}
 REFUSED = ("cdpruner", "fastervlm", "holov", "prumerge", "prumerge_plus", "ridge", "scope", "todre")
-REFUSED += ("trim", "visionzip", "vispruner")
+REFUSED += ("surprise", "trim", "visionzip", "vispruner")
 CASES: list[tuple[str, dict[str, Any]]] = [
     (name, {}) for name in ocvtp.list_pruners("llm_input") if name not in REFUSED
 ]
 WITHOUT_CLS: dict[str, dict[str, Any]] = {
     "ridge": {"weights": "received"},
+    "surprise": {"attention_power": 0.0},
     "visionzip": {"guidance": "received", "block": -1},
 }
 CASES += [*WITHOUT_CLS.items(), ("ridge", {"weights": "none"})]
@@ -68,11 +69,8 @@ def random_qwen(family: str) -> Any:
 
 
 def build(name: str, num_keep: int = 6, **settings: Any) -> Pruner:
-    if name == "ocvtp":
-        torch.manual_seed(0)
-        sizes = {"feature_dim": 64, "hidden_dim": 32, "slot_dim": 8, "ffn_dim": 16}
-        settings["network"] = OCPruner(OCPrunerConfig(**sizes, grid_hw=(4, 5), layer=3)).eval()
-    return build_pruner(name, num_keep=num_keep, **SETTINGS.get(name, {}), **settings)
+    settings = SETTINGS.get(name, {}) | network_setting(name, 64, (4, 5)) | settings
+    return build_pruner(name, num_keep=num_keep, **settings)
 
 
 def prompts_about(processor: Any, sizes: list[tuple[int, int]], side: str = "left") -> Any:
