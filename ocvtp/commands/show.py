@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ def show_tower(
         transform: Any = tower.encoder.transform
         drawn.append(_Drawn(_seen(transform.denormalize(pixels[0].float().cpu())), stages))
     result = _written(drawn, images, pruners, output, hide_image)
-    if notes := {pruner.name: note for pruner in pruners if (note := tower.note(pruner))}:
+    labelled = zip(_labels(pruners), pruners, strict=True)
+    if notes := {label: note for label, pruner in labelled if (note := tower.note(pruner))}:
         result["notes"] = notes
     return result
 
@@ -204,6 +205,22 @@ def _written(
     return result
 
 
+def _labels(pruners: Sequence[Pruner]) -> list[str]:
+    """Their names; of several of one name, with the settings in which they differ."""
+    labels = []
+    for pruner in pruners:
+        alike = [other for other in pruners if other.name == pruner.name]
+        names = [f.name for f in fields(pruner) if f.repr]
+        own = {
+            name: getattr(pruner, name)
+            for name in names
+            if any(getattr(other, name) != getattr(pruner, name) for other in alike)
+        }
+        told = ",".join(f"{name}={value}" for name, value in own.items())
+        labels.append(f"{pruner.name}:{told}" if told else pruner.name)
+    return labels
+
+
 @dataclass(frozen=True, eq=False)
 class _Drawn:
     """One image [H, W, 3] as the tower saw it, and its stages under each pruner, by id."""
@@ -212,13 +229,18 @@ class _Drawn:
     stages: Mapping[int, Sequence[_Stage]]
 
     def panels(self, pruners: Sequence[Pruner]) -> list[Panel]:
-        stages = [stage for pruner in pruners for stage in self.stages[id(pruner)]]
-        return [panel for stage in stages for panel in stage.panels()]
+        panels = []
+        for pruner, label in zip(pruners, _labels(pruners), strict=True):
+            for stage in self.stages[id(pruner)]:
+                title = label + stage.title.removeprefix(pruner.name)
+                panels += replace(stage, title=title).panels()
+        return panels
 
     def facts(self, pruners: Sequence[Pruner]) -> dict[str, Any]:
         """Tokens of the image, and those kept by each pruner."""
         count = sum(rows * columns for rows, columns in self.stages[id(pruners[0])][0].grids)
-        kept = {pruner.name: len(self.stages[id(pruner)][-1].cells) for pruner in pruners}
+        labelled = zip(_labels(pruners), pruners, strict=True)
+        kept = {label: len(self.stages[id(pruner)][-1].cells) for label, pruner in labelled}
         return {"visual_tokens": count, "kept": kept}
 
 

@@ -168,6 +168,9 @@ def test_show_on_a_tower_alone(capsys, photo, tmp_path):
     facts = json.loads(capsys.readouterr().out)
     assert facts["kept"] == {"divprune": 9, "todre": 9, "uniform": 9}
     assert facts["notes"] == {"divprune": note, "todre": note}
+    assert main([*asked, "random", "fastervlm:block=-3", "random:seed=4", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)  # two of one name are told apart
+    assert facts["kept"] == {"random:seed=0": 9, "fastervlm": 9, "random:seed=4": 9}
     assert main([*asked, "divprune"]) == 0
     assert capsys.readouterr().out.startswith(f"divprune: {note}\nwrote ")
     for pruner, more, message in (
