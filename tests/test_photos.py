@@ -51,9 +51,9 @@ def steps(tmp_path_factory) -> tuple[Path, list[list[str]]]:
 def test_the_steps_are_in_their_order(steps):
     _, commands = steps
     names = [" ".join(c[:3] if c[1] == "-m" else c[:2]) for c in commands]
-    assert names[:2] == ["BIN/python -m tools.photo_tower", "BIN/ocvtp extract"]
-    assert names[2:10] == ["BIN/ocvtp train", "BIN/ocvtp export"] * 4
-    assert names[10:] == ["BIN/ocvtp evaluate", *["BIN/ocvtp show"] * 4]
+    assert names[:3] == ["BIN/python -m tools.photo_tower", *["BIN/ocvtp extract"] * 2]
+    assert names[3:15] == ["BIN/ocvtp train", "BIN/ocvtp export"] * 6
+    assert names[15:] == ["BIN/ocvtp evaluate", *["BIN/ocvtp show"] * 6]
 
 
 def parted(words: list[str]) -> tuple[list[str], list[str], list[str]]:
@@ -65,11 +65,15 @@ def parted(words: list[str]) -> tuple[list[str], list[str], list[str]]:
 def tiny(command: str, words: list[str]) -> list[str]:
     """The same for 64 tokens and two steps."""
     if command in ("extract", "train"):
-        sizes = {f"network.{name}": 16 for name in ("hidden_dim", "slot_dim", "ffn_dim")}
+        if any("surprise" in word for word in words):
+            sizes = {"network.init_args.hidden_dim": 8}
+        else:
+            sizes = {f"network.{name}": 16 for name in ("hidden_dim", "slot_dim", "ffn_dim")}
         sizes |= {"encoder.model_args.img_size": 112, "num_slots": "[8,16]", "val_num_slots": 8}
         words = [*words, *(f"--model.{name}={value}" for name, value in sizes.items())]
     if command == "train":
         steps = {"max_steps": 2, "val_check_interval": 1, "accelerator": "cpu"}
+        words = [*words, "--data.init_args.batch_size=6"]
         return [*words, *(f"--trainer.{name}={value}" for name, value in steps.items())]
     if command == "evaluate":
         words = " ".join(words).replace("--num-keep 128 64 32 16", "--num-keep 16 8").split()
@@ -103,14 +107,15 @@ def test_from_photographs_to_a_report(steps, monkeypatch, capsys):
         config = json.loads((photos / f"pruners/{objective}/1/config.json").read_text())
         assert (config["objective"], config["training"]["seed"]) == (objective, 1)
         assert config["tower"] == "timm:local-dir:outputs/photos/tower"
+    assert rows["surprise", 16]["seeds"] == rows["surprise:balance=0.3", 16]["seeds"] == 2
     untrained = {label for label, _ in rows if label.startswith("untrained")}
-    assert {"untrained", "untrained:standardize=true"} <= untrained
+    assert {"untrained", "untrained:standardize=true", "untrained:surprise"} <= untrained
     assert [row["label"] for row in facts["rows"] if row["num_keep"] == 8 and row["note"]] == [
         name for name in ("divprune", "todre") if rows[name, 8]["note"]
     ]
     assert all(row["figures"] for row in facts["rows"])  # the tower can feed them all
     assert rows["unpruned", None]["figures"]["coverage/all"]["images"] == 5
-    for name in ("kept", "slots"):
+    for name in ("surprise", "kept", "slots"):
         shown, hidden = (
             np.asarray(Image.open(photos / where / f"{name}.png").convert("RGB"))
             for where in ("", "hidden")

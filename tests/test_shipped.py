@@ -17,6 +17,7 @@ import yaml
 import ocvtp
 from ocvtp import shipped
 from ocvtp.cli import main
+from ocvtp.pruners.trainable import readers
 from ocvtp.structures import VisualTokens
 
 CONFIGS = Path("configs").resolve()
@@ -140,7 +141,9 @@ PRUNERS = sorted(
 )
 
 
-RECIPES = {"demo-pruner": "demo_kept", "photo-pruner": "photos_kept"}
+RECIPES = {"demo-pruner": "demo_kept", "photo-pruner": "photos_surprise"}
+LARGEST = {"demo-pruner": 2e6, "photo-pruner": 4e6}
+"""Bytes of the weights."""
 
 
 @pytest.mark.parametrize("folder", PRUNERS)
@@ -148,28 +151,37 @@ def test_shipped_pruners_are_of_the_recipe_beside_them(folder):
     config = json.loads((Path(folder) / "config.json").read_text())
     recipe = CONFIGS / "train" / f"{RECIPES[Path(folder).parent.name]}.yaml"
     model = yaml.safe_load(recipe.read_text())["model"]
-    asked = {**model["network"], "layer": model["encoder"]["init_args"]["layer"]}
-    assert {name: config[name] for name in asked} == asked
+    sizes = model["network"].get("init_args")
+    held = config if sizes is None else config["sizes"]
+    asked = model["network"] if sizes is None else sizes
+    assert {name: held[name] for name in asked} == asked
+    assert config["layer"] == model["encoder"]["init_args"]["layer"]
     assert config["num_slots"] == model["num_slots"]
-    assert config["target_layer"] == model["objective"]["init_args"]["target_layer"]
+    objective = model.get("objective", {"init_args": {}})["init_args"]
+    assert config.get("target_layer") == objective.get("target_layer")
     assert config["training"]["lr"] == model["lr"]
 
 
 @pytest.mark.parametrize("folder", PRUNERS)
-def test_shipped_pruners_choose_choose_and_hold_no_weights_but_their_own(folder):
-    pruner = ocvtp.build_pruner("ocvtp", num_keep=16, checkpoint=folder)
+def test_shipped_pruners_choose_and_hold_no_weights_but_their_own(folder):
+    (reader,) = readers(folder)
+    pruner = ocvtp.build_pruner(reader, num_keep=16, checkpoint=folder)
     config = pruner.network.config
-    run = config.training
-    assert (config.objective, run["seed"]) == ("kept", int(Path(folder).name))
+    run, kind = config.training, Path(folder).parent.name
+    assert run["seed"] == int(Path(folder).name)
+    assert config.objective == RECIPES[kind].partition("_")[2]
     assert run["steps"] > 100
     names = sorted(path.name for path in Path(folder).iterdir())
     assert names == ["README.md", "config.json", "model.safetensors"]
-    size = (Path(folder) / "model.safetensors").stat().st_size
-    assert size < 2e6
-    rows, columns = config.grid_hw
-    layers = {config.layer, config.target_layer}
-    hidden = {layer: torch.randn(1, rows * columns, config.feature_dim) for layer in layers}
-    tokens = VisualTokens(features=hidden[config.layer], grid_hw=config.grid_hw, hidden=hidden)
+    assert (Path(folder) / "model.safetensors").stat().st_size < LARGEST[kind]
+    count = config.grid_hw[0] * config.grid_hw[1]
+    wide = torch.randn(1, count, config.feature_dim)
+    tokens = VisualTokens(
+        features=wide,
+        grid_hw=config.grid_hw,
+        hidden=dict.fromkeys(pruner.needs.hidden, wide),
+        attention=dict.fromkeys(pruner.needs.attention, torch.rand(1, count)),
+    )
     assert pruner.select(tokens).keep_indices.shape == (1, 16)
 
 
@@ -215,7 +227,7 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         facts = Parser().parsestr(archive.read(metadata).decode())
-    shipped_folders = ("demo-vlm", "demo-pruner", "photo-pruner")
+    shipped_folders = ("demo-vlm", "demo-pruner")
     parts = ("ocvtp", "configs", *(f"checkpoints/{name}" for name in shipped_folders))
     files = {path for part in parts for path in Path(part).rglob("*") if path.is_file()}
     here = {path.as_posix() for path in files if "__pycache__" not in path.parts}

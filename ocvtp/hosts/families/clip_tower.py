@@ -103,6 +103,7 @@ class ClipFamilyHost(Host):
                 f"this {self.family} has a {kind} tower; visual tokens can be pruned after"
                 f" {' and '.join(self.towers)}{packed}."
             )
+        self._num_registers = num_registers(self.tower.config)
 
     @property
     def tower(self) -> Any:
@@ -130,7 +131,7 @@ class ClipFamilyHost(Host):
 
     @property
     def num_registers(self) -> int:
-        return num_registers(self.tower.config)
+        return self._num_registers
 
     def _refuse_registers(self) -> None:
         """For families whose images are packed by their grids.
