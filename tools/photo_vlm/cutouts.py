@@ -25,8 +25,7 @@ SPLITS = {"train": "train2017", "test": "val2017"}
 class CutoutRule:
     """Which objects are cut out, and which categories are used.
 
-    An object is cut out if it is no crowd, is not cut by more than one edge of its picture, is as
-    large as this, and fills so much of its box.
+    An object is cut out if it is no crowd, is as large as this, and fills so much of its box.
 
     Args:
         least_side: pixels of the longer side of its box.
@@ -150,13 +149,11 @@ def usable_box(mask: NDArray[np.bool_], rule: CutoutRule) -> tuple[slice, slice]
     """The box of an object, [h, w], that is cut out; None where it is not."""
     if mask.sum() < rule.least_area:
         return None
-    height, width = mask.shape
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    cut_by = (top <= 1) + (left <= 1) + (bottom >= height - 1) + (right >= width - 1)
     sides = (bottom - top, right - left)
     full = mask.sum() >= rule.least_fill * sides[0] * sides[1]
-    if cut_by > 1 or max(sides) < rule.least_side or not full:
+    if max(sides) < rule.least_side or not full:
         return None
     return slice(top, bottom), slice(left, right)
 
