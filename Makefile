@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy hosts plots pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy photo-vlm photo-accuracy hosts plots pictures readme docs clean
 
 install: $(STAMP)
 
@@ -145,6 +145,28 @@ accuracy: install
 	cp outputs/accuracy/summary.json $(RESULTS)/results.json
 	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
 	$(BIN)/python -m benchmarks.readme
+
+# A VLM that sees photographs, and every pruner on it: `make photo-vlm COCO=DIR PHOTOS=DIR TOWER=DIR`, see
+# docs/photo-vlm.md. Another call continues one that was stopped.
+PHOTO_VLM := outputs/photo-vlm
+PHOTO_RESULTS := docs/results/photo-vlm
+PHOTO_PRUNERS := $(filter-out ocvtp trim trim:% cdpruner cdpruner:%,$(PRUNERS:hiprune:%=hiprune:object_block=5))
+PHOTO_IMAGES := 100
+
+photo-vlm: export OMP_NUM_THREADS := 2
+photo-vlm: install
+	@test -n "$(COCO)" -a -n "$(PHOTOS)" -a -n "$(TOWER)" || { echo "pass COCO=DIR PHOTOS=DIR TOWER=DIR"; exit 2; }
+	$(BIN)/python -m tools.photo_vlm train --coco $(COCO) --photos $(PHOTOS) --tower $(TOWER) --output $(PHOTO_VLM)
+
+photo-accuracy: export OMP_NUM_THREADS := 2
+photo-accuracy: install
+	mkdir -p $(PHOTO_RESULTS)
+	$(BIN)/ocvtp --import tools/photo_vlm/task.py evaluate --model $(PHOTO_VLM) --dtype float32 --task composites \
+		--composites $(PHOTO_VLM)/composites --num-images $(PHOTO_IMAGES) --pruners $(PHOTO_PRUNERS) \
+		--num-keep 288 144 64 32 --batch-size 16 --skip-unfit --output outputs/photo-accuracy --json \
+		> outputs/photo-accuracy.json
+	cp outputs/photo-accuracy.json $(PHOTO_RESULTS)/results.json
+	cp outputs/photo-accuracy/report.md outputs/photo-accuracy/*.png $(PHOTO_RESULTS)/
 
 # What every host can do, on the newest transformers and the oldest.
 hosts: install $(OLDEST)/.installed

@@ -237,6 +237,13 @@ def test_figures_are_measured_with_controls(made):
     labels = {row["label"] for row in figures["rows"]}
     assert labels == {"unpruned", "shuffled", "random", "oracle"}
     assert json.loads((root / "figures.json").read_text())["metrics"][0] == "all"
+    card = (root / "reader/README.md").read_text()
+    unpruned = next(row for row in figures["rows"] if row["label"] == "unpruned")
+    assert f"| unpruned | {100 * unpruned['figures']['all']['value']:.1f} (" in card
+    for name, found in cut_out(settings.coco, RULE)["train"].by_category.items():
+        assert name in card
+        assert f" {len(found)} |" in card
+    assert "$" not in card
 
 
 def test_an_image_of_another_size_is_read_too(made):

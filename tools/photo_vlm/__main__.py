@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ocvtp.evaluation.tables import short
 from tools.photo_vlm.folders import assemble
 from tools.photo_vlm.recipe import make_model, measure
-from tools.photo_vlm.settings import PhotoSettings
+from tools.photo_vlm.settings import PhotoSettings, default_stages
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -23,8 +23,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "no_figures")}
-    settings = PhotoSettings(**given)
+    known = ("run", "no_figures", "scale")
+    given = {k: v for k, v in vars(arguments).items() if k not in known}
+    settings = PhotoSettings(**given, stages=default_stages(arguments.scale))
     root = make_model(settings)
     if not arguments.no_figures:
         print(short(measure(settings)))
@@ -58,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         default = getattr(PhotoSettings, name)
         text = f"{text} (default: {default})"
         trained.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=text)
+    trained.add_argument(
+        "--scale", type=float, default=1.0, help="of the numbers of steps (default: 1)"
+    )
     trained.add_argument("--no-figures", action="store_true", help="leave the measuring out")
     whole = commands.add_parser("assemble", help="put the tower into a trained reader")
     whole.set_defaults(run=_assemble)

@@ -16,6 +16,7 @@ from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
+from tools.photo_vlm.card import card
 from tools.photo_vlm.composites import Painter, split_photos
 from tools.photo_vlm.cutouts import Cutouts, cut_out
 from tools.photo_vlm.folders import assemble, save_reader
@@ -80,7 +81,7 @@ def make_model(settings: PhotoSettings) -> Path:
 
 
 def measure(settings: PhotoSettings) -> dict[str, Any]:
-    """Figures of the whole model on the test set, and `figures.json` with them.
+    """Figures of the whole model on the test set, in `figures.json` and the card.
 
     Returns:
         See `ocvtp.evaluation.report.results`: all tokens, on the right picture and on a wrong one;
@@ -101,6 +102,13 @@ def measure(settings: PhotoSettings) -> dict[str, Any]:
     figures = results(report)
     with replacing(root / FIGURES_FILE) as temporary:
         temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    own = (p for name, p in model.named_parameters() if "vision_tower" not in name)
+    num_parameters = sum(parameter.numel() for parameter in own)
+    cutouts = cut_out(settings.coco, settings.rule)
+    text = card(settings, figures, model.config, num_parameters, cutouts, SHARE)
+    for folder in (root, root / READER):
+        with replacing(folder / "README.md") as temporary:
+            temporary.write_text(text)
     return figures
 
 

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.cutouts import CutoutRule
 
+_STEPS = {"words": 700, "terse": 1100, "drop": 600, "english": 700}
+_WARMUP = 100
 
-def default_stages() -> list[StageSettings]:
-    """Words for patches, terse questions, fewer and fewer tokens, English."""
+
+def default_stages(scale: float = 1.0) -> list[StageSettings]:
+    """Words for patches, terse questions, fewer and fewer tokens, English.
+
+    Args:
+        scale: of the numbers of steps, above 0; in those of 1 every composite of a training of
+            usual size is read some ten times.
+
+    Raises:
+        ValueError: if it is not above 0.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale={scale} trains nothing; pass a number above 0.")
+    asked: dict[str, Any] = {"align": 0.3, "answer": 1.0, "questions": 16}
+    steps = {name: max(1, round(scale * n)) for name, n in _STEPS.items()}
+    warmup = max(1, round(scale * _WARMUP))
     return [
-        StageSettings("words", 400, align=1.0, warmup=50),
+        StageSettings("words", steps["words"], align=1.0, warmup=warmup),
         StageSettings(
-            "terse", 500, align=0.3, answer=1.0, questions=16, drop=0.8, fresh_attention=True
+            "terse", steps["terse"], warmup=warmup, drop=1.0, fresh_attention=True, **asked
         ),
-        StageSettings(
-            "drop", 400, learning_rate=1e-3, align=0.3, answer=1.0, questions=16, drop=0.8
-        ),
+        StageSettings("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.8, **asked),
         StageSettings(
             "english",
-            400,
+            steps["english"],
+            warmup=warmup,
             learning_rate=1e-3,
-            align=0.3,
-            answer=1.0,
-            questions=16,
             prompts="english",
-            drop=0.7,
+            drop=0.8,
+            **asked,
         ),
     ]
 
