@@ -12,9 +12,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from ocvtp.data.scenes import write_scenes
-from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.cutouts import CutoutRule
-from tools.photo_vlm.settings import PhotoSettings, ReaderSettings
+from tools.photo_vlm.settings import PhotoSettings, PhotoStage, ReaderSettings
 
 SIZE, PATCH = 84, 14
 RULE = CutoutRule(least_side=16, least_area=100, least_train=2, least_test=2, most=8)
@@ -44,8 +43,8 @@ def write_inputs(root: Path) -> dict[str, str]:
 def tiny_settings(inputs: dict[str, str], output: Path, **changes: object) -> PhotoSettings:
     """Two stages of a few steps."""
     stages = [
-        StageSettings("words", 3, batch_size=4, align=1.0, warmup=1),
-        StageSettings(
+        PhotoStage("words", 3, batch_size=4, align=1.0, warmup=1),
+        PhotoStage(
             "english",
             3,
             batch_size=4,
@@ -54,6 +53,7 @@ def tiny_settings(inputs: dict[str, str], output: Path, **changes: object) -> Ph
             questions=4,
             prompts="english",
             drop=0.5,
+            spotlight=20,
             fresh_attention=True,
             warmup=1,
         ),

@@ -21,7 +21,7 @@ from tools.photo_vlm.batches import Batches, listed
 from tools.photo_vlm.composites import Painter, split_photos
 from tools.photo_vlm.cutouts import cut_out
 from tools.photo_vlm.folders import assemble
-from tools.photo_vlm.learner import Learner
+from tools.photo_vlm.learner import Learner, spotlight
 from tools.photo_vlm.questions import Asker
 from tools.photo_vlm.recipe import make_model, measure
 from tools.photo_vlm.shards import object_table, patch_labels, read_shards
@@ -176,6 +176,21 @@ def test_the_model_reads_what_its_training_read(made):
             torch.testing.assert_close(own, logits[row, number], atol=2e-2, rtol=2e-2)
     projected = model.model.multi_modal_projector(batch.features)
     torch.testing.assert_close(projected, visual, atol=2e-2, rtol=2e-2)
+
+
+def test_a_spotlight_is_on_objects_first():
+    patches = torch.zeros(2, 30, dtype=torch.long)
+    patches[0, [3, 7, 20]] = 2
+    patches[1, :12] = 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = [spotlight(patches, 10, generator) for _ in range(5)]
+    for keep in drawn:
+        assert keep.shape == (2, 10)
+        assert torch.equal(keep, keep.sort(dim=1).values)
+        assert {3, 7, 20} <= set(keep[0].tolist())
+        assert keep[1].max() < 12
+    assert not torch.equal(drawn[0], drawn[1])
+    assert spotlight(patches, 99, generator).shape == (2, 30)
 
 
 def test_a_stopped_training_ends_with_the_same_weights(made, inputs, tmp_path):

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from tools.demo_vlm.model import orthogonal_attention
 from tools.demo_vlm.reader import Reader
-from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.batches import Batch
 from tools.photo_vlm.model import build_model
 from tools.photo_vlm.questions import plural
-from tools.photo_vlm.settings import ReaderSettings
+from tools.photo_vlm.settings import PhotoStage, ReaderSettings
 
 _BACKGROUND_WEIGHT = 0.25
 _TOWER = "vision_tower."
@@ -60,14 +59,14 @@ class Learner(Reader):
         tower = {name: v for name, v in self.state_dict().items() if _TOWER in name}
         self.load_state_dict({**tower, **state})
 
-    def begin(self, stage: StageSettings, batch: Batch, generator: torch.Generator) -> None:
+    def begin(self, stage: PhotoStage, batch: Batch, generator: torch.Generator) -> None:
         """Prepare a stage, once: what the projector is learnt over, and fresh attention."""
         self.fit(batch.features)
         if stage.fresh_attention:
             orthogonal_attention(self.model, generator)
 
     def loss(
-        self, stage: StageSettings, batch: Batch, generator: torch.Generator
+        self, stage: PhotoStage, batch: Batch, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The terms of a stage, without their weights."""
         visual = self.project(batch.features)
@@ -77,6 +76,9 @@ class Learner(Reader):
         if stage.answer:
             if torch.rand(1, generator=generator).item() < stage.drop:
                 visual = self.drop(batch.features, visual, generator)
+            elif stage.spotlight:
+                keep = spotlight(batch.patches, stage.spotlight, generator)
+                visual = visual.gather(1, keep[..., None].expand(-1, -1, visual.shape[2]))
             terms["answer"] = self.answer_loss(visual, batch)
         return terms
 
@@ -94,3 +96,18 @@ class Learner(Reader):
         found = [self.word_logits(visual, plurals).flatten(0, 1) for plurals in (False, True)]
         terms = [F.cross_entropy(logits, patches.flatten(), weight) for logits in found]
         return torch.stack(terms).mean()
+
+
+def spotlight(patches: Tensor, num_keep: int, generator: torch.Generator) -> Tensor:
+    """Which tokens are read: those on objects first, others at random.
+
+    Args:
+        patches: [B, N] 0 for background. num_keep: K; all where there are fewer.
+        generator: of a CPU.
+
+    Returns:
+        [B, K] ascending.
+    """
+    noise = torch.rand(patches.shape, generator=generator).to(patches.device)
+    best = (noise + (patches > 0)).topk(min(num_keep, patches.shape[1]), dim=1)
+    return best.indices.sort(dim=1).values

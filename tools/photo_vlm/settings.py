@@ -8,11 +8,23 @@ from typing import Any
 from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.cutouts import CutoutRule
 
-_STEPS = {"words": 700, "terse": 1100, "drop": 600, "english": 700}
+_STEPS = {"words": 600, "terse": 1200, "drop": 500, "english": 600}
 _WARMUP = 100
 
 
-def default_stages(scale: float = 1.0) -> list[StageSettings]:
+@dataclass(frozen=True)
+class PhotoStage(StageSettings):
+    """One stage, whose tower is frozen; what is about drawn scenes is not used.
+
+    Args:
+        spotlight: tokens of each picture that are read in the steps that `drop` leaves: those on
+            objects first, others at random. 0: all.
+    """
+
+    spotlight: int = 0
+
+
+def default_stages(scale: float = 1.0) -> list[PhotoStage]:
     """Words for patches, terse questions, fewer and fewer tokens, English.
 
     Args:
@@ -28,18 +40,18 @@ def default_stages(scale: float = 1.0) -> list[StageSettings]:
     steps = {name: max(1, round(scale * n)) for name, n in _STEPS.items()}
     warmup = max(1, round(scale * _WARMUP))
     return [
-        StageSettings("words", steps["words"], align=1.0, warmup=warmup),
-        StageSettings(
-            "terse", steps["terse"], warmup=warmup, drop=1.0, fresh_attention=True, **asked
+        PhotoStage("words", steps["words"], align=1.0, warmup=warmup),
+        PhotoStage(
+            "terse", steps["terse"], warmup=warmup, spotlight=160, fresh_attention=True, **asked
         ),
-        StageSettings("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.8, **asked),
-        StageSettings(
+        PhotoStage("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.7, **asked),
+        PhotoStage(
             "english",
             steps["english"],
             warmup=warmup,
             learning_rate=1e-3,
             prompts="english",
-            drop=0.8,
+            drop=0.7,
             **asked,
         ),
     ]
@@ -70,7 +82,7 @@ class PhotoSettings:
         size: pixels of an edge, a multiple of the tower's patch.
         rule: which objects are cut out.
         reader: sizes.
-        stages: of the training, see `StageSettings`; what is about drawn scenes is not used.
+        stages: of the training.
         seed: of composites, questions and weights.
         checkpoint_every: steps between two checkpoints.
     """
@@ -85,7 +97,7 @@ class PhotoSettings:
     size: int = 336
     rule: CutoutRule = CutoutRule()
     reader: ReaderSettings = ReaderSettings()
-    stages: list[StageSettings] = field(default_factory=default_stages)
+    stages: list[PhotoStage] = field(default_factory=default_stages)
     seed: int = 0
     checkpoint_every: int = 100
 

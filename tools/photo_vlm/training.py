@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
-from tools.demo_vlm.settings import StageSettings
 from tools.demo_vlm.training import rate
 from tools.photo_vlm.batches import Batches
 from tools.photo_vlm.learner import Learner
 from tools.photo_vlm.questions import Asker
-from tools.photo_vlm.settings import PhotoSettings
+from tools.photo_vlm.settings import PhotoSettings, PhotoStage
 from tools.photo_vlm.shards import Encoded
 
 LOG_EVERY = 20
@@ -132,7 +131,7 @@ def _run_stage(
 
 
 def _step(
-    optimizer: torch.optim.Optimizer, stage: StageSettings, step: int, terms: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, stage: PhotoStage, step: int, terms: dict[str, Tensor]
 ) -> None:
     weights = {"align": stage.align, "answer": stage.answer}
     loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
@@ -150,7 +149,7 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 @torch.no_grad()
-def score(learner: Learner, stage: StageSettings, batches: Batches) -> dict[str, float]:
+def score(learner: Learner, stage: PhotoStage, batches: Batches) -> dict[str, float]:
     """Share of right answers by kind, with all tokens; of objects' patches where none is asked."""
     num = min(_CHECKED, len(batches.encoded))
     right: dict[str, list[bool]] = {}
