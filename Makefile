@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy photos photos-inputs hosts plots pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy photos photos-inputs photo-vlm photo-accuracy hosts plots pictures readme docs clean
 
 install: $(STAMP)
 
@@ -230,6 +230,30 @@ $(PHOTO_WORK)/surprise.png $(PHOTO_WORK)/kept.png $(PHOTO_WORK)/slots.png: $(PHO
 		--hide-image
 	$(BIN)/ocvtp show $(PHOTO_READS) --pruner $(PHOTO_LEARNED) $(PHOTO_SHOWN) --checkpoint $(PHOTO_WORK)/pruners/$*/$(firstword $(PHOTO_SEEDS)) \
 		--num-keep 32 --image $(wordlist 1,3,$(sort $(wildcard $(COCO)/val2017/*.jpg))) --output $@
+
+# A VLM that sees photographs, and every pruner on it: `make photo-vlm COCO=DIR PHOTOS=DIR TOWER=DIR`, see
+# docs/photo-vlm.md. Another call continues one that was stopped.
+PHOTO_VLM := outputs/photo-vlm
+PHOTO_VLM_RESULTS := docs/results/photo-vlm
+PHOTO_VLM_PRUNERS := $(filter-out ocvtp trim trim:% cdpruner cdpruner:%,$(PRUNERS:hiprune:%=hiprune:object_block=5))
+PHOTO_IMAGES := 100
+TOWER ?= $(PHOTO_WORK)/tower
+
+photo-vlm: export OMP_NUM_THREADS := 2
+photo-vlm: install
+	@for name in "$(COCO)" "$(PHOTOS)" "$(TOWER)"; do test -d "$$name" || { echo "make photo-vlm: there is no folder" \
+		"$$name; pass COCO=DIR PHOTOS=DIR TOWER=DIR (python -m tools.photo_tower writes a tower)" >&2; exit 1; }; done
+	$(BIN)/python -m tools.photo_vlm train --coco $(COCO) --photos $(PHOTOS) --tower $(TOWER) --output $(PHOTO_VLM)
+
+photo-accuracy: export OMP_NUM_THREADS := 2
+photo-accuracy: install
+	mkdir -p $(PHOTO_VLM_RESULTS)
+	$(BIN)/ocvtp --import tools/photo_vlm/task.py evaluate --model $(PHOTO_VLM) --dtype float32 --task composites \
+		--composites $(PHOTO_VLM)/composites --num-images $(PHOTO_IMAGES) --pruners $(PHOTO_VLM_PRUNERS) \
+		--num-keep 288 144 64 32 --batch-size 16 --skip-unfit --output outputs/photo-accuracy --json \
+		> outputs/photo-accuracy.json
+	cp outputs/photo-accuracy.json $(PHOTO_VLM_RESULTS)/results.json
+	cp outputs/photo-accuracy/report.md outputs/photo-accuracy/*.png $(PHOTO_VLM_RESULTS)/
 
 # What every host can do, on the newest transformers and the oldest.
 hosts: install $(OLDEST)/.installed

@@ -73,34 +73,36 @@ def _parameters(model: Any) -> int:
 def figure_table(facts: Mapping[str, Any]) -> str:
     """Accuracies in percent with their intervals, in Markdown: a row a level."""
     columns = [*KINDS, "all"]
-    whole, shuffled = _figures(facts, UNPRUNED), _figures(facts, SHUFFLED)
+    whole, shuffled = figures_of(facts, UNPRUNED), figures_of(facts, SHUFFLED)
     head = [*columns, "all, shuffled"]
     rows = ["| scenes | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for metric in facts["metrics"]:
         level = metric.partition("/")[0]
-        cells = [_cell(whole.get(f"{level}/{name}")) for name in columns]
-        rows.append(f"| {level} | " + " | ".join([*cells, _cell(shuffled[metric])]) + " |")
+        cells = [cell(whole.get(f"{level}/{name}")) for name in columns]
+        rows.append(f"| {level} | " + " | ".join([*cells, cell(shuffled[metric])]) + " |")
     return "\n".join(rows)
 
 
 def control_table(facts: Mapping[str, Any]) -> str:
     """The same of an 18th of the tokens: chosen at random, and by the oracle."""
-    few = [_figures(facts, label) for label in (RANDOM, ORACLE)]
+    few = [figures_of(facts, label) for label in (RANDOM, ORACLE)]
     rows = ["| scenes | random | oracle | oracle minus random |", "|---|---|---|---|"]
     for metric in facts["metrics"]:
         cells = [
-            _cell(figures[metric]) for figures in (*few, {metric: few[1][metric]["minus_random"]})
+            cell(figures[metric]) for figures in (*few, {metric: few[1][metric]["minus_random"]})
         ]
         rows.append(f"| {metric.partition('/')[0]} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
 
-def _figures(facts: Mapping[str, Any], label: str) -> dict[str, Any]:
+def figures_of(facts: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """By name, those of the first row of a label."""
     found: dict[str, Any] = next(row for row in facts["rows"] if row["label"] == label)["figures"]
     return found
 
 
-def _cell(figure: Mapping[str, float] | None) -> str:
+def cell(figure: Mapping[str, float] | None) -> str:
+    """A share with its interval, in percent; `-` where there is none."""
     if figure is None:
         return "-"
     value, low, high = (100 * figure[name] for name in ("value", "low", "high"))
@@ -173,7 +175,7 @@ def _text_tower(settings: DemoSettings, figures: Mapping[str, Any]) -> str:
     names = ("caption", "chance", "patches")
     rows = ["| scenes | caption | by lot | patches |", "|---|---|---|---|"]
     for level, found in figures["text_tower"].items():
-        rows.append(f"| {level} | " + " | ".join(_cell(found[name]) for name in names) + " |")
+        rows.append(f"| {level} | " + " | ".join(cell(found[name]) for name in names) + " |")
     facts = asdict(settings.text_tower)
     template = Template(_TEXT_TOWER.read_text())
     return template.substitute(folder=FOLDER, figures="\n".join(rows), **facts)

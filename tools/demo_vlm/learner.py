@@ -15,13 +15,11 @@ from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.questions import SIZES
 from tools.demo_vlm.batches import IGNORE, MAX_PER_SHAPE, Batch
 from tools.demo_vlm.model import FEATURE_LAYER, build_model, orthogonal_attention
-from tools.demo_vlm.packing import random_subset, read_packed
-from tools.demo_vlm.processor import BEFORE_IMAGE
+from tools.demo_vlm.reader import Reader
 from tools.demo_vlm.settings import ModelSettings, StageSettings
 
 _BACKGROUND_WEIGHT = 0.25
 _KINDS_WEIGHT, _COUNTS_WEIGHT = 6.0, 0.3
-_END_WEIGHT = 0.05
 _OBJECT_BIAS = 2.0
 
 
@@ -55,12 +53,8 @@ class TowerHeads(nn.Module):
         )
 
 
-class Learner(nn.Module):
+class Learner(Reader):
     """The model while it is trained.
-
-    Tokens of a tower share a large mean and differ in scale, so the projector's first layer is
-    learnt over standardised ones: `weight`, `bias`, with `mean` and `std` of the features. `fold`
-    writes it into the model.
 
     Args:
         settings: sizes.
@@ -68,27 +62,13 @@ class Learner(nn.Module):
         seed: of the weights.
     """
 
-    mean: Tensor
-    std: Tensor
-    fitted: Tensor
-    before: Tensor
-
     def __init__(self, settings: ModelSettings, tokenizer: Any, seed: int) -> None:
-        super().__init__()
-        self.model = build_model(settings, tokenizer, seed)
-        first = self.model.model.multi_modal_projector.linear_1.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
-            self.heads = TowerHeads(settings.tower_dim)
-            noise = torch.randn(first.weight.shape)
-        self.weight = nn.Parameter(noise * settings.tower_dim**-0.5)
-        self.bias = nn.Parameter(torch.zeros(settings.text_dim))
-        self.register_buffer("mean", torch.zeros(settings.tower_dim))
-        self.register_buffer("std", torch.ones(settings.tower_dim))
-        self.register_buffer("fitted", torch.tensor(False))
-        before = tokenizer(BEFORE_IMAGE, add_special_tokens=False)["input_ids"]
-        self.register_buffer("before", torch.tensor(before), persistent=False)
-        self._end = tokenizer.eos_token_id
+            heads = TowerHeads(settings.tower_dim)
+            noise = torch.randn(settings.text_dim, settings.tower_dim)
+        super().__init__(build_model(settings, tokenizer, seed), tokenizer, noise)
+        self.heads = heads
         self._words = {
             word: tokenizer.convert_tokens_to_ids(word)
             for word in ("object", *SHAPES, *COLOURS, *SIZES)
@@ -99,23 +79,6 @@ class Learner(nn.Module):
         out = self.model.model.vision_tower(pixel_values, output_hidden_states=True)
         return out.hidden_states[FEATURE_LAYER][:, 1:], out.pooler_output
 
-    def project(self, features: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, H]."""
-        projector = self.model.model.multi_modal_projector
-        hidden = F.linear(self.standardise(features), self.weight, self.bias)
-        return torch.as_tensor(projector.linear_2(projector.act(hidden)))
-
-    def standardise(self, features: Tensor) -> Tensor:
-        """[B, N, D] of mean 0 and deviation 1."""
-        return (features - self.mean) / self.std
-
-    @torch.no_grad()
-    def fold(self) -> None:
-        """Write the projector's first layer, over raw tokens, into the model."""
-        first = self.model.model.multi_modal_projector.linear_1
-        first.weight.copy_(self.weight / self.std)
-        first.bias.copy_(self.bias - first.weight @ self.mean)
-
     @torch.no_grad()
     def begin(self, stage: StageSettings, batch: Batch, generator: torch.Generator) -> None:
         """Prepare a stage, once: what the projector is learnt over, and fresh attention.
@@ -124,15 +87,7 @@ class Learner(nn.Module):
         something stays the same.
         """
         if stage.align or stage.answer:
-            features, _ = self.encode(batch.pixel_values)
-            mean, std = features.mean((0, 1)), features.std((0, 1)) + 1e-2
-            if self.fitted:
-                raw = self.weight / self.std
-                self.bias.add_(raw @ (mean - self.mean))
-                self.weight.copy_(raw * std)
-            self.mean.copy_(mean)
-            self.std.copy_(std)
-            self.fitted.fill_(True)
+            self.fit(self.encode(batch.pixel_values)[0])
         if stage.fresh_attention:
             orthogonal_attention(self.model, generator)
 
@@ -151,14 +106,8 @@ class Learner(nn.Module):
             terms["align"] = self._align(visual, batch)
         if stage.answer:
             if torch.rand(1, generator=generator).item() < stage.drop:
-                keep = random_subset(self.standardise(features), generator)
-                visual = visual.gather(1, keep[..., None].expand(-1, -1, visual.shape[2]))
-            logits, ends = self.answer(visual, batch)
-            end = torch.full_like(batch.answer, self._end).flatten()
-            terms["answer"] = F.cross_entropy(logits.flatten(0, 1), batch.answer.flatten())
-            terms["answer"] = terms["answer"] + _END_WEIGHT * F.cross_entropy(
-                ends.flatten(0, 1), end
-            )
+                visual = self.drop(features, visual, generator)
+            terms["answer"] = self.answer_loss(visual, batch)
         return terms
 
     @torch.no_grad()
@@ -177,13 +126,6 @@ class Learner(nn.Module):
             logits, _ = self.answer(self.project(features), batch)
             scores["answers"] = logits.argmax(-1) == batch.answer
         return scores
-
-    def answer(self, visual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """[B, Q, words] logits of the answer, and of what follows it."""
-        hidden = read_packed(self.model, self.before, visual, batch.words)
-        at = batch.answer_at[..., None, None].expand(-1, -1, 1, hidden.shape[-1])
-        asked, answered = hidden.gather(2, at - 1), hidden.gather(2, at)
-        return self.model.lm_head(asked[:, :, 0]), self.model.lm_head(answered[:, :, 0])
 
     def _align(self, visual: Tensor, batch: Batch) -> Tensor:
         """Cross-entropies of the words for a patch, by their products with its projection."""

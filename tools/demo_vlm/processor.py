@@ -10,7 +10,8 @@ from ocvtp.random_models.clip_config import plain_processor
 from tools.demo_vlm.settings import ModelSettings
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
-_WORDS = ("user", "assistant", ":", "?", ".", *WORDS)
+_PROMPT_WORDS = ("user", "assistant", ":", "?", ".")
+_WORDS = (*_PROMPT_WORDS, *WORDS)
 BEFORE_IMAGE = f"{BOS} USER:"
 AFTER_QUESTION = "ASSISTANT:"
 CHAT_TEMPLATE = (
@@ -22,11 +23,15 @@ CHAT_TEMPLATE = (
 """LLaVA-1.5's: `USER: <image>\\nQuestion? ASSISTANT:`."""
 
 
-def word_tokenizer() -> Any:
-    """A tokenizer of the words that questions and answers are made of, small and capital alike."""
+def word_tokenizer(words: Sequence[str] = WORDS) -> Any:
+    """A tokenizer of whole words, small and capital alike.
+
+    Args:
+        words: that questions and answers are made of, in lower case.
+    """
     special = [PAD, BOS, EOS, UNKNOWN, IMAGE]
     return _tokenizer(
-        [*special, *_WORDS],
+        [*special, *_PROMPT_WORDS, *words],
         f"{BOS} $A",
         extra_special_tokens={"image_token": IMAGE},
         padding_side="left",
@@ -71,14 +76,19 @@ def _tokenizer(tokens: Sequence[str], sequence: str, **settings: Any) -> Any:
 
 def build_processor(settings: ModelSettings) -> Any:
     """A `LlavaProcessor`: pixels in -1..1, words to numbers, `<image>` to a token a patch."""
-    from transformers import LlavaProcessor
-
     images = plain_processor(settings.image_size)
     images.image_mean = images.image_std = [0.5] * 3
+    return llava_processor(images, word_tokenizer(), settings.patch_size)
+
+
+def llava_processor(images: Any, tokenizer: Any, patch_size: int) -> Any:
+    """LLaVA's processor around an image processor and a tokenizer."""
+    from transformers import LlavaProcessor
+
     return LlavaProcessor(
         image_processor=images,
-        tokenizer=word_tokenizer(),
-        patch_size=settings.patch_size,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
