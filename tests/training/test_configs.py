@@ -45,7 +45,10 @@ def test_configs_build(path, tmp_path, monkeypatch):
         cli = build(words)
     settings = yaml.safe_load(path.read_text())["model"]
     network = cli.model.network
-    assert network.config.slot_dim == settings["network"]["slot_dim"]
+    sizes = settings["network"].get("init_args")  # of other networks than the OC-pruner's
+    held = network.config if sizes is None else network.config.sizes
+    for name, value in (sizes or settings["network"]).items():
+        assert getattr(held, name) == value
     assert network.config.layer == settings["encoder"]["init_args"]["layer"]
     assert cli.datamodule.transform is cli.model.encoder.transform
 
