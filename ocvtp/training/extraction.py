@@ -250,8 +250,8 @@ class Extraction:
 
     def _finish(self, written: int) -> ExtractionReport:
         """Write the manifest where all shards are there; every rank that sees them does."""
-        missing = len(self._missing())
-        there = [shard for shard in self._shards() if shard not in set(self._missing())]
+        missing = set(self._missing())
+        there = [shard for shard in self._shards() if shard not in missing]
         shards: dict[str, list[dict[str, Any]]] = {split: [] for split in self._sets}
         for split, number in there:
             shards[split].append(describe_shard(self.folder / shard_name(split, number)))
@@ -261,7 +261,7 @@ class Extraction:
         described = [shard for own in shards.values() for shard in own]
         return ExtractionReport(
             written,
-            missing,
+            len(missing),
             {split: manifest.num_images(split) for split in self._sets},
             tuple(text for shard in described for text in shard["skipped"]),
             sum(shard["bytes"] for shard in described),
