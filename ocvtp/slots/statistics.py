@@ -29,6 +29,12 @@ def standardized(tokens: Tensor, valid: Tensor | None = None) -> Tensor:
     return tokens / (image_mean(tokens.square(), valid).sqrt() + FLOOR)
 
 
+def relative_log(values: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Logarithms [B, N] of values of at least 0, minus their mean over the image; 0 on padding."""
+    logs = values.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    return centred(logs[:, :, None], valid).squeeze(2)
+
+
 class FeatureStatistics(nn.Module):
     """Mean and scale of every feature over a data set, saved with the weights.
 

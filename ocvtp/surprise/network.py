@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ocvtp.learning import NetworkConfig, Objective, Outcome, PrunerNetwork, Sizes
-from ocvtp.slots.statistics import FeatureStatistics, image_mean
+from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import Needs, VisualTokens
 
 _LAYER_SHARE = 3 / 12  # where it was best of 3, 5 and 8 of 12, see docs/photographs.md
@@ -104,13 +104,6 @@ class SurpriseNetwork(PrunerNetwork):
 
     def statistics(self) -> list[tuple[int, FeatureStatistics]]:
         return [(self.config.layer, self.inputs)]
-
-
-def relative_log(values: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Logarithms [B, N] of values of at least 0, minus their mean over the image; 0 on padding."""
-    logs = values.float().clamp(min=torch.finfo(torch.float32).tiny).log()
-    logs = logs - image_mean(logs[:, :, None], valid)[:, :, 0]
-    return logs if valid is None else logs.masked_fill(~valid, 0.0)
 
 
 class SurpriseObjective(Objective[SurpriseNetwork]):

@@ -19,12 +19,12 @@ from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene, write_scenes
 from ocvtp.learning import NetworkConfig
 from ocvtp.pruners import trainable
+from ocvtp.slots.statistics import relative_log
 from ocvtp.structures import Needs, VisualTokens
 from ocvtp.surprise.network import (
     SurpriseNetwork,
     SurpriseObjective,
     SurpriseSizes,
-    relative_log,
 )
 from ocvtp.training.resume import read_checkpoint
 

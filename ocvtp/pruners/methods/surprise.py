@@ -13,7 +13,7 @@ from ocvtp.ops.similarity import full, unit
 from ocvtp.pruners.base import Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.trainable import TrainablePruner
-from ocvtp.slots.statistics import standardized
+from ocvtp.slots.statistics import relative_log, standardized
 from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
 
 if TYPE_CHECKING:
@@ -98,8 +98,6 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
 
     def _weights(self, tokens: VisualTokens) -> Tensor:
         """[B, N], 0 on padding; sums to 1."""
-        from ocvtp.surprise.network import relative_log
-
         network: SurpriseNetwork = self.ready(tokens)
         logits = self.surprise_power * network.surprise(tokens)
         for key in self._attention:
