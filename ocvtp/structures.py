@@ -72,7 +72,11 @@ class Needs:
         Raises:
             ValueError: if they mean different things by `received` attention.
         """
-        if self._received and other._received and self.patch_queries != other.patch_queries:
+        if (
+            self.reads_received
+            and other.reads_received
+            and self.patch_queries != other.patch_queries
+        ):
             raise ValueError(
                 "one of these pruners reads the attention received from all queries, the other that"
                 " received from patches alone; attach them one after the other, not together."
@@ -90,8 +94,15 @@ class Needs:
         )
 
     @property
-    def _received(self) -> bool:
+    def reads_received(self) -> bool:
+        """Whether any of it is `received` attention."""
         return any(kind == "received" for _, kind in self.attention)
+
+    @property
+    def reads_cls(self) -> bool:
+        """Whether any of it is the CLS token's: a tower without one has it not."""
+        asked = any(kind == "cls" for _, kind in self.attention)
+        return self.cls or bool(self.cls_queries) or asked
 
 
 def take(values: Tensor, indices: Tensor) -> Tensor:

@@ -312,8 +312,7 @@ def _absent(needs: Needs, there: Mapping[str, Any]) -> Iterator[str]:
             yield f"{field.name} is not there"
     if needs.cls and there["cls"] and there["hidden"][0] != needs.hidden[0]:
         yield f"cls is of hidden_states[{there['hidden'][0]}] there and [{needs.hidden[0]}] here"
-    received = any(kind == "received" for _, kind in needs.attention)
-    if received and needs.patch_queries != there["patch_queries"]:
+    if needs.reads_received and needs.patch_queries != there["patch_queries"]:
         yield "the attention received is not the mean over the same queries (patch_queries)"
 
 

@@ -93,16 +93,12 @@ class FrozenEncoder(nn.Module, ABC):
         Raises:
             ValueError: that names the alternative.
         """
-        asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
-        if asks_cls and not self.has_cls:
+        if needs.reads_cls and not self.has_cls:
             raise ValueError(
                 f"the pruner reads the CLS token, which the tower {self.tower_id} has not; use"
                 " `received` attention where the method offers it, or a pruner without CLS."
             )
-        for layer in needs.hidden:
-            taps.resolve(layer, self.depth + 1, "hidden_states")
-        for block in (*(block for block, _ in needs.attention), *needs.keys):
-            self._block(block)
+        self.resolved(needs)
 
     def load(self, needs: Needs) -> FrozenEncoder:
         """Read the weights of the blocks that `needs` reaches, and hook them.

@@ -26,12 +26,12 @@ def joined(needs: Iterable[Needs]) -> list[Needs]:
 
 def plain(needs: Needs) -> Needs:
     """Without the kind of `received` attention where none is read."""
-    return replace(needs, patch_queries=needs.patch_queries and _reads_received(needs))
+    return replace(needs, patch_queries=needs.patch_queries and needs.reads_received)
 
 
 def agree(a: Needs, b: Needs) -> bool:
     """Whether two mean the same by `received` attention."""
-    both = _reads_received(a) and _reads_received(b)
+    both = a.reads_received and b.reads_received
     return not both or a.patch_queries == b.patch_queries
 
 
@@ -58,7 +58,3 @@ def only(tokens: VisualTokens, needs: Needs) -> VisualTokens:
         cls=tokens.cls if needs.cls else None,
         projected=tokens.projected if needs.projected else None,
     )
-
-
-def _reads_received(needs: Needs) -> bool:
-    return any(kind == "received" for _, kind in needs.attention)

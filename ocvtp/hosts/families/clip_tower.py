@@ -163,8 +163,7 @@ class ClipFamilyHost(Host):
         return replace(needs, hidden=hidden)
 
     def check(self, needs: Needs) -> None:
-        asks_cls = needs.cls or needs.cls_queries or any(k == "cls" for _, k in needs.attention)
-        if asks_cls and not self._has_cls:
+        if needs.reads_cls and not self._has_cls:
             raise ValueError(
                 f"the pruner reads the CLS token, which a {self.tower.config.model_type} has not;"
                 " use `received` attention where the method offers it, or a pruner without CLS."

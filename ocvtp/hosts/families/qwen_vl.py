@@ -70,7 +70,7 @@ class QwenHost(Host):
         return taps.Tower(self.tower.blocks, self.tower.config.num_heads, fused)
 
     def check(self, needs: Needs) -> None:
-        if needs.cls or needs.cls_queries or any(kind == "cls" for _, kind in needs.attention):
+        if needs.reads_cls:
             raise ValueError(
                 f"the pruner reads the CLS token, which the tower of {self.family} has not; use"
                 " `received` attention where the method offers it, or a pruner without CLS."
