@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
-from ocvtp.structures import Needs, Selection, VisualTokens
+from ocvtp.structures import Selection, VisualTokens
+from ocvtp.towers.joined_needs import covers, joined
 from ocvtp.visualize import Panel, figure, figure_of_images, save_figure
 
 
@@ -162,11 +163,14 @@ def _of_model(
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
     pixels = dict(inputs)
     inputs = inputs.to(vlm.device, vlm.dtype)
-    groups = _agreeing([pruner for pruner in pruners if not _runs_inside(pruner)])
-    for needs, _ in groups:
+    outside = [pruner for pruner in pruners if not _runs_inside(pruner)]
+    unions = joined(pruner.needs for pruner in outside)
+    for needs in unions:
         host.check(needs)
     stages: dict[int, list[_Stage]] = {}
-    for needs, group in groups:
+    for needs in unions:
+        left = [pruner for pruner in outside if id(pruner) not in stages]
+        group = [pruner for pruner in left if covers(needs, pruner.needs)]
         reader = make_reader(host, needs, processor, text_tower)
         hooks = host.install(needs)
         try:
@@ -232,8 +236,7 @@ class _Drawn:
         panels = []
         for pruner, label in zip(pruners, _labels(pruners), strict=True):
             for stage in self.stages[id(pruner)]:
-                title = label + stage.title.removeprefix(pruner.name)
-                panels += replace(stage, title=title).panels()
+                panels += stage.panels(label)
         return panels
 
     def facts(self, pruners: Sequence[Pruner]) -> dict[str, Any]:
@@ -246,20 +249,24 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What is left of the one image: `cells` of its `grids`, and soft masks [S, cells]."""
+    """What is left of the one image: `cells` of its `grids`, and soft masks [S, cells].
 
-    title: str
+    `place` follows the pruner's label in titles, where one of several places is meant.
+    """
+
     grids: tuple[tuple[int, int], ...]
     cells: Tensor
     masks: Tensor | None = None
+    place: str = ""
 
-    def panels(self) -> list[Panel]:
+    def panels(self, label: str) -> list[Panel]:
         panels, first = [], 0
         for rows, columns in self.grids:
             last = first + rows * columns
             here = self.cells[(self.cells >= first) & (self.cells < last)] - first
             soft = None if self.masks is None else self.masks[:, first:last]
-            title = self.title if len(self.grids) == 1 else f"{self.title} {rows} x {columns}"
+            grid = "" if len(self.grids) == 1 else f" {rows} x {columns}"
+            title = f"{label}{self.place}{grid}"
             panels.append(Panel(title, here, soft, (rows, columns)))
             first = last
         return panels
@@ -276,21 +283,6 @@ def _check_prompt(pruners: Sequence[Pruner], prompt: str | None) -> None:
         raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
 
 
-def _agreeing(pruners: Sequence[Pruner]) -> list[tuple[Needs, list[Pruner]]]:
-    """Groups that can be shown the same tokens, and what they need."""
-    groups: list[tuple[Needs, list[Pruner]]] = []
-    for pruner in pruners:
-        for number, (needs, group) in enumerate(groups):
-            try:
-                groups[number] = (needs | pruner.needs, [*group, pruner])
-                break
-            except ValueError:  # they mean different things by the same name
-                continue
-        else:
-            groups.append((pruner.needs, [pruner]))
-    return groups
-
-
 def _of_tokens(
     pruner: Pruner, tokens: VisualTokens, grids: tuple[tuple[int, int], ...], cells: Tensor
 ) -> _Stage:
@@ -303,7 +295,7 @@ def _of_tokens(
     masks = pruner.masks(tokens)
     if masks is not None:
         masks = _on_cells(masks.float().cpu(), cells)
-    return _Stage(pruner.name, grids, _chosen(cells, pruner.select(tokens)), masks)
+    return _Stage(grids, _chosen(cells, pruner.select(tokens)), masks)
 
 
 def _seen(colours: Tensor) -> NDArray[np.uint8]:
@@ -323,12 +315,11 @@ def _by_running(
     grids, cells = host.grids(prompt.encoded), host.cells(prompt.encoded)
     stages = []
     if any(part.stage != "llm_layers" for part in pruner.parts):
-        chosen = _chosen(cells, prompt.selection)
-        stages.append(_Stage(pruner.name, grids, chosen))
+        stages.append(_Stage(grids, _chosen(cells, prompt.selection)))
     for stayed in [] if prompt.layers is None else prompt.layers.kept:
         places = stayed.places if stayed.valid is None else stayed.places[stayed.valid][None]
         own = cells[0].gather(0, places[0][places[0] >= 0].cpu())
-        stages.append(_Stage(f"{pruner.name}, layer {stayed.layer}", grids, own.sort().values))
+        stages.append(_Stage(grids, own.sort().values, place=f", layer {stayed.layer}"))
     return stages
 
 
