@@ -42,6 +42,12 @@ def read_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
     )
 
 
+def write_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """The segmentation of an object's pixels [h, w], in compressed run lengths, for a JSON file."""
+    code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": code["size"], "counts": code["counts"].decode("ascii")}
+
+
 def _draw(polygons: list[Any], height: int, width: int) -> NDArray[np.bool_]:
     checked = [_polygon(points, max(height, width)) for points in polygons if points != []]
     drawn = rle.decode(rle.merge(rle.frPyObjects(checked, height, width)))

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pycocotools import mask as rle
 
 from ocvtp.choices import Level as Level
 from ocvtp.choices import Split as Split
@@ -30,6 +29,7 @@ from ocvtp.data.drawing import (
     draw_clutter,
     tinted,
 )
+from ocvtp.data.masks import write_mask
 from ocvtp.data.resize import claim_folder, progress
 from ocvtp.reporting.files import replacing
 
@@ -271,12 +271,11 @@ def _write_split(
 def _annotations(scene: Scene, image_id: int, first_id: int) -> Iterator[dict[str, Any]]:
     """COCO's record of every object."""
     for number, item in enumerate(scene.objects, start=first_id):
-        code = rle.encode(np.asfortranarray(item.mask, dtype=np.uint8))
         yield {
             "id": number,
             "image_id": image_id,
             "category_id": SHAPES.index(item.shape) + 1,
-            "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+            "segmentation": write_mask(item.mask),
             "area": int(item.mask.sum()),
             "bbox": list(item.box),
             "iscrowd": 0,

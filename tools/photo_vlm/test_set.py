@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 
+from ocvtp.data.masks import write_mask
 from ocvtp.reporting.files import replacing
 from tools.photo_vlm.composites import Composite, Painter
 from tools.photo_vlm.questions import KINDS, Asker
@@ -59,12 +59,11 @@ def _annotations(
 ) -> Iterator[dict[str, Any]]:
     """COCO's record of every object."""
     for number, item in enumerate(composite.objects, start=first_id):
-        code = rle.encode(np.asfortranarray(item.mask, dtype=np.uint8))
         yield {
             "id": number,
             "image_id": image_id,
             "category_id": categories.index(item.category) + 1,
-            "segmentation": {"size": code["size"], "counts": code["counts"].decode("ascii")},
+            "segmentation": write_mask(item.mask),
             "area": item.area,
             "iscrowd": 0,
         }
