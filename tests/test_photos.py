@@ -10,17 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
-import torch
 import yaml
 from PIL import Image
-from timm.models import save_for_hf
+from tiny_timm import tiny_timm
 
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
 
 ROOT = Path(__file__).parents[1]
-SIZES = {"embed_dim": 32, "depth": 12, "num_heads": 2, "img_size": 112, "num_classes": 0}
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
 
@@ -84,9 +81,7 @@ def tiny(command: str, words: list[str]) -> list[str]:
 def test_from_photographs_to_a_report(steps, monkeypatch, capsys):
     folder, commands = steps
     monkeypatch.chdir(folder)
-    torch.manual_seed(0)
-    tower = timm.create_model("vit_small_patch14_dinov2", **SIZES)
-    save_for_hf(tower, folder / "outputs/photos/tower", model_args=SIZES)
+    tiny_timm(folder / "outputs/photos/tower", depth=12, img_size=112)
     for _, command, *words in commands:
         if command == "-m":  # the tower is the one above
             continue

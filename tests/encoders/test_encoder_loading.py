@@ -7,7 +7,7 @@ import json
 import pytest
 import timm
 import torch
-from timm.models import save_for_hf
+from tiny_timm import SIZES, tiny_timm
 from torch.testing import assert_close
 
 from ocvtp.encoders.clip import CLIPEncoder
@@ -17,16 +17,12 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.random_models.clip_config import plain_processor, random_tower, vision_config
 from ocvtp.structures import Needs
 
-SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 56, "num_classes": 0}
-
 
 @pytest.fixture(scope="module")
 def timm_folder(tmp_path_factory):
     """A tiny ViT as timm writes it: patches of 14 pixels, weights for 56 of them."""
     folder = tmp_path_factory.mktemp("timm") / "tower"
-    torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch14_dinov2", **SIZES)
-    save_for_hf(model, folder, model_config={"input_size": [3, 56, 56]}, model_args=SIZES)
+    tiny_timm(folder)
     return folder
 
 

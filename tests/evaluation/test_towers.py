@@ -7,10 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
-import torch
-from timm.models import save_for_hf
 from tiny_models import tiny_llava, tiny_processor
+from tiny_timm import tiny_timm
 
 from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
@@ -34,7 +32,6 @@ DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
 BUDGETS = [Budget(num_keep=16), Budget(keep_ratio=0.0625)]
 OF_THE_TOWER = ("fastervlm", "visionzip", "fopru", "prumerge", "hiprune", "fps", "ridge")
 DINOS_AND_SIGLIP2 = ("tiny-dinov2", "tiny-dinov2-with-registers", "tiny-dinov3", "tiny-siglip2")
-SIZES = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": 56, "num_classes": 0}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +60,7 @@ def networks(tmp_path_factory):
 def tower_folder(tmp_path_factory):
     """A tiny ViT as timm writes it, for 56 pixels."""
     folder = tmp_path_factory.mktemp("timm") / "tower"
-    torch.manual_seed(0)
-    model = timm.create_model("vit_small_patch14_dinov2", **SIZES)
-    save_for_hf(model, folder, model_config={"input_size": [3, 56, 56]}, model_args=SIZES)
+    tiny_timm(folder)
     return f"local-dir:{folder}"
 
 
@@ -240,11 +235,8 @@ def test_flags_that_exclude_each_other(drawn, tmp_path, capsys):
 
 
 def test_a_tower_without_a_cls(drawn, tmp_path, capsys):
-    torch.manual_seed(0)
-    sizes = {**SIZES, "img_size": 64, "class_token": False, "global_pool": "avg"}
-    model = timm.create_model("vit_small_patch16_224", **sizes)
-    folder = tmp_path / "tower"
-    save_for_hf(model, folder, model_config={"input_size": [3, 64, 64]}, model_args=sizes)
+    folder, how = tmp_path / "tower", {"class_token": False, "global_pool": "avg"}
+    tiny_timm(folder, "vit_small_patch16_224", img_size=64, **how)
     asked = words(tmp_path / "out", str(folder), drawn, "--pruners", "fastervlm", "fopru", "--json")
     assert main(asked) == 2
     assert "reads the CLS token, which the tower timm:local-dir:" in capsys.readouterr().err

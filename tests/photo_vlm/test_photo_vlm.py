@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from tiny_photo_vlm import RULE, SIZE, tiny_settings, write_inputs
+from tiny_timm import tiny_timm
 
 from ocvtp.evaluation.oracle import LEAST_COVER, on_cells
 from ocvtp.hosts.loading import load_model
@@ -67,12 +68,8 @@ def test_the_tower_is_that_of_timm(inputs, size):
 def test_other_towers_and_sizes_are_refused(inputs, tmp_path, size, text):
     folder = inputs["tower"]
     if text == "no DINOv2":
-        from timm.models import save_for_hf
-
         folder = tmp_path / "vit"
-        sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 56, "num_classes": 0}
-        model = timm.create_model("vit_small_patch16_224", patch_size=14, **sizes)
-        save_for_hf(model, folder, model_args={**sizes, "patch_size": 14})
+        tiny_timm(folder, "vit_small_patch16_224", depth=2, patch_size=14)
     with pytest.raises(ValueError, match=text):
         read_timm(folder, size)
 
@@ -140,11 +137,7 @@ def test_the_whole_model_is_put_together_by_the_command(made, inputs, tmp_path, 
 def test_a_tower_of_other_sizes_is_refused(made, tmp_path):
     _, root = made
     folder = tmp_path / "tower"
-    sizes = {"embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 56, "num_classes": 0}
-    from timm.models import save_for_hf
-
-    model = timm.create_model("vit_small_patch14_dinov2", **sizes)
-    save_for_hf(model, folder, model_config={"input_size": [3, 56, 56]}, model_args=sizes)
+    tiny_timm(folder, embed_dim=16)
     with pytest.raises(ValueError, match="hidden_size=16, but .* was trained with 32"):
         assemble(root / "reader", folder, tmp_path / "whole")
 
