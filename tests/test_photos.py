@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -28,7 +29,9 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
     command = ["make", "--no-print-directory", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    # The suite itself is a recipe of make, whose flags and depth are not those of a user's shell.
+    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
