@@ -251,6 +251,7 @@ def said_by_the_code() -> str:
     return "\n".join(text.replace("\n", " ") for text in texts)
 
 
+@pytest.mark.slow
 def test_messages_that_are_explained_are_the_codes_own():
     page, said = (DOCS / "troubleshooting.md").read_text(), said_by_the_code()
     terms = re.findall(r"^(`.+)\n:   ", page, re.MULTILINE)

@@ -75,6 +75,7 @@ def test_pipeline(example):
     assert example("pipeline", "--batch-size", "1").splitlines() == lines
 
 
+@pytest.mark.slow
 def test_serve_folder_answers_right_and_goes_on_where_it_stood(example, tmp_path):
     out = example("serve_folder", "--output", "a.jsonl")
     assert "0 images are answered, 64 to go" in out

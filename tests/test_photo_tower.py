@@ -62,6 +62,7 @@ def test_a_missing_weight_is_named(tower, name):
         photo_tower.as_timm(named, depth=2)
 
 
+@pytest.mark.slow
 def test_the_folder_is_one_that_the_encoder_reads(tmp_path):
     torch.manual_seed(0)
     whole = timm.create_model("vit_small_patch14_dinov2", num_classes=0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import subprocess
@@ -28,10 +27,10 @@ def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     for name in ("Makefile", "configs", "pyproject.toml"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
-    command = ["make", "--no-print-directory", *words]
-    # The suite itself is a recipe of make, whose flags and depth are not those of a user's shell.
-    environment = {name: value for name, value in os.environ.items() if "MAKE" not in name}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    # The suite itself may be a recipe of make, whose flags and depth are not those of a shell.
+    shell = ["env", *(f"--unset={name}" for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"))]
+    command = [*shell, "make", "--no-print-directory", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

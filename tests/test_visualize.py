@@ -244,6 +244,7 @@ def test_figures_wrap_into_rows_of_equal_length(count, columns, grid):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("size", [(40, 40), (100, 30), (30, 100), (427, 640)])
+@pytest.mark.sampled(2)
 def test_titles_neither_overlap_nor_leave_the_figure(size):
     long = Panel("a_method_with_quite_a_long_name", torch.arange(20), None, (4, 5))
     drawn = figure(photo(*size), [*panels(), long, long])
@@ -304,6 +305,7 @@ def test_figures_leave_matplotlib_as_it_was():
 
 
 @pytest.mark.parametrize(("name", "magic"), [("a.png", b"\x89PNG"), ("b.PDF", b"%PDF")])
+@pytest.mark.sampled(1)
 def test_figures_are_saved_by_suffix_and_reproducibly(tmp_path, name, magic):
     first = save_figure(figure(photo(), panels()), tmp_path / "new" / name, dpi=40)
     second = save_figure(figure(photo(), panels()), str(tmp_path / name), dpi=40)

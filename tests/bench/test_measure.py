@@ -55,6 +55,7 @@ def samples(subject, request_of, rows):
     return Bench(subject, 4).rounds(request_of, fast, 1, 7, lambda _: None)
 
 
+@pytest.mark.slow
 def test_stages_sum_to_the_whole(samples):
     for name, parts in samples.items():
         assert set(parts) == set(PARTS)

@@ -106,6 +106,7 @@ def test_answer_with_the_learned_pruner(capsys, photo, artifact):
     assert json.loads(capsys.readouterr().out)["visual_tokens_kept"] == [9]
 
 
+@pytest.mark.slow
 def test_show_draws_every_pruner(capsys, photo, artifact, tmp_path):
     out = tmp_path / "deep" / "picture.png"
     words = ["show", *MODEL, "--pruner", "ocvtp", "fastervlm:block=-3", "random:seed=4"]
@@ -154,6 +155,7 @@ def test_show_several_images_in_a_model_and_on_its_tower_alone(
                 torch.testing.assert_close(panel.attention, mine.attention)
 
 
+@pytest.mark.slow
 def test_show_on_a_tower_alone(capsys, photo, tmp_path):
     out = tmp_path / "picture.png"
     words = ["show", "--tower", "random:tiny", "--image", photo, "--output", str(out)]
@@ -186,6 +188,7 @@ def test_show_on_a_tower_alone(capsys, photo, tmp_path):
 
 @pytest.mark.parametrize("source", [MODEL, ["--tower", "random:tiny"]], ids=["model", "tower"])
 @pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.slow
 def test_show_draws_nothing_of_images_that_are_hidden(capsys, photo, tmp_path, source, count):
     """Two photographs with the same tokens kept are the same figure; shown, they differ."""
     other = tmp_path / "other.png"

@@ -93,6 +93,7 @@ def test_a_task_says_its_flags_and_refuses_others_at_once(name):
     assert imported(*codes) == [set()] * 3
 
 
+@pytest.mark.slow
 def test_a_list_imports_torch_and_what_draws_the_table():
     for code in LISTS:
         assert after_torch()[code] <= {"torch", "numpy", "rich"}

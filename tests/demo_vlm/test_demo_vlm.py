@@ -41,6 +41,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", range(5))
+@pytest.mark.sampled(1)
 def test_each_stage_lowers_its_loss(number, tmp_path):
     """On four scenes again and again, in 25 steps."""
     settings = tiny_settings(tmp_path, steps=25)

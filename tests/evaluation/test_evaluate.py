@@ -120,6 +120,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("after", [9, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 22))])
+@pytest.mark.slow
 def test_a_killed_run_continues_and_ends_alike(whole, subject, task, tmp_path, monkeypatch, after):
     calls = []
 

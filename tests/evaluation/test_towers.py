@@ -70,6 +70,7 @@ def words(output, tower, drawn, *more, task="coverage"):
     return [*found, *(files if task == "coverage" else []), "--num-keep", "9", *more]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_vlm_with_this_tower(drawn, networks, tmp_path):
     vlm, processor = load_model(DEMO)
     pruners = (*OF_THE_TOWER, "ocvtp", "fastv", "greedyprune")
@@ -126,6 +127,7 @@ def test_projected_tokens_are_those_of_the_tower(drawn, tower, tmp_path):
 
 
 @pytest.mark.parametrize("tower", DINOS_AND_SIGLIP2)
+@pytest.mark.sampled(1)
 def test_towers_of_transformers(drawn, tower, tmp_path, capsys):
     more = ["--pruners", "fastervlm", "visionzip", "fopru", "divprune", "--skip-unfit", "--json"]
     assert main(words(tmp_path, f"random:{tower}", drawn, "--no-controls", *more)) == 0
@@ -175,6 +177,7 @@ def test_it_runs_once_for_all_pruners_that_agree(drawn, tower_folder, tmp_path, 
         evaluate(TowerSubject(tower_folder), task, ["fastervlm"], BUDGETS[:1], tmp_path, **run)
 
 
+@pytest.mark.slow
 def test_any_size_from_the_command_line(drawn, tower_folder, tmp_path, capsys):
     more = ["--img-size", "84", "--pruners", "fastervlm", "fopru", "--json"]
     assert main(words(tmp_path, tower_folder, drawn, *more)) == 0
@@ -234,6 +237,7 @@ def test_flags_that_exclude_each_other(drawn, tmp_path, capsys):
         evaluate(TowerSubject("random:tiny"), task, [], BUDGETS, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_tower_without_a_cls(drawn, tmp_path, capsys):
     folder, how = tmp_path / "tower", {"class_token": False, "global_pool": "avg"}
     tiny_timm(folder, "vit_small_patch16_224", img_size=64, **how)
@@ -284,6 +288,7 @@ def test_pictures_of_other_sizes_and_tiles_are_refused(drawn, tmp_path, capsys):
     assert "which is not one grid of" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_later_run_adds_to_an_earlier_one_in_half_precision(
     drawn, tower_folder, tmp_path, capsys
 ):

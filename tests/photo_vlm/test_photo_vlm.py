@@ -186,6 +186,7 @@ def test_a_spotlight_is_on_objects_first():
     assert spotlight(patches, 99, generator).shape == (2, 30)
 
 
+@pytest.mark.slow
 def test_a_stopped_training_ends_with_the_same_weights(made, inputs, tmp_path):
     """Stopped in the second stage and before; composites that are encoded stay."""
     settings, root = made

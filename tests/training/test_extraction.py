@@ -106,6 +106,7 @@ def both(tmp_path, make, data, **options):
 
 
 @pytest.mark.parametrize("kind", ["slots", "kept"])
+@pytest.mark.sampled(1)
 def test_the_losses_are_those_of_training_on_images(tmp_path, scenes, kind):
     """Bit for bit in fp32, in the same order; masks, statistics, attention and all."""
     model = module(kind)
@@ -117,6 +118,7 @@ def test_the_losses_are_those_of_training_on_images(tmp_path, scenes, kind):
 
 
 @pytest.mark.parametrize(("dtype", "rtol"), [("float16", 2e-3), ("bfloat16", 2e-2)])
+@pytest.mark.slow
 def test_narrower_features_round(tmp_path, scenes, dtype, rtol):
     model = module("kept")
     data = images(scenes, model)
@@ -129,6 +131,7 @@ def test_narrower_features_round(tmp_path, scenes, dtype, rtol):
 
 
 @pytest.mark.parametrize("layout", ["variable", "joint"])
+@pytest.mark.slow
 def test_images_of_many_shapes(tmp_path, shapes, layout):
     def make(**options):
         if layout == "variable":
@@ -143,6 +146,7 @@ def test_images_of_many_shapes(tmp_path, shapes, layout):
         assert b == pytest.approx(a, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_training_resumes_inside_an_epoch(tmp_path, scenes):
     made = module()
     extract(tmp_path / "features", made, images(scenes, made), shard_size=5)
@@ -158,6 +162,7 @@ def test_training_resumes_inside_an_epoch(tmp_path, scenes):
     assert run("resumed", resume=tmp_path / "stopped" / "step=4.ckpt") == straight[4:]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_from_the_files_of_the_images(tmp_path, scenes, caplog):
     from ocvtp.training.callbacks import SlotPictures
 

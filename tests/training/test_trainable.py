@@ -98,6 +98,7 @@ def test_the_page_runs(page, capsys):
     assert written.training["validation"]["received_share"] > 0
 
 
+@pytest.mark.slow
 def test_training_learns_and_a_second_run_is_the_same(page):
     runs = []
     for output in ("a", "b"):

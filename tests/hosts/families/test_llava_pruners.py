@@ -180,6 +180,7 @@ def test_a_tower_without_cls(llava_siglip: Any, reading: Any, name: str) -> None
 @pytest.mark.usefixtures("untouched_dino")
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize(("name", "settings"), CASES)
+@pytest.mark.sampled(4)
 def test_dino_towers(llava_dino: Any, processor: Any, name: str, settings: dict[str, Any]) -> None:
     """Registers are read before the tokens of each image, whatever is kept of these."""
     model, registers = llava_dino, num_registers(llava_dino)

@@ -104,6 +104,7 @@ def check_equal(model: Any, inputs: Any, pruners: list[Anything], **options: Any
     return shared.num_encoded
 
 
+@pytest.mark.slow
 def test_llava(llava: Any, processor: Any, clip: Any) -> None:
     pruners = sweep("hiprune", "fastervlm", "prumerge", "visionzip", "trim", "cdpruner", "topv")
     later = build_pruner("visiondrop", num_keep=12, stages=((1, 8), (2, 4)), later=True)
