@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.training.base import NetworkModule
 from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.lifecycle import (
@@ -140,8 +141,8 @@ class _TrainCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _transform(model: PrunerModule) -> Any:
-    return model.encoder.transform
+def _transform(model: NetworkModule) -> Any:
+    return model.transform
 
 
 class _DataCLI(_TrainCLI):

@@ -20,7 +20,8 @@ from ocvtp.export import export_checkpoint
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.slots.objectives import SlotsObjective
-from ocvtp.training.module import OCPrunerModule, warmup_cosine
+from ocvtp.training.module import OCPrunerModule
+from ocvtp.training.schedule import warmup_cosine
 from ocvtp.training.run import train
 
 SIZES = NetworkSizes(hidden_dim=32, slot_dim=16, ffn_dim=32, noise_rows=64)
