@@ -61,6 +61,10 @@ class NetworkModule(pl.LightningModule, ABC):
     def val_budget(self) -> int:
         """K of the validation's loss."""
 
+    def shown(self) -> list[pl.Callback]:
+        """What shows how the run goes, besides its logs."""
+        return []
+
     def nothing(self) -> Tensor | None:
         """A step without images: skipped, or, among other ranks, a zero gradient."""
         if self.trainer.world_size == 1:

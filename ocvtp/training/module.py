@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.structures import Needs, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
+from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.features import count_images, stored_tokens
 from ocvtp.training.metrics import (
@@ -109,6 +111,9 @@ class PrunerModule(NetworkModule):
     @property
     def val_budget(self) -> int:
         return self.val_num_slots
+
+    def shown(self) -> list[pl.Callback]:
+        return [SlotPictures()]
 
     def _origin(self) -> dict[str, Any]:
         """Facts of the run for the network, see `NetworkConfig`."""
