@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 from ocvtp.learning.network import PrunerNetwork
+from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer
 from ocvtp.structures import Layout, Needs, VisualTokens
 
@@ -40,8 +41,8 @@ class SelectorConfig:
         training: summary of the run: steps, images, losses, versions.
 
     Raises:
-        ValueError: for a stage or positions that there are not, and a layer that does not go with
-            the stage.
+        ValueError: for a stage or positions that there are not, a layer that does not go with
+            the stage, and an unknown choice.
     """
 
     scorer: str
@@ -78,6 +79,7 @@ class SelectorConfig:
             object.__setattr__(self, "widths", Widths(**self.widths))
         for name in ("grid_hw", "num_slots"):
             object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        object.__setattr__(self, "choice", parse_choice(self.choice).describe())
 
     @property
     def feature_dim(self) -> int:
