@@ -48,7 +48,11 @@ def selector(
 
 
 def network_setting(
-    name: str, feature_dim: int, grid_hw: tuple[int, int] = (4, 4), **config: Any
+    name: str,
+    feature_dim: int,
+    grid_hw: tuple[int, int] = (4, 4),
+    projected_dim: int | None = None,
+    **config: Any,
 ) -> dict[str, Any]:
     """The setting `network` of a pruner; none, of one that takes none.
 
@@ -56,6 +60,7 @@ def network_setting(
         name: of the pruner.
         feature_dim: D.
         grid_hw: that the network is made for.
+        projected_dim: D', the same as D where nothing is said.
         config: more of its config; it reads layer 3 where nothing is said.
     """
     given: dict[str, Any] = {"feature_dim": feature_dim, "grid_hw": grid_hw, "layer": 3} | config
@@ -68,5 +73,9 @@ def network_setting(
             sizes = SurpriseSizes(hidden_dim=4, reach=1)
             return {"network": SurpriseNetwork(NetworkConfig(sizes=sizes, **given)).eval()}
         if name in SELECTORS:
-            return {"network": selector(SELECTORS[name], feature_dim, **config)}
+            return {
+                "network": selector(
+                    SELECTORS[name], feature_dim, projected_dim=projected_dim, **config
+                )
+            }
     return {}
