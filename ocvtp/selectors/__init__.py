@@ -1,0 +1,1 @@
+"""What a learned pruner is trained with: scorers, relaxations, losses, schedules."""
