@@ -120,3 +120,25 @@ class Parts(Generic[PartT]):
         if missing := [setting for setting in needed if setting not in settings]:
             raise ValueError(f"{self._kind} {name!r} needs {', '.join(missing)}; pass it by name.")
         return cls(**settings)
+
+
+def one_of(value: Any, name: str, allowed: tuple[str, ...]) -> str:
+    """One of several words.
+
+    Raises:
+        ValueError: for others.
+    """
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={value!r}; pass one of {', '.join(map(repr, allowed))}.")
+    return value
+
+
+def whole(value: Any, name: str, what: str) -> int:
+    """The number of something.
+
+    Raises:
+        ValueError: for what is no whole number.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}={value!r}; pass the number of {what}.")
+    return value
