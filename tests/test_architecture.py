@@ -42,6 +42,8 @@ HOST_STOREYS = (
     "prompt",
     "families",
     "registry",
+    "asking",
+    "gating",
     "loading runtime",
     "attach",
     "__init__",
