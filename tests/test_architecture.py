@@ -38,10 +38,12 @@ STOREYS = (
 HOST_STOREYS = (
     "cache_notes lazy_projection wrap_methods",
     "base",
-    "in_llm in_tower",
+    "in_llm in_tower sight",
     "prompt",
     "families",
     "registry",
+    "asking",
+    "gating",
     "loading runtime",
     "attach",
     "__init__",

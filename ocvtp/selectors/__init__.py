@@ -1,1 +1,1 @@
-"""What learns to choose tokens for a frozen language model: scorers, and how they are trained."""
+"""Scorers that learn which visual tokens to keep, and what trains them."""

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Mapping
-from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.learning.network import PrunerNetwork, Sizes
@@ -21,6 +15,8 @@ from ocvtp.pruners import trainable
 from ocvtp.slots.attention import slot_winners
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.structures import Needs, VisualTokens
+from ocvtp.training.base import NetworkModule, seed_of
+from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.features import count_images, stored_tokens
 from ocvtp.training.metrics import (
@@ -31,14 +27,9 @@ from ocvtp.training.metrics import (
     slot_labels,
 )
 from ocvtp.training.object_masks import object_shares
-from ocvtp.training.schedule import planned_steps, warmup_cosine
-from ocvtp.training.summary import training_summary
-
-_LOG = logging.getLogger(__name__)
-CHECKPOINT_KEY = "ocvtp"
 
 
-class PrunerModule(pl.LightningModule):
+class PrunerModule(NetworkModule):
     """Trains the network of a pruner (`TrainablePruner`) on the tokens of a frozen encoder.
 
     All that is random in a step (budgets drawn, query noise, masks, dropout) follows from the seed,
@@ -62,16 +53,12 @@ class PrunerModule(pl.LightningModule):
         load_tower: False leaves the encoder's weights unread, for data that brings the tokens
             (`ocvtp.data.features.FeatureDataModule`); `ocvtp train` sees to it.
 
-    Attributes:
-        run_settings: the settings of the run in plain types, for its checkpoints; see
-            `ocvtp.training.resume`.
-
     Raises:
         ValueError: for budgets that no image has, sizes of no trainable pruner, and an objective
             that cannot train the network.
     """
 
-    network: PrunerNetwork
+    frozen: ClassVar[str] = "encoder"
 
     def __init__(
         self,
@@ -88,7 +75,7 @@ class PrunerModule(pl.LightningModule):
         statistics_images: int = 400,
         load_tower: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, warmup_fraction, min_lr, seed)
         pruner = trainable.of_sizes(network)
         kind: type[PrunerNetwork] = pruner.network_class
         sizes = network or kind.sizes_class()
@@ -105,9 +92,7 @@ class PrunerModule(pl.LightningModule):
             if not 1 <= slots <= tokens:
                 raise ValueError(f"{slots} slots for {tokens} tokens; pass 1 to {tokens} slots.")
         self.val_num_slots = val_num_slots or sorted(self.num_slots)[len(self.num_slots) // 2]
-        self.lr, self.weight_decay = lr, weight_decay
-        self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
-        self.seed, self.statistics_images = seed, statistics_images
+        self.statistics_images = statistics_images
         self.objective.check(sizes)
         layer = encoder.layer
         self._needs = kind.needs(sizes, layer) | self.objective.needs(layer)
@@ -118,8 +103,17 @@ class PrunerModule(pl.LightningModule):
             self.network = kind.build(sizes, self.objective, **self._origin())
         self.foreground_ari = ForegroundARI()
         self.mean_best_overlap = MeanBestOverlap()
-        self.run_settings: dict[str, Any] = {}
-        self._bad_images = 0
+
+    @property
+    def transform(self) -> Any:
+        return self.encoder.transform
+
+    @property
+    def val_budget(self) -> int:
+        return self.val_num_slots
+
+    def shown(self) -> list[pl.Callback]:
+        return [SlotPictures()]
 
     def _origin(self) -> dict[str, Any]:
         """Facts of the run for the network, see `NetworkConfig`."""
@@ -156,14 +150,14 @@ class PrunerModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step on a batch of images (`ocvtp.data.coco.collate`) or of their features."""
-        self._report(batch["errors"])
+        self.report(batch["errors"])
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         # Seeded by name: every rank draws the same S, and its own noise.
-        choice = _seed(self.seed, "slots", step) % len(self.num_slots)
-        torch.manual_seed(_seed(self.seed, "noise", step, self.global_rank))
+        choice = seed_of(self.seed, "slots", step) % len(self.num_slots)
+        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
         size = count_images(batch)
         if not size:
-            return self._nothing()
+            return self.nothing()
         outcome = self._run(batch, self.num_slots[choice])[1]
         self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
         self.log("train/num_slots", float(self.num_slots[choice]), batch_size=size)
@@ -173,7 +167,7 @@ class PrunerModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
-        self._report(batch["errors"])
+        self.report(batch["errors"])
         if not count_images(batch):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
@@ -230,66 +224,6 @@ class PrunerModule(pl.LightningModule):
         figures["coverage_residual"] = reconstruction_residual(*kept).mean()
         return figures
 
-    def _nothing(self) -> Tensor | None:
-        """A step without images: skipped, or, among other ranks, a zero gradient."""
-        if self.trainer.world_size == 1:
-            return None
-        return sum(p.sum() * 0.0 for p in self.network.parameters())  # type: ignore[return-value]
-
-    def _report(self, errors: list[str]) -> None:
-        """Name and count images that could not be read (on_error=skip)."""
-        for error in errors:
-            _LOG.warning("skipped %s", error)
-        self._bad_images += len(errors)
-        if errors:
-            self.log("skipped_images", float(self._bad_images), batch_size=1)
-
-    # ------------------------------------------------------------ optimisation
-
-    def configure_optimizers(self) -> Any:
-        """AdamW; linear warm-up, then cosine, per step.
-
-        Raises:
-            ValueError: if the run has no known end.
-        """
-        optimizer = AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        total = planned_steps(self.trainer)
-        warmup = round(self.warmup_fraction * total)
-        floor = self.min_lr / self.lr
-
-        def factor(step: int) -> float:
-            return warmup_cosine(step, warmup, total, floor)
-
-        schedule = LambdaLR(optimizer, factor)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
-
-    # ------------------------------------------------------------ checkpoints
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The network alone: the frozen encoder is read from its own files."""
-        state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if not k.startswith("encoder.")}
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Strict: the checkpoint's network and the encoder that is there."""
-        frozen = {f"encoder.{k}": v for k, v in self.encoder.state_dict().items()}
-        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what an export and a resumed run need, in plain types."""
-        checkpoint[CHECKPOINT_KEY] = {
-            "format": self.network.format,
-            "config": asdict(self.network.config),
-            "training": self._summary(),
-            "settings": self.run_settings,
-        }
-
-    def _summary(self) -> dict[str, Any]:
-        settings = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
-        return training_summary(self.trainer, settings, self.val_num_slots)
-
 
 OCPrunerModule = PrunerModule
 """Its name in earlier versions."""
@@ -311,9 +245,3 @@ def first_views(tokens: VisualTokens, attention: Tensor, num_images: int) -> lis
     return [
         own[:, : rows * columns].unflatten(1, (rows, columns)) for own, (rows, columns) in pairs
     ]
-
-
-def _seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part."""
-    digest = hashlib.sha256(repr(parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

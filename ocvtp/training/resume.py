@@ -11,7 +11,7 @@ from typing import Any
 from ocvtp.learning.artifact import explained
 from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
-from ocvtp.training.module import CHECKPOINT_KEY, PrunerModule
+from ocvtp.training.base import CHECKPOINT_KEY, NetworkModule
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     return content
 
 
-def refuse_another_run(path: str, content: Mapping[str, Any], module: PrunerModule) -> None:
+def refuse_another_run(path: str, content: Mapping[str, Any], module: NetworkModule) -> None:
     """Compare a checkpoint with the settings of this run.
 
     Settings that change what the weights mean, the sizes of the network or the numbers of the run
@@ -122,7 +122,7 @@ def _config(kept: Mapping[str, Any]) -> Any:
     return network_class.read_config(dict(kept["config"]))
 
 
-def _of_the_network(kept: Mapping[str, Any], module: PrunerModule) -> dict[str, tuple[Any, Any]]:
+def _of_the_network(kept: Mapping[str, Any], module: NetworkModule) -> dict[str, tuple[Any, Any]]:
     """By the artifact's own entries; checkpoints of older versions have no others."""
     before, now = (_entries(config) for config in (_config(kept), module.network.config))
     pairs = {name: (before.get(name), value) for name, value in now.items()}

@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from ocvtp.training.callbacks import SlotPictures
+from ocvtp.training.base import NetworkModule
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.lifecycle import (
     CleanStop,
@@ -32,7 +32,7 @@ from ocvtp.training.resume import (
     refuse_another_run,
     run_settings,
 )
-from ocvtp.training.settings import settle
+from ocvtp.training.settings import names_module, settle
 from ocvtp.training.wrong_settings import explain
 
 _DESCRIPTION = (
@@ -128,20 +128,22 @@ class _TrainCLI(LightningCLI):
         settle(parser, args, self.config)
 
     def before_instantiate_classes(self) -> None:
+        if "load_tower" not in self.config.model:  # another module, with no tower of its own
+            return
         module, _, name = self.config.data.class_path.rpartition(".")
         kind = getattr(importlib.import_module(module), name)
         self.config.model.load_tower = not getattr(kind, "brings_tokens", False)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        shown: list[pl.Callback] = [SlotPictures()]
+        shown: list[pl.Callback] = self.model.shown()
         if self.config.trainer.logger:
             shown.insert(0, LearningRateMonitor("step"))
         self.trainer_defaults["callbacks"] = shown
         return super().instantiate_trainer(**kwargs)
 
 
-def _transform(model: PrunerModule) -> Any:
-    return model.encoder.transform
+def _transform(model: NetworkModule) -> Any:
+    return model.transform
 
 
 class _DataCLI(_TrainCLI):
@@ -167,12 +169,20 @@ def build(args: Sequence[str] | None = None, extracts: bool = False) -> Lightnin
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     with clear_errors(building=True):
+        words = list(sys.argv[1:] if args is None else args)
+        is_named = names_module(words)
+        if is_named and extracts:
+            raise ValueError(
+                "extract reads the tower of a pruner's network, and model.class_path names a module"
+                " of its own; leave the extraction out."
+            )
         cli = (_DataCLI if extracts else _TrainCLI)(
-            PrunerModule,
+            NetworkModule if is_named else PrunerModule,  # type: ignore[type-abstract]
             pl.LightningDataModule,
+            subclass_mode_model=is_named,
             subclass_mode_data=True,
             run=False,
-            args=list(sys.argv[1:] if args is None else args),
+            args=words,
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},

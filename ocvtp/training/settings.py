@@ -15,7 +15,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from ocvtp.training.wrong_settings import parameters
 
-SEED = ("seed_everything", "model.seed", "data.init_args.seed")
+SEED = ("seed_everything", "model.seed", "model.init_args.seed", "data.init_args.seed")
 _NETWORK = "model.network"
 OUTPUT = ("output", "trainer.default_root_dir")
 _DEFAULT_OUTPUT = "outputs/train"
@@ -36,9 +36,19 @@ def settle(parser: LightningArgumentParser, words: Sequence[str], config: Namesp
         ValueError: if two names of one setting disagree, or sizes are of two networks.
     """
     said = parser.parse_args(list(words), defaults=False)
-    _refuse_two_networks(words, config)
+    if "network" in config.model:
+        _refuse_two_networks(words, config)
     _settle_seed(words, said, config)
     _settle_output(parser, words, said, config)
+
+
+def names_module(words: Sequence[str]) -> bool:
+    """Whether settings choose the LightningModule, by `model.class_path`.
+
+    Args:
+        words: of the command line.
+    """
+    return any("class_path" in model for model in _given_models(words))
 
 
 def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:
@@ -62,14 +72,35 @@ def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:
 
 def _given_networks(words: Sequence[str]) -> Iterator[Any]:
     """What files and the command line say for `model.network`, in their order."""
+    for model in _given_models(words):
+        if "network" in model:
+            yield model["network"]
+
+
+def _given_models(words: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """What files and the command line say for `model`, in their order.
+
+    Of flags, those that name classes: `--model`, `--model.class_path`, `--model.network`.
+    """
     for word, after in zip_longest(words, words[1:]):
         flag, is_one_word, value = word.partition("=")
         value = value if is_one_word else after
         if flag in ("--config", "-c") and Path(str(value)).is_file():
-            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-            yield (content.get("model") or {}).get("network")
-        elif flag in (f"--{_NETWORK}", f"--{_NETWORK}.class_path") and value is not None:
-            yield yaml.safe_load(value)
+            yield _model_of(Path(value))
+        elif value is not None and flag in (f"--{_NETWORK}", f"--{_NETWORK}.class_path"):
+            yield {"network": yaml.safe_load(value)}
+        elif value is not None and flag in ("--model", "--model.class_path"):
+            yield {"class_path": value}
+
+
+def _model_of(file: Path) -> Mapping[str, Any]:
+    """Nothing where the file is none of settings, which the parser says."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        return {}
+    model = content.get("model") if isinstance(content, Mapping) else None
+    return model if isinstance(model, Mapping) else {}
 
 
 def _kind_of_network(value: Any) -> str | None:
@@ -87,7 +118,9 @@ def _settle_seed(words: Sequence[str], said: Namespace, config: Namespace) -> No
         raise ValueError(f"seed_everything={seed}; pass 0 to {2**32 - 1}.")
     if config.seed_everything is not False:  # False leaves the global generators alone
         config.seed_everything = seed
-    config.model.seed = seed
+    for name in SEED[1:3]:
+        if name in config:
+            config[name] = seed
     if "data.init_args.seed" in config:
         config.data.init_args.seed = seed
 
