@@ -38,7 +38,7 @@ STOREYS = (
 HOST_STOREYS = (
     "cache_notes lazy_projection wrap_methods",
     "base",
-    "in_llm in_tower",
+    "in_llm in_tower sight",
     "prompt",
     "families",
     "registry",

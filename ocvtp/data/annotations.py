@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ocvtp.data.masks import has_mask, read_mask
 
@@ -76,6 +77,32 @@ class CocoFile:
         except Exception as error:  # pycocotools raises bare Exception, TypeError, KeyError, ...
             number = entry.get("id", f"of image {entry['image_id']}")
             raise ValueError(f"annotation {number} has no readable mask ({error})") from error
+
+    def upright_masks(
+        self,
+        image_id: int,
+        entries: Sequence[Entry],
+        size: tuple[int, int],
+        turn: Image.Transpose | None = None,
+    ) -> NDArray[np.bool_]:
+        """[O, H, W] masks of annotations of an image, on its upright picture.
+
+        Args:
+            image_id: of the image. entries: those annotations, which have masks.
+            size: (W, H), pixels of the image as it is stored; masks of an image that was resized
+                are brought to it.
+            turn: what turns the stored image upright, and the masks with it.
+
+        Raises:
+            ValueError: if a mask is unreadable, or the image has another shape.
+        """
+        self.check_shape(image_id, size)
+        masks = [self.mask(entry) for entry in entries]
+        blank = Image.new("1", size)  # for the size of no masks
+        found = [Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
+        if turn is not None:
+            blank, found = blank.transpose(turn), [mask.transpose(turn) for mask in found]
+        return np.array(found, np.bool_).reshape(-1, blank.height, blank.width)
 
     def check_shape(self, image_id: int, size: tuple[int, int]) -> None:
         """Refuse an image that masks do not fit; it may have been resized.

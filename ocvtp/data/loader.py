@@ -54,6 +54,28 @@ class StreamSampler(DistributedSampler[int]):
         return iter(share[first:].tolist())
 
 
+class GroupedSampler(StreamSampler):
+    """An order of groups, e.g. of the questions on an image, whose members stay side by side.
+
+    Args:
+        dataset: with a length.
+        groups: [len(dataset)] number of the group of each item, ascending.
+        seed: of the orders, not negative.
+    """
+
+    def __init__(self, dataset: Dataset[Any], groups: NDArray[np.int64], seed: int = 0) -> None:
+        super().__init__(dataset, seed)
+        starts = np.flatnonzero(np.diff(groups, prepend=-1))
+        self._members = np.split(np.arange(len(groups)), starts[1:])
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        drawn = np.random.default_rng([self.seed, epoch]).permutation(len(self._members))
+        return np.concatenate([self._members[group] for group in drawn])
+
+    def layout(self) -> dict[str, int]:
+        return {**super().layout(), "num_groups": len(self._members)}
+
+
 class ResumableLoader(DataLoader[Any]):
     """A loader over an endless stream of shuffled epochs that knows how far it was read.
 

@@ -1,4 +1,4 @@
-"""The LightningDataModules of images in folders and of drawn scenes."""
+"""The LightningDataModules of images in folders, of drawn scenes, and of questions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ocvtp.data.coco import CocoImages, ImageTransform, collate
-from ocvtp.data.loader import ResumableLoader, StreamSampler, own_generator
-from ocvtp.data.scenes import Level, write_scenes
+from ocvtp.data.loader import GroupedSampler, ResumableLoader, StreamSampler, own_generator
+from ocvtp.data.question_sets import QuestionSet, QuestionTransform
+from ocvtp.data.scene_questions import scene_questions
+from ocvtp.data.scenes import Level, Split, write_scenes
 
 
 class ResumableDataModule(pl.LightningDataModule, ABC):
@@ -23,7 +25,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         val_batch_size: of validation; None for `batch_size`.
         num_workers: processes that load; 0 loads in the training process.
         seed: of the training order, not negative.
-        transform: the host's image processing; may be set later, as the attribute of that name.
+        transform: the host's processing; may be set later, as the attribute of that name.
 
     Attributes:
         train_set: open after `setup`. val_set: the same.
@@ -35,7 +37,7 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         val_batch_size: int | None,
         num_workers: int,
         seed: int,
-        transform: ImageTransform | None,
+        transform: Any,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -226,14 +228,8 @@ class SceneDataModule(CocoDataModule):
     ) -> None:
         super().__init__(root, **options)
         self._scenes = (image_size, scene_seed)
-        whole = (num_train, num_val)
-        hard = (num_train // 2, num_val // 2)
-        easy = (num_train - hard[0], num_val - hard[1])
-        self._folders: dict[Level, tuple[Path, tuple[int, int]]]
-        if level == "both":
-            self._folders = {"easy": (self.root / "easy", easy), "hard": (self.root / "hard", hard)}
-        else:
-            self._folders = {level: (self.root, whole)}
+        parts = _by_level(level, num_train, num_val)
+        self._folders = {own: (self.root / name, counts) for own, name, counts in parts}
 
     def prepare_data(self) -> None:
         """Draw the scenes that are not there yet."""
@@ -250,3 +246,125 @@ class SceneDataModule(CocoDataModule):
         paths = (images, annotations, limit, instances)
         parts = [self._images(folder, *paths) for folder, _ in self._folders.values()]
         return parts[0] if len(parts) == 1 else ConcatDataset(parts)
+
+
+def _by_level(
+    level: Level | Literal["both"], num_train: int, num_val: int
+) -> list[tuple[Level, str, tuple[int, int]]]:
+    """Levels with their folders in the root, and how many scenes of the two splits are theirs."""
+    if level != "both":
+        return [(level, "", (num_train, num_val))]
+    hard = (num_train // 2, num_val // 2)
+    easy = (num_train - hard[0], num_val - hard[1])
+    return [("easy", "easy", easy), ("hard", "hard", hard)]
+
+
+class QuestionSetDataModule(ResumableDataModule):
+    """Questions about images: those of one image come one after the other in training too.
+
+    Args:
+        batch_size: questions of a training batch, per process.
+        val_batch_size: of validation; None for `batch_size`.
+        num_workers: processes that load; 0 loads in the training process.
+        seed: of the training order, not negative.
+        transform: what makes a batch of items, see `ocvtp.training.prompts`; may be set later, as
+            the attribute of that name.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 24,
+        val_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        transform: QuestionTransform | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+
+    @abstractmethod
+    def questions(self, split: Literal["train", "val"]) -> QuestionSet:
+        """Those of a split, on images that are there.
+
+        Raises:
+            ValueError: if files are missing or cannot be used.
+        """
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the questions: for `fit` of both sets, for `validate` of one; None for both.
+
+        Raises:
+            ValueError: if there is no transform, or the files cannot be used.
+        """
+        if self.transform is None:
+            raise ValueError(
+                f"{type(self).__name__} has no transform; set `.transform` to a PromptTransform of"
+                " the model's processor before the Trainer runs."
+            )
+        if stage in (None, "fit"):
+            self._loader, self._state = None, {}
+            self.train_set = self.questions("train")
+        if stage in (None, "fit", "validate") and self.has_validation:
+            self.val_set = self.questions("val")
+
+    def _stream(self, train_set: Dataset[Any]) -> StreamSampler:
+        assert isinstance(train_set, QuestionSet)
+        return GroupedSampler(train_set, train_set.owners, self.seed)
+
+    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.transform(items)
+        return batch
+
+
+class QuestionDataModule(QuestionSetDataModule):
+    """Drawn scenes, made on first use, and questions about them.
+
+    Scenes and questions are the same in every run; the masks of an item are the objects that its
+    question names or counts.
+
+    Args:
+        root: folder that the scenes are written to, as they were drawn (PNG).
+        num_train: training scenes.
+        num_val: validation scenes.
+        questions: on each scene.
+        levels: how hard the scenes are to read; `both`: half of them easy, half hard, each in a
+            folder of its own.
+        scene_seed: of scenes and questions.
+        image_size: pixels of an edge.
+        options: of `QuestionSetDataModule`.
+
+    Raises:
+        ValueError: for less than one question a scene.
+    """
+
+    def __init__(
+        self,
+        root: str = "outputs/data/questions",
+        num_train: int = 3000,
+        num_val: int = 200,
+        questions: int = 8,
+        levels: Level | Literal["both"] = "both",
+        scene_seed: int = 0,
+        image_size: int = 96,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if questions < 1:
+            raise ValueError(f"questions={questions} on a scene; pass at least 1.")
+        self.root = Path(root)
+        self._num_val, self._num_questions = num_val, questions
+        self._scenes = (image_size, scene_seed)
+        self._levels = _by_level(levels, num_train, num_val)
+
+    @property
+    def has_validation(self) -> bool:
+        return self._num_val > 0
+
+    def prepare_data(self) -> None:
+        """Draw the scenes that are not there yet."""
+        for level, folder, counts in self._levels:
+            write_scenes(self.root / folder, *counts, *self._scenes, level=level, lossless=True)
+
+    def questions(self, split: Split) -> QuestionSet:
+        num, seed = self._num_questions, self._scenes[1]
+        every = [scene_questions(self.root, name, split, num, seed) for _, name, _ in self._levels]
+        return QuestionSet(self.root, [question for own in every for question in own])

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args
 
 import numpy as np
@@ -77,6 +77,8 @@ class Question:
         terse: the same in two or three words.
         answer: one word.
         adversarial: about existence: the scene has the colour and the shape, but not together.
+        objects: numbers of those that it is about, in the order of the scene's: all that it names
+            or counts, none where there is no such object. Questions are the same without.
     """
 
     kind: Kind
@@ -84,6 +86,7 @@ class Question:
     terse: str
     answer: str
     adversarial: bool = False
+    objects: tuple[int, ...] = field(default=(), compare=False)
 
 
 def ask(
@@ -133,19 +136,21 @@ def _ask(kind: Kind, objects: Sequence[Thing], rng: np.random.Generator, yes: bo
     known = ("size", "shape") if kind == "colour" else ("size", "colour")
     descriptions = [tuple(getattr(item, name) for name in known) for item in objects]
     times = Counter(descriptions)
-    alone = [item for item, key in zip(objects, descriptions, strict=True) if times[key] == 1]
+    alone = [number for number, key in enumerate(descriptions) if times[key] == 1]
     if not alone:
         return _existence(objects, rng, yes)
-    item = alone[int(rng.integers(len(alone)))]
+    number = alone[int(rng.integers(len(alone)))]
+    item = objects[number]
     words = {"size": item.size, "shape": item.shape, "colour": item.colour}
-    return _question(kind, words, words[kind])
+    return _question(kind, words, words[kind], about=(number,))
 
 
 def _existence(objects: Sequence[Thing], rng: np.random.Generator, yes: bool) -> Question:
     present = sorted({(item.colour, item.shape) for item in objects})
     if yes:
         colour, shape = present[int(rng.integers(len(present)))]
-        return _question("existence", {"colour": colour, "shape": shape}, "yes")
+        about = _numbers(objects, lambda item: (item.colour, item.shape) == (colour, shape))
+        return _question("existence", {"colour": colour, "shape": shape}, "yes", about=about)
     crossed = _absent({c for c, _ in present}, {s for _, s in present}, present)
     others = sorted(set(_absent(set(COLOURS), set(SHAPES), present)) - set(crossed))
     if not crossed and not others:
@@ -170,12 +175,20 @@ def _count(objects: Sequence[Thing], rng: np.random.Generator) -> Question:
     number = choices[int(rng.integers(len(choices)))]
     shapes = [shape for shape in SHAPES if numbers[shape] == number]
     shape = shapes[int(rng.integers(len(shapes)))]
-    return _question("count", {"plural": PLURALS[shape]}, str(number))
+    about = _numbers(objects, lambda item: item.shape == shape)
+    return _question("count", {"plural": PLURALS[shape]}, str(number), about=about)
+
+
+def _numbers(objects: Sequence[Thing], wanted: Callable[[Thing], bool]) -> tuple[int, ...]:
+    return tuple(number for number, item in enumerate(objects) if wanted(item))
 
 
 def _question(
-    kind: Kind, words: Mapping[str, str], answer: str, adversarial: bool = False
+    kind: Kind,
+    words: Mapping[str, str],
+    answer: str,
+    adversarial: bool = False,
+    about: tuple[int, ...] = (),
 ) -> Question:
-    return Question(
-        kind, ENGLISH[kind].format(**words), _TERSE[kind].format(**words), answer, adversarial
-    )
+    text, terse = ENGLISH[kind].format(**words), _TERSE[kind].format(**words)
+    return Question(kind, text, terse, answer, adversarial, about)

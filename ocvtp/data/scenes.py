@@ -210,6 +210,7 @@ def write_scenes(
     seed: int,
     num_test: int = 0,
     level: Level = "easy",
+    lossless: bool = False,
 ) -> None:
     """Draw scenes into COCO's layout: `train2017`, `val2017`, `annotations/instances_*.json`.
 
@@ -224,6 +225,7 @@ def write_scenes(
         seed: 0 to `MAX_SEED - 1`.
         num_test: test scenes, of a third stream; without any there is no `test2017`.
         level: how hard they are to read.
+        lossless: PNG files, whose pixels are those that were drawn; else JPEG.
 
     Raises:
         ValueError: if `root` holds scenes of other settings or other images, if there is no such
@@ -241,6 +243,8 @@ def write_scenes(
     if num_test:
         counts["test"] = num_test
     info |= {f"num_{split}": count for split, count in counts.items()}
+    if lossless:  # else as earlier versions wrote it
+        info["lossless"] = True
     claim_folder(Path(root), "scenes.json", info)
     for split, count in counts.items():
         _write_split(Path(root), split, count, info, style)
@@ -250,7 +254,8 @@ def _write_split(
     root: Path, split: Split, count: int, info: dict[str, Any], style: SceneStyle
 ) -> None:
     folder, annotations = root / f"{split}2017", root / f"annotations/instances_{split}2017.json"
-    names = [f"{i:012d}.jpg" for i in range(1, count + 1)]
+    suffix, kind = ("png", "PNG") if info.get("lossless") else ("jpg", "JPEG")
+    names = [f"{i:012d}.{suffix}" for i in range(1, count + 1)]
     if annotations.is_file() and all((folder / name).is_file() for name in names):
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -261,7 +266,7 @@ def _write_split(
         scene = draw_scene(seed, index, size, style=style)
         if not (folder / name).is_file():
             with replacing(folder / name) as temporary:
-                Image.fromarray(scene.image).save(temporary, format="JPEG", quality=95)
+                Image.fromarray(scene.image).save(temporary, format=kind, quality=95)
         content["images"] += [{"id": index + 1, "file_name": name, "width": size, "height": size}]
         content["annotations"] += _annotations(scene, index + 1, len(content["annotations"]) + 1)
     with replacing(annotations) as temporary:

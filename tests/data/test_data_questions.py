@@ -67,6 +67,27 @@ def test_terse_and_english_say_the_same(asked):
         assert " ".join(terse[1:]) in re.sub(r"[?]", "", question.text)
 
 
+def about(text, objects):
+    """The objects that a question speaks of, by its words."""
+    things = [(o.size, o.colour, o.shape) for o in objects]
+    singular = {plural: shape for shape, plural in PLURALS.items()}
+    words = {singular.get(word, word) for word in text.strip("?").split()}
+    said = words & {*SHAPES, *COLOURS, "small", "large"}
+    return tuple(n for n, thing in enumerate(things) if said <= set(thing))
+
+
+def test_questions_name_the_objects_that_they_are_about(asked):
+    for objects, questions in asked:
+        for question in questions:
+            assert question.objects == about(question.text, objects), question
+            if question.kind in ("colour", "shape"):
+                assert len(question.objects) == 1
+            if question.kind == "count":
+                assert str(len(question.objects)) == question.answer
+            if question.kind == "existence":
+                assert bool(question.objects) == (question.answer == "yes")
+
+
 def test_answers_are_balanced(asked):
     questions = [q for _, qs in asked for q in qs]
     share = {kind: np.mean([q.kind == kind for q in questions]) for kind in KINDS}

@@ -71,15 +71,9 @@ class CocoInstances:
         """
         number = self._later_names[name_of_2017(name)]
         try:
-            self._coco.check_shape(number, size)
-            masks = [self._coco.mask(entry) for entry in self._coco.masked(number)]
+            return self._coco.upright_masks(number, self._coco.masked(number), size, turn)
         except ValueError as error:
             raise ValueError(
                 f"image {name} cannot be used with {self.path}: {error}; repair the file, or pass "
                 "the one that describes the image."
             ) from error
-        blank = Image.new("1", size)  # for the size of no masks
-        found = [Image.fromarray(mask).resize(size, Image.Resampling.NEAREST) for mask in masks]
-        if turn is not None:
-            blank, found = blank.transpose(turn), [mask.transpose(turn) for mask in found]
-        return np.array(found, np.bool_).reshape(-1, blank.height, blank.width)

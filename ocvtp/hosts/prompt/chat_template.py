@@ -201,11 +201,33 @@ def _common_tail(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
 
 def with_template(processor: Any, prompt: str, num_images: int) -> str:
     """A prompt about images in the model's chat template; unchanged if it has their placeholder."""
-    placeholder = getattr(processor, "image_token", "<image>")
-    if placeholder in prompt:
+    if image_placeholder(processor) in prompt:
         return prompt
+    return with_turns(processor, (prompt,), num_images)
+
+
+def with_turns(processor: Any, turns: Sequence[str], num_images: int) -> str:
+    """A conversation in the model's chat template; after the user, up to where the model answers.
+
+    Args:
+        processor: of the model; without a template, LLaVA-1.5's.
+        turns: what the user says, what the model answers, and so on.
+        num_images: before the first of them.
+    """
+    is_answered = len(turns) % 2 == 0
     if getattr(processor, "chat_template", None) is None:
-        return "USER: " + f"{placeholder}\n" * num_images + f"{prompt} ASSISTANT:"
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": prompt}]
-    messages = [{"role": "user", "content": content}]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+        images = f"{image_placeholder(processor)}\n" * num_images
+        said = [f"ASSISTANT: {text}" if n % 2 else f"USER: {text}" for n, text in enumerate(turns)]
+        said[0] = f"USER: {images}{turns[0]}"
+        return " ".join(said if is_answered else [*said, "ASSISTANT:"])
+    messages = []
+    for number, text in enumerate(turns):
+        content = [{"type": "image"}] * (0 if number else num_images)
+        content = [*content, {"type": "text", "text": text}]
+        messages.append({"role": "assistant" if number % 2 else "user", "content": content})
+    return str(processor.apply_chat_template(messages, add_generation_prompt=not is_answered))
+
+
+def image_placeholder(processor: Any) -> str:
+    """What stands for an image in a prompt."""
+    return str(getattr(processor, "image_token", "<image>"))
