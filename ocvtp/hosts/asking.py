@@ -31,6 +31,7 @@ from ocvtp.hosts.registry import find_host
 from ocvtp.structures import LayerTokens, Needs, VisualTokens, take
 from ocvtp.towers.hooks import Hook, Removable, after, before, put
 from ocvtp.towers.module_state import on_device
+from ocvtp.transformers_names import GATED, attention_of
 
 Raters = Literal["text", "last"]
 """Whose attention is read: the mean over the text after the image, or the prompt's last token."""
@@ -164,7 +165,7 @@ class SoftGates(Protocol):
 class GateLike(Protocol):
     """How gates act, see `ocvtp.hosts.gating.Gate`."""
 
-    def apply(
+    def __call__(
         self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         """What the language model reads in place of `asked`, and arguments of its attention."""
@@ -352,13 +353,19 @@ def read(
         layers: whose attention is returned too, see `attention_rows`. raters: see there.
 
     Raises:
-        ValueError: for gates without a gate, and for layers that do not run.
+        ValueError: for gates without a gate, for a gate that acts in the attention outside of
+            `gating`, and for layers that do not run.
     """
     arguments: dict[str, Any] = {}
     if gates is not None:
         if gate is None:
             raise ValueError("gates act through a gate; pass one of ocvtp.hosts.gating.")
-        asked, arguments = gate.apply(asked, gates, generator)
+        asked, arguments = gate(asked, gates, generator)
+        if arguments and attention_of(host.language_model) != GATED:
+            raise ValueError(
+                f"{type(gate).__name__} acts in the attention of the language model; read inside of"
+                " `with ocvtp.hosts.gating.gating(model):`."
+            )
     rows, columns = (asked.labels[:, 1:] >= 0).nonzero().unbind(dim=1)
     with _watched(host, asked, layers, raters) as attention:
         states = _run(host, asked, None, arguments)[rows, columns]
