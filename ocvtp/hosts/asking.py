@@ -28,6 +28,7 @@ from ocvtp.hosts.prompt.columns import layout, pads_behind
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.shorten import Positions, Shortened, look, shorten
 from ocvtp.hosts.registry import find_host
+from ocvtp.selectors.relaxations import Gates
 from ocvtp.structures import LayerTokens, Needs, VisualTokens, take
 from ocvtp.towers.hooks import Hook, Removable, after, before, put
 from ocvtp.towers.module_state import on_device
@@ -150,23 +151,11 @@ class Answered:
     attention: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-class SoftGates(Protocol):
-    """Gates of visual tokens, see `ocvtp.selectors.relaxations.Gates`."""
-
-    @property
-    def values(self) -> Tensor:
-        """[B, N] in 0..1, 0 on padding."""
-
-    @property
-    def hard(self) -> Tensor:
-        """[B, N] bool, those that would be kept."""
-
-
 class GateLike(Protocol):
     """How gates act, see `ocvtp.hosts.gating.Gate`."""
 
     def __call__(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         """What the language model reads in place of `asked`, and arguments of its attention."""
 
@@ -333,7 +322,7 @@ def drop(asked: Asked, keep: Tensor, positions: Positions = "contiguous") -> Ask
 def read(
     host: Host,
     asked: Asked,
-    gates: SoftGates | None = None,
+    gates: Gates | None = None,
     gate: GateLike | None = None,
     *,
     generator: torch.Generator | None = None,

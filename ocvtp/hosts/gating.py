@@ -10,22 +10,22 @@ L columns of a prompt with its answer, E layers that add rows of the tower, d wi
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from difflib import get_close_matches
-from inspect import signature
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ocvtp.hosts.asking import Asked, SoftGates, drop, gates_of_rows
+from ocvtp.hosts.asking import Asked, drop, gates_of_rows
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.shorten import Positions
 from ocvtp.hosts.registry import find_host
+from ocvtp.selectors.parts import Part, Parts
+from ocvtp.selectors.relaxations import Gates
 from ocvtp.transformers_names import (
     GATED,
     attending,
@@ -41,23 +41,25 @@ _GONE = -1000.0  # of a key: no attention is left in any precision, and every nu
 _SMALL = 1e-4  # below it the root of a gate is a line, whose slope is finite
 
 Denoiser = Literal["none", "diag"]
-_REGISTRY: dict[str, type[Gate]] = {}
 _G = TypeVar("_G", bound="type[Gate]")
 
 
-class Gate(nn.Module, ABC):
+class Gate(nn.Module, Part):
     """How soft gates act in a language model: what it reads in the place of a question.
 
-    A subclass is named by `register_gate`. It has parameters or buffers only after `build`.
+    A subclass is named by `register_gate`. It has parameters or buffers only after `build`, and
+    keeps each argument of its constructor as the attribute of its name.
     """
 
-    name: ClassVar[str]
     reads_model: ClassVar[bool] = True
     """Whether it is of use for losses that let the language model read."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     @abstractmethod
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         """What is read in the place of `asked`, and arguments of the language model.
 
@@ -76,26 +78,21 @@ class Gate(nn.Module, ABC):
         del batches
 
 
+GATES: Parts[Gate] = Parts("gate", Gate)  # type: ignore[type-abstract]
+
+
 def register_gate(name: str) -> Callable[[_G], _G]:
     """Class decorator: make a gate known under `name`.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is taken or is none, or the class is no gate.
     """
-
-    def add(cls: _G) -> _G:
-        if name in _REGISTRY:
-            raise ValueError(f"gate {name!r} is registered already; choose another name.")
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
-
-    return add
+    return GATES.register(name)  # type: ignore[return-value]
 
 
 def list_gates() -> list[str]:
-    """Names of all gates, sorted."""
-    return sorted(_REGISTRY)
+    """Names of all gates, sorted; those of installed packages among them."""
+    return GATES.names()
 
 
 def build_gate(name: str, **settings: Any) -> Gate:
@@ -104,18 +101,7 @@ def build_gate(name: str, **settings: Any) -> Gate:
     Raises:
         ValueError: for unknown names and settings.
     """
-    if name not in _REGISTRY:
-        close = get_close_matches(name, _REGISTRY, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown gate {name!r}; {hint}Known: {', '.join(list_gates())}.")
-    given = signature(_REGISTRY[name]).parameters.values()
-    known = [
-        p.name for p in given if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL
-    ]
-    if unknown := [setting for setting in settings if setting not in known]:
-        takes = f"it takes {', '.join(known)}." if known else "it takes none."
-        raise ValueError(f"gate {name!r} has no setting {unknown[0]!r}; {takes}")
-    return _REGISTRY[name](**settings)
+    return GATES.build(name, settings)
 
 
 @register_gate("key_bias")
@@ -139,7 +125,7 @@ class KeyBias(Gate):
         self.floor = floor
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         values = asked.by_column(gates.values.float())
         floored = values + (values.clamp(min=self.floor) - values).detach()
@@ -158,7 +144,7 @@ class PolicySoftmax(Gate):
     """
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         return asked, {POLICY: asked.by_column(gates.values.float())}
 
@@ -171,7 +157,7 @@ class Scale(Gate):
     """
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         return asked.weighted(asked.by_column(gates.values.float())), {}
 
@@ -200,7 +186,8 @@ class Noise(Gate):
         super().__init__()
         if denoiser not in get_args(Denoiser):
             raise ValueError(f"denoiser={denoiser!r}; pass one of {', '.join(get_args(Denoiser))}.")
-        self.denoiser, self.dim, self.seed = denoiser, dim, seed
+        self.denoiser: Denoiser = denoiser
+        self.dim, self.seed = dim, seed
         self.denoise: nn.Module | None = None
         self._is_known = False
 
@@ -251,7 +238,7 @@ class Noise(Gate):
             raise RuntimeError("a noise gate has no sizes yet; call build(host) first.")
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         self._built()
         self._is_known = self._is_known or not bool(self.mean.isnan().any())
@@ -306,7 +293,7 @@ class Gather(Gate):
         self.positions: Positions = positions
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         values = asked.by_column(gates.values.float())
         ones = values - values.detach() + 1
@@ -320,7 +307,7 @@ class NoGate(Gate):
     reads_model: ClassVar[bool] = False
 
     def forward(
-        self, asked: Asked, gates: SoftGates, generator: torch.Generator | None = None
+        self, asked: Asked, gates: Gates, generator: torch.Generator | None = None
     ) -> tuple[Asked, dict[str, Any]]:
         return asked, {}
 

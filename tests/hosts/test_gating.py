@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,14 +28,7 @@ from ocvtp.hosts.gating import (
     list_gates,
     register_gate,
 )
-
-
-@dataclass(frozen=True)
-class Gates:
-    """Gates, and those that would be kept."""
-
-    values: Tensor
-    hard: Tensor
+from ocvtp.selectors.relaxations import Gates, HardST
 
 
 def of_hard(keep: Tensor, others: float = 0.0) -> Gates:
@@ -186,6 +179,13 @@ def test_every_token_learns(name: str) -> None:
         for given in (of_hard(keep), of_hard(keep, 0.3)):
             gradient = gradients(gate, host, asked, given)
             assert torch.equal(gradient != 0, real), gate.name
+    drawn = torch.randn(keep.shape).requires_grad_()
+    for floor in (1e-3, 0.0):
+        given = HardST(tau=1.0, floor=floor)(drawn, 5, real, 0.0)
+        with gating(host):
+            states = read(host, asked, given, KeyBias(floor=floor)).states
+        (slope,) = torch.autograd.grad(states.sum(), given.values)
+        assert torch.equal(slope != 0, real if floor else given.hard)
     nothing = gradients(KeyBias(floor=0), host, asked, of_hard(keep))
     assert torch.equal(nothing != 0, keep), "what is gone learns nothing"
     gathered = gradients(Gather(), host, asked, of_hard(keep))
@@ -366,11 +366,13 @@ def test_gates_by_name() -> None:
     assert [type(build_gate(name)).__name__ for name in names] == [
         "Gather", "KeyBias", "Noise", "NoGate", "PolicySoftmax", "Scale"
     ]  # fmt: skip
-    assert build_gate("key_bias", floor=0.25).floor == 0.25
+    assert build_gate("key_bias", floor=0.25).settings() == {"floor": 0.25}
+    assert build_gate("noise", dim=8).settings() == {"denoiser": "none", "dim": 8, "seed": 0}
+    assert build_gate("scale").settings() == {}
     assert not build_gate("none").reads_model
     with pytest.raises(ValueError, match="unknown gate 'keybias'; did you mean 'key_bias'"):
         build_gate("keybias")
-    with pytest.raises(ValueError, match="gate 'scale' has no setting 'floor'; it takes none"):
+    with pytest.raises(ValueError, match="gate 'scale' has no setting 'floor'. It takes none."):
         build_gate("scale", floor=1)
     with pytest.raises(ValueError, match=r"floor=2; pass a share from 0 to 1"):
         build_gate("key_bias", floor=2)
@@ -389,7 +391,8 @@ def test_gates_are_named_in_settings_by_their_class() -> None:
     parser.add_argument("--gate", type=Gate)
     for cls, given in ((KeyBias, {"floor": 0.01}), (Noise, {"denoiser": "diag", "dim": 8})):
         said = {"class_path": f"ocvtp.hosts.gating.{cls.__name__}", "init_args": given}
-        made = parser.instantiate_classes(parser.parse_object({"gate": said})).gate
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        made = instantiate(parser.parse_object({"gate": said})).gate
         assert type(made) is cls
         assert {name: getattr(made, name) for name in given} == given
 
