@@ -175,9 +175,9 @@ class SelectorModule(NetworkModule):
         host, config = self.frozen_host, self.vlm.config
         vision, text = getattr(config, "vision_config", None), config.get_text_config()
         heads = getattr(text, "num_attention_heads", 0)
-        tower = getattr(vision, "hidden_size", None) or getattr(vision, "embed_dim", 0)
+        tower = getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0)
         return {
-            "widths": Widths(text.hidden_size, int(tower), int(heads)),
+            "widths": Widths(text.hidden_size, tower, heads),
             "stage": self.host.stage,
             "layer": self.host.layer,
             "choice": self.choice.describe(),
@@ -241,7 +241,7 @@ class SelectorModule(NetworkModule):
     def says(self) -> TeacherNeeds:
         """What losses read of the whole model."""
         layers = {layer for loss in self.losses for layer in loss.layers}
-        rows = next((loss.rows for loss in self.losses if loss.rows), "text")
+        rows: Any = next((loss.rows for loss in self.losses if loss.rows), "text")
         return TeacherNeeds(bool(self.reads & {"full", "states"}), tuple(sorted(layers)), rows)
 
     # ------------------------------------------------------------------ a run

@@ -162,10 +162,11 @@ class _Shard:
     """One file, opened when it is first read."""
 
     def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, "pt")
-        self.names: list[str] = json.loads(self._file.metadata()["images"])
-        self._tokens = ends(self._file.get_tensor("token_counts"))
-        self._states = ends(self._file.get_tensor("state_counts"))
+        file: Any = safe_open(path, "pt")
+        self._file = file
+        self.names: list[str] = json.loads(file.metadata()["images"])
+        self._tokens = ends(file.get_tensor("token_counts"))
+        self._states = ends(file.get_tensor("state_counts"))
 
     def attention(self, layer: int, row: int) -> Tensor:
         part = slice(int(self._tokens[row]), int(self._tokens[row + 1]))
@@ -255,7 +256,8 @@ def write_teacher(
 
 def _metadata(path: Path) -> tuple[list[str], list[str]]:
     with safe_open(path, "pt") as file:
-        return tuple(json.loads(file.metadata()[name]) for name in ("images", "skipped"))  # type: ignore[return-value]
+        found = file.metadata()
+    return json.loads(found["images"]), json.loads(found["skipped"])
 
 
 @torch.no_grad()
