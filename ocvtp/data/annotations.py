@@ -1,4 +1,4 @@
-"""COCO `instances` files: the one place where they are read and checked.
+"""COCO `instances` and `captions` files: the one place where they are read and checked.
 
 h x w are the pixels of an image as the file says.
 """
@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class CocoFile:
     Raises:
         ValueError: if it is missing or no `instances` file, naming the first entry that is wrong.
     """
+
+    kind: ClassVar[str] = "instances"
 
     def __init__(self, path: str | Path, with_categories: bool = False) -> None:
         self.path = Path(path)
@@ -125,9 +127,7 @@ class CocoFile:
 
     def _content(self) -> Entry:
         if not self.path.is_file():
-            raise ValueError(
-                f"annotation file {self.path} does not exist; pass an instances_*.json file."
-            )
+            raise ValueError(f"annotation file {self.path} does not exist; pass {self._wanted}.")
         try:
             content = json.loads(self.path.read_bytes())
         except OSError as error:
@@ -148,9 +148,14 @@ class CocoFile:
 
     def _not_instances(self, found: str, error: BaseException | None = None) -> NoReturn:
         raise ValueError(
-            f"annotation file {self.path} is {found}, so no COCO instances file; pass an "
-            "instances_*.json file."
+            f"annotation file {self.path} is {found}, so no COCO {self.kind} file; pass "
+            f"{self._wanted}."
         ) from error
+
+    @property
+    def _wanted(self) -> str:
+        article = "an" if self.kind[0] in "aeiou" else "a"
+        return f"{article} {self.kind}_*.json file"
 
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"annotation file {self.path} cannot be used: {what}.")
@@ -269,6 +274,34 @@ class CocoFile:
                 f"{_name(number)} is of {what} {there}, which the file does not list; "
                 f"list it, correct the {key}, or take the annotation out"
             )
+
+
+class CaptionFile(CocoFile):
+    """A COCO `captions` file: its images, and what is said of them.
+
+    Attributes:
+        captions: of each image by its id, in the file's order; of those alone that have any.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: if it is missing or no `captions` file, naming the first entry that is wrong.
+    """
+
+    kind: ClassVar[str] = "captions"
+
+    def __init__(self, path: str | Path) -> None:
+        self.captions: dict[int, list[str]] = {}
+        super().__init__(path)
+
+    def _read_annotations(self, entries: list[Any], with_categories: bool) -> None:
+        del with_categories
+        for place, entry in enumerate(entries, start=1):
+            self._check_keys(entry, f"entry {place} of 'annotations'", ("image_id", "caption"))
+            self._check_refers(entry, -place, "image_id", self.images)
+            self._check_text(entry["caption"], f"entry {place} of 'annotations' has the caption")
+            self.captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
 
 
 _CROWD = (0, 1, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -105,7 +105,8 @@ class QuestionSet(Dataset[dict[str, Any]]):
         questions: in the order of the items.
 
     Raises:
-        ValueError: if there is no question, or two have one key.
+        ValueError: if there is no such folder, no question, if two have one key, or if an image
+            is not in the folder.
     """
 
     def __init__(
@@ -121,6 +122,10 @@ class QuestionSet(Dataset[dict[str, Any]]):
         self.questions = sorted(questions, key=lambda question: numbers[question.image])
         if not self.questions:
             raise ValueError(f"there is no question about images in {folder}; pass at least one.")
+        if not self.folder.is_dir():
+            raise ValueError(f"images folder {folder} does not exist; pass a folder of images.")
+        for name in numbers:
+            check_inside(name, self.folder)
         seen: set[str] = set()
         for question in self.questions:
             if question.key in seen:
@@ -168,3 +173,17 @@ class QuestionSet(Dataset[dict[str, Any]]):
             turn, size, rgb = turn_of(image), image.size, to_rgb(image)
         rgb.info = {}
         return (rgb if turn is None else rgb.transpose(turn)), size, turn
+
+
+def check_inside(name: str, folder: str | Path) -> None:
+    """Refuse the name of an image that leads out of its folder.
+
+    Raises:
+        ValueError: if it is absolute, or goes up.
+    """
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
+        raise ValueError(
+            f"image {name!r} is not a name inside of its folder, {folder}; name images by their"
+            " paths from there."
+        )

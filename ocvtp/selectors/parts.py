@@ -25,8 +25,18 @@ class Part(ABC):
     name: ClassVar[str]
 
     def settings(self) -> dict[str, Any]:
-        """Its arguments, plain to JSON: `build` of its kind makes the same of them."""
-        given = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        """Its arguments, plain to JSON: `build` of its kind makes the same of them.
+
+        Raises:
+            ValueError: if it did not keep one.
+        """
+        arguments = inspect.signature(type(self)).parameters
+        if lost := [name for name in arguments if not hasattr(self, name)]:
+            raise ValueError(
+                f"{type(self).__name__} did not keep its argument {lost[0]!r}; set self.{lost[0]}"
+                " in its constructor."
+            )
+        given = {name: getattr(self, name) for name in arguments}
         return {k: v.plain() if isinstance(v, Schedule) else v for k, v in given.items()}
 
     def __repr__(self) -> str:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ocvtp import plugins
 from ocvtp.structures import Needs, VisualTokens
 
-BUILT_IN = ("pointwise", "prompted")
+BUILT_IN = ("pointwise", "qk_mean", "local_global", "prompted", "vip", "slots")
 """Those of this package, each in the file of its name in `ocvtp/selectors/scorers`."""
 GROUP = "ocvtp.scorers"
 """Of entry points."""

@@ -23,6 +23,7 @@ from ocvtp.selectors.relaxations import (
     register_relaxation,
     soft_topk,
 )
+from tests.pruners.test_contract import NoSync
 
 NAMES = ["gumbel_binary", "gumbel_topk", "hard_st", "kept_st", "sample", "soft_topk"]
 COUNTS = (12, 5, 1, 0)
@@ -179,6 +180,16 @@ def test_validation_is_deterministic_and_training_follows_its_generator(name):
     is_drawn = name in ("gumbel_binary", "gumbel_topk", "sample")
     assert (drawn[0].values != drawn[2].values).any() == is_drawn
     assert (torch.get_rng_state() == state).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_waits_for_the_device(name, training):
+    scores, real = draw()
+    scores.requires_grad_()
+    with NoSync():
+        gates = build_relaxation(name)(scores, 4, real, 0.5, seeded(), training)
+        (gates.values if gates.log_prob is None else gates.log_prob).sum().backward()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from ocvtp.pruners.checks import WIDTH, random_tokens
-from ocvtp.selectors.scorer import Scores, Widths, build_scorer, list_scorers, scorer_class
+from ocvtp.selectors.scorer import Scores, Widths, build_scorer, list_scorers
 
 GRID, COUNT = (4, 3), 12
 CASES = {
@@ -18,6 +18,19 @@ CASES = {
     "prompted": ("prompted", {"dim": 16, "blocks": 2, "heads": 4}),
     "prompted film": ("prompted", {"dim": 16, "blocks": 2, "heads": 4, "budget": "film"}),
     "prompted without text": ("prompted", {"dim": 16, "blocks": 1, "heads": 2, "text": False}),
+    "qk_mean": ("qk_mean", {}),
+    "local_global": ("local_global", {"dim": 16}),
+    "local_global of blocks": ("local_global", {"dim": 16, "blocks": 2, "heads": 4}),
+    "local_global film": ("local_global", {"dim": 16, "budget": "film"}),
+    "vip": (
+        "vip",
+        {"hidden": [3, 1], "dim": 8, "condition": 8, "blocks": 2, "heads": 2, "kind": "cls"},
+    ),
+    "slots": (
+        "slots",
+        {"layer": 3, "num_slots": 4, "hidden_dim": 16, "slot_dim": 8, "ffn_dim": 16}
+        | {"standardize": True},
+    ),
 }
 FILM = [case for case, (_, sizes) in CASES.items() if sizes.get("budget") == "film"]
 
@@ -95,7 +108,9 @@ def test_what_lies_on_padding_changes_nothing(case):
 
 def test_every_weight_is_learnt(case):
     scorer = build(case)
-    (scorer(tokens_of(scorer), 4).values * torch.randn(3, COUNT)).sum().backward()
+    scores = scorer(tokens_of(scorer), 4)
+    read = [scores.values, *scores.aux.values()]
+    sum((part * torch.randn_like(part)).sum() for part in read).backward()
     for name, parameter in scorer.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -115,7 +130,7 @@ def test_only_those_that_are_told_the_budget_depend_on_it(case):
     scorer = build(case)
     tokens = tokens_of(scorer)
     one, other = (scorer(tokens, num_keep).values for num_keep in (2, 9))
-    assert one.equal(other) == (case not in FILM)
+    assert one.equal(other) == (case not in [*FILM, "slots"])
 
 
 @pytest.mark.parametrize("case", FILM)
@@ -141,15 +156,21 @@ def test_a_share_is_one_of_the_images_own_tokens():
 
 
 @pytest.mark.parametrize(
-    ("name", "widths", "millions"),
-    [("pointwise", Widths(4096, 1024), 2.1), ("prompted", Widths(4096, 1024), 17.1)],
+    ("name", "widths", "sizes", "count"),
+    [
+        ("pointwise", Widths(4096, 1024), {}, 2_106_369),
+        ("qk_mean", Widths(3584, 1280), {}, 12_848_640),  # published, as are the next two
+        ("qk_mean", Widths(2048, 1280), {}, 4_196_352),
+        ("local_global", Widths(4096, 1024), {"blocks": 2}, 8_575_106),
+        ("prompted", Widths(4096, 1024), {}, 17_084_417),
+        ("vip", Widths(4096, 1024, 32), {}, 8_940_033),
+        ("slots", Widths(4096, 1024), {}, 7_616_512),
+    ],
 )
-def test_sizes_at_the_width_of_a_large_model(name, widths, millions):
+def test_parameters_at_the_width_of_a_large_model(name, widths, sizes, count):
     with torch.device("meta"):
-        scorer = scorer_class(name)()
-        scorer.build(widths)
-    count = sum(parameter.numel() for parameter in scorer.parameters())
-    assert round(count / 1e6, 1) == millions
+        scorer = build_scorer(name, sizes, widths)
+    assert sum(parameter.numel() for parameter in scorer.parameters()) == count
 
 
 # ---------------------------------------------------------------- prompted
@@ -201,9 +222,70 @@ def test_places_are_read_where_there_are_any():
         ("prompted", {"budget": "told"}, "budget='told'; pass one of none, film"),
         ("pointwise", {"dim": 1.5}, "dim=1.5; pass whole numbers above 0"),
         ("pointwise", {"budget": True}, "budget=True; pass one of none, film"),
+        ("qk_mean", {"dim": 0}, "dim=0; pass whole numbers above 0"),
+        ("local_global", {"blocks": -1}, "blocks=-1; pass a whole number, at least 0"),
+        ("local_global", {"dim": 12, "blocks": 1}, "dim=12, heads=8; .* multiple of 8"),
+        ("vip", {"kind": "clss"}, "kind='clss'; pass one of cls, received"),
+        ("vip", {"hidden": []}, r"hidden=\[\]; pass numbers of layers"),
+        ("vip", {"dim": 8, "condition": 12, "heads": 2}, "whose sum is a multiple of 8"),
+        ("slots", {"num_iterations": 0}, "num_iterations=0 is not allowed"),
         ("pointwise", {"dims": 2}, "'pointwise' has no size 'dims'; did you mean 'dim'"),
     ],
 )
 def test_wrong_sizes_are_refused(name, sizes, message):
     with pytest.raises(ValueError, match=message):
         build_scorer(name, sizes, Widths(WIDTH, WIDTH))
+
+
+# ---------------------------------------------------------------- the others
+
+
+def test_qk_mean_is_the_mean_product_with_all_keys():
+    scorer = build("qk_mean")
+    tokens = tokens_of(scorer, ragged=True)
+    for b in range(3):
+        own = tokens.projected[b, : int(tokens.real[b].sum())]
+        query, key = scorer.to_query(own), scorer.to_key(own)
+        wanted = (query @ key.T).mean(dim=1) / query.shape[1] ** 0.5
+        assert_close(scorer(tokens).values[b, : len(own)], wanted)
+
+
+@torch.no_grad()
+def test_local_global_reads_its_own_half_and_the_mean_of_the_others():
+    scorer = build("local_global")
+    tokens = tokens_of(scorer)
+    hidden = torch.nn.functional.gelu(scorer.reduce(scorer.norm(scorer.inputs(tokens.projected))))
+    mean = hidden[:, :, 8:].mean(dim=1, keepdim=True).expand(-1, COUNT, -1)
+    logits = scorer.out(torch.cat([hidden[:, :, :8], mean], dim=2))
+    odds = logits.softmax(dim=2)[:, :, 0]
+    assert_close(scorer(tokens).values.sigmoid(), odds)
+
+
+@torch.no_grad()
+def test_vip_reads_heads_apart_where_it_was_built_for_them():
+    _, sizes = CASES["vip"]
+    one = build("vip")
+    several = build_scorer("vip", sizes, Widths(WIDTH, WIDTH, 2)).eval()
+    tokens = tokens_of(one)
+    rows = tokens.attention[20, "cls"]
+    apart = replace(tokens, attention={(20, "cls"): torch.stack([rows, 1 - rows], dim=2)})
+    assert several(apart).values.shape == (3, COUNT)
+    swapped = replace(tokens, attention={(20, "cls"): torch.stack([1 - rows, rows], dim=2)})
+    assert not torch.allclose(several(apart).values, several(swapped).values)
+    with pytest.raises(ValueError, match=r"attention\[20, 'cls'\] has 1 heads, .* reads 2; train"):
+        several(tokens)
+    scaled = replace(tokens, attention={(20, "cls"): 0.5 * rows})  # of a share of all attention
+    assert_close(one(scaled).values, one(tokens).values)
+
+
+@torch.no_grad()
+def test_slots_are_as_many_as_tokens_are_kept():
+    scorer = build("slots")
+    tokens = tokens_of(scorer, ragged=True)
+    for num_keep, count in ((None, 4), (7, 7)):
+        scores = scorer(tokens, num_keep)
+        assert scores.aux["slots"].shape == (3, count, 8)
+        attention = scores.aux["attention"]
+        shares = attention / attention.sum(dim=2, keepdim=True)
+        assert_close(scores.values, shares.amax(dim=1))
+        assert not scores.values[~tokens.valid].any()

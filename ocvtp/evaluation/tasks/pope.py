@@ -14,6 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ocvtp.data.existence import (
+    NEGATIVES,
+    Negatives,
+    absent_thing,
+    counts_together,
+    existence_question,
+)
 from ocvtp.evaluation.tasks.answers import exact_yes_no, pope_yes_no
 from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied
 from ocvtp.evaluation.tasks.coco_instances import CocoInstances
@@ -30,7 +37,8 @@ from ocvtp.images import turn_of
 from ocvtp.reporting.files import replacing
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
-SPLITS = ("random", "popular", "adversarial")
+SPLITS = NEGATIVES
+pope_question = existence_question
 NUM_POSITIVES = 3  # of an image, each followed by a negative
 
 
@@ -189,8 +197,8 @@ def build_pope(
         raise ValueError(f"seed={seed} is negative; pass 0 or more.")
     coco = CocoInstances(instances)
     chosen = _choose_images(coco, num_images, seed)
-    together = _counts_together(coco)
-    paths = {}
+    together = counts_together(coco.categories, coco.present.values())
+    paths: dict[str, Path] = {}
     for number, split in enumerate(SPLITS):
         questions: list[dict[str, Any]] = []
         for name in chosen:
@@ -202,12 +210,6 @@ def build_pope(
         with replacing(paths[split]) as temporary:
             temporary.write_text("".join(json.dumps(q) + "\n" for q in questions), encoding="utf-8")
     return paths
-
-
-def pope_question(thing: str) -> str:
-    """Whether there is such a thing, with `an` before a, e, i, o and u."""
-    article = "an" if thing[:1].lower() in tuple("aeiou") else "a"
-    return f"Is there {article} {thing} in the image?"
 
 
 def _choose_images(coco: CocoInstances, num_images: int | None, seed: int) -> list[str]:
@@ -224,17 +226,8 @@ def _choose_images(coco: CocoInstances, num_images: int | None, seed: int) -> li
     return [usable[n] for n in sorted(drawn.tolist())]
 
 
-def _counts_together(coco: CocoInstances) -> NDArray[np.int64]:
-    """[C, C] for C categories: images that have both; the diagonal: images that have the one."""
-    place = {name: n for n, name in enumerate(coco.categories)}
-    present = np.zeros((len(coco.present), len(place)), np.int64)  # [I, C]
-    for row, objects in enumerate(coco.present.values()):
-        present[row, [place[name] for name in objects]] = 1
-    return present.T @ present
-
-
 def _objects(
-    split: str,
+    split: Negatives,
     coco: CocoInstances,
     present: Sequence[str],
     together: NDArray[np.int64],
@@ -243,12 +236,8 @@ def _objects(
     """The six objects that are asked for in one image, with their labels."""
     free = np.array([name not in present for name in coco.categories])  # [C] absent, not yet asked
     for positive in present[:NUM_POSITIVES]:
-        counts = {
-            "random": np.zeros_like(together[0]),
-            "popular": together.diagonal(),
-            "adversarial": together[coco.categories.index(positive)],
-        }[split] * free
-        negative = int(counts.argmax()) if counts.any() else int(rng.choice(free.nonzero()[0]))
+        number = coco.categories.index(positive)
+        negative = absent_thing(split, number, together, free, rng)
         free[negative] = False
         yield positive, "yes"
         yield coco.categories[negative], "no"

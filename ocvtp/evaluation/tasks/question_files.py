@@ -8,36 +8,17 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
+from ocvtp.data.json_entries import Entry as Entry
+from ocvtp.data.json_entries import read_entries as read_entries
 from ocvtp.evaluation.tasks.base import Item, Record, Task
 from ocvtp.images import open_image
 
 Folders = str | Path | Sequence[str | Path]
 _OLD_NAME = re.compile(r"COCO_(?:train|val|test)\d{4}_(?=\d{12}\.)")
-
-
-class Entry(NamedTuple):
-    """One JSON object of a file; `where` names it in messages."""
-
-    where: str
-    content: dict[str, Any]
-
-    def text(self, key: str) -> str:
-        """The text under a key.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        if key not in self.content:
-            found = ", ".join(self.content) or "nothing"
-            raise ValueError(f"{self.where} lacks {key!r} (it has {found}); add it.")
-        value = self.content[key]
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where} has {value!r} as {key!r}; pass a text in quotes.")
-        return value
 
 
 @dataclass(frozen=True)
@@ -156,40 +137,6 @@ def locate_images(names: Sequence[str], folders: Folders) -> list[Path]:
             "these names or COCO's of 2017 (val2014 is spread over train2017 and val2017)."
         )
     return [found[name] for name in names]
-
-
-def read_entries(path: str | Path) -> list[Entry]:
-    """The JSON objects of a file: a JSON list of them, or one a line.
-
-    Raises:
-        ValueError: if the file is missing, or is neither.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"question file {path} does not exist; pass a JSON list or JSON lines.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            numbered = [(f"entry {n}", value) for n, value in enumerate(json.loads(text), 1)]
-        else:
-            numbered = list(_lines(text, path))
-    except ValueError as error:
-        raise ValueError(
-            f"question file {path} is neither a JSON list nor JSON lines ({error})."
-        ) from error
-    for where, value in numbered:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where} of {path} is {value!r}; pass a JSON object.")
-    return [Entry(f"{where} of {path}", value) for where, value in numbered]
-
-
-def _lines(text: str, path: Path) -> Iterable[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
 
 
 def _first_file(paths: Iterable[Path]) -> Path | None:

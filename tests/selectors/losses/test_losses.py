@@ -19,6 +19,7 @@ from ocvtp.selectors.losses import (
     weighed,
 )
 from ocvtp.selectors.losses.base import LOSSES, mean_of_rows
+from tests.pruners.test_contract import NoSync
 from tests.selectors.losses.steps import COUNTS, draw
 
 SETTINGS = {
@@ -151,6 +152,14 @@ def test_half_precision_and_autocast_change_no_type(name, given):
         found = loss(half)
     assert found.values.dtype == torch.float32
     assert_close(found.values, loss(back).values)
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
+def test_nothing_waits_for_the_device(name, given):
+    step = draw(relaxation=relaxation_of(name))
+    loss = one(name, given)
+    with NoSync():
+        weighed([loss], step)[0].backward()
 
 
 @pytest.mark.parametrize(("name", "given"), CASES)
@@ -297,6 +306,17 @@ def test_a_loss_of_ones_own_returns_rows(registered):
 def test_what_is_no_loss_is_not_registered(registered, name, cls, words):
     with pytest.raises(ValueError, match=words):
         register_loss(name)(cls)
+
+
+def test_a_loss_that_forgets_an_argument_is_told(registered):
+    def __init__(self, free=0.0):
+        Loss.__init__(self)
+
+    cls = make(frozenset(), lambda self, step: step.scores.sum(dim=1))
+    cls.__init__ = __init__
+    register_loss("mine")(cls)
+    with pytest.raises(ValueError, match="Mine did not keep its argument 'free'; set self.free"):
+        one("mine", {}).settings()
 
 
 def test_a_loss_that_returns_one_number_is_refused(registered):

@@ -1,0 +1,310 @@
+"""Scorers that learn with a frozen model in the loop: every recipe, what it computes, its files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import ocvtp
+from ocvtp.cli import main
+from ocvtp.export import export_checkpoint
+from ocvtp.training import selector
+from ocvtp.training.run import TrainingStopped, build, train
+from ocvtp.training.selector import SelectorModule
+
+RECIPES = ("mask", "distil", "kl", "visionselector", "noise")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A folder of drawn scenes, filled by the first run."""
+    return tmp_path_factory.mktemp("scenes")
+
+
+@pytest.fixture
+def words(scenes, tmp_path):
+    """Of a short run of a recipe."""
+
+    def make(recipe, *more, steps=2):
+        few = {
+            "data.root": scenes, "data.num_train": 6, "data.num_val": 2, "data.questions": 4,
+            "data.batch_size": 4, "model.scorer.dim": 16, "trainer.max_steps": steps,
+            "trainer.val_check_interval": 2, "trainer.enable_progress_bar": False,
+            "trainer.enable_model_summary": False, "model.statistics_questions": 8,
+            "output": tmp_path / "run",
+        }  # fmt: skip
+        if recipe == "kl":
+            few["model.warm_start"] = "null"
+        found = ["--config", f"configs/train/selector/{recipe}.yaml"]
+        return [*found, *(f"--{name}={value}" for name, value in few.items()), *more]
+
+    return make
+
+
+def module_of(words):
+    """A module with a batch of questions and its answers."""
+    built = build(words)
+    data = built.datamodule
+    data.prepare_data()
+    data.setup("fit")
+    return built.model, next(iter(data.train_dataloader()))
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """The last figure of each name."""
+    found: dict[str, float] = {}
+    for path in sorted(folder.rglob("metrics.csv")):
+        for row in csv.DictReader(path.open()):
+            found |= {name: float(value) for name, value in row.items() if value}
+    return found
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_path):
+    result = train(words(recipe))
+    content = torch.load(result.last, weights_only=True)
+    held = {name.split(".")[0] for name in content["state_dict"]}
+    assert held <= {"network", "gate"}
+    figures = logged(tmp_path / "run")
+    for name in ("ce", "kl", "agreement", "accuracy"):
+        for num_keep in (16, 8):
+            for ending in ("", "_random", "_untrained"):
+                assert f"val/{name}_{num_keep}{ending}" in figures
+    assert figures["val/loss"] == pytest.approx(
+        (figures["val/ce_16"] + figures["val/ce_8"]) / 2, rel=1e-5
+    )
+    assert len(list((tmp_path / "run").rglob("pictures/*.png"))) == 1
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert network.config.objective == recipe
+    assert network.config.training["steps"] == 2
+    pruner = ocvtp.build_pruner("learned", checkpoint=str(tmp_path / "artifact"), num_keep=9)
+    assert pruner.network.config == network.config
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_learns_and_what_does_not(recipe, words):
+    module, batch = module_of(words(recipe))
+    torch.manual_seed(0)
+    frozen = [p.requires_grad for p in module.vlm.parameters()]
+    assert not any(frozen)
+    with module_ready(module):
+        found = module._step(batch, module.ask(batch), 8, 0.5, module.losses)
+        sum(loss(found).mean() for loss in module.losses).backward()
+    assert all(p.grad is None for p in module.vlm.parameters())
+    assert any(float(p.grad.abs().max()) > 0 for p in module.network.parameters())
+    assert all(torch.isfinite(p.grad).all() for p in module.network.parameters())
+
+
+class module_ready:
+    """A module as its training finds it: measured, with gates in the model."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __enter__(self):
+        built = self.module
+        for source, own in built.network.statistics():
+            assert source == "projected"
+            own.num_tokens.fill_(1)
+        for name, value in built.gate.named_buffers():
+            value.fill_(float(name == "std"))
+        built.on_fit_start()
+
+    def __exit__(self, *error):
+        self.module.teardown("fit")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_is_computed_that_no_loss_reads(recipe, words, monkeypatch):
+    calls = []
+    for name in ("read", "attention_rows", "drop"):
+        own = getattr(selector, name)
+
+        def counted(*args, name=name, own=own, **kwargs):
+            calls.append(name)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(selector, name, counted)
+    module, batch = module_of(words(recipe))
+    with module_ready(module):
+        module._step(batch, module.ask(batch), 8, 0.5, module.losses)
+    expected = {
+        "mask": [], "distil": ["attention_rows"], "kl": ["read"] * 2,
+        "visionselector": ["read"], "noise": ["read"] * 2,
+    }  # fmt: skip
+    assert calls == expected[recipe]
+
+
+def test_the_model_is_left_as_it_was(words):
+    module, batch = module_of(words("kl", "--model.host.checkpointing=true"))
+    before = module.vlm.config._attn_implementation, module.vlm.training
+    training = [m.training for m in module.vlm.modules()]
+    with pytest.raises(RuntimeError), module_ready(module):
+        assert module.vlm.config.get_text_config()._attn_implementation != before[0]
+        raise RuntimeError
+    assert (module.vlm.config.get_text_config()._attn_implementation, module.vlm.training) == before
+    assert [m.training for m in module.vlm.modules()] == training
+
+
+def test_checkpointing_changes_no_gradient(words):
+    found = []
+    for checkpointing in ("false", "true"):
+        module, batch = module_of(words("kl", f"--model.host.checkpointing={checkpointing}"))
+        with module_ready(module):
+            step = module._step(batch, module.ask(batch), 8, 0.5, module.losses)
+            sum(loss(step).mean() for loss in module.losses).backward()
+        found.append([p.grad for p in module.network.parameters()])
+    assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["kl", "noise"])
+def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatch):
+    straight = train(words(recipe, f"--output={tmp_path / 'straight'}", steps=4)).last
+    stopped = words(recipe, f"--output={tmp_path / 'stopped'}", steps=4)
+    step = SelectorModule.training_step
+
+    def interrupted(self, batch, number):
+        if self.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patched, pytest.raises(TrainingStopped) as stop:
+        patched.setattr(SelectorModule, "training_step", interrupted)
+        train(stopped)
+    assert "stopped after 3 steps" in str(stop.value)
+    resumed = train([*stopped, "--resume", "last"]).last
+    one, other = (torch.load(path, weights_only=True) for path in (straight, resumed))
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, values in one["state_dict"].items():
+        assert torch.equal(values, other["state_dict"][name]), name
+
+
+def test_losses_without_what_they_read_are_refused(words):
+    for more, told in (
+        (("kl", "--model.gate=null"), "model.gate is none"),
+        (("kl", "--model.relaxation=null"), "model.relaxation is none"),
+        (("mask", "--model.losses={reward: {}}"), "relaxation is none"),
+        (("kl", "--model.losses={reward: {}}"), "Sample"),
+        (("mask", "--model.budgets=[8,0]"), "whole numbers above 0"),
+        (("mask", "--model.losses={maks: {}}"), "did you mean 'mask'"),
+        (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            build(words(*more))
+
+
+def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
+    network = build(words("mask")).model.network
+    network.save_pretrained(tmp_path / "artifact")
+    begun = build(words("kl", f"--model.warm_start={tmp_path / 'artifact'}", "--seed_everything=5"))
+    assert_close(begun.model.network.state_dict(), network.state_dict(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="warm_start=.* has sizes=.*'blocks': 2.*'blocks': 1"):
+        more = f"--model.warm_start={tmp_path / 'artifact'}", "--model.scorer.blocks=1"
+        build(words("kl", *more))
+
+
+def test_a_drawn_set_is_rewarded_by_the_answer(words):
+    more = "--model.losses={reward: {}}", "--model.samples=3", "--model.relaxation"
+    sample = "ocvtp.selectors.relaxations.Sample"
+    module, batch = module_of(words("kl", *more, sample))
+    with module_ready(module):
+        torch.manual_seed(0)
+        step = module._step(batch, module.ask(batch), 8, 0.0, module.losses)
+    assert step.reward.shape == step.groups.shape == (12,)
+    assert step.groups.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert (step.reward < 0).all()
+    asked = module.ask(batch)
+    short = selector.drop(asked, step.gates.hard[::3])
+    answered = selector.read(module.frozen_host, short)
+    by_hand = torch.nn.functional.cross_entropy(answered.logits, answered.targets, reduction="none")
+    means = [-by_hand[answered.owner == row].mean() for row in range(4)]
+    assert_close(step.reward[::3], torch.stack(means), rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the stored teacher
+
+
+def stored(words, recipe, folder, *more):
+    return main(["teacher", *words(recipe, *more), "--output", str(folder), "--shard-size", "10"])
+
+
+@pytest.mark.parametrize("recipe", ["distil", "kl"])
+def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    assert stored(words, recipe, folder) == 0
+    assert "24 questions" in capsys.readouterr().out
+    steps = []
+    for more in ((), (f"--model.teacher={folder}",)):
+        module, batch = module_of(words(recipe, *more))
+        with module_ready(module):
+            steps.append(module._step(batch, module.ask(batch), 8, 0.5, module.losses))
+    one, other = steps
+    if recipe == "kl":
+        assert_close(other.full_logits, one.full_logits, rtol=2e-2, atol=2e-2)
+        assert torch.equal(other.owner, one.owner)
+        assert torch.equal(other.targets, one.targets)
+    else:
+        assert_close(other.teacher[0], one.teacher[0], rtol=1e-3, atol=1e-6)
+
+
+def test_a_stopped_teacher_continues_to_the_same_files(words, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    for folder in (whole, part):
+        assert stored(words, "distil", folder) == 0
+    files = sorted(path.name for path in whole.iterdir())
+    assert files == ["extraction.json", *(f"teacher-0000{n}.safetensors" for n in range(3)),
+                     "teacher.json"]  # fmt: skip
+    for name in ("teacher-00001.safetensors", "teacher.json"):
+        (part / name).unlink()
+    assert stored(words, "distil", part) == 0
+    for name in files:
+        assert (part / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_another_teacher_is_refused(words, tmp_path, capsys):
+    folder = tmp_path / "teacher"
+    assert stored(words, "distil", folder) == 0
+    assert stored(words, "kl", folder) == 2
+    assert "was begun with other settings" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="lacks answers"):
+        build(words("kl", f"--model.teacher={folder}"))
+    with pytest.raises(ValueError, match=r"lacks attention|lacks layer 1"):
+        build(words("distil", f"--model.teacher={folder}", "--model.losses={rank: {layer: 1}}"))
+    module, batch = module_of(words("distil", f"--model.teacher={folder}"))
+    batch["keys"][0] = "another"
+    with pytest.raises(ValueError, match="question another is not in"):
+        module._step(batch, module.ask(batch), 8, 0.0, module.losses)
+    assert stored(words, "mask", tmp_path / "other") == 2
+    assert "nothing to store" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- every command
+
+
+@pytest.mark.slow
+def test_every_command_takes_the_artifact(words, tmp_path, capsys):
+    artifact = tmp_path / "artifact"
+    export_checkpoint(train(words("mask")).last, artifact)
+    model = ["--model", "checkpoints/demo-vlm"]
+    show = ["--pruner", "learned", "random", "--checkpoint", str(artifact), "--num-keep", "16"]
+    picture = tmp_path / "kept.png"
+    image = ["--image", "docs/images/scene.png", "--prompt", "Is there a red star in the image?"]
+    assert main(["show", *model, *show, *image, "--output", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    few = ["--task", "scenes", "--num-images", "4", "--num-keep", "8"]
+    pruners = ["--pruners", "learned", "random"]
+    run = ["--output", str(tmp_path / "judged"), "--checkpoint", str(artifact), "--json"]
+    capsys.readouterr()
+    assert main(["evaluate", *model, "--dtype", "float32", *few, *pruners, *run]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    rows = {row["label"]: row for row in facts["rows"] if row["num_keep"] == 8}
+    assert {"learned", "random", "untrained:learned"} <= rows.keys()
+    assert all(row["figures"] for row in rows.values())
