@@ -25,6 +25,7 @@ _COMMANDS = {
     "bench": "time and memory of pruners, side by side with the bare model",
     "compare": "two benchmarks, and what changed beyond noise",
     "flops": "operations of a prompt, by three conventions, with any pruner",
+    "probe": "whether soft gates in a model stand in for dropping, by how far they are open",
     "demo-vlm": "train a small VLM from nothing on drawn scenes (--config YAML [--resume])",
 }
 

@@ -229,6 +229,48 @@ def flops(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def probe(parser: argparse.ArgumentParser) -> None:
+    """A model, gates, and what it is asked about."""
+    options.add_model(parser)
+    parser.add_argument(
+        "--gate",
+        nargs="+",
+        action="extend",
+        metavar="NAME[:KEY=VALUE,...]",
+        help="key_bias, noise, scale, policy_softmax or gather; may be repeated (default: key_bias,"
+        " noise and scale)",
+    )
+    parser.add_argument(
+        "--num-keep",
+        type=int,
+        help="tokens of an image that stay open, at random (default: a ninth of them)",
+    )
+    parser.add_argument(
+        "--layer",
+        type=int,
+        default=0,
+        help="of the language model, before which the gates are (default: %(default)s, the first)",
+    )
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        help="image files, or folders of them (default: drawn scenes and questions about them)",
+    )
+    parser.add_argument(
+        "--prompt", help="what is asked about --images (default: What is in the image?)"
+    )
+    parser.add_argument(
+        "--level",
+        choices=get_args(choices.Level),
+        help="of the drawn scenes (default: hard)",
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=8, help="of them, at most (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is random (default: 0)")
+    options.add_json(parser)
+
+
 def demo_vlm(parser: argparse.ArgumentParser) -> None:
     """A recipe, and where the model goes."""
     names = ", ".join(config_names("demo_vlm"))
@@ -253,6 +295,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "bench": bench,
     "compare": compare,
     "flops": flops,
+    "probe": probe,
     "demo-vlm": demo_vlm,
 }
 """All commands but `train` and `extract`, whose settings Lightning parses."""

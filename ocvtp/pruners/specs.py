@@ -26,8 +26,12 @@ def known_settings(spec: str) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)} | named
 
 
-def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
+def parse_spec(spec: str, kind: str = "pruner") -> tuple[str, dict[str, Any]]:
     """Name and settings; values are YAML, e.g. `fastv:stages=[[2,64]]`.
+
+    Args:
+        spec: `NAME:KEY=VALUE,...`.
+        kind: what messages call it.
 
     Raises:
         ValueError: if it does not parse.
@@ -37,12 +41,12 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
     for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"pruner {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
+            raise ValueError(f"{kind} {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
         try:
             settings[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"pruner {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
+                f"{kind} {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
                 " stages=[[2,64]]."
             ) from error
     return name, settings
