@@ -14,6 +14,7 @@ from ocvtp.commands.flags import FLAGS
 _COMMANDS = {
     "train": "train the network of a pruner (--config YAML [--resume CKPT])",
     "extract": "the tower of a training run, run once: features in files (--config YAML)",
+    "teacher": "what a frozen model says of training questions, stored (--config YAML)",
     "export": "checkpoint or official weights to an artifact",
     "resize": "a folder of images, pre-resized for training",
     "list": "every pruner: stage, needs, paper, status",
@@ -30,9 +31,9 @@ _COMMANDS = {
 
 _ASKS_A_TASK = {"evaluate": False, "lmms-task": True}
 """Whether lmms-eval is to ask it."""
-_SETTINGS_OF_TRAINING = ("train", "extract")
+_SETTINGS_OF_TRAINING = ("train", "extract", "teacher")
 """Commands that take the settings of a training run."""
-_CONTINUES = ("evaluate", "bench", "extract")
+_CONTINUES = ("evaluate", "bench", "extract", "teacher")
 """Commands that write down what is done as they go."""
 
 

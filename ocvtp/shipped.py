@@ -21,7 +21,9 @@ _FLAGS = ("--config", "-c")
 
 def config_names(kind: Kind) -> list[str]:
     """Names of the files of settings for `ocvtp train` or `ocvtp demo-vlm`, sorted."""
-    return sorted(path.stem for path in (ROOT / "configs" / kind).glob("*.yaml"))
+    folder = ROOT / "configs" / kind
+    files = (path.relative_to(folder) for path in folder.rglob("*.yaml"))
+    return sorted(path.with_suffix("").as_posix() for path in files)
 
 
 def find_config(name: str, kind: Kind) -> str:

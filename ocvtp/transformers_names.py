@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 TESTED = ("5.17", "5.24")
 """The oldest and the newest minor version that the tests run on."""
@@ -342,3 +344,94 @@ def is_checkpointed(block: Any) -> bool:
     """Whether a block of a tower or a language model will run again in the backward pass."""
     runs_again = getattr(block, "gradient_checkpointing", False) and block.training
     return bool(runs_again and torch.is_grad_enabled())
+
+
+# The attention of a language model, and its checkpointing.
+
+GATED = "ocvtp_gated"
+"""What the attention is called through which gates act."""
+
+
+def attention_of(model: Any) -> str:
+    """The attention that a language model runs."""
+    return str(model.config._attn_implementation)
+
+
+def sdpa_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """What transformers runs for `sdpa`; its output is [B, L, H, d]."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    found: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
+    return found
+
+
+@cache
+def register_attention(function: Callable[..., Any]) -> None:
+    """Make an attention known as `GATED`, with the masks of `sdpa`."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(GATED, function)
+    AttentionMaskInterface.register(GATED, sdpa_mask)
+
+
+@contextmanager
+def attending(model: Any, name: str) -> Iterator[None]:
+    """Inside the block, a language model runs another attention; see `attention_of`.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    own = attention_of(model)
+    if own == name:
+        yield
+        return
+    model.set_attn_implementation(name)
+    try:
+        if attention_of(model) != name:
+            raise ValueError(
+                f"the attention of {type(model).__name__} cannot be replaced, so that no gate can"
+                " act in it; use a gate that acts before the language model (noise, scale, gather)."
+            )
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+
+
+@contextmanager
+def checkpointed_layers(model: Any) -> Iterator[None]:
+    """Inside the block, layers run again in the backward pass, and are else as in evaluation.
+
+    Args:
+        model: a language model. Its layers run again through the attention of their first run.
+
+    Raises:
+        ValueError: for layers that cannot.
+    """
+    layers = [*model.layers]
+    if unable := [layer for layer in layers if not hasattr(layer, _CHECKPOINTING[0])]:
+        raise ValueError(
+            f"{type(unable[0]).__name__} cannot run again in the backward pass; leave checkpointing"
+            " out."
+        )
+
+    def contexts() -> tuple[Any, Any]:
+        return nullcontext(), attending(model, attention_of(model))
+
+    again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+    before = [{name: vars(layer).get(name) for name in _CHECKPOINTING} for layer in layers]
+    try:
+        for layer in layers:
+            for name, value in zip(_CHECKPOINTING, (True, again, True), strict=True):
+                setattr(layer, name, value)
+        yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            for name, value in own.items():
+                if value is None:
+                    vars(layer).pop(name, None)
+                else:
+                    setattr(layer, name, value)

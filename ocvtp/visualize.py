@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -104,6 +105,34 @@ def draw_slot_masks(image: ArrayLike, attention: Tensor, grid_hw: tuple[int, int
     slots = attention.argmax(dim=0).cpu().numpy()[_cells(pixels, grid_hw)]  # [H, W]
     picture: NDArray[Any] = 0.4 * _fade(pixels) + 0.6 * slot_palette(len(attention))[slots]
     picture[_border(slots, grid_hw)] = 255
+    return picture.round().astype(np.uint8)
+
+
+def draw_scores(image: ArrayLike, scores: Tensor, grid_hw: tuple[int, int]) -> Image:
+    """Patches in the colours of their scores' ranks, from dark (the least) to bright, over grey.
+
+    Ranks, as scores are compared within an image alone: any scale looks the same.
+
+    Args:
+        image: [H, W, 3] uint8, anything numpy reads.
+        scores: [N].
+        grid_hw: rows and columns of the token grid.
+
+    Returns:
+        [H, W, 3] uint8.
+
+    Raises:
+        ValueError: if the image is no uint8 RGB image or the scores do not fit the grid.
+    """
+    pixels = _check_image(image)
+    if scores.shape != (math.prod(grid_hw),):
+        raise ValueError(
+            f"scores {list(scores.shape)} do not fit the grid {tuple(grid_hw)}; pass"
+            f" [{math.prod(grid_hw)}]."
+        )
+    ranks = scores.argsort().argsort().cpu().numpy() / max(len(scores) - 1, 1)
+    colours = 255 * colormaps["viridis"](ranks)[:, :3]
+    picture: NDArray[Any] = 0.35 * _fade(pixels) + 0.65 * colours[_cells(pixels, grid_hw)]
     return picture.round().astype(np.uint8)
 
 

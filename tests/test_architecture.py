@@ -42,6 +42,8 @@ HOST_STOREYS = (
     "prompt",
     "families",
     "registry",
+    "asking",
+    "gating",
     "loading runtime",
     "attach",
     "__init__",
@@ -297,6 +299,7 @@ BUILDERS = ("build_pruner", "build_spec", "pruner_class", "of_name")
 LEARNED = {"OCPruner", "OCPrunerConfig", "OCVTP"}
 OF_LEARNED = {
     "slots", "pruners/methods/ocvtp.py", "export/official.py", "__init__.py",
+    "selectors/scorers/slots.py",
     "pruners/methods/ridge.py",  # takes the statistics that an OC-pruner holds
 }  # fmt: skip
 

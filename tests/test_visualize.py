@@ -9,6 +9,7 @@ from ocvtp.visualize import (
     Panel,
     _oklab,
     draw_kept_tokens,
+    draw_scores,
     draw_slot_masks,
     figure,
     figure_of_images,
@@ -136,6 +137,17 @@ def test_slot_masks_let_the_image_through():
     dark, light = (np.full((20, 20, 3), value, dtype=np.uint8) for value in (20, 220))
     pictures = [draw_slot_masks(image, attention, (2, 2)).mean() for image in (dark, light)]
     assert 40 < pictures[1] - pictures[0] < 160
+
+
+def test_scores_are_shown_by_their_ranks():
+    image = np.full((20, 20, 3), 128, dtype=np.uint8)
+    scores = torch.tensor([1.0, 3.0, 2.0, 900.0])
+    picture = draw_scores(image, scores, (2, 2)).astype(int)
+    brightness = picture.sum(-1)[::10, ::10].ravel()  # one pixel of each patch
+    assert brightness.argsort().tolist() == [0, 2, 1, 3]
+    np.testing.assert_array_equal(picture, draw_scores(image, scores.exp(), (2, 2)))
+    with pytest.raises(ValueError, match=r"grid \(2, 3\); pass \[6\]"):
+        draw_scores(image, scores, (2, 3))
 
 
 @pytest.mark.parametrize(("slots", "gap"), [(8, 0.2), (16, 0.13), (64, 0.07), (128, 0.05)])

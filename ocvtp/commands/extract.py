@@ -75,7 +75,7 @@ def run_words(words: Sequence[str]) -> int:
         rank, ranks = arguments.rank, arguments.ranks
     gpus = torch.cuda.device_count()
     device = arguments.device or (f"cuda:{local % gpus}" if gpus else "cpu")
-    built = build(configs, extracts=True)
+    built = build(configs, "extract")
     extraction = Extraction(
         built.model,
         built.datamodule,

@@ -325,6 +325,15 @@ class Host(ABC):
         rows = torch.arange(len(encoded.embeddings), device=starts.device)
         return rows - starts[torch.searchsorted(starts, rows, right=True) - 1]
 
+    def lines(self, encoded: Encoded) -> Tensor | None:
+        """[R] the line of its image that every row is in or ends, where a line's end goes with it.
+
+        A row that ends a line (a newline) stays as long as any token of the line does. Lines are
+        counted over all images; -1 for rows that are in none. None where no rows are such ends.
+        """
+        del encoded
+        return None
+
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
         """The grids that the tokens of the first image form, one after the other, to draw them."""
         return (encoded.tokens.grid_hw,)

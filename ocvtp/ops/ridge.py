@@ -76,6 +76,22 @@ def straight_through(shares: Tensor, targets: Tensor, chosen: Tensor) -> Tensor:
     return take(targets, chosen) + (soft - soft.detach())
 
 
+def residuals(targets: Tensor, kept: Tensor, energy: Tensor, penalty: float) -> Tensor:
+    """[B, N, D] what the kept tokens do not restore of each: `y_n - [...]_n` of `ridge_error`.
+
+    Args:
+        targets: Y [B, N, D].
+        kept: Z [B, K, D].
+        energy: e [B, 1], see `mean_energy`.
+        penalty: lambda, above 0.
+    """
+    identity = torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
+    gram = kept @ kept.mT + penalty * energy[:, :, None] * identity  # [B, K, K]
+    factor = torch.linalg.cholesky_ex(gram).L  # definite, as the penalty is above 0
+    coefficients = torch.cholesky_solve(kept @ targets.mT, factor)  # [B, K, N]
+    return targets - coefficients.mT @ kept
+
+
 def ridge_error(targets: Tensor, kept: Tensor, weights: Tensor, penalty: float = 0.3) -> Tensor:
     """L = sum_n omega_n |y_n - [Y Z^T (Z Z^T + lambda e I)^-1 Z]_n|^2 / e.
 
@@ -91,12 +107,34 @@ def ridge_error(targets: Tensor, kept: Tensor, weights: Tensor, penalty: float =
         [B] in 0..1.
     """
     energy = mean_energy(targets, weights)
-    identity = torch.eye(kept.shape[1], dtype=kept.dtype, device=kept.device)
-    gram = kept @ kept.mT + penalty * energy[:, :, None] * identity  # [B, K, K]
-    factor = torch.linalg.cholesky_ex(gram).L  # definite, as the penalty is above 0
-    coefficients = torch.cholesky_solve(kept @ targets.mT, factor)  # [B, K, N]
-    residual = targets - coefficients.mT @ kept
+    residual = residuals(targets, kept, energy, penalty)
     return (weights * residual.square().sum(dim=2)).sum(dim=1) / energy[:, 0]
+
+
+def ridge_slopes(
+    targets: Tensor, kept: Tensor, weights: Tensor, penalty: float = 0.3
+) -> tuple[Tensor, Tensor]:
+    """The error, and how it changes as any token counts a little more among the kept ones.
+
+    Let every token count by m_n in 0..1, `Z^T Z = sum_n m_n y_n y_n^T`, which for 0 and 1 is that
+    of the kept ones. With residuals R, `dL/dm_n = -2 sum_j omega_j (R_n.R_j) (R_n.y_j) / (lambda
+    e^2)`: O(N^2 D), and no system larger than K x K is solved.
+
+    Args:
+        targets: Y [B, N, D].
+        kept: Z [B, K, D]; zero rows count as nothing.
+        weights: omega [B, N].
+        penalty: lambda, above 0.
+
+    Returns:
+        L [B] as `ridge_error`, and dL/dm [B, N].
+    """
+    energy = mean_energy(targets, weights)
+    residual = residuals(targets, kept, energy, penalty)
+    error = (weights * residual.square().sum(dim=2)).sum(dim=1) / energy[:, 0]
+    y, r = (x / energy[:, :, None].sqrt() for x in (targets, residual))
+    slopes = (r @ r.mT) * (r @ y.mT) @ weights[:, :, None]
+    return error, -2 / penalty * slopes.squeeze(2)
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -65,11 +65,15 @@ class NetworkModule(pl.LightningModule, ABC):
         """What shows how the run goes, besides its logs."""
         return []
 
+    def trained(self) -> Iterator[nn.Parameter]:
+        """All that learns."""
+        return self.network.parameters()
+
     def nothing(self) -> Tensor | None:
         """A step without images: skipped, or, among other ranks, a zero gradient."""
         if self.trainer.world_size == 1:
             return None
-        return sum(p.sum() * 0.0 for p in self.network.parameters())  # type: ignore[return-value]
+        return sum(p.sum() * 0.0 for p in self.trained())  # type: ignore[return-value]
 
     def report(self, errors: list[str]) -> None:
         """Name and count images that could not be read (on_error=skip)."""
@@ -85,7 +89,7 @@ class NetworkModule(pl.LightningModule, ABC):
         Raises:
             ValueError: if the run has no known end.
         """
-        optimizer = AdamW(self.network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        optimizer = AdamW(self.trained(), lr=self.lr, weight_decay=self.weight_decay)
         total = planned_steps(self.trainer)
         warmup = round(self.warmup_fraction * total)
         floor = self.min_lr / self.lr

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ocvtp.images import IMAGE_ERRORS, read_image
 from ocvtp.reporting.files import replacing
-from ocvtp.visualize import slot_picture
+from ocvtp.visualize import draw_kept_tokens, draw_scores, slot_picture
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,6 +39,67 @@ def _side_by_side(images: Sequence[Tensor], masks: Sequence[Tensor]) -> NDArray[
     below = [((0, highest - len(picture)), (0, 0), (0, 0)) for picture in drawn]
     padded = [np.pad(p, b, constant_values=255) for p, b in zip(drawn, below, strict=True)]
     return np.concatenate(padded, axis=1)
+
+
+def _folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+
+
+def _is_due(trainer: pl.Trainer, batch_idx: int, every_n_epochs: int) -> bool:
+    """Whether this process draws pictures after this validation batch."""
+    tries = trainer.sanity_checking or getattr(trainer, "fast_dev_run", False)
+    due = batch_idx == 0 and trainer.current_epoch % every_n_epochs == 0
+    return due and not tries and trainer.is_global_zero
+
+
+def _publish(trainer: pl.Trainer, folder: Path, name: str, picture: NDArray[np.uint8]) -> None:
+    """To TensorBoard where it is a logger, and to a file of the step."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
+    with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
+
+
+class ScorePictures(pl.Callback):
+    """After each validation: the first questions' images with scores and kept tokens.
+
+    A row for each: the image, its tokens in the colours of their scores' ranks, and those kept at
+    each budget. They go to `pictures/` of the run's folder, and to TensorBoard where it is a
+    logger. Images of several tiles are left out.
+
+    Args:
+        num_questions: how many; at most one validation batch.
+        every_n_epochs: how often.
+    """
+
+    def __init__(self, num_questions: int = 6, every_n_epochs: int = 1) -> None:
+        self.num_questions = num_questions
+        self.every_n_epochs = every_n_epochs
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        folder = _folder(trainer)  # all ranks agree
+        if not _is_due(trainer, batch_idx, self.every_n_epochs) or not outputs:
+            return
+        grid = outputs["grid_hw"]
+        if outputs["scores"].shape[1] != grid[0] * grid[1]:
+            return
+        rows = []
+        for number, scores in enumerate(outputs["scores"][: self.num_questions]):
+            image = np.asarray(trainer.datamodule.val_set[number]["image"].convert("RGB"))
+            kept = [draw_kept_tokens(image, keep[number], grid) for keep in outputs["kept"]]
+            rows.append(np.concatenate([image, draw_scores(image, scores, grid), *kept], axis=1))
+        width = min(row.shape[1] for row in rows)
+        alike = [row for row in rows if row.shape[1] == width]  # images of one width
+        _publish(trainer, folder, "val/scores", np.concatenate(alike))
 
 
 class SlotPictures(pl.Callback):
@@ -74,11 +135,8 @@ class SlotPictures(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        due = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
-        if not due or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
-            return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
-        if not trainer.is_global_zero or not outputs:
+        folder = _folder(trainer)  # all ranks agree
+        if not _is_due(trainer, batch_idx, self.every_n_epochs) or not outputs:
             return
         transform = pl_module.encoder.transform
         try:
@@ -89,10 +147,4 @@ class SlotPictures(pl.Callback):
         views = [image if image.ndim == 3 else image[0] for image in images]
         colours = [transform.denormalize(view.float()).cpu() for view in views]
         picture = _side_by_side(colours, outputs["masks"][: self.num_images])
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(
-                    "val/slots", picture, trainer.global_step, dataformats="HWC"
-                )
-        with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
+        _publish(trainer, folder, "val/slots", picture)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -35,6 +35,7 @@ from ocvtp.training.resume import (
 from ocvtp.training.settings import names_module, settle
 from ocvtp.training.wrong_settings import explain
 
+Command = Literal["train", "extract", "teacher"]
 _DESCRIPTION = (
     "Train an OC-pruner. A file of settings comes first (--config); every other word changes one of"
     " them. `ocvtp train --help` alone lists those that are changed first."
@@ -153,12 +154,12 @@ class _DataCLI(_TrainCLI):
         return None
 
 
-def build(args: Sequence[str] | None = None, extracts: bool = False) -> LightningCLI:
+def build(args: Sequence[str] | None = None, command: Command = "train") -> LightningCLI:
     """Parse and build trainer, module and data of `ocvtp train`, without training.
 
     Args:
         args: command-line words; None for those of the process.
-        extracts: build them for `ocvtp extract`: the trainer is left out.
+        command: whose settings they are; `extract` and `teacher` leave the trainer out.
 
     Raises:
         SystemExit: for settings that do not parse.
@@ -171,12 +172,18 @@ def build(args: Sequence[str] | None = None, extracts: bool = False) -> Lightnin
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
         is_named = names_module(words)
-        if is_named and extracts:
+        if is_named and command == "extract":
             raise ValueError(
-                "extract reads the tower of a pruner's network, and model.class_path names a module"
-                " of its own; leave the extraction out."
+                "`ocvtp extract` stores what a vision tower gives, and model.class_path names"
+                " another module than the one that reads it; for a SelectorModule there is"
+                " `ocvtp teacher`."
             )
-        cli = (_DataCLI if extracts else _TrainCLI)(
+        if not is_named and command == "teacher":
+            raise ValueError(
+                "`ocvtp teacher` stores what a frozen language model says, and these settings have"
+                " none: model.class_path is missing; pass those of a SelectorModule."
+            )
+        cli = (_TrainCLI if command == "train" else _DataCLI)(
             NetworkModule if is_named else PrunerModule,  # type: ignore[type-abstract]
             pl.LightningDataModule,
             subclass_mode_model=is_named,
@@ -189,14 +196,14 @@ def build(args: Sequence[str] | None = None, extracts: bool = False) -> Lightnin
             trainer_defaults={"callbacks": []},
             parser_class=_Parser,
             parser_kwargs={
-                "prog": "ocvtp extract" if extracts else "ocvtp train",
+                "prog": f"ocvtp {command}",
                 "usage": "%(prog)s --config FILE|NAME [--output DIR] [--resume CKPT]"
                 " [--SETTING VALUE]",
                 "description": _DESCRIPTION,
                 "allow_abbrev": False,
             },
         )
-    if not extracts:
+    if command == "train":
         cli.model.run_settings = run_settings(cli.config_dump)
     return cli
 

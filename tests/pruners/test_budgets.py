@@ -63,10 +63,16 @@ def test_other_counts_of_tokens():
 # ---------------------------------------------------------------------------------------- stages
 
 
+def own_network(name):
+    """The setting `network`, for layer 2, of a pruner that takes one."""
+    return network_setting(name, 8, layer=2) if name == "learned_layers" else {}
+
+
 @pytest.mark.parametrize("name", STAGED)
 def test_a_float_is_a_share_and_an_int_a_count(name):
     def left(kept, num_tokens=40):
-        (stage,) = ocvtp.build_pruner(name, stages=((2, kept),)).schedule(8, num_tokens)
+        pruner = ocvtp.build_pruner(name, stages=((2, kept),), **own_network(name))
+        (stage,) = pruner.schedule(8, num_tokens)
         return stage.num_keep
 
     assert left(1.0) == left(np.float64(1)) == 40
@@ -79,7 +85,7 @@ def test_a_float_is_a_share_and_an_int_a_count(name):
 @pytest.mark.parametrize("name", STAGED)
 def test_specs_tell_floats_from_ints(name):
     for text, count in (("1.0", 40), ("1", 1), ("0.5", 20), ("K", 9)):
-        pruner = build_spec(f"{name}:stages=[[2,{text}]]", num_keep=9)
+        pruner = build_spec(f"{name}:stages=[[2,{text}]]", num_keep=9, **own_network(name))
         assert pruner.schedule(8, 40) == (LayerStage(2, count),)
 
 

@@ -20,7 +20,12 @@ from ocvtp.structures import STAGES, Needs, VisualTokens
 GRIDS = [(4, 4), (3, 5), (2, 9)]  # N even and odd, square and not
 WIDTH = 8
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-INSIDE = {"dart", "sparsevlm", "topv"}  # read `LayerTokens`, unpadded: test_layer_contract.py
+INSIDE = {
+    "dart",
+    "learned_layers",
+    "sparsevlm",
+    "topv",
+}  # of `LayerTokens`, unpadded: test_layer_contract.py
 NAMES = [name for name in ocvtp.list_pruners() if name not in INSIDE]
 ADAPTIVE = [name for name in NAMES if "adaptive" in pruner_class(name).budgets]
 VARIANTS = {
@@ -30,6 +35,7 @@ VARIANTS = {
     "vispruner": {"important_ratio": 0.0, "step": 3},
     "fps": {"space": "projected"},
     "kmeans": {"space": "projected"},
+    "learned": {"choice": {"mmr": 0.5}},
     "greedyprune": {"tau": 0.1},
     "zspaprune": {"core_ratio": 1.0},
     "trimtokenator": {"first_ratio": 0.0},
@@ -43,6 +49,7 @@ VARIANTS = {
     "vprune": {"group_side": 3, "bins": 4},
 }
 MORE = [*sorted(VARIANTS.items()), ("ocvtp", {"choice": "restore"})]
+MORE += [("learned", {"choice": {"maxmin": 0.5}}), ("learned", {"scorer": "prompted"})]
 CASES = [(name, {}) for name in NAMES]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in MORE]
 
@@ -52,8 +59,15 @@ def build(name, num_keep, grid_hw=(4, 4), **settings):
     if name == "ocvtp":
         choice = {"choice": settings.pop("choice", "winners")}
         choice["target_layer"] = -2 if choice["choice"] == "restore" else None
+    if name == "learned":
+        choice = {"scorer": settings.pop("scorer", "pointwise")}
     settings |= network_setting(name, WIDTH, grid_hw, **choice)
     return ocvtp.build_pruner(name, num_keep=num_keep, **settings)
+
+
+def build_counting(name):
+    """A pruner without a budget, where the method itself counts."""
+    return build(name, None, **{"adaptive": True} if name == "learned" else {})
 
 
 def make_tokens(needs: Needs, batch, grid_hw, seed=0, dtype=torch.float32, ragged=False):
@@ -392,7 +406,7 @@ def test_no_host_sync(name, settings, ragged):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_no_host_sync_where_the_method_counts(name):
-    pruner = ocvtp.build_pruner(name)
+    pruner = build_counting(name)
     tokens = tokens_for(pruner, 3, (6, 6), ragged=True)
     with NoSync():
         selection = pruner.select(tokens)
@@ -413,7 +427,7 @@ def test_the_guard_sees_syncs():
 def test_adaptive_counts(name, ragged):
     """Without a budget, every image keeps as many as it needs; a budget with it is a cap."""
     for seed in range(5):
-        pruner = ocvtp.build_pruner(name)
+        pruner = build_counting(name)
         assert not pruner.exact
         tokens = tokens_for(pruner, 5, (6, 6), seed=seed, ragged=ragged)
         selection = pruner.select(tokens)
@@ -430,7 +444,7 @@ def test_adaptive_counts(name, ragged):
             check_indices(
                 alone, 1, int(counts[b]), 36, None if not ragged else tokens.valid[b : b + 1]
             )
-        capped = ocvtp.build_pruner(name, num_keep=3, adaptive=True).select(tokens)
+        capped = build(name, 3, adaptive=True).select(tokens)
         assert_close(capped.counts(), counts.clamp(max=3))
         check_merge(pruner, capped, 36)
 
@@ -438,7 +452,7 @@ def test_adaptive_counts(name, ragged):
 @pytest.mark.parametrize("name", ADAPTIVE)
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_adaptive_on_equal_tokens(name, value):
-    pruner = ocvtp.build_pruner(name)
+    pruner = build_counting(name)
     tokens = tokens_for(pruner, 2, (4, 4)).map(
         lambda t: torch.full_like(t, value) if t.is_floating_point() else t
     )
@@ -495,7 +509,7 @@ def test_small_images_are_kept_alone_as_in_a_batch(name, settings, num_keep):
 def test_images_of_few_tokens_count_as_alone(name):
     """The sum of what is not kept never stands on padding, however many the method keeps."""
     for seed in range(20):
-        pruner = ocvtp.build_pruner(name)
+        pruner = build_counting(name)
         tokens = tokens_for(pruner, 3, (3, 1), ragged=True, seed=seed)  # 3, 2 and 1 tokens
         together = pruner.select(tokens)
         for b in range(3):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_networks import network_setting
 from test_contract import DEVICES, INSIDE, NoSync, check_indices, check_merge, flatten, image
 from torch.testing import assert_close
 
@@ -23,6 +24,8 @@ CASES = {
     "dart image alone": ("dart", {"text_pivots": 0, "image_pivots": 3}),
     "dart all text": ("dart", {"text_pivots": 9, "image_pivots": 1}),
     "topv": ("topv", {"relative": 0.0, "centre": 0.0}),
+    "learned": ("learned_layers", {}),
+    "learned by the prompt": ("learned_layers", {"scorer": "prompted", "choice": {"mmr": 0.5}}),
 }
 MAPS = ("hidden", "attention", "keys", "cls_keys", "cls_queries", "text_keys", "normed")
 MAPS = (*MAPS, "text_normed")
@@ -35,6 +38,10 @@ def case(request):
 
 def build(case, num_keep, **more):
     name, settings = CASES[case]
+    if name == "learned_layers":
+        scorer = settings.get("scorer", "pointwise")
+        settings = {"choice": settings.get("choice")}
+        settings |= network_setting(name, WIDTH, scorer=scorer, layer=LAYER)
     return ocvtp.build_pruner(name, stages=((LAYER, num_keep),), **settings, **more)
 
 

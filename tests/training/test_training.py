@@ -21,8 +21,8 @@ from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.training.module import OCPrunerModule
-from ocvtp.training.schedule import warmup_cosine
 from ocvtp.training.run import train
+from ocvtp.training.schedule import warmup_cosine
 
 SIZES = NetworkSizes(hidden_dim=32, slot_dim=16, ffn_dim=32, noise_rows=64)
 DECODER = DecoderConfig(num_layers=1, num_heads=2, ffn_dim=64)

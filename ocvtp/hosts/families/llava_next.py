@@ -152,6 +152,13 @@ class LlavaNextHost(ClipFamilyHost):
         assert isinstance(encoded, Packed)
         return numbers_of_rows(encoded.places, len(encoded.embeddings))
 
+    def lines(self, encoded: Encoded) -> Tensor | None:
+        assert isinstance(encoded, Packed)
+        token_map = encoded.token_map
+        if self.tiling.separators != "rows" or bool((token_map.source >= 0).all()):
+            return None
+        return token_map.line
+
     def grids(self, encoded: Encoded) -> tuple[tuple[int, int], ...]:
         """The base view, and the tiles put together and unpadded."""
         assert isinstance(encoded, Packed)

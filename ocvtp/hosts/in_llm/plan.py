@@ -198,7 +198,7 @@ def _groups(
         mine = counts == size
         tokens = slots[mine.repeat_interleave(counts)].view(-1, size, 2)
         rows, columns = tokens[:, 0, 0], tokens[:, :, 1]
-        text, text_valid = _text_behind(numbers[rows], real[rows], columns[:, -1:])
+        text, text_valid = text_after(numbers[rows], real[rows], columns[:, -1:])
         groups.append(
             Group(
                 schedule=pruner.schedule(num_layers, size),
@@ -214,9 +214,17 @@ def _groups(
     return tuple(groups)
 
 
-def _text_behind(numbers: Tensor, real: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """[I, M] columns of the text after column `last` [I, 1], and which of them count."""
-    width = torch.arange(numbers.shape[1])
+def text_after(numbers: Tensor, real: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The text after an image; all text, where none is after it.
+
+    Args:
+        numbers: [I, L'] below 0 on text. real: [I, L'] bool, False on padding.
+        last: [I, 1] the image's last column.
+
+    Returns:
+        [I, M] columns, and [I, M] bool which of them count.
+    """
+    width = torch.arange(numbers.shape[1], device=numbers.device)
     text = real & (numbers < 0)
     behind = text & (width > last)
     text = torch.where(behind.any(dim=1, keepdim=True), behind, text)

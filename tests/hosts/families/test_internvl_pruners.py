@@ -60,7 +60,7 @@ def random_internvl() -> Any:
 
 
 def build(name: str, num_keep: int | None = 6, **settings: Any) -> Pruner:
-    settings |= network_setting(name, 64)
+    settings |= network_setting(name, 64, projected_dim=96)
     if name == "hiprune":
         settings["object_block"] = 2
     return build_pruner(name, num_keep=num_keep, **settings)

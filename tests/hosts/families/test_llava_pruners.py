@@ -42,7 +42,7 @@ pytestmark = pytest.mark.usefixtures("untouched")
 
 
 def build(name: str, num_keep: int | None = 6, **settings: Any) -> Pruner:
-    settings |= network_setting(name, 32)
+    settings |= network_setting(name, 32, projected_dim=48)
     return build_pruner(name, num_keep=num_keep, **SETTINGS.get(name, {}), **settings)
 
 

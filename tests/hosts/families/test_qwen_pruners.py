@@ -69,7 +69,9 @@ def random_qwen(family: str) -> Any:
 
 
 def build(name: str, num_keep: int = 6, **settings: Any) -> Pruner:
-    settings = SETTINGS.get(name, {}) | network_setting(name, 64, (4, 5)) | settings
+    settings = (
+        SETTINGS.get(name, {}) | network_setting(name, 64, (4, 5), projected_dim=96) | settings
+    )
     return build_pruner(name, num_keep=num_keep, **settings)
 
 

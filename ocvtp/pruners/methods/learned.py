@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import isnan
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ocvtp.pruners.base import AdaptivePruner, Status
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selector_pruner import SelectorPruner
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+
+@register("learned")
+@dataclass(kw_only=True, eq=False)
+class Learned(SelectorPruner, AdaptivePruner):
+    """Learned: keep the tokens that a scorer, trained for a frozen language model, puts first.
+
+    Paper: none; recipes after several, see the documentation on training.
+
+    Args:
+        num_keep: tokens kept per image; with a threshold the most.
+        checkpoint: folder or hub id of an exported scorer, or of an OC-pruner, whose tokens then
+            score their largest share in a slot.
+        network: one in memory, instead of `checkpoint`. It moves to the tokens' device.
+        choice: `topk`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's own.
+        threshold: every image keeps the tokens with `sigmoid(score)` above it, at least one; then
+            no budget is needed.
+        adaptive: whether there is a threshold; 0.5 where none is given.
+    Deviations: unofficial: scorers and recipes are ours, after descriptions of others'.
+    """
+
+    threshold: float | None = None
+
+    title: ClassVar[str] = (
+        "Learned: keep the tokens that a scorer, trained for a frozen language model, puts first."
+    )
+    reads: ClassVar[str] = "what the scorer reads: projected, text, hidden"
+    status: ClassVar[Status] = "unofficial"
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            is_number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
+            if not is_number or isnan(self.threshold) or not 0 < self.threshold < 1:
+                raise ValueError(
+                    f"threshold={self.threshold!r}; pass a number between 0 and 1, which"
+                    " sigmoid(score) must exceed."
+                )
+            self.adaptive = True
+        elif self.adaptive:
+            self.threshold = 0.5
+        if not self.adaptive:
+            self._check_budget()
+        super().__post_init__()
+
+    @property
+    def needs(self) -> Needs:
+        return self.trained.scorer.needs
+
+    def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
+        told = self.num_keep if self.adaptive and not self.keeps_share else num_keep
+        scores = self._scores(tokens, told)
+        if self.adaptive:
+            tokens = replace(tokens, valid=self._passing(scores, tokens.real))
+        return self._choice.select(scores, tokens, num_keep)
+
+    def _passing(self, scores: Tensor, real: Tensor) -> Tensor:
+        """[B, N] the tokens above the threshold, and the best."""
+        assert self.threshold is not None
+        number = torch.arange(scores.shape[1], device=scores.device)
+        best = scores.masked_fill(~real, float("-inf")).argmax(dim=1, keepdim=True)
+        passing: Tensor = real & ((scores.sigmoid() > self.threshold) | (number == best))
+        return passing

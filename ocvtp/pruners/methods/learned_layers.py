@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from ocvtp.pruners.base import Status
+from ocvtp.pruners.layer_pruner import LayerNeeds, OneStagePruner
+from ocvtp.pruners.registry import register
+from ocvtp.pruners.selector_pruner import SelectorPruner, at_layer
+from ocvtp.structures import Needs, Selection, VisualTokens
+
+_KINDS = ("last", "text", "visual")
+
+
+@register("learned_layers")
+@dataclass(kw_only=True, eq=False)
+class LearnedLayers(SelectorPruner, OneStagePruner):
+    """Learned inside the language model: a scorer chooses among the tokens before a layer.
+
+    Paper: none; recipes after several, see the documentation on training.
+
+    The layer is that which the network was trained for. Scorers read hidden states in place of
+    projected tokens there, and may read attention of the layer before and the tower's tokens.
+
+    Args:
+        num_keep: tokens kept per image, on average over the layers.
+        checkpoint: folder or hub id of an exported scorer.
+        network: one in memory, instead of `checkpoint`. It moves to the tokens' device.
+        choice: `topk`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's own.
+        stages: `((layer, K),)` in place of an average.
+    Deviations: unofficial: scorers and recipes are ours, after descriptions of others'.
+    """
+
+    layer: int = field(init=False, default=0)
+
+    title: ClassVar[str] = (
+        "Learned inside the language model: a scorer chooses among the tokens before a layer."
+    )
+    reads: ClassVar[str] = "hidden states, and what the scorer reads: text, attention"
+    status: ClassVar[Status] = "unofficial"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layer = self.trained.config.layer
+        assert layer is not None, "see SelectorConfig"
+        self.layer = layer
+        if self.stages is not None and self.stages[0][0] != layer:
+            raise ValueError(
+                f"stages={self.stages!r}, and this network was trained to drop tokens before layer"
+                f" {layer}; pass (({layer}, K),)."
+            )
+        needs = self.trained.scorer.needs
+        within = {(block, kind) for block in (layer - 1, layer) for kind in _KINDS}
+        if needs.keys or needs.cls or needs.clip or not within.issuperset(needs.attention):
+            raise ValueError(
+                f"scorer {self.trained.config.scorer!r} reads what there is not before layer"
+                f" {layer}: {needs}; it may read projected, text, hidden layers of the tower, and"
+                f" attention ({layer - 1} or {layer}, {' or '.join(_KINDS)})."
+            )
+
+    @property
+    def positions(self) -> Literal["contiguous", "original"]:
+        return self.trained.config.positions
+
+    @property
+    def tower_needs(self) -> Needs:
+        return Needs(hidden=self.trained.scorer.needs.hidden)
+
+    def layers(self, num_layers: int) -> tuple[int, ...]:
+        """Before which of L layers tokens are dropped.
+
+        Raises:
+            ValueError: if the network was trained in a model of other layers.
+        """
+        trained = self.trained.config.host.get("num_layers")
+        if trained is not None and trained != num_layers:
+            raise ValueError(
+                f"this selector was trained in a language model of {trained} layers, and this one"
+                f" has {num_layers}; pass a checkpoint that was trained in this model."
+            )
+        return super().layers(num_layers)
+
+    def needs_at(self, layer: int) -> LayerNeeds:
+        needs = self.trained.scorer.needs
+        return LayerNeeds(attention=needs.attention, text=needs.text)
+
+    def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
+        seen = at_layer(tokens, self.trained.scorer.needs)
+        return self._choice.select(self._scores(seen, num_keep), seen, num_keep)

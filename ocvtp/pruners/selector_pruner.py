@@ -1,0 +1,89 @@
+"""Pruners around a trained scorer: what those of all stages have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ocvtp.lazy import LazyFact
+from ocvtp.pruners.trainable import TrainablePruner
+from ocvtp.pruners.two_stage import of_tower
+from ocvtp.structures import LayerTokens, Needs, VisualTokens
+
+if TYPE_CHECKING:
+    from ocvtp.selectors.choices import Choice
+    from ocvtp.selectors.network import SelectorNetwork
+    from ocvtp.selectors.scorer import Scores
+
+
+@dataclass(kw_only=True, eq=False)
+class SelectorPruner(TrainablePruner["SelectorNetwork"]):
+    """A trained scorer, and a choice by its scores.
+
+    Args:
+        choice: how tokens are chosen, see `ocvtp.selectors.choices.parse_choice`; None for the
+            network's own.
+
+    Raises:
+        ValueError: for an unknown choice, and a network that was trained for another stage.
+    """
+
+    choice: str | dict[str, Any] | None = None
+
+    network_class = LazyFact("ocvtp.selectors.network.SelectorNetwork")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = self.trained.config
+        if config.stage != self.stage:
+            other = {"llm_input": "learned", "llm_layers": "learned_layers"}[config.stage]
+            where = "" if config.layer is None else f" before layer {config.layer}"
+            raise ValueError(
+                f"pruner {self.name!r} acts at stage {self.stage}, and the network of"
+                f" {self.checkpoint or 'this call'} was trained for {config.stage}{where}; build"
+                f" {other!r}."
+            )
+        self._choice  # noqa: B018 - checks it
+
+    @property
+    def _choice(self) -> Choice:
+        from ocvtp.selectors.choices import parse_choice
+
+        return parse_choice(self.trained.config.choice if self.choice is None else self.choice)
+
+    @torch.no_grad()
+    def _scores(self, tokens: VisualTokens, num_keep: int | None) -> Tensor:
+        """[B, N], in fp32 whatever the tokens and the caller compute in."""
+        with torch.autocast(tokens.features.device.type, enabled=False):
+            network: SelectorNetwork = self.ready(tokens)
+            scores: Scores = network(tokens, num_keep)
+        return scores.values
+
+
+def at_layer(tokens: VisualTokens, needs: Needs) -> VisualTokens:
+    """The tokens before a layer of the language model as a scorer reads them.
+
+    Args:
+        tokens: `LayerTokens`, with `tower` if layers of it are read.
+        needs: of the scorer.
+
+    Returns:
+        the same with hidden states as `projected`, and with what the tower said of each token in
+        `hidden`; on the tower's grid where the tower was read and all its tokens are still there.
+    """
+    seen = replace(tokens, projected=tokens.features)
+    if not needs.hidden:
+        return seen
+    if not isinstance(tokens, LayerTokens) or tokens.tower is None:
+        raise ValueError(
+            "this scorer looks up inside the language model what the vision tower said; give it"
+            " LayerTokens with `tower`, or pass it through a host."
+        )
+    tower = tokens.tower
+    hidden = {layer: of_tower(tokens, tower.hidden[layer]) for layer in needs.hidden}
+    rows, columns = tower.grid_hw
+    is_whole = rows * columns == tower.num_tokens == tokens.num_tokens
+    return replace(seen, hidden=hidden, grid_hw=tower.grid_hw if is_whole else tokens.grid_hw)

@@ -1,0 +1,1 @@
+"""Scorers that learn which visual tokens to keep, and what trains them."""

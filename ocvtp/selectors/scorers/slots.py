@@ -1,0 +1,64 @@
+"""The OC-pruner as a scorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
+from ocvtp.slots.attention import Truncation
+from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
+from ocvtp.slots.matching import token_shares
+from ocvtp.slots.network import OCPruner
+from ocvtp.structures import Needs, VisualTokens
+
+
+@register_scorer("slots")
+@dataclass(eq=False)
+class Slots(Scorer):
+    """A token's score is its largest share in a slot, of as many slots as tokens are kept.
+
+    Paper: https://arxiv.org/abs/2511.20439, where each slot keeps one token.
+
+    Args:
+        layer: it reads `hidden_states[layer]` of the tower.
+        num_slots: S where no budget is told.
+        hidden_dim: see `ocvtp.slots.config.NetworkSizes`, as all that follow.
+    """
+
+    layer: int = 9
+    num_slots: int = 64
+    hidden_dim: int = 2048
+    slot_dim: int = 512
+    ffn_dim: int = 2048
+    num_iterations: int = 3
+    dropout: float = 0.01
+    truncation: Truncation = "bilevel"
+    noise_rows: int = 1024
+    noise_seed: int = 0
+    frozen_queries: bool = False
+    standardize: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hidden=(self.layer,))
+
+    def build(self, widths: Widths) -> None:
+        own = {name: getattr(self, name) for name in _SIZES}
+        config = OCPrunerConfig(feature_dim=widths.tower, layer=self.layer, tower=None, **own)
+        self.network = OCPruner(config)
+
+    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+        """See `Scorer.forward`; `aux` holds `slots` [B, S, C] and `attention` [B, S, N]."""
+        features = tokens.hidden[self.layer].to(self.network.queries.mean.dtype)
+        if tokens.valid is not None:
+            features = features.masked_fill(~tokens.valid[:, :, None], 0.0)
+        num_slots = num_keep or self.num_slots
+        slots, attention = self.network.assign(features, num_slots, valid=tokens.valid)
+        values = token_shares(attention).amax(dim=1)
+        return Scores(values.float(), {"slots": slots, "attention": attention})
+
+    def statistics(self) -> list[tuple[int | str, object]]:
+        return [*self.network.statistics()]
+
+
+_SIZES = tuple(f.name for f in fields(NetworkSizes) if f.name != "choice")

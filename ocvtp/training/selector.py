@@ -1,0 +1,530 @@
+"""Training a scorer of visual tokens with a frozen vision-language model in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, ClassVar, Literal, Self
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import move_data_to_device
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Subset
+
+from ocvtp.hosts.asking import Answered, Asked, Asker, attention_rows, before_layer, drop, read
+from ocvtp.hosts.base import Host
+from ocvtp.hosts.gating import Gate, NoGate, checkpointed, gating
+from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.prompt.shorten import Positions
+from ocvtp.selectors.choices import parse_choice
+from ocvtp.selectors.losses import Loss, Step, build_losses
+from ocvtp.selectors.network import SelectorNetwork
+from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
+from ocvtp.selectors.scorer import Scorer, Widths
+from ocvtp.slots.statistics import Moments
+from ocvtp.training.base import NetworkModule, seed_of
+from ocvtp.training.callbacks import ScorePictures
+from ocvtp.training.object_masks import ObjectsOnTokens
+from ocvtp.training.prompts import PromptTransform
+from ocvtp.training.schedule import planned_steps
+from ocvtp.training.teacher import Teacher, TeacherNeeds
+
+_MEASURED = 16  # questions at once
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """The vision-language model whose visual tokens are scored.
+
+    Args:
+        model: a folder, a hub id, or random weights; see `ocvtp.hosts.loading.load_model`.
+        dtype: of its weights: `auto`, `float32`, `bfloat16`, `float16`.
+        stage: `llm_input`: tokens are dropped before the language model; `llm_layers`: before one
+            of its layers.
+        layer: that one; none with `llm_input`.
+        checkpointing: whether its layers run again in the backward pass, to need less memory.
+    """
+
+    model: str
+    dtype: str = "auto"
+    stage: Literal["llm_input", "llm_layers"] = "llm_input"
+    layer: int | None = None
+    checkpointing: bool = False
+
+
+class SelectorModule(NetworkModule):
+    """Trains any scorer with any relaxation, gate and losses; the model itself is frozen.
+
+    A step draws a budget K, scores the visual tokens of every question's image, makes gates of the
+    scores, and lets the frozen model answer through these gates; losses compare. What no loss reads
+    is not computed: where losses read masks alone, the language model does not run. Validation
+    drops tokens for real, and shows the same figures of random tokens and of the scorer before its
+    training.
+
+    Args:
+        host: the frozen model.
+        scorer: network of the scores, with its sizes.
+        losses: by name, with their arguments; see `ocvtp.selectors.losses`.
+        relaxation: what makes gates of scores; None for losses that read none.
+        gate: how gates act in the frozen model; None for losses that read no answers through them.
+        warm_start: folder or hub id of an exported artifact of the same scorer, to begin from.
+        budgets: K, whole numbers of tokens; each step draws one.
+        val_budgets: those of the validation; None for the median of `budgets`.
+        choice: how K tokens are chosen by score: `topk`, `{mmr: 0.5}`, `{maxmin: 0.5}`.
+        positions: of tokens that are left: `contiguous` numbers them from 0, `original` leaves
+            gaps. It says how the validation reads, and goes into the artifact.
+        teacher: folder of `ocvtp teacher`: what the whole model says of the training questions;
+            None asks it in every step.
+        samples: sets drawn of every question, for the loss `reward`.
+        lr: peak learning rate of AdamW.
+        weight_decay: of AdamW.
+        warmup_fraction: share of the steps in which the rate climbs.
+        min_lr: where the cosine ends.
+        seed: of everything random in a step.
+        recipe: what the artifact calls this training.
+        statistics_questions: training questions, at equal steps among all, by which the scorer and
+            the gate measure what tokens are like before the first step, where they do.
+
+    Raises:
+        ValueError: for losses that lack what they read, budgets below 1, and an artifact of another
+            scorer.
+    """
+
+    frozen: ClassVar[str] = "vlm"
+    network: SelectorNetwork
+
+    def __init__(
+        self,
+        host: FrozenModel,
+        scorer: Scorer,
+        losses: dict[str, Any],
+        relaxation: Relaxation | None = None,
+        gate: Gate | None = None,
+        warm_start: str | None = None,
+        budgets: list[int] | None = None,
+        val_budgets: list[int] | None = None,
+        choice: str | dict[str, Any] | None = None,
+        positions: Positions = "contiguous",
+        teacher: str | None = None,
+        samples: int = 8,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup_fraction: float = 0.05,
+        min_lr: float = 1e-8,
+        seed: int = 0,
+        recipe: str = "",
+        statistics_questions: int = 400,
+    ) -> None:
+        super().__init__(lr, weight_decay, warmup_fraction, min_lr, seed)
+        self.losses = build_losses(losses)
+        self.reads = frozenset[str]().union(*(loss.reads for loss in self.losses))
+        self.host, self.relaxation = host, relaxation
+        self._check_parts(gate)
+        self.budgets = _budgets(budgets or [16, 32, 64, 128])
+        middle = sorted(self.budgets)[len(self.budgets) // 2]
+        self.val_budgets = _budgets(val_budgets or [middle])
+        self.choice, self.positions = parse_choice(choice or "topk"), positions
+        self.samples, self.recipe = samples, recipe
+        self.statistics_questions = statistics_questions
+        model, self.processor = load_model(host.model, host.dtype)
+        self.vlm = model.requires_grad_(False)
+        needs = scorer.needs
+        for loss in self.losses:
+            needs |= loss.needs
+        self._asker = Asker(model, self.processor, needs)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            origin = self._origin(losses, gate)
+            self.network = SelectorNetwork.build(scorer, None, **origin)
+            self.gate = gate or NoGate()
+            self.gate.build(self.frozen_host)
+        if warm_start is not None:
+            self._begin_from(warm_start)
+        # In lists, so that they are no part of this module.
+        self._control: list[SelectorNetwork] = []
+        self._teacher = None if teacher is None else Teacher(teacher, self.says())
+        self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
+        self._modes = ExitStack()
+
+    def _check_parts(self, gate: Gate | None) -> None:
+        """Refuse losses that lack what they read."""
+        through = sorted(self.reads & {"pruned", "states"})
+        if through and (gate is None or not gate.reads_model):
+            raise ValueError(
+                f"losses read {through} of the model with gates, and model.gate is none; pass one,"
+                " e.g. ocvtp.hosts.gating.KeyBias."
+            )
+        wants = sorted(self.reads & {"gates", "pruned", "states", "reward"})
+        if wants and self.relaxation is None:
+            raise ValueError(
+                f"losses read {wants}, which follow from gates, and model.relaxation is none; pass"
+                " one, e.g. ocvtp.selectors.relaxations.HardST."
+            )
+        if "reward" in self.reads and getattr(self.relaxation, "name", "") != "sample":
+            raise ValueError(
+                "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
+                " model.relaxation."
+            )
+
+    def _origin(self, losses: dict[str, Any], gate: Gate | None) -> dict[str, Any]:
+        """All of `SelectorConfig` but the scorer and the run."""
+        host, config = self.frozen_host, self.vlm.config
+        vision, text = getattr(config, "vision_config", None), config.get_text_config()
+        heads = getattr(text, "num_attention_heads", 0)
+        tower = getattr(vision, "hidden_size", None) or getattr(vision, "embed_dim", 0)
+        return {
+            "widths": Widths(text.hidden_size, int(tower), int(heads)),
+            "stage": self.host.stage,
+            "layer": self.host.layer,
+            "choice": self.choice.describe(),
+            "positions": self.positions,
+            "relaxation": _named(self.relaxation),
+            "gate": {} if gate is None else {"name": gate.name},
+            "losses": {name: dict(settings or {}) for name, settings in losses.items()},
+            "host": {
+                "model": self.host.model,
+                "model_type": config.model_type,
+                "width": text.hidden_size,
+                "num_layers": len(host.language_model.layers),
+            },
+            "num_slots": tuple(self.budgets),
+            "objective": self.recipe,
+            "tower": self.host.model,
+            "grid_hw": host.grid_hw or (1, host.usual_tokens or 1),
+        }
+
+    def _begin_from(self, artifact: str) -> None:
+        """Take the weights of an artifact.
+
+        Raises:
+            ValueError: if it is of another scorer, or of other sizes or widths.
+        """
+        found = SelectorNetwork.from_pretrained(artifact)
+        for name in ("scorer", "sizes", "widths", "stage", "layer"):
+            theirs, own = getattr(found.config, name), getattr(self.network.config, name)
+            if theirs != own:
+                raise ValueError(
+                    f"warm_start={artifact} has {name}={theirs!r}, and this run {own!r}; pass an"
+                    " artifact of the same scorer, of the same model."
+                )
+        self.network.load_state_dict(found.state_dict())
+
+    @property
+    def transform(self) -> PromptTransform:
+        return PromptTransform(self.processor)
+
+    @property
+    def val_budget(self) -> int:
+        return self.val_budgets[0]
+
+    def shown(self) -> list[pl.Callback]:
+        return [ScorePictures()]
+
+    def trained(self) -> Iterator[torch.nn.Parameter]:
+        return chain(self.network.parameters(), self.gate.parameters())
+
+    def train(self, mode: bool = True) -> Self:
+        """The frozen model stays in evaluation mode."""
+        super().train(mode)
+        self.vlm.eval()
+        return self
+
+    @property
+    def frozen_host(self) -> Host:
+        """The adapter of the frozen model."""
+        return self._asker.host
+
+    def says(self) -> TeacherNeeds:
+        """What losses read of the whole model."""
+        layers = {layer for loss in self.losses for layer in loss.layers}
+        rows = next((loss.rows for loss in self.losses if loss.rows), "text")
+        return TeacherNeeds(bool(self.reads & {"full", "states"}), tuple(sorted(layers)), rows)
+
+    # ------------------------------------------------------------------ a run
+
+    def on_fit_start(self) -> None:
+        """Put gates and checkpointing into the model until the run ends, as gradients need them."""
+        self._modes.close()
+        if self.reads & {"pruned", "states"}:
+            self._modes.enter_context(gating(self.vlm))
+        if self.host.checkpointing:
+            self._modes.enter_context(checkpointed(self.vlm))
+
+    def teardown(self, stage: str) -> None:
+        """Leave the model as it was."""
+        del stage
+        self._modes.close()
+
+    def on_train_start(self) -> None:
+        """Measure what tokens are like, unless a checkpoint brought it."""
+        wanted = [(source, own, Moments()) for source, own in self.network.statistics()]
+        wanted = [one for one in wanted if not int(one[1].num_tokens)]
+        gate_wants = any(value.isnan().any() for value in self.gate.buffers())
+        if not wanted and not gate_wants:
+            return
+
+        def questions() -> Iterator[Asked]:
+            for asked in self._some_questions():
+                for source, _, moments in wanted:
+                    tokens = asked.tokens
+                    values = tokens.projected if source == "projected" else tokens.hidden[source]
+                    assert values is not None
+                    moments.add(values, tokens.valid)
+                yield asked
+
+        if gate_wants:
+            self.gate.measure(questions())
+        else:
+            for _ in questions():
+                pass
+        for _, statistics, moments in wanted:
+            statistics.measure(moments)
+
+    def _some_questions(self) -> Iterator[Asked]:
+        """Training questions at equal steps among all; the same in every process."""
+        data: Any = self.trainer.train_dataloader
+        total = len(data.dataset)
+        count = min(self.statistics_questions, total)
+        some = Subset(data.dataset, [i * total // count for i in range(count)])
+        for batch in DataLoader(some, _MEASURED, collate_fn=data.collate_fn):
+            if batch["keys"]:
+                yield self.ask(move_data_to_device(batch, self.device))
+
+    # ------------------------------------------------------------------ steps
+
+    def ask(self, batch: dict[str, Any]) -> Asked:
+        """The questions of a batch before the layer where tokens are dropped."""
+        dtype = self.vlm.dtype
+        inputs = {
+            name: value.to(dtype) if value.is_floating_point() else value
+            for name, value in batch["inputs"].items()
+        }
+        with self._asker:
+            asked = self._asker.ask(inputs, batch["answers"])
+        if self.host.layer is None:
+            return asked
+        return before_layer(self.frozen_host, asked, self.host.layer)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """One step on a batch of questions (`ocvtp.training.prompts.PromptTransform`)."""
+        self.report(batch["errors"])
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        # Seeded by name: every rank draws the same K, and its own noise.
+        num_keep = self.budgets[seed_of(self.seed, "budget", step) % len(self.budgets)]
+        torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
+        size = len(batch["keys"])
+        if not size:
+            return self.nothing()
+        share = min(1.0, self.trainer.global_step / max(1, planned_steps(self.trainer) - 1))
+        found = self._step(batch, self.ask(batch), num_keep, share, self.losses)
+        total = found.scores.new_zeros(())
+        for loss in self.losses:
+            value = loss(found).mean()
+            total = total + loss.weight.at(share) * value
+            self.log(f"train/{loss.name}", value.detach(), batch_size=size)
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+        self.log("train/num_keep", float(num_keep), batch_size=size)
+        for name, value in _of_gates(found).items():
+            self.log(f"train/{name}", value, batch_size=size)
+        return total
+
+    def _step(
+        self,
+        batch: dict[str, Any],
+        asked: Asked,
+        num_keep: int,
+        share: float,
+        losses: Sequence[Loss],
+        training: bool = True,
+    ) -> Step:
+        """What these losses read of a batch, and nothing else."""
+        reads = frozenset[str]().union(*(loss.reads for loss in losses))
+        scores = self.network(asked.tokens, num_keep)
+        values, aux, found = scores.values, scores.aux, dict[str, Any]()
+        if "reward" in reads:
+            values = values.repeat_interleave(self.samples, dim=0)
+            aux = {k: v.repeat_interleave(self.samples, dim=0) for k, v in aux.items()}
+            groups = torch.arange(len(scores.values), device=values.device)
+            found["groups"] = groups.repeat_interleave(self.samples)
+            asked = asked.repeat(self.samples)
+        real = asked.tokens.real
+        if self.relaxation is not None:
+            gates = self.relaxation(values, num_keep, real, share, training=training)
+            found["gates"] = gates
+            if "reward" in reads:
+                found["reward"] = self._reward(asked, gates)
+        if reads & {"full", "states", "attention"}:
+            stored = self._teacher if training else None
+            found |= self._whole(batch, asked, reads, stored)
+        if reads & {"pruned", "states"}:
+            answered = read(self.frozen_host, asked, found["gates"], self.gate)
+            found |= {"pruned_logits": answered.logits, "pruned_states": answered.states}
+            found |= {"owner": answered.owner, "targets": answered.targets}
+        if "objects" in reads:
+            shares, known = self._objects(batch["objects"], asked.tokens)
+            found |= {"objects": shares, "has_objects": known}
+        return Step(
+            tokens=asked.tokens, num_keep=num_keep, share=share, scores=values, aux=aux, **found
+        )
+
+    @torch.no_grad()
+    def _whole(
+        self, batch: dict[str, Any], asked: Asked, reads: frozenset[str], stored: Teacher | None
+    ) -> dict[str, Any]:
+        """What the model says of questions with all of their tokens: as it was stored, or now."""
+        host, needs = self.frozen_host, self.says()
+        layers = needs.layers if "attention" in reads else ()
+        if not reads & {"full", "states"}:
+            if stored is not None:
+                return {"teacher": stored.attention(batch, layers, asked.columns.shape[1])}
+            return {"teacher": attention_rows(host, asked, layers, needs.rows)}
+        if stored is not None:
+            answered = stored.answered(batch, asked, layers, self.vlm)
+        else:
+            answered = read(host, asked, layers=layers, raters=needs.rows)
+        return {
+            "full_logits": answered.logits,
+            "full_states": answered.states,
+            "owner": answered.owner,
+            "targets": answered.targets,
+            "teacher": answered.attention,
+        }
+
+    @torch.no_grad()
+    def _reward(self, asked: Asked, gates: Gates) -> Tensor:
+        """[B] the mean log-likelihood of each answer, with the drawn tokens alone."""
+        short = drop(asked, gates.hard, self.positions)
+        return -_cross_entropy(read(self.frozen_host, short), len(asked.mask))
+
+    @torch.no_grad()
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
+        """Tokens are dropped for real; random ones and those of the untrained scorer beside."""
+        self.report(batch["errors"])
+        size = len(batch["keys"])
+        if not size:
+            return None
+        asked = self.ask(batch)
+        whole = read(self.frozen_host, asked)
+        figures, kept = dict[str, Tensor](), []
+        for num_keep in self.val_budgets:
+            for name, keep in self._chosen(asked, num_keep, batch_idx).items():
+                ending = f"_{name}" if name else ""
+                short = drop(asked, keep, self.positions)
+                answered = read(self.frozen_host, short)
+                for key, value in _compared(whole, answered, size).items():
+                    figures[f"{key}_{num_keep}{ending}"] = value
+                if not name:
+                    kept.append(keep)
+        figures |= self._validated(batch, asked)
+        figures["loss"] = torch.stack([figures[f"ce_{k}"] for k in self.val_budgets]).mean()
+        for key, value in figures.items():
+            self.log(
+                f"val/{key}",
+                value,
+                prog_bar=key == "loss",
+                batch_size=size,
+                on_epoch=True,
+                sync_dist=True,
+            )
+        scores = self.network(asked.tokens, self.val_budget).values
+        return {"scores": scores, "kept": kept, "grid_hw": asked.tokens.grid_hw}
+
+    def _validated(self, batch: dict[str, Any], asked: Asked) -> dict[str, Tensor]:
+        """The losses that need no gates, at the weights of the run's end."""
+        plain = [loss for loss in self.losses if not loss.reads & _THROUGH_GATES]
+        if not plain:
+            return {}
+        found = self._step(batch, asked, self.val_budget, 1.0, plain, False)
+        return {loss.name: loss(found).mean() for loss in plain} | _overlap(found)
+
+    def _chosen(self, asked: Asked, num_keep: int, batch_idx: int) -> dict[str, Tensor]:
+        """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
+        tokens = asked.tokens
+        num_keep = min(num_keep, tokens.num_tokens)
+        drawn = torch.Generator().manual_seed(seed_of(self.seed, "random", num_keep, batch_idx))
+        random = torch.rand(tokens.real.shape, generator=drawn).to(self.device)
+        scores = self.network(tokens, num_keep).values
+        if not self._control:
+            network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
+            self._control.append(network)
+        untrained = self._control[0].to(self.device)(tokens, num_keep).values
+        return {
+            "": self._keep(asked, scores, num_keep),
+            "random": hard_top_k(random, num_keep, tokens.real),
+            "untrained": self._keep(asked, untrained, num_keep),
+        }
+
+    def _keep(self, asked: Asked, scores: Tensor, num_keep: int) -> Tensor:
+        selection = self.choice.select(scores, asked.tokens, num_keep)
+        keep = selection.keep_indices
+        chosen = torch.ones_like(keep, dtype=torch.bool)
+        if selection.valid is not None:
+            chosen = selection.valid
+        kept = torch.zeros_like(asked.tokens.real)
+        return kept.scatter(1, keep, chosen) & asked.tokens.real
+
+
+_THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
+
+
+def _budgets(given: list[int]) -> list[int]:
+    for num_keep in given:
+        if num_keep < 1:
+            raise ValueError(f"a budget of {num_keep} tokens; pass whole numbers above 0.")
+    return list(given)
+
+
+def _named(part: Relaxation | None) -> dict[str, Any]:
+    return {} if part is None else {"name": part.name, **part.settings()}
+
+
+def _of_gates(step: Step) -> dict[str, Tensor]:
+    """How hard gates are, and how far their sum is from K."""
+    gates = step.gates
+    if gates is None or gates.soft is None:
+        return {}
+    soft, real = gates.soft.detach(), step.real
+    between = ((soft > 0.1) & (soft < 0.9) & real).sum() / real.sum()
+    error = (soft.sum(dim=1) - real.sum(dim=1).clamp(max=step.num_keep)).abs().mean()
+    return {"gates_between": between, "gate_error": error / step.num_keep}
+
+
+def _overlap(step: Step) -> dict[str, Tensor]:
+    """Share of a teacher's top K that is among the scorer's."""
+    found = {}
+    for layer, attention in (step.teacher or {}).items():
+        own, theirs = (hard_top_k(v, step.num_keep, step.real) for v in (step.scores, attention))
+        found[f"overlap_layer{layer}"] = (own & theirs).sum() / theirs.sum()
+    return found
+
+
+def _compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
+    """An answer with few tokens beside that with all; the columns are the same."""
+    full, pruned = (one.logits.float().log_softmax(dim=1) for one in (whole, answered))
+    divergence = (full.exp() * (full - pruned)).sum(dim=1)
+    right = (pruned.argmax(dim=1) == answered.targets).float()
+    agrees = (pruned.argmax(dim=1) == full.argmax(dim=1)).float()
+    worst = right.new_ones(size).scatter_reduce(0, answered.owner, right, "amin")
+    return {
+        "kl": _by_question(divergence, answered, size).mean(),
+        "ce": _cross_entropy(answered, size).mean(),
+        "agreement": _by_question(agrees, answered, size).mean(),
+        "accuracy": worst.mean(),
+    }
+
+
+def _cross_entropy(answered: Answered, size: int) -> Tensor:
+    """[B] of the answer's tokens, their mean."""
+    values = functional.cross_entropy(answered.logits.float(), answered.targets, reduction="none")
+    return _by_question(values, answered, size)
+
+
+def _by_question(values: Tensor, answered: Answered, size: int) -> Tensor:
+    """[T] -> [B] means over the tokens of each answer."""
+    total = values.new_zeros(size).index_add(0, answered.owner, values)
+    count = values.new_zeros(size).index_add(0, answered.owner, torch.ones_like(values))
+    return total / count.clamp(min=1)

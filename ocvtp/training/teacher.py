@@ -1,0 +1,296 @@
+"""What the whole model says of training questions, computed once and kept in files.
+
+    DIR/extraction.json             what it is made with; written first
+    DIR/teacher-00000.safetensors   whole shards, each written at once under its name
+    DIR/teacher.json                written last: the same, and the names of the shards
+
+Of the questions of a shard, one after the other,
+
+    states              [T, D'] normed states at the columns that predict answers: logits are the
+                        model's head of these
+    state_counts        [R] how many of these each question has
+    attention.LAYER     [M] attention of that layer to each visual token
+    token_counts        [R] how many visual tokens each question's image has
+
+and its metadata `images`, a JSON list of names. A question is named by a hash of all tokens that
+are read, its answer's too, and of its key: other prompts or answers are other questions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import move_data_to_device
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ocvtp.data.feature_files import ShardWriter, claim, ends, plain, shard_name, weights_hash
+from ocvtp.hosts.asking import Answered, Asked, Raters, attention_rows, read
+from ocvtp.reporting.files import replacing
+from ocvtp.reporting.progress import progress_bar
+
+SETTINGS = "teacher.json"
+_BATCH = 16  # questions at once
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What losses read of the whole model.
+
+    Args:
+        answers: its logits or states where answers are predicted.
+        layers: whose attention to the visual tokens.
+        rows: of which text, see `ocvtp.hosts.asking.attention_rows`.
+    """
+
+    answers: bool
+    layers: tuple[int, ...]
+    rows: Raters
+
+
+def question_names(batch: dict[str, Any]) -> list[str]:
+    """The name of each question of a batch of `ocvtp.training.prompts.PromptTransform`."""
+    ids, mask = batch["inputs"]["input_ids"].cpu(), batch["inputs"]["attention_mask"].cpu()
+    names = []
+    for key, row, real in zip(batch["keys"], ids, mask, strict=True):
+        read = row[real.bool()].to(torch.int64).numpy().tobytes()
+        names.append(hashlib.sha256(key.encode() + b"\0" + read).hexdigest()[:24])
+    return names
+
+
+class Teacher:
+    """Reads a folder of `ocvtp teacher`.
+
+    Args:
+        folder: to read.
+        needs: of the losses.
+
+    Raises:
+        ValueError: if it is not there, not finished, damaged, or lacks what is needed.
+    """
+
+    def __init__(self, folder: str | Path, needs: TeacherNeeds) -> None:
+        self.folder = Path(folder)
+        path = self.folder / SETTINGS
+        try:
+            self.settings = json.loads(path.read_text(encoding="utf-8"))
+            shards = self.settings["shards"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.folder} holds nothing of `ocvtp teacher` that is finished ({error}); run"
+                " `ocvtp teacher --config CONFIG --output DIR` first."
+            ) from error
+        self._check(needs)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._shards = [_Shard(self.folder / name) for name in shards]
+        for number, shard in enumerate(self._shards):
+            self._places |= {name: (number, row) for row, name in enumerate(shard.names)}
+
+    def _check(self, needs: TeacherNeeds) -> None:
+        stored = self.settings["needs"]
+        lacks = [f"layer {layer}" for layer in needs.layers if layer not in stored["layers"]]
+        lacks += ["answers"] * (needs.answers and not stored["answers"])
+        if needs.layers and needs.rows != stored["rows"]:
+            lacks.append(f"attention of {needs.rows!r} rows")
+        if lacks:
+            raise ValueError(
+                f"{self.folder} lacks {', '.join(lacks)}, which the losses read; make it with"
+                " `ocvtp teacher` and the settings of this run."
+            )
+
+    def attention(
+        self, batch: dict[str, Any], layers: Sequence[int], num_tokens: int
+    ) -> dict[int, Tensor]:
+        """Layer -> [B, N] fp32, 0 on padding.
+
+        Args:
+            batch: of questions. layers: of the language model. num_tokens: N.
+
+        Raises:
+            ValueError: for a question that is not there.
+        """
+        device = batch["answers"].device
+        found = {}
+        for layer in layers:
+            rows = [shard.attention(layer, row) for shard, row in self._find(batch)]
+            padded = torch.zeros(len(rows), num_tokens)
+            for target, row in zip(padded, rows, strict=True):
+                target[: len(row)] = row
+            found[layer] = padded.to(device)
+        return found
+
+    def answered(
+        self, batch: dict[str, Any], asked: Asked, layers: Sequence[int], model: Any
+    ) -> Answered:
+        """What the language model made of the questions with all tokens.
+
+        Args:
+            batch: of questions. asked: the same. layers: whose attention is wanted.
+            model: whose head makes logits of the stored states.
+
+        Raises:
+            ValueError: for a question that is not there.
+        """
+        owner, columns = (asked.labels[:, 1:] >= 0).nonzero().unbind(dim=1)
+        states = torch.cat([shard.states(row) for shard, row in self._find(batch)])
+        head = model.get_output_embeddings()
+        states = states.to(owner.device, head.weight.dtype)
+        targets = asked.labels[owner, columns + 1]
+        attention = self.attention(batch, layers, asked.columns.shape[1])
+        return Answered(head(states), states, owner, targets, attention)
+
+    def _find(self, batch: dict[str, Any]) -> list[tuple[_Shard, int]]:
+        names = question_names(batch)
+        for name, key in zip(names, batch["keys"], strict=True):
+            if name not in self._places:
+                raise ValueError(
+                    f"question {key} is not in {self.folder}, which was made of other questions or"
+                    " prompts; run `ocvtp teacher` with the settings of this run."
+                )
+        places = (self._places[name] for name in names)
+        return [(self._shards[number], row) for number, row in places]
+
+
+class _Shard:
+    """One file, opened when it is first read."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        self.names: list[str] = json.loads(self._file.metadata()["images"])
+        self._tokens = ends(self._file.get_tensor("token_counts"))
+        self._states = ends(self._file.get_tensor("state_counts"))
+
+    def attention(self, layer: int, row: int) -> Tensor:
+        part = slice(int(self._tokens[row]), int(self._tokens[row + 1]))
+        values: Tensor = self._file.get_slice(f"attention.{layer}")[part]
+        return values.float()
+
+    def states(self, row: int) -> Tensor:
+        part = slice(int(self._states[row]), int(self._states[row + 1]))
+        values: Tensor = self._file.get_slice("states")[part]
+        return values
+
+
+@dataclass(frozen=True)
+class TeacherReport:
+    """What `write_teacher` left.
+
+    Args:
+        questions: in the folder. written: shards that this call wrote. skipped: `FILE: reason` of
+            questions that could not be read. bytes: of all shards.
+    """
+
+    questions: int
+    written: int
+    skipped: tuple[str, ...]
+    bytes: int
+
+
+def write_teacher(
+    module: Any,
+    questions: Dataset[Any],
+    collate: Callable[[list[Any]], dict[str, Any]],
+    folder: str | Path,
+    shard_size: int = 2000,
+) -> TeacherReport:
+    """Ask the whole model all training questions, and write what losses read of it.
+
+    The same call continues after the shards that are there.
+
+    Args:
+        module: `ocvtp.training.selector.SelectorModule` of the run that will read them, on its
+            device.
+        questions: the training set. collate: makes its batches.
+        folder: to write. shard_size: questions of a file.
+
+    Raises:
+        ValueError: if no loss reads anything of the whole model, for a folder that was begun with
+            other settings, and for a full disk.
+    """
+    needs: TeacherNeeds = module.says()
+    if not needs.answers and not needs.layers:
+        raise ValueError(
+            "no loss of these settings reads what the whole model says, so there is nothing to"
+            " store; train without model.teacher."
+        )
+    if shard_size < 1:
+        raise ValueError(f"shard_size={shard_size}; pass at least 1.")
+    total, folder = len(questions), Path(folder)  # type: ignore[arg-type]
+    settings = plain(
+        {
+            "weights": weights_hash(module.vlm),
+            "host": asdict(module.host),
+            "needs": asdict(needs),
+            "questions": total,
+            "shard_size": shard_size,
+        }
+    )
+    claim(folder, settings)
+    paths = [folder / shard_name("teacher", n) for n in range(-(-total // shard_size))]
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    with progress_bar() as progress:
+        bar = progress.add_task("questions", total=len(missing) * shard_size)
+        for number in missing:
+            part = range(number * shard_size, min((number + 1) * shard_size, total))
+            batches = DataLoader(Subset(questions, part), _BATCH, collate_fn=collate)
+            _write_shard(module, needs, paths[number], batches, lambda n: progress.advance(bar, n))
+    shards = [path.name for path in paths]
+    with replacing(folder / SETTINGS) as temporary:
+        temporary.write_text(json.dumps({**settings, "shards": shards}), encoding="utf-8")
+    told = [_metadata(path) for path in paths]
+    return TeacherReport(
+        questions=sum(len(names) for names, _ in told),
+        written=len(missing),
+        skipped=tuple(error for _, errors in told for error in errors),
+        bytes=sum(path.stat().st_size for path in paths),
+    )
+
+
+def _metadata(path: Path) -> tuple[list[str], list[str]]:
+    with safe_open(path, "pt") as file:
+        return tuple(json.loads(file.metadata()[name]) for name in ("images", "skipped"))  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def _write_shard(
+    module: Any,
+    needs: TeacherNeeds,
+    path: Path,
+    batches: Iterator[dict[str, Any]] | DataLoader[Any],
+    advance: Callable[[int], None],
+) -> None:
+    names, skipped = list[str](), list[str]()
+    with ShardWriter(path, {}) as shard:
+        for batch in batches:
+            skipped += batch["errors"]
+            if batch["keys"]:
+                names += question_names(batch)
+                for name, values in _said(module, needs, batch):
+                    shard.add(name, values)
+            advance(len(batch["keys"]) + len(batch["errors"]))
+        shard.metadata |= {"images": json.dumps(names), "skipped": json.dumps(skipped)}
+
+
+def _said(module: Any, needs: TeacherNeeds, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """What is stored of a batch, by the names of tensors."""
+    asked = module.ask(move_data_to_device(batch, module.device))
+    host, real = module.frozen_host, asked.columns >= 0
+    states = torch.zeros(0, 1)
+    if needs.answers:
+        answered = read(host, asked, layers=needs.layers, raters=needs.rows)
+        states, attention = answered.states, answered.attention
+        yield "states", states.half()
+    else:
+        attention = attention_rows(host, asked, needs.layers, needs.rows)
+    answers = (asked.labels[:, 1:] >= 0).sum(dim=1)
+    yield "state_counts", (answers if needs.answers else answers * 0).int()
+    yield "token_counts", real.sum(dim=1).int()
+    for layer, values in attention.items():
+        yield f"attention.{layer}", values[real].half()

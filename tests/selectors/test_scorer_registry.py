@@ -1,0 +1,107 @@
+"""Scorers by name, those of a file of one's own, and what is none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from ocvtp.plugins import import_file
+from ocvtp.pruners.checks import random_tokens
+from ocvtp.selectors import scorer as scorers
+from ocvtp.selectors.network import SelectorConfig, SelectorNetwork
+from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer, scorer_class
+
+MINE = '''
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ocvtp.selectors.scorer import Scorer, Scores, register_scorer
+
+
+@register_scorer("mine_of_a_file")
+@dataclass(eq=False)
+class Mine(Scorer):
+    """One linear map."""
+
+    bias: bool = True
+    signs: list[int] = field(default_factory=lambda: [1])
+
+    def build(self, widths):
+        self.out = nn.Linear(widths.projected, 1, bias=self.bias)
+
+    def forward(self, tokens, num_keep=None):
+        return Scores(self.signs[0] * self.out(tokens.projected.float()).squeeze(2))
+'''
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """What a test registers is gone after it."""
+    for name in scorers.BUILT_IN:  # imported once, so they must be there before
+        scorer_class(name)
+    monkeypatch.setattr(scorers, "_REGISTRY", dict(scorers._REGISTRY))
+    return scorers._REGISTRY
+
+
+def test_one_of_a_file_is_built_saved_and_read(registry, tmp_path):
+    (tmp_path / "my_scorer.py").write_text(MINE)
+    import_file(str(tmp_path / "my_scorer.py"))
+    assert "mine_of_a_file" in scorers.list_scorers()
+    config = SelectorConfig(scorer="mine_of_a_file", sizes={"signs": [-1]}, widths=Widths(8, 8))
+    network = SelectorNetwork(config)
+    assert network.config.sizes == {"bias": True, "signs": [-1]}
+    network.save_pretrained(tmp_path / "out")
+    again = SelectorNetwork.from_pretrained(tmp_path / "out")
+    tokens = random_tokens(again.scorer.needs, 2, (4, 3))
+    assert again(tokens).values.equal(network(tokens).values)
+    del registry["mine_of_a_file"]
+    with pytest.raises(ValueError, match=r"unknown scorer 'mine_of_a_file'; .* --import FILE"):
+        SelectorNetwork.from_pretrained(tmp_path / "out")
+
+
+def test_unknown_names_say_what_there_is():
+    with pytest.raises(ValueError, match="unknown scorer 'promted'; did you mean 'prompted'"):
+        scorer_class("promted")
+
+
+def test_what_is_no_scorer_is_refused(registry):
+    class Whole(Scorer):
+        def build(self, widths):
+            self.out = nn.Linear(1, 1)
+
+        def forward(self, tokens, num_keep=None):
+            return Scores(torch.zeros(1, 1))
+
+    @dataclass(eq=False)
+    class Half(Scorer):
+        def build(self, widths): ...
+
+    for name, cls, message in (
+        ("a name", Whole, "scorer name 'a name' is none"),
+        ("prompted", dataclass(eq=False)(Whole), "'prompted' is registered already"),
+        ("other", nn.Linear, "is no Scorer; derive it"),
+        ("other", Half, "'other' lacks forward"),
+        ("other", type("Derived", (scorer_class("pointwise"),), {}), "is no dataclass; write @"),
+        ("other", dataclass(type("Equal", (Whole,), {})), r"write @dataclass\(eq=False\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_scorer(name)(cls)
+    assert "other" not in registry
+
+
+def test_scores_of_another_shape_are_refused(registry):
+    @register_scorer("summed")
+    @dataclass(eq=False)
+    class Summed(Scorer):
+        def build(self, widths): ...
+
+        def forward(self, tokens, num_keep=None):
+            return Scores(tokens.projected.sum(dim=(1, 2)))
+
+    network = SelectorNetwork(SelectorConfig(scorer="summed", widths=Widths(8, 8)))
+    with pytest.raises(ValueError, match=r"'summed' gave scores of shape \[2\]; return \[B, N\]"):
+        network(random_tokens(network.scorer.needs, 2, (4, 3)))
