@@ -26,7 +26,24 @@ def _attention_of_a_cpu(
     return 2 * batch * heads * asking * key[2] * (width + value[3])
 
 
-_OURS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_of_a_cpu}
+def _backward_of_a_cpu(
+    gradient: torch.Size,
+    query: torch.Size,
+    key: torch.Size,
+    value: torch.Size,
+    *args: Any,
+    out_shape: Any = None,
+    **kwargs: Any,
+) -> int:
+    """Five products: scores once more, and the gradients of weights, values, queries and keys."""
+    batch, heads, asking, width = query
+    return 2 * batch * heads * asking * key[2] * (3 * width + 2 * value[3])
+
+
+_OURS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_of_a_cpu,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_of_a_cpu,
+}
 
 
 def counter() -> FlopCounterMode:
