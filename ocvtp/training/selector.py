@@ -21,12 +21,13 @@ from ocvtp.hosts.asking import Answered, Asked, Asker, attention_rows, before_la
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.gating import Gate, NoGate, checkpointed, gating
 from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.origin import origin_of
 from ocvtp.hosts.prompt.shorten import Positions
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.losses import Loss, Step, build_losses
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
-from ocvtp.selectors.scorer import Scorer, Widths
+from ocvtp.selectors.scorer import Scorer
 from ocvtp.slots.statistics import Moments
 from ocvtp.structures import Needs
 from ocvtp.training.base import NetworkModule, seed_of
@@ -171,12 +172,7 @@ class SelectorModule(NetworkModule):
 
     def _origin(self, losses: dict[str, Any], gate: Gate | None) -> dict[str, Any]:
         """All of `SelectorConfig` but the scorer and the run."""
-        host, config = self.frozen_host, self.vlm.config
-        vision, text = getattr(config, "vision_config", None), config.get_text_config()
-        heads = getattr(text, "num_attention_heads", 0)
-        tower = getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0)
-        return {
-            "widths": Widths(text.hidden_size, tower, heads),
+        return origin_of(self.frozen_host, self.host.model) | {
             "stage": self.host.stage,
             "layer": self.host.layer,
             "choice": self.choice.describe(),
@@ -184,16 +180,8 @@ class SelectorModule(NetworkModule):
             "relaxation": _named(self.relaxation),
             "gate": {} if gate is None else {"name": gate.name},
             "losses": {name: dict(settings or {}) for name, settings in losses.items()},
-            "host": {
-                "model": self.host.model,
-                "model_type": config.model_type,
-                "width": text.hidden_size,
-                "num_layers": len(host.language_model.layers),
-            },
             "num_slots": tuple(self.budgets),
             "objective": self.recipe,
-            "tower": self.host.model,
-            "grid_hw": host.grid_hw or (1, host.usual_tokens or 1),
         }
 
     def _begin_from(self, artifact: str) -> None:
