@@ -20,7 +20,18 @@ def export(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint", help="best.ckpt or last.ckpt of `ocvtp train`")
     source.add_argument("--official", metavar="WEIGHTS", help="the authors' weights.pth")
+    source.add_argument(
+        "--official-selector",
+        metavar="WEIGHTS",
+        help="VisionSelector's released scorer: a file of safetensors or torch.save that holds it,"
+        " alone or inside of a whole model, or a folder of the parts of one",
+    )
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--model",
+        help="folder or hub id of the VLM that an official selector was trained in; its"
+        " configuration alone is read",
+    )
     parser.add_argument("--with-decoder", action="store_true", help="keep the training decoder")
     parser.add_argument("--num-heads", type=int, default=4, help="of an official decoder")
     parser.add_argument("--tower", help="hub id of the vision tower of official weights")
