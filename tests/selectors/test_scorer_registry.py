@@ -41,10 +41,9 @@ class Mine(Scorer):
 @pytest.fixture
 def registry(monkeypatch):
     """What a test registers is gone after it."""
-    for name in scorers.BUILT_IN:  # imported once, so they must be there before
-        scorer_class(name)
-    monkeypatch.setattr(scorers, "_REGISTRY", dict(scorers._REGISTRY))
-    return scorers._REGISTRY
+    scorers.list_scorers()  # imports those of the package, once
+    monkeypatch.setattr(scorers.SCORERS, "_classes", dict(scorers.SCORERS._classes))
+    return scorers.SCORERS._classes
 
 
 def test_one_of_a_file_is_built_saved_and_read(registry, tmp_path):
@@ -85,7 +84,11 @@ def test_what_is_no_scorer_is_refused(registry):
         ("prompted", dataclass(eq=False)(Whole), "'prompted' is registered already"),
         ("other", nn.Linear, "is no Scorer; derive it"),
         ("other", Half, "'other' lacks forward"),
-        ("other", type("Derived", (scorer_class("pointwise"),), {}), "is no dataclass; write @"),
+        (
+            "other",
+            type("Derived", (scorer_class("pointwise"),), {}),
+            "Derived is no dataclass of its",
+        ),
         ("other", dataclass(type("Equal", (Whole,), {})), r"write @dataclass\(eq=False\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -76,7 +76,7 @@ def test_what_does_not_go_together_is_refused(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": {"dims": 3}}, "scorer 'prompted' has no size 'dims'"),
+        ({"sizes": {"dims": 3}}, "scorer 'prompted' has no setting 'dims'"),
         ({"scorer": "prompter"}, "unknown scorer 'prompter'; did you mean 'prompted'"),
         ({"gait": {}}, r"unknown settings \['gait'\]"),
         ({"widths": {"projected": 8}}, "missing 1 required positional argument: 'tower'"),
