@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ocvtp.cli import main
+from ocvtp.learning import artifact
 from ocvtp.plugins import import_file
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.selectors import scorer as scorers
 from ocvtp.selectors.network import SelectorConfig, SelectorNetwork
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer, scorer_class
 
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "add-a-scorer.md").read_text()
 MINE = '''
 from dataclasses import dataclass, field
 
@@ -60,6 +68,28 @@ def test_one_of_a_file_is_built_saved_and_read(registry, tmp_path):
     del registry["mine_of_a_file"]
     with pytest.raises(ValueError, match=r"unknown scorer 'mine_of_a_file'; .* --import FILE"):
         SelectorNetwork.from_pretrained(tmp_path / "out")
+
+
+def block(language):
+    return re.search(rf"```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_the_page_runs(registry, tmp_path, monkeypatch, capsys):
+    """Trained, exported and evaluated beside its untrained self, by the words of the page."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("outlying.py").write_text(block("py"))
+    Path("outlying.yaml").write_text(block("yaml"))
+    for command in block("bash").splitlines():
+        assert main(shlex.split(command)[1:]) == 0, command
+    config = artifact.config_of("outputs/outlying/exported")
+    assert (config["scorer"], config["sizes"]) == ("outlying", {"dim": 32})
+    found = json.loads(Path("outputs/outlying/evaluated/results.json").read_text())
+    rows = {row["label"]: row for row in found["rows"]}
+    assert rows["learned"]["trained"]
+    assert rows["learned"]["visual_tokens"] == rows["untrained:learned"]["visual_tokens"] == 16
 
 
 def test_unknown_names_say_what_there_is():
