@@ -84,6 +84,8 @@ def test_the_page_runs(registry, tmp_path, monkeypatch, capsys):
     Path("outlying.yaml").write_text(block("yaml"))
     for command in block("bash").splitlines():
         assert main(shlex.split(command)[1:]) == 0, command
+    said = "scorer 'outlying' before the language model of checkpoints/demo-vlm"
+    assert said in capsys.readouterr().out
     config = artifact.config_of("outputs/outlying/exported")
     assert (config["scorer"], config["sizes"]) == ("outlying", {"dim": 32})
     found = json.loads(Path("outputs/outlying/evaluated/results.json").read_text())

@@ -42,6 +42,10 @@ def test_a_saved_network_is_read_as_it_was(tmp_path):
     assert again(tokens, 4).values.equal(network(tokens, 4).values)
 
 
+def test_it_says_where_it_acts():
+    assert SelectorNetwork(CONFIG).describe() == "scorer 'prompted' before layer 3 of some/tower"
+
+
 def test_an_untrained_one_has_the_statistics_of_the_trained():
     trained = SelectorNetwork(CONFIG)
     trained.scorer.inputs.mean += 3.0
