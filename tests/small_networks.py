@@ -21,6 +21,8 @@ SELECTORS = {"learned": "llm_input", "learned_layers": "llm_layers"}
 SCORER_SIZES = {
     "pointwise": {"dim": 16},
     "prompted": {"dim": 16, "blocks": 1, "heads": 2},
+    "slots": {"layer": 3, "hidden_dim": 16, "slot_dim": 4, "ffn_dim": 8},
+    "vip": {"block": 2, "hidden": [3, 1], "dim": 8, "condition": 8, "blocks": 1, "heads": 2},
 }
 """Small ones by name."""
 
@@ -42,9 +44,10 @@ def selector(
     """
     config = {"layer": 3 if stage == "llm_layers" else None, "sizes": SCORER_SIZES[scorer]} | config
     widths = Widths(projected_dim or feature_dim, feature_dim)
-    return SelectorNetwork(
-        SelectorConfig(scorer=scorer, stage=stage, widths=widths, **config)
-    ).eval()
+    settings = SelectorConfig(scorer=scorer, stage=stage, widths=widths, **config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SelectorNetwork(settings).eval()
 
 
 def network_setting(

@@ -148,18 +148,18 @@ def network_for(subject: Subject, inputs: Any, pruner: str = trainable.DEFAULT) 
         inputs: the processor's tensors, of any prompt with an image.
         pruner: name of a trainable one.
     """
-    kind = trainable.of_name(pruner).network_class
+    cls = trainable.of_name(pruner)
     host = find_host(subject.model)
-    needs = Needs(hidden=(layer := kind.default_layer(host.num_tower_blocks),))
+    layer = cls.network_class.default_layer(host.num_tower_blocks)
+    needs = Needs(hidden=(layer,), projected=True)
     hooks = host.install(needs)
     try:
         tokens = look(host, needs, dict(inputs)).encoded.tokens
     finally:
         for hook in hooks:
             hook.remove()
-    width = tokens.hidden[layer].shape[-1]
-    config = kind.default_config(width, layer, tokens.num_tokens)
-    return kind.untrained(config, seed=0).to(subject.model.device)
+    config = cls.usual_config(tokens, layer)
+    return cls.network_class.untrained(config, seed=0).to(subject.model.device)
 
 
 def _pruners(

@@ -1,7 +1,7 @@
-"""Images and instance masks: COCO folders, drawn scenes, resizing.
+"""Images and instance masks: COCO folders, drawn scenes, resizing; questions about images.
 
-The LightningDataModules are in files of their own (`ocvtp.data.module`, `folder`, `features`), so
-that nothing else here imports Lightning.
+The LightningDataModules are in files of their own (`ocvtp.data.module`, `folder`, `features`,
+`coco_questions`, `conversations`), so that nothing else here imports Lightning.
 """
 
 from ocvtp.data.coco import CocoImages, ImageTransform, collate

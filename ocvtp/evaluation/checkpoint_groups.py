@@ -40,9 +40,9 @@ class Checkpoint:
         return self.asked is not None and self.asked == other.asked and self.seed != other.seed
 
     def is_alike(self, other: Checkpoint) -> bool:
-        """Whether both may be of one pruner: not known to have different formats."""
-        formats = [known.asked["format"] for known in (self, other) if known.asked is not None]
-        return len(set(formats)) < 2
+        """Whether both may be of one pruner: not known to have other formats or stages."""
+        asked = [known.asked for known in (self, other) if known.asked is not None]
+        return len({(one["format"], one.get("stage")) for one in asked}) < 2
 
 
 def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:

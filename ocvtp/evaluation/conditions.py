@@ -216,7 +216,7 @@ def untrained_conditions(
         budgets: see `Budget`. seeds: of the weights.
         like: a network of the same sizes, whose statistics standardise.
     """
-    cls = trainable.of_format(like.format)
+    cls = trainable.of_network(like)
     found = []
     for label, own in untrained_labels(cls, like.config).items():
         about = {"untrained": dataclasses.asdict(own)}

@@ -77,14 +77,18 @@ def read_any(source: str | Path) -> tuple[str, dict[str, Any], dict[str, Tensor]
         return format, *_rest(source, config, "cpu")
 
 
-def format_of(source: str | Path) -> str | None:
-    """The format that the config.json of a folder or model id names; None where it names none."""
+def config_of(source: str | Path, **hub: Any) -> dict[str, Any]:
+    """The config.json of a folder or model id; empty where none can be read.
+
+    Args:
+        source: folder, or model id of the hub.
+        hub: see `PrunerNetwork.from_pretrained`.
+    """
     try:
         with explained(""):
-            format = _config(source).get("format")
+            return _config(source, **hub)
     except ValueError:
-        return None
-    return format if isinstance(format, str) else None
+        return {}
 
 
 def _config(source: str | Path, **hub: Any) -> dict[str, Any]:

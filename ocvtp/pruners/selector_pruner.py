@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from ocvtp.selectors.choices import Choice
     from ocvtp.selectors.network import SelectorNetwork
     from ocvtp.selectors.scorer import Scores
+
+_LAYER = 2
+"""Of the language model, before which tokens are dropped where no network says another."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,6 +38,18 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
     choice: str | dict[str, Any] | None = None
 
     network_class = LazyFact("ocvtp.selectors.network.SelectorNetwork")
+
+    @classmethod
+    def takes(cls, config: Mapping[str, Any]) -> bool:
+        return super().takes(config) and config.get("stage") == cls.stage
+
+    @classmethod
+    def usual_config(cls, tokens: VisualTokens, layer: int) -> Any:
+        assert tokens.projected is not None
+        config = cls.network_class.default_config(tokens.features.shape[2], layer)
+        widths = replace(config.widths, projected=tokens.projected.shape[2])
+        before = _LAYER if cls.stage == "llm_layers" else None
+        return replace(config, widths=widths, stage=cls.stage, layer=before)
 
     def __post_init__(self) -> None:
         super().__post_init__()

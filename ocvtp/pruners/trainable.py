@@ -8,7 +8,8 @@ sizes of the network in the settings, that of an artifact by the `format` in its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -61,6 +62,26 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
             )
         if self.checkpoint is not None and self.network is None:
             self.network = self._read(self.checkpoint)
+
+    @classmethod
+    def takes(cls, config: Mapping[str, Any]) -> bool:
+        """Whether it reads an artifact, as far as the settings tell.
+
+        Args:
+            config: what config.json holds.
+        """
+        return bool(config.get("format") == cls.network_class.format)
+
+    @classmethod
+    def usual_config(cls, tokens: VisualTokens, layer: int) -> Any:
+        """Settings of a network for a model where there is no trained one, e.g. to time one.
+
+        Args:
+            tokens: of the model, with `hidden` of the layer and `projected`.
+            layer: `default_layer` of its kind of network.
+        """
+        width = tokens.hidden[layer].shape[2]
+        return cls.network_class.default_config(width, layer, tokens.num_tokens)
 
     @property
     def _has_one_network(self) -> bool:
@@ -158,13 +179,26 @@ def of_format(format: str | None) -> type[TrainablePruner[Any]]:
     )
 
 
+def of_network(network: PrunerNetwork) -> type[TrainablePruner[Any]]:
+    """The pruner that takes a network; the first of `trainables`, where several do.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    config = {"format": network.format, **asdict(network.config)}
+    for cls in trainables().values():
+        if cls.takes(config):
+            return cls
+    return of_format(network.format)
+
+
 def readers(checkpoint: str) -> list[str]:
     """Names of the pruners that read an exported network; none where that is unknown.
 
     Args:
         checkpoint: folder or hub id.
     """
-    from ocvtp.learning.artifact import format_of
+    from ocvtp.learning.artifact import config_of
 
-    format = format_of(checkpoint)
-    return [name for name, cls in trainables().items() if cls.network_class.format == format]
+    config = config_of(checkpoint)
+    return [name for name, cls in trainables().items() if cls.takes(config)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from ocvtp.learning import artifact
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer
+from ocvtp.selectors.scorers.slots import OC_PRUNER, read_oc_pruner
 from ocvtp.structures import Layout, Needs, VisualTokens
 
 SelectorStage = Literal["llm_input", "llm_layers"]
@@ -193,6 +196,23 @@ class SelectorNetwork(PrunerNetwork):
         del layer, num_tokens
         widths = Widths(projected=feature_dim, tower=feature_dim)
         return SelectorConfig(scorer="pointwise", widths=widths)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str = "cpu", **hub: Any
+    ) -> Self:
+        """Read an exported network, in evaluation mode; an OC-pruner as the scorer `slots`.
+
+        See `PrunerNetwork.from_pretrained`.
+        """
+        source, place = pretrained_model_name_or_path, {"map_location": map_location}
+        if artifact.config_of(source, **hub).get("format") != OC_PRUNER:
+            return super().from_pretrained(source, **place, **hub)
+        settings, weights = read_oc_pruner(source, **place, **hub)
+        network = cls(cls.read_config(settings))
+        network.scorer.load_state_dict(weights)
+        network.source = str(source)
+        return network.to(map_location).eval()
 
     def statistics(self) -> list[tuple[Any, Any]]:
         """Those of the scorer, see `Scorer.statistics`."""

@@ -28,6 +28,8 @@ def clear_errors(building: bool = False) -> Iterator[None]:
             raise ValueError(lines[-1].removeprefix("ValueError: ")) from error
         if building and isinstance(error, UnicodeDecodeError):
             raise ValueError(f"a file of settings is no text: {error}") from error
+        if building and (said := _of_a_class(lines)):
+            raise ValueError(said) from error
         raise
     except Exception as error:
         if not building:
@@ -44,6 +46,14 @@ def restoring(resume: str | None, start: LateStart) -> Iterator[None]:
         if resume is None or start.started or not start.opened:
             raise
         raise ValueError(f"--resume {resume} cannot be continued: {_line(error)}") from error
+
+
+def _of_a_class(lines: list[str]) -> str:
+    """What a class said of its arguments, where the parser says that no kind of value fits."""
+    if not lines or not lines[0].startswith("Does not validate against any of the Union"):
+        return ""
+    told = (line.strip().removeprefix("- ") for line in lines if line.lstrip().startswith("- "))
+    return next((line for line in told if not line.startswith("Expected a ")), "")
 
 
 def _line(error: Exception) -> str:

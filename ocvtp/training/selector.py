@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
 from itertools import chain
+from operator import or_
 from typing import Any, ClassVar, Literal, Self
 
 import pytorch_lightning as pl
@@ -26,6 +28,7 @@ from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer, Widths
 from ocvtp.slots.statistics import Moments
+from ocvtp.structures import Needs
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import ScorePictures
 from ocvtp.training.object_masks import ObjectsOnTokens
@@ -125,17 +128,13 @@ class SelectorModule(NetworkModule):
         self.host, self.relaxation = host, relaxation
         self._check_parts(gate)
         self.budgets = _budgets(budgets or [16, 32, 64, 128])
-        middle = sorted(self.budgets)[len(self.budgets) // 2]
-        self.val_budgets = _budgets(val_budgets or [middle])
+        self.val_budgets = _budgets(val_budgets or [sorted(self.budgets)[len(self.budgets) // 2]])
         self.choice, self.positions = parse_choice(choice or "topk"), positions
         self.samples, self.recipe = samples, recipe
         self.statistics_questions = statistics_questions
         model, self.processor = load_model(host.model, host.dtype)
         self.vlm = model.requires_grad_(False)
-        needs = scorer.needs
-        for loss in self.losses:
-            needs |= loss.needs
-        self._asker = Asker(model, self.processor, needs)
+        self._asker = Asker(model, self.processor, _needs(scorer, self.losses))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             origin = self._origin(losses, gate)
@@ -469,6 +468,10 @@ class SelectorModule(NetworkModule):
 
 
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
+
+
+def _needs(scorer: Scorer, losses: Sequence[Loss]) -> Needs:
+    return reduce(or_, (loss.needs for loss in losses), scorer.needs)
 
 
 def _budgets(given: list[int]) -> list[int]:

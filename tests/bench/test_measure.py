@@ -252,3 +252,12 @@ def test_a_pruner_of_halves_keeps_its_parts():
     assert len(row.parts) > 1
     assert all(a is b for a, b in zip(row.parts, row.parts, strict=True))
     assert build_pruner("fopru", num_keep=4).parts[0] is not row.parts[0]
+
+
+@pytest.mark.parametrize("name", ["learned", "learned_layers"])
+def test_a_selector_to_be_timed_is_as_wide_as_the_model(subject, inputs, name):
+    network = network_for(subject, inputs, name)
+    assert network.config.widths.projected == subject.model.config.text_config.hidden_size
+    pruner = build_pruner(name, num_keep=100, network=network)
+    with torch.no_grad(), pruner(subject.model):
+        assert subject.model(**inputs).logits.isfinite().all()

@@ -82,6 +82,20 @@ def test_sizes_in_a_batch_are_as_they_are_alone(name):
         assert float(alone.max()) <= 1
 
 
+@pytest.mark.parametrize("name", ["random:tiny-llava-next", "random:tiny-qwen3-vl"])
+def test_a_model_that_is_looked_into_is_asked_for_sizes_too(name):
+    size = (120, 100)
+    mask, encoded = box(size, 10, 10, 60, 50), tokens_of(name, [size])
+    expected, _ = shares(name, [mask], encoded)
+    hooks = find_host(host(name)[0]).install(Needs(hidden=(1,), projected=True))
+    try:
+        found, _ = shares(name, [mask], encoded)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert found.equal(expected)
+
+
 def test_each_patch_is_counted():
     """The demo VLM: 12 x 12 patches of 8 pixels, and images that are not scaled."""
     random = np.random.default_rng(0)

@@ -6,10 +6,12 @@ from functools import cache
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from PIL import Image
 
 from ocvtp.choices import FAMILIES
+from ocvtp.data.module import QuestionDataModule
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template, with_turns
 from ocvtp.training.prompts import PromptTransform
@@ -139,6 +141,56 @@ def test_placeholders_of_images_in_a_text_are_refused(place):
     given[1][place] = ("a <image>", "b") if place == "before" else "a <image>"
     with pytest.raises(ValueError, match=r"question key 1 has '<image>' in its text"):
         PromptTransform(processor)(given)
+
+
+class Noting(pl.LightningModule):
+    """Notes what each step is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.keys, self.val_keys = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.keys.append(batch["keys"])
+        assert batch["answers"].any(dim=1).all()
+        return self.layer(batch["inputs"]["pixel_values"].mean().view(1, 1)).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.val_keys += batch["keys"]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder, steps, resume=None):
+    _, processor = host("checkpoints/demo-vlm")
+    sizes = {"num_train": 5, "num_val": 2, "questions": 4, "batch_size": 6, "scene_seed": 2}
+    data = QuestionDataModule(str(folder / "scenes"), **sizes)
+    data.transform = PromptTransform(processor)
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Noting()
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    trainer.save_checkpoint(folder / f"{steps}.ckpt")
+    return module
+
+
+def test_a_run_goes_on_inside_of_an_epoch_and_of_an_image(tmp_path):
+    whole, first = fit(tmp_path, 8), fit(tmp_path, 5)
+    assert first.keys == whole.keys[:5]
+    second = fit(tmp_path, 8, tmp_path / "5.ckpt")
+    assert second.keys == whole.keys[5:]
+    assert len({tuple(keys) for keys in whole.keys}) > 3  # more than the batches of one epoch
+    validated = [f"{level}/val/1/{n}" for level in ("easy", "hard") for n in range(4)]
+    assert second.val_keys[-8:] == validated
 
 
 def test_the_processor_stays_as_it_was():

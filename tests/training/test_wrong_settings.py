@@ -226,3 +226,19 @@ def test_the_whole_help_is_there_when_asked_for(capsys):
     assert text.startswith("usage: ocvtp train --config FILE|NAME [--output DIR] [--resume CKPT]")
     assert "--trainer.accumulate_grad_batches" in text
     assert "Raises:" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data.questions", "0"], "questions=0"),
+        (["--model.losses.mask.weigth", "3"], "did you mean 'weight'"),
+        (["--model.scorer.heads", "5"], "dim=64"),
+        (["--model.host.layer", "1"], "stage"),
+        (["--model.choice", "best"], "'best'"),
+    ],
+)
+def test_what_a_class_says_of_its_arguments_is_one_line(words, told, capsys):
+    error = error_of(["--config", "configs/train/selector/mask.yaml", *words], capsys)
+    assert told in error
+    assert "Namespace" not in error

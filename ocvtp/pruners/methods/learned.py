@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import isnan
-from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -43,8 +41,7 @@ class Learned(SelectorPruner, AdaptivePruner):
 
     def __post_init__(self) -> None:
         if self.threshold is not None:
-            is_number = isinstance(self.threshold, Real) and not isinstance(self.threshold, bool)
-            if not is_number or isnan(self.threshold) or not 0 < self.threshold < 1:
+            if not 0 < self.threshold < 1:
                 raise ValueError(
                     f"threshold={self.threshold!r}; pass a number between 0 and 1, which"
                     " sigmoid(score) must exceed."

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.attention import Truncation
@@ -61,4 +65,34 @@ class Slots(Scorer):
         return [*self.network.statistics()]
 
 
+def read_oc_pruner(source: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An exported OC-pruner as this scorer.
+
+    Args:
+        source: folder, or model id of the hub.
+        options: see `PrunerNetwork.from_pretrained`.
+
+    Returns:
+        settings of `ocvtp.selectors.network.SelectorConfig`, and the scorer's weights by name.
+
+    Raises:
+        ValueError: as `from_pretrained`.
+    """
+    network = OCPruner.from_pretrained(source, **options)
+    config, own = network.config, ("decoder.", "targets.")
+    budgets = sorted(config.num_slots)
+    sizes = {name: getattr(config, name) for name in _SIZES} | {"layer": config.layer}
+    if budgets:
+        sizes["num_slots"] = budgets[len(budgets) // 2]
+    shared = ("tower", "grid_hw", "layout", "preprocessing", "num_slots", "objective", "training")
+    settings = {name: getattr(config, name) for name in shared} | {
+        "scorer": Slots.name,
+        "sizes": sizes,
+        "widths": asdict(Widths(projected=0, tower=config.feature_dim)),  # it reads the tower alone
+    }
+    weights = network.state_dict().items()
+    return settings, {f"network.{k}": v for k, v in weights if not k.startswith(own)}
+
+
+OC_PRUNER = OCPruner.format
 _SIZES = tuple(f.name for f in fields(NetworkSizes) if f.name != "choice")

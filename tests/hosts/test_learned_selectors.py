@@ -1,0 +1,91 @@
+"""Learned selectors that read the prompt, on a model of every family: rows of a batch are apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_networks import selector
+from torch import Tensor
+from torch.testing import assert_close
+
+import ocvtp
+from ocvtp.hosts.loading import RANDOM_MODELS, load_model
+from ocvtp.ops.selection import top_k
+
+pytestmark = pytest.mark.sampled(4)
+
+WORDS = ["what is it?", "how many are there, and where?"]
+VIP = {"block": 1, "hidden": [2, 1], "dim": 8, "condition": 8, "blocks": 1, "heads": 2}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "before": ("learned", "prompted", {}),
+    "inside": ("learned_layers", "prompted", {}),
+    "inside, by the tower": ("learned_layers", "vip", VIP),
+}
+
+
+@pytest.fixture(scope="module", params=RANDOM_MODELS)
+def subject(request: pytest.FixtureRequest) -> Any:
+    return load_model(request.param)
+
+
+def asked(processor: Any, words: list[str]) -> Any:
+    """All about one image."""
+    unit = 28 if "Qwen2" in type(processor).__name__ else 32
+    pixels = np.random.default_rng(0).integers(0, 256, (4 * unit, 4 * unit, 3), dtype=np.uint8)
+    talks = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": one}]}]
+        for one in words
+    ]
+    texts = [processor.apply_chat_template(talk, add_generation_prompt=True) for talk in talks]
+    images = [[pixels] for _ in words]
+    return processor(text=texts, images=images, padding=True, return_tensors="pt")
+
+
+def build(model: Any, case: str) -> Any:
+    """Before the first layer where tokens may be dropped; prompts weigh more than at random."""
+    name, scorer, sizes = CASES[case]
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    tower = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL says its own
+    layer = 2 if "qwen3" in model.config.model_type else 1  # which adds to tokens until there
+    config: dict[str, Any] = {"sizes": sizes} if sizes else {}
+    budget: dict[str, Any] = {"num_keep": 6}
+    if name == "learned_layers":
+        budget = {"stages": ((layer, 6),)}
+        config |= {"layer": layer}
+    network = selector(
+        "llm_layers" if config.get("layer") else "llm_input",
+        tower,
+        scorer,
+        text.hidden_size,
+        **config,
+    )
+    for module in network.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data *= 3
+    return ocvtp.build_pruner(name, network=network, **budget)
+
+
+def scored(subject: Any, case: str, words: list[str]) -> tuple[Tensor, Tensor]:
+    """Scores [B, N] and tokens [B, K] of the image under each of the questions."""
+    model, processor = subject
+    pruner = build(model, case)
+    found: list[Tensor] = []
+    pruner.network.register_forward_hook(lambda *call: found.append(call[2].values))
+    with pruner(model, processor=processor):
+        model.generate(**asked(processor, words), max_new_tokens=1, do_sample=False)
+    scores = torch.cat(found)
+    return scores, top_k(scores, 6).keep_indices
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_questions_are_answered_apart(subject: Any, case: str) -> None:
+    scores, kept = scored(subject, case, WORDS)
+    assert len(scores) == 2
+    for row, words in enumerate(WORDS):
+        alone = scored(subject, case, [words])
+        assert_close(alone[0][0], scores[row], atol=1e-4, rtol=1e-4)
+        assert alone[1][0].equal(kept[row])
+    assert not torch.allclose(scores[0], scores[1], atol=1e-3), "the question changes nothing"
