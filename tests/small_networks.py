@@ -42,7 +42,10 @@ def selector(
         scorer: its name.
         config: more of its config.
     """
-    config = {"layer": 3 if stage == "llm_layers" else None, "sizes": SCORER_SIZES[scorer]} | config
+    config = {
+        "layer": 3 if stage == "llm_layers" else None,
+        "sizes": SCORER_SIZES.get(scorer, {}),
+    } | config
     widths = Widths(projected_dim or feature_dim, feature_dim)
     settings = SelectorConfig(scorer=scorer, stage=stage, widths=widths, **config)
     with torch.random.fork_rng():

@@ -41,6 +41,8 @@ HOST_STOREYS = (
     "base",
     "in_llm in_tower sight",
     "prompt",
+    "asked",
+    "answering",
     "families",
     "registry",
     "asking origin",

@@ -84,6 +84,7 @@ TOYS = {
     "toy_family": (ROOT / "tests" / "hosts" / "toy_family.py").read_text(),
     "apart": OBJECTIVE,
     "linear_scorer": page("add-a-learned-pruner.md"),
+    "outlying": page("add-a-scorer.md"),
     "unlike": page("add-a-loss.md"),
 }
 ONE = ["--num-images", "1", "--no-controls", "--pruners", "divprune"]
@@ -103,6 +104,7 @@ COMMANDS = {
     ],
     "apart": [["train", "--config", "settings.yaml", "--output", "out"]],
     "linear_scorer": [["list", "--json"]],  # the rest is in tests/training/test_trainable.py
+    "outlying": [["list", "--json"]],  # the rest is in tests/selectors/test_scorer_registry.py
     "unlike": [["list", "--json"]],  # the rest is in tests/selectors/losses/test_plug_in.py
 }
 """What is done with each toy."""
@@ -136,6 +138,7 @@ def test_a_toy_works_where_nothing_but_its_file_is(name: str, tmp_path: Path) ->
         "toy_family": "divprune",
         "apart": "",
         "linear_scorer": '"name": "linear"',
+        "outlying": "",
         "unlike": "",
     }[name]
     assert expected in said

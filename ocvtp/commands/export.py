@@ -39,6 +39,6 @@ def run(arguments: argparse.Namespace) -> int:
         "tower": network.config.tower,
         "layer": network.config.layer,
     }
-    text = "wrote {output}: {parameters:,} parameters, hidden_states[{layer}] of {tower}"
-    output.emit(facts, text.format(**facts), arguments.json)
+    text = "wrote {output}: {parameters:,} parameters, {reads}"
+    output.emit(facts, text.format(**facts, reads=network.describe()), arguments.json)
     return 0

@@ -39,7 +39,7 @@ the data (CocoDataModule, FolderDataModule, SceneDataModule; FeatureDataModule o
   --data.num_workers N           processes that load
   --data.on_error skip           leave out images that cannot be read, and name them
 
-the network
+the network (of the OC-pruner, of surprise, of a pruner of yours)
   --model.encoder.tower NAME     hub id or folder of the frozen vision tower
   --model.encoder.layer N        number of its hidden states that the pruner reads
   --model.num_slots [N,...]      slot counts; each step draws one
@@ -48,6 +48,14 @@ the network
   --model.lr X                   peak of the learning rate
   --model.warmup_fraction X      share of the steps in which it climbs
   --model.weight_decay X
+
+a scorer with a frozen model in the loop (configs selector/NAME)
+  --model.host.model NAME        the model: a folder or hub id
+  --model.scorer.dim N           and other sizes of model.scorer.class_path
+  --model.budgets [N,...]        K; each step draws one
+  --model.warm_start DIR         artifact to begin from
+  --model.teacher DIR            what `ocvtp teacher` stored
+  --model.losses.NAME.weight X   of a loss
 
 more
   --help all                     every setting

@@ -88,7 +88,7 @@ def probe(
         divergence = {}
         for name, gate in gates.items():
             gate.build(host)
-            gate.to(real.device)
+            gate.to(real.device).eval()
             gate.measure([asked])
             divergence[name] = [
                 _divergence(dropped, _first(read(host, asked, _left(real, keep, g), gate)))

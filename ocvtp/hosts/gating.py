@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ocvtp.hosts.asking import Asked, drop, gates_of_rows
+from ocvtp.hosts.asked import Asked, drop, gates_of_rows
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.prompt.shorten import Positions
+from ocvtp.hosts.prompt.line_up import Positions
 from ocvtp.hosts.registry import find_host
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.selectors.relaxations import Gates
@@ -173,7 +173,8 @@ class Noise(Gate):
         denoiser: `diag` learns to tell what a token was, from itself alone; the more noise is in a
             token, the more of that is added. At inference there is neither.
         dim: width of the denoiser.
-        seed: of the noise where no generator is passed; it is then the same at every call.
+        seed: of the noise in evaluation, where no generator is passed: it is then the same at
+            every call. In training it is drawn by torch's own generator.
 
     Raises:
         ValueError: for another denoiser.
@@ -247,7 +248,7 @@ class Noise(Gate):
                 "a noise gate must know the spread of visual tokens; call"
                 " measure([asker.ask(...), ...]) on training images, or load a saved one."
             )
-        if generator is None:
+        if generator is None and not self.training:
             generator = torch.Generator(asked.embeddings.device).manual_seed(self.seed)
         shares = asked.by_column(gates.values.float())
         embeddings = self._noised(asked.embeddings, shares, 0, generator)
@@ -262,11 +263,12 @@ class Noise(Gate):
         return replace(asked, embeddings=embeddings, deepstack=deepstack), {}
 
     def _noised(
-        self, values: Tensor, gates: Tensor, layer: int, generator: torch.Generator
+        self, values: Tensor, gates: Tensor, layer: int, generator: torch.Generator | None
     ) -> Tensor:
         """Rows [..., D'] with gates [...]."""
         given, gates = values.float(), gates[..., None]
-        noise = torch.randn(values.shape, generator=generator, device=generator.device)
+        place = values.device if generator is None else generator.device
+        noise = torch.randn(values.shape, generator=generator, device=place)
         less = (_root(gates) - 1) * (given - self.mean[layer])  # 0 at g = 1
         mixed = given + less + _root(1 - gates) * self.std[layer] * noise.to(given)
         if self.denoise is not None and layer == 0:

@@ -214,6 +214,10 @@ class PrunerNetwork(
         del tokens, masks, num_keep
         return None
 
+    def describe(self) -> str:
+        """What it reads, in a few words."""
+        return f"hidden_states[{self.config.layer}] of {self.config.tower}"
+
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.write(save_directory, self.state_dict(), asdict(self.config), self.format)
 

@@ -214,6 +214,11 @@ class SelectorNetwork(PrunerNetwork):
         network.source = str(source)
         return network.to(map_location).eval()
 
+    def describe(self) -> str:
+        config = self.config
+        where = "the language model" if config.layer is None else f"layer {config.layer}"
+        return f"scorer {config.scorer!r} before {where} of {config.tower}"
+
     def statistics(self) -> list[tuple[Any, Any]]:
         """Those of the scorer, see `Scorer.statistics`."""
         return self.scorer.statistics()

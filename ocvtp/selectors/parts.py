@@ -109,7 +109,10 @@ class Parts(Generic[PartT]):
         if name not in known:
             close = get_close_matches(str(name), known, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-            raise ValueError(f"unknown {self._kind} {name!r}; {hint}Known: {', '.join(known)}.")
+            raise ValueError(
+                f"unknown {self._kind} {name!r}; {hint}Known: {', '.join(known)}; one of your own"
+                " is read by `ocvtp --import FILE COMMAND ...`."
+            )
         return self._classes[name]
 
     def build(self, name: str, settings: Mapping[str, Any]) -> PartT:

@@ -1,6 +1,7 @@
 """What gives every visual token a score, and scorers by name: of this package, and of others.
 
-A scorer of yours is one file, which a command reads by `ocvtp --import FILE ...`:
+A scorer of yours is one file, which a command reads by `ocvtp --import FILE ...`, or an installed
+package, by an entry point of `ocvtp.pruners`:
 
     @register_scorer("mine")
     @dataclass(eq=False)
@@ -18,24 +19,18 @@ A scorer of yours is one file, which a command reads by `ocvtp --import FILE ...
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
-from ocvtp import plugins
+from ocvtp.selectors.parts import Part, Parts
 from ocvtp.structures import Needs, VisualTokens
 
-BUILT_IN = ("pointwise", "qk_mean", "local_global", "prompted", "vip", "slots")
-"""Those of this package, each in the file of its name in `ocvtp/selectors/scorers`."""
-GROUP = "ocvtp.scorers"
-"""Of entry points."""
-_REGISTRY: dict[str, type[Scorer]] = {}
+_HOME = "ocvtp.selectors.scorers"
 _T = TypeVar("_T", bound="type[Scorer]")
 
 
@@ -46,7 +41,7 @@ class Widths:
     Args:
         projected: D'.
         tower: D.
-        heads: attention heads of the language model, 0 where rows of attention are head means.
+        heads: attention heads of the language model, 0 where nobody says.
     """
 
     projected: int
@@ -68,7 +63,7 @@ class Scores:
     aux: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Scorer(nn.Module, ABC):
+class Scorer(nn.Module, Part):
     """A score for each visual token: the higher, the rather it is kept.
 
     A subclass is a dataclass with `eq=False` whose fields are its sizes: numbers, texts, booleans
@@ -112,7 +107,7 @@ class Scorer(nn.Module, ABC):
 
     def sizes(self) -> dict[str, Any]:
         """Its fields, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        return self.settings()
 
     def statistics(self) -> list[tuple[int | str, Any]]:
         """What is measured on training images before the first step.
@@ -122,6 +117,9 @@ class Scorer(nn.Module, ABC):
             `ocvtp.slots.statistics.FeatureStatistics` of these tokens.
         """
         return []
+
+
+SCORERS: Parts[Scorer] = Parts("scorer", Scorer)  # type: ignore[type-abstract]
 
 
 def register_scorer(name: str) -> Callable[[_T], _T]:
@@ -134,37 +132,27 @@ def register_scorer(name: str) -> Callable[[_T], _T]:
         ValueError: if the name is taken or is none, or the class is no scorer, no dataclass of its
             own, or lacks a method.
     """
-    if not re.fullmatch(r"[\w-]+", name):
-        raise ValueError(f"scorer name {name!r} is none; pass letters, digits, - and _.")
 
     def add(cls: _T) -> _T:
-        if not (isinstance(cls, type) and issubclass(cls, Scorer)):
-            raise ValueError(f"{cls!r} is no Scorer; derive it from ocvtp.selectors.scorer.Scorer.")
-        if name in _REGISTRY or (name in BUILT_IN and cls.__module__ != _module(name)):
-            raise ValueError(f"scorer {name!r} is registered already; choose another name.")
-        if absent := sorted(cls.__abstractmethods__):
-            raise ValueError(f"scorer {name!r} lacks {', '.join(absent)}; define what is missing.")
-        if not is_dataclass(cls) or "__dataclass_fields__" not in vars(cls):
-            raise ValueError(
-                f"scorer {name!r} is no dataclass; write @dataclass(eq=False) between"
-                " @register_scorer and the class."
-            )
-        if cls.__hash__ is None:
-            raise ValueError(
-                f"scorer {name!r} is compared by its sizes, so torch cannot hold it; write"
-                " @dataclass(eq=False)."
-            )
-        cls.name = name
-        _REGISTRY[name] = cls
-        return cls
+        if not getattr(cls, "__module__", "").startswith(_HOME):
+            import_module(_HOME)  # whose names are taken
+        return SCORERS.register(name, _check)(cls)  # type: ignore[return-value]
 
     return add
 
 
+def _check(cls: type[Scorer]) -> None:
+    if "__dataclass_fields__" not in vars(cls) or cls.__hash__ is None:
+        raise ValueError(
+            f"{cls.__name__} is no dataclass of its own, or is compared by its sizes, so that torch"
+            " cannot hold it; write @dataclass(eq=False) between @register_scorer and the class."
+        )
+
+
 def list_scorers() -> list[str]:
     """Names of all scorers, sorted."""
-    plugins.load_installed(GROUP)
-    return sorted({*BUILT_IN, *_REGISTRY})
+    import_module(_HOME)
+    return SCORERS.names()
 
 
 def scorer_class(name: str) -> type[Scorer]:
@@ -173,18 +161,8 @@ def scorer_class(name: str) -> type[Scorer]:
     Raises:
         ValueError: if there is none; names close ones.
     """
-    if name in BUILT_IN:
-        import_module(_module(name))
-    else:
-        plugins.load_installed(GROUP)
-    if name not in _REGISTRY:
-        close = get_close_matches(name, list_scorers(), n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(
-            f"unknown scorer {name!r}; {hint}Known: {', '.join(list_scorers())}; one of your own is"
-            " read by `ocvtp --import FILE COMMAND ...`."
-        )
-    return _REGISTRY[name]
+    import_module(_HOME)
+    return SCORERS.find(name)
 
 
 def build_scorer(name: str, sizes: dict[str, Any], widths: Widths) -> Scorer:
@@ -198,18 +176,7 @@ def build_scorer(name: str, sizes: dict[str, Any], widths: Widths) -> Scorer:
     Raises:
         ValueError: for unknown names and sizes, and sizes that a scorer refuses.
     """
-    cls = scorer_class(name)
-    known = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
-    for size in sizes:
-        if size not in known:
-            close = get_close_matches(size, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
-            takes = f"It takes {', '.join(known)}." if known else "It takes none."
-            raise ValueError(f"scorer {name!r} has no size {size!r}{hint} {takes}")
-    scorer = cls(**sizes)
+    import_module(_HOME)
+    scorer = SCORERS.build(name, sizes)
     scorer.build(widths)
     return scorer
-
-
-def _module(name: str) -> str:
-    return f"{__package__}.scorers.{name}"

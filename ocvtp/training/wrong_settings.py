@@ -16,7 +16,8 @@ from jsonargparse import ArgumentParser
 _ENCODERS = ("clip.CLIPEncoder", "tiles.TiledEncoder", "qwen.QwenEncoder", "timm.TimmEncoder")
 _DATA = (
     *("module.CocoDataModule", "module.SceneDataModule", "folder.FolderDataModule"),
-    "features.FeatureDataModule",
+    *("features.FeatureDataModule", "module.QuestionDataModule"),
+    *("conversations.ConversationDataModule", "coco_questions.CocoQuestionDataModule"),
 )
 CLASSES = {
     "model.encoder": [f"ocvtp.encoders.{name}" for name in _ENCODERS],

@@ -36,13 +36,14 @@ def questions(
     said: Any = SAID,
     side: str = "right",
     sizes: Any = ((120, 90), (90, 120), (150, 60)),
+    pictures: Any = (0, 1, 2),
 ) -> tuple[dict[str, Any], Tensor]:
     """What a processor returns of prompts and answers, and [B, L] where the answers are."""
     _, processor = tiny(name)
-    pictures = [picture(seed, size) for seed, size in zip(range(len(said)), sizes, strict=False)]
+    shown = [picture(number, sizes[number]) for number in pictures[: len(said)]]
     texts = [with_template(processor, question, 1) + answer for question, answer in said]
     settings = {"return_tensors": "pt", "padding": True, "padding_side": side}
-    inputs = dict(processor(images=pictures, text=texts, **settings))
+    inputs = dict(processor(images=shown, text=texts, **settings))
     answers = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     for row, (_, answer) in enumerate(said):
         end = int(inputs["attention_mask"][row].nonzero()[-1]) + 1

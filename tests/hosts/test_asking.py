@@ -237,6 +237,48 @@ def test_reading_goes_on_from_a_layer(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_an_image_of_several_questions_is_encoded_once(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = tiny(name)
+    said = (*SAID, ("Why?", "No."), ("Who is it?", "You."))
+    inputs, answers = questions(name, said, pictures=(0, 0, 1, 2, 2))
+    with Asker(model, processor, TEXT) as asker, torch.no_grad():
+        encode, given = asker.host.encode, list[Any]()
+        monkeypatch.setattr(
+            asker.host,
+            "encode",
+            lambda images, needs: given.append(images) or encode(images, needs),
+        )
+        asked = asker.ask(inputs, answers)
+        monkeypatch.undo()
+        answered = read(asker.host, asked, layers=[1])
+        short = read(asker.host, drop(asked, some(asked)))
+    (images,) = given
+    counts = (inputs["input_ids"] == asker.host.image_token_id).sum(dim=1)
+    share = counts[[0, 2, 3]].sum() / counts.sum()
+    few, many = (len(some["pixel_values"]) for some in (images, inputs))
+    assert few == 3 if many == 5 else few == many * share
+    rows, columns = predicting(torch.where(answers, inputs["input_ids"], -100))
+    with torch.no_grad():
+        expected = model(**inputs).logits[rows, columns]
+    torch.testing.assert_close(answered.logits, expected, **TOLERANCE)
+    assert asked.tokens.text_valid.sum(dim=1).tolist() == [len(question) for question, _ in said]
+    keep = some(asked)
+    for row in range(len(said)):  # as if there were no others
+        alone, own = questions(name, said[row : row + 1], pictures=[(0, 0, 1, 2, 2)[row]])
+        with Asker(model, processor, TEXT) as asker, torch.no_grad():
+            other = asker.ask(alone, own)
+            count = other.columns.shape[1]
+            mine = read(asker.host, drop(other, keep[row : row + 1, :count])).logits
+            attention = read(asker.host, other, layers=[1]).attention[1]
+        torch.testing.assert_close(short.logits[short.owner == row], mine, **TOLERANCE)
+        torch.testing.assert_close(answered.attention[1][row, :count], attention[0], **TOLERANCE)
+        text = other.tokens.text[0]
+        torch.testing.assert_close(asked.tokens.text[row, : len(text)], text)
+
+
 def test_repeated_questions_are_answered_alike() -> None:
     for name in ("llava", "qwen3-vl"):
         model, processor = tiny(name)

@@ -12,7 +12,8 @@ from reference import fingerprint
 from test_asking import TOLERANCE, some
 from torch import Tensor
 
-from ocvtp.hosts.asking import Asked, Asker, before_layer, drop, gates_of_rows, read
+from ocvtp.hosts.asked import gates_of_rows
+from ocvtp.hosts.asking import Asked, Asker, before_layer, drop, read
 from ocvtp.hosts.gating import (
     KEY_BIAS,
     Gate,
@@ -267,7 +268,7 @@ def test_rows_that_the_tower_adds_later_are_gated(gate: Gate) -> None:
     gate.build(host)
     gate.measure([asked])
     keep = some(asked)
-    made, arguments = gate(asked, of_hard(keep))
+    made, arguments = gate.eval()(asked, of_hard(keep))
     assert arguments == {}
     assert asked.deepstack is not None
     assert made.deepstack is not None
@@ -290,9 +291,26 @@ def replace_rows(asked: Asked, value: float) -> Asked:
 
 
 @pytest.mark.parametrize("name", ["llava", "llava-next", "qwen3-vl"])
+def test_repeated_questions_have_gates_of_their_own(name: str) -> None:
+    """As drawn sets of one question are."""
+    host, asked = ask(name, pictures=(0, 0, 1))
+    keeps = [some(asked, seed, share=0.1) for seed in (1, 2)]
+    both = torch.stack(keeps, dim=1).flatten(0, 1)
+    for gate in (KeyBias(floor=0), Scale(), Gather()):
+        with torch.no_grad(), gating(host):
+            found = read(host, asked.repeat(2), of_hard(both), gate)
+            for number, keep in enumerate(keeps):
+                expected = read(host, asked, of_hard(keep), gate)
+                for row in range(len(keep)):
+                    mine = found.logits[found.owner == 2 * row + number]
+                    theirs = expected.logits[expected.owner == row]
+                    torch.testing.assert_close(mine, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava-next", "qwen3-vl"])
 def test_noise_is_of_the_tokens_spread(name: str) -> None:
     host, asked = ask(name)
-    gate = Noise()
+    gate = Noise().eval()
     with pytest.raises(RuntimeError, match=r"call build\(host\)"):
         gate(asked, opened(asked))
     gate.build(host)
@@ -317,7 +335,15 @@ def test_noise_is_of_the_tokens_spread(name: str) -> None:
     assert torch.equal(again.embeddings, made.embeddings)
     other, _ = gate(asked, Gates(values, values > 1), torch.Generator().manual_seed(5))
     assert not torch.equal(other.embeddings, made.embeddings)
-    saved = Noise()
+    gate.train()
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(gate(asked, Gates(values, values > 1))[0].embeddings)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    gate.eval()
+    saved = Noise().eval()
     saved.build(host)
     saved.load_state_dict(gate.state_dict())
     loaded, _ = saved(asked, Gates(values, values > 1))

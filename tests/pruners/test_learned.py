@@ -13,7 +13,7 @@ import ocvtp
 from ocvtp.learning import artifact
 from ocvtp.ops.selection import top_k
 from ocvtp.pruners import trainable
-from ocvtp.pruners.checks import random_tokens
+from ocvtp.pruners.checks import check_pruner, random_tokens
 from ocvtp.pruners.specs import build_spec
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.slots import OCPruner, OCPrunerConfig
@@ -129,6 +129,33 @@ def test_each_stage_has_its_own_networks(tmp_path):
             ocvtp.build_pruner(other, num_keep=9, checkpoint=folder)
         with pytest.raises(ValueError, match=f"pruner 'ocvtp' got .* a network of pruner '{name}'"):
             ocvtp.build_pruner("ocvtp", num_keep=9, checkpoint=folder)
+
+
+CHECKED = {
+    "qk_mean": {},
+    "local_global": {"dim": 8, "blocks": 1, "heads": 2, "budget": "film"},
+    "prompted": {"dim": 8, "blocks": 1, "heads": 2, "budget": "film"},
+    "vip": {"kind": "cls", "hidden": [2], "dim": 8, "condition": 8, "heads": 2, "blocks": 1},
+    "slots": {"layer": 3, "hidden_dim": 8, "slot_dim": 4, "ffn_dim": 8},
+}
+
+
+@pytest.mark.parametrize("choice", ["topk", {"mmr": 0.5}, {"maxmin": 0.5}], ids=str)
+@pytest.mark.parametrize("scorer", CHECKED)
+@pytest.mark.sampled(5)
+def test_every_scorer_keeps_to_the_contract_of_a_pruner(scorer, choice):
+    """Also that the host never waits for the device, and that images are apart."""
+    network = selector("llm_input", WIDTH, scorer, sizes=CHECKED[scorer])
+    pruner = ocvtp.build_pruner("learned", num_keep=4, network=network, choice=choice)
+    check_pruner(pruner, grid_hw=GRID)
+    counting = replace(pruner, threshold=0.51)
+    tokens = tokens_for(counting, ragged=True)
+    together = counting.select(tokens)
+    for b in range(3):
+        alone = counting.select(tokens.map(lambda t: t[b : b + 1]))  # noqa: B023
+        assert alone.keep_indices[0][alone.valid[0]].equal(
+            together.keep_indices[b][together.valid[b]]
+        )
 
 
 # ---------------------------------------------------------------- of an OC-pruner

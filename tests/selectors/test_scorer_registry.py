@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ocvtp.cli import main
+from ocvtp.learning import artifact
 from ocvtp.plugins import import_file
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.selectors import scorer as scorers
 from ocvtp.selectors.network import SelectorConfig, SelectorNetwork
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer, scorer_class
 
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "add-a-scorer.md").read_text()
 MINE = '''
 from dataclasses import dataclass, field
 
@@ -41,10 +49,9 @@ class Mine(Scorer):
 @pytest.fixture
 def registry(monkeypatch):
     """What a test registers is gone after it."""
-    for name in scorers.BUILT_IN:  # imported once, so they must be there before
-        scorer_class(name)
-    monkeypatch.setattr(scorers, "_REGISTRY", dict(scorers._REGISTRY))
-    return scorers._REGISTRY
+    scorers.list_scorers()  # imports those of the package, once
+    monkeypatch.setattr(scorers.SCORERS, "_classes", dict(scorers.SCORERS._classes))
+    return scorers.SCORERS._classes
 
 
 def test_one_of_a_file_is_built_saved_and_read(registry, tmp_path):
@@ -61,6 +68,30 @@ def test_one_of_a_file_is_built_saved_and_read(registry, tmp_path):
     del registry["mine_of_a_file"]
     with pytest.raises(ValueError, match=r"unknown scorer 'mine_of_a_file'; .* --import FILE"):
         SelectorNetwork.from_pretrained(tmp_path / "out")
+
+
+def block(language):
+    return re.search(rf"```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[1]
+
+
+@pytest.mark.slow
+def test_the_page_runs(registry, tmp_path, monkeypatch, capsys):
+    """Trained, exported and evaluated beside its untrained self, by the words of the page."""
+    (tmp_path / "checkpoints").symlink_to(ROOT / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("outlying.py").write_text(block("py"))
+    Path("outlying.yaml").write_text(block("yaml"))
+    for command in block("bash").splitlines():
+        assert main(shlex.split(command)[1:]) == 0, command
+    said = "scorer 'outlying' before the language model of checkpoints/demo-vlm"
+    assert said in capsys.readouterr().out
+    config = artifact.config_of("outputs/outlying/exported")
+    assert (config["scorer"], config["sizes"]) == ("outlying", {"dim": 32})
+    found = json.loads(Path("outputs/outlying/evaluated/results.json").read_text())
+    rows = {row["label"]: row for row in found["rows"]}
+    assert rows["learned"]["trained"]
+    assert rows["learned"]["visual_tokens"] == rows["untrained:learned"]["visual_tokens"] == 16
 
 
 def test_unknown_names_say_what_there_is():
@@ -85,7 +116,11 @@ def test_what_is_no_scorer_is_refused(registry):
         ("prompted", dataclass(eq=False)(Whole), "'prompted' is registered already"),
         ("other", nn.Linear, "is no Scorer; derive it"),
         ("other", Half, "'other' lacks forward"),
-        ("other", type("Derived", (scorer_class("pointwise"),), {}), "is no dataclass; write @"),
+        (
+            "other",
+            type("Derived", (scorer_class("pointwise"),), {}),
+            "Derived is no dataclass of its",
+        ),
         ("other", dataclass(type("Equal", (Whole,), {})), r"write @dataclass\(eq=False\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -42,6 +42,10 @@ def test_a_saved_network_is_read_as_it_was(tmp_path):
     assert again(tokens, 4).values.equal(network(tokens, 4).values)
 
 
+def test_it_says_where_it_acts():
+    assert SelectorNetwork(CONFIG).describe() == "scorer 'prompted' before layer 3 of some/tower"
+
+
 def test_an_untrained_one_has_the_statistics_of_the_trained():
     trained = SelectorNetwork(CONFIG)
     trained.scorer.inputs.mean += 3.0
@@ -76,7 +80,7 @@ def test_what_does_not_go_together_is_refused(changed, message):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"sizes": {"dims": 3}}, "scorer 'prompted' has no size 'dims'"),
+        ({"sizes": {"dims": 3}}, "scorer 'prompted' has no setting 'dims'"),
         ({"scorer": "prompter"}, "unknown scorer 'prompter'; did you mean 'prompted'"),
         ({"gait": {}}, r"unknown settings \['gait'\]"),
         ({"widths": {"projected": 8}}, "missing 1 required positional argument: 'tower'"),

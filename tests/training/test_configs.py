@@ -11,16 +11,18 @@ import yaml
 from ocvtp.encoders.tiles import TiledEncoder
 
 CONFIGS = sorted(Path("configs/train").glob("*.yaml"))
+SELECTORS = sorted(Path("configs/train/selector").glob("*.yaml"))
 TOWERS = {"llava-v1.6-vicuna-7b-hf": "clip-vit-large-patch14-336"}  # of models named as towers
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*CONFIGS, *SELECTORS], ids=lambda p: p.stem)
 def test_headers_say_what_to_expect(path):
     header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     for word in ("command:", "hardware:", "expected:"):
         assert word in header
     assert "time:" in header or "hours:" in header
-    assert f"configs/train/{path.name}" in header
+    name = path.relative_to("configs/train").with_suffix("").as_posix()
+    assert f"configs/train/{name}.yaml" in header or f"--config {name}" in header
 
 
 @pytest.mark.sampled(3)
@@ -51,6 +53,24 @@ def test_configs_build(path, tmp_path, monkeypatch):
         assert getattr(held, name) == value
     assert network.config.layer == settings["encoder"]["init_args"]["layer"]
     assert cli.datamodule.transform is cli.model.encoder.transform
+
+
+@pytest.mark.parametrize("path", SELECTORS, ids=lambda p: p.stem)
+def test_recipes_of_selectors_build(path, tmp_path):
+    from ocvtp.training.run import build
+
+    words = ["--config", str(path), "--output", str(tmp_path), "--trainer.logger", "false"]
+    settings = yaml.safe_load(path.read_text())["model"]["init_args"]
+    if settings.get("warm_start"):
+        assert settings["warm_start"] in path.read_text().split("seed_everything")[0]
+        words += ["--model.warm_start", "null"]
+    module = build(words).model
+    assert module.recipe == path.stem
+    scorer = settings["scorer"]
+    assert type(module.network.scorer).__name__ == scorer["class_path"].rpartition(".")[2]
+    for name, value in scorer.get("init_args", {}).items():
+        assert module.network.config.sizes[name] == value
+    assert [loss.name for loss in module.losses] == list(settings["losses"])
 
 
 def test_the_papers_recipe_has_the_papers_sizes():

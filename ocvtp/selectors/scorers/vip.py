@@ -17,7 +17,7 @@ from ocvtp.selectors.blocks import (
     token_fractions,
 )
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
-from ocvtp.slots.statistics import FeatureStatistics, image_mean
+from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, VisualTokens
 
 _CELLS = 24.0
@@ -72,8 +72,8 @@ def _turned(part: Tensor, places: Tensor) -> Tensor:
 class VIP(Scorer):
     """A row of attention through blocks of attention that compare what the tower saw.
 
-    Paper: https://arxiv.org/abs/2508.01548. The row is a head mean where the host gives no other,
-    its logarithm minus that of the image's mean; published are heads apart, of a learnt token.
+    Paper: https://arxiv.org/abs/2508.01548. The row is a mean over heads, as logarithms minus
+    their mean over the image; published are heads apart, of a learnt token.
 
     Args:
         block: whose attention is read: of the language model at stage `llm_layers`, else of the
@@ -125,7 +125,7 @@ class VIP(Scorer):
     def build(self, widths: Widths) -> None:
         self.inputs = nn.ModuleList(FeatureStatistics(widths.tower) for _ in self.hidden)
         self.see = nn.Linear(len(self.hidden) * widths.tower, self.condition)
-        self.attended = nn.Linear(max(1, widths.heads), self.dim)
+        self.attended = nn.Linear(1, self.dim)
         self.layers = nn.ModuleList(
             _Block(self.dim, self.condition, self.heads) for _ in range(self.blocks)
         )
@@ -138,27 +138,13 @@ class VIP(Scorer):
             for layer, statistics in self._measured()
         ]
         condition = self.see(torch.cat(seen, dim=2))
-        known = self.attended(self._rows(tokens).to(condition.dtype))
+        logs = relative_log(tokens.attention[self.key], tokens.valid)
+        known = self.attended(logs[:, :, None].to(condition.dtype))
         places = token_fractions(tokens)
         for block in self.layers:
             known = block(known, condition, places, tokens.valid)
         values: Tensor = self.out(self.norm(known)).squeeze(2)
         return Scores(values.float())
-
-    def _rows(self, tokens: VisualTokens) -> Tensor:
-        """[B, N, H or 1] logarithms of attention, minus that of its mean; 0 on padding."""
-        rows = tokens.attention[self.key].float()
-        rows = rows if rows.ndim == 3 else rows[:, :, None]
-        if rows.shape[2] != self.attended.in_features:
-            raise ValueError(
-                f"attention{list(self.key)} has {rows.shape[2]} heads, and this scorer reads"
-                f" {self.attended.in_features}; train it on what the host gives."
-            )
-        if tokens.valid is not None:
-            rows = rows.masked_fill(~tokens.valid[:, :, None], 0.0)
-        tiny = torch.finfo(torch.float32).tiny
-        logs = rows.clamp(min=tiny).log() - image_mean(rows, tokens.valid).clamp(min=tiny).log()
-        return logs if tokens.valid is None else logs.masked_fill(~tokens.valid[:, :, None], 0.0)
 
     def _measured(self) -> list[tuple[int, FeatureStatistics]]:
         own = [module for module in self.inputs if isinstance(module, FeatureStatistics)]
