@@ -66,7 +66,7 @@ def test_its_scores_are_the_published_ones(state, form, tmp_path, capsys):
     folder = tmp_path / "artifact"
     words = ["--official-selector", str(path), "--model", MODEL, "--output", str(folder)]
     assert main(["export", *words]) == 0
-    assert f"tokens of {MODEL}" in capsys.readouterr().out
+    assert f"before the language model of {MODEL}" in capsys.readouterr().out
     network = SelectorNetwork.from_pretrained(folder)
     tokens = torch.randn(2, 12, WIDTH)
     seen = VisualTokens(features=tokens, projected=tokens, grid_hw=(3, 4))
