@@ -174,7 +174,8 @@ class SelectorModule(NetworkModule):
         host, config = self.frozen_host, self.vlm.config
         vision, text = getattr(config, "vision_config", None), config.get_text_config()
         heads = getattr(text, "num_attention_heads", 0)
-        tower = getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0)
+        # Qwen2-VL calls the width of the language model `hidden_size` there.
+        tower = getattr(vision, "embed_dim", 0) or getattr(vision, "hidden_size", 0)
         return {
             "widths": Widths(text.hidden_size, tower, heads),
             "stage": self.host.stage,
@@ -182,7 +183,7 @@ class SelectorModule(NetworkModule):
             "choice": self.choice.describe(),
             "positions": self.positions,
             "relaxation": _named(self.relaxation),
-            "gate": {} if gate is None else {"name": gate.name},
+            "gate": _named(gate),
             "losses": {name: dict(settings or {}) for name, settings in losses.items()},
             "host": {
                 "model": self.host.model,
@@ -481,7 +482,7 @@ def _budgets(given: list[int]) -> list[int]:
     return list(given)
 
 
-def _named(part: Relaxation | None) -> dict[str, Any]:
+def _named(part: Relaxation | Gate | None) -> dict[str, Any]:
     return {} if part is None else {"name": part.name, **part.settings()}
 
 
