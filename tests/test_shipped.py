@@ -21,7 +21,10 @@ from ocvtp.pruners.trainable import readers
 from ocvtp.structures import VisualTokens
 
 CONFIGS = Path("configs").resolve()
-TRAIN = sorted(path.stem for path in CONFIGS.glob("train/*.yaml"))
+TRAIN = sorted(
+    path.relative_to(CONFIGS / "train").with_suffix("").as_posix()
+    for path in (CONFIGS / "train").rglob("*.yaml")
+)
 
 
 def test_names_are_the_files():

@@ -18,7 +18,8 @@ def origin_of(host: Host, name: str) -> dict[str, Any]:
     config = host.model.config
     vision, text = getattr(config, "vision_config", None), config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)
-    tower = getattr(vision, "hidden_size", 0) or getattr(vision, "embed_dim", 0)
+    # Qwen2-VL calls the width of the language model `hidden_size` there.
+    tower = getattr(vision, "embed_dim", 0) or getattr(vision, "hidden_size", 0)
     return {
         "widths": Widths(text.hidden_size, tower, heads),
         "host": {

@@ -178,7 +178,7 @@ class SelectorModule(NetworkModule):
             "choice": self.choice.describe(),
             "positions": self.positions,
             "relaxation": _named(self.relaxation),
-            "gate": {} if gate is None else {"name": gate.name},
+            "gate": _named(gate),
             "losses": {name: dict(settings or {}) for name, settings in losses.items()},
             "num_slots": tuple(self.budgets),
             "objective": self.recipe,
@@ -469,7 +469,7 @@ def _budgets(given: list[int]) -> list[int]:
     return list(given)
 
 
-def _named(part: Relaxation | None) -> dict[str, Any]:
+def _named(part: Relaxation | Gate | None) -> dict[str, Any]:
     return {} if part is None else {"name": part.name, **part.settings()}
 
 

@@ -141,7 +141,7 @@ def test_a_pruner_attaches_whatever_was_imported_before():
 
 
 def test_every_command_has_flags():
-    assert FLAGS.keys() == COMMANDS.keys() - {"train", "extract"}
+    assert FLAGS.keys() == COMMANDS.keys() - {"train", "extract", "teacher"}
 
 
 def test_choices_are_what_there_is():

@@ -14,7 +14,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 from ocvtp.cli import main
 from ocvtp.commands.train import HELP
 from ocvtp.training.run import build
-from ocvtp.training.wrong_settings import CLASSES, explain
+from ocvtp.training.wrong_settings import CLASSES, explain, parameters
 
 CONFIG = "configs/train/scenes.yaml"
 
@@ -190,18 +190,14 @@ def test_the_classes_that_are_proposed_exist():
 
 def test_the_short_help_names_settings_that_exist():
     """And is printed without a parser, which takes seconds to import."""
-    cli = build(["--config", CONFIG])
-    known = cli.parser._option_string_actions.keys() | {"--config", "--help"}
-    flags = set(re.findall(r"--[a-z_.]+", HELP)) - {"--print"}
-    classes = {flag for flag in flags if flag.startswith("--data.") and not flag.endswith("help")}
-    for flag in classes | {
-        f for f in flags if f.startswith(("--model.encoder.", "--model.network."))
-    }:
-        name = flag.rsplit(".", 1)[1]
-        assert name == "help" or f"{name}:" in cli.parser.dump(cli.config), flag
-    assert flags - classes - known <= {
-        f for f in flags if f.startswith(("--model.encoder.", "--model.n"))
-    }
+    clis = [build(["--config", name]) for name in (CONFIG, "configs/train/selector/mask.yaml")]
+    known = clis[0].parser._option_string_actions.keys() | {"--config", "--help"}
+    settings = "".join(cli.parser.dump(cli.config) for cli in clis)
+    for flag in set(re.findall(r"--[a-z_.]+", HELP)) - {"--print"} - known:
+        assert flag.startswith(("--data.", "--model.")), flag
+        name = flag.rstrip(".").rsplit(".", 1)[1]
+        own = ("help", *parameters("ocvtp.training.selector.SelectorModule"))
+        assert name in own or f"{name}:" in settings, flag
 
 
 def test_the_short_help_imports_no_trainer():
