@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.in_llm import hooks as layer_hooks
@@ -109,10 +109,8 @@ def attach(
     warn_if_untested()
     model = unwrap(model)
     _check_free(model)
-    if positions is None:
-        positions = _trained_positions(pruner)
-    if positions not in ("contiguous", "original"):
-        raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
+    positions = _trained_positions(pruner) if positions is None else positions
+    _check_positions(positions)
     check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
     _check_all(host, pruner)
@@ -142,6 +140,11 @@ def attach(
     attachment.hooks = _installed_hooks(attachment, pruner, looked_for)
     attachment.put()
     return Handle(attachment, savings)
+
+
+def _check_positions(positions: Positions) -> None:
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
 
 
 def _trained_positions(pruner: Pruner | Compose) -> Positions:

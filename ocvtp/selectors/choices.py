@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.diversity import cosine, spread_from
+from ocvtp.ops.ridge import greedy_ridge
 from ocvtp.ops.selection import ascending, descending, top_k
-from ocvtp.ops.similarity import row, unit
+from ocvtp.ops.similarity import full, row, unit
+from ocvtp.slots.statistics import standardized
 from ocvtp.structures import Selection, VisualTokens, take
 
+_TINY = torch.finfo(torch.float32).tiny
 _LAST = -1e30  # below any candidate, above what is taken
 
 
@@ -119,7 +122,30 @@ class MaxMin(_Shared):
         return ascending(best, tokens.valid, tokens.num_tokens)
 
 
-CHOICES: dict[str, type[Choice]] = {cls.name: cls for cls in (TopK, MMR, MaxMin)}
+@dataclass(frozen=True)
+class Restore(_Shared):
+    """One by one the token that restores the most of what scores say matters; ours.
+
+    Tokens weigh `sigmoid(s) + share`, and are taken by `ocvtp.ops.ridge.greedy_ridge`, which is the
+    pruner `ridge` with these weights. For scores that are log-odds, as those of the loss `mask`.
+
+    Args:
+        share: what every token weighs besides, 0 to 1, so that where no score is high the whole
+            image counts.
+    """
+
+    share: float = 0.003
+    name: ClassVar[str] = "restore"
+
+    def select(self, scores: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
+        targets = standardized(full(tokens.features), tokens.valid)
+        weights = (full(scores).sigmoid() + self.share) * tokens.real
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=_TINY)
+        picks = greedy_ridge(targets, weights.to(targets), num_keep, valid=tokens.valid)
+        return ascending(picks, tokens.valid, tokens.num_tokens)
+
+
+CHOICES: dict[str, type[Choice]] = {cls.name: cls for cls in (TopK, MMR, MaxMin, Restore)}
 
 
 def parse_choice(value: Any) -> Choice:
@@ -127,7 +153,8 @@ def parse_choice(value: Any) -> Choice:
 
     Args:
         value: a name, or a mapping of one name to its share: `topk`, `{"mmr": 0.5}`,
-            `{"maxmin": 0.5}`; without a share it is 0.5. A `Choice` stays as it is.
+            `{"maxmin": 0.5}`, `{"restore": 0.003}`; these shares are the defaults. A `Choice` stays
+            as it is.
 
     Raises:
         ValueError: for anything else.
@@ -143,8 +170,8 @@ def parse_choice(value: Any) -> Choice:
     is_share = isinstance(share, Real) and not isinstance(share, bool) and 0 <= float(share) <= 1
     if not (is_known and is_share and issubclass(CHOICES[name], _Shared)):
         raise ValueError(
-            f"choice={value!r}; pass 'topk', or 'mmr' or 'maxmin', alone or with a share from 0 to"
-            " 1 as in {'mmr': 0.5}."
+            f"choice={value!r}; pass 'topk', or 'mmr', 'maxmin' or 'restore', alone or with a share"
+            " from 0 to 1 as in {'mmr': 0.5}."
         )
     return CHOICES[name](float(share))  # type: ignore[call-arg, arg-type]
 

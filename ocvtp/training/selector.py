@@ -78,7 +78,8 @@ class SelectorModule(NetworkModule):
         warm_start: folder or hub id of an exported artifact of the same scorer, to begin from.
         budgets: K, whole numbers of tokens; each step draws one.
         val_budgets: those of the validation; None for the median of `budgets`.
-        choice: how K tokens are chosen by score: `topk`, `{mmr: 0.5}`, `{maxmin: 0.5}`.
+        choice: how K tokens are chosen by score: `topk`, `{mmr: 0.5}`, `{maxmin: 0.5}`,
+            `restore`.
         positions: of tokens that are left: `contiguous` numbers them from 0, `original` leaves
             gaps. It says how the validation reads, and goes into the artifact.
         teacher: folder of `ocvtp teacher`: what the whole model says of the training questions;

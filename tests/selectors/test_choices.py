@@ -10,10 +10,14 @@ from torch.nn import functional
 
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.selectors.choices import parse_choice
+from ocvtp.slots.statistics import standardized
 from ocvtp.structures import Needs
 
 COUNT, GRID = 12, (4, 3)
-CHOICES = ["topk", {"mmr": 0.5}, {"mmr": 0.0}, {"mmr": 1.0}, {"maxmin": 0.5}, {"maxmin": 0.0}]
+CHOICES = [
+    "topk", {"mmr": 0.5}, {"mmr": 0.0}, {"mmr": 1.0}, {"maxmin": 0.5}, {"maxmin": 0.0},
+    {"restore": 0.0}, {"restore": 0.1},
+]  # fmt: skip
 
 
 @pytest.fixture(params=CHOICES, ids=str)
@@ -28,9 +32,30 @@ def drawn(seed=0, ragged=False):
     return numbers / 3 - 1, tokens
 
 
-def taken_by_hand(choice, scores, vectors, num_keep):
+def restored_by_hand(share, scores, features, num_keep):
+    """By taking what each token restores away from all of them."""
+    left = standardized(features[None])[0].double()
+    weights = scores.double().sigmoid() + share
+    weights = weights / weights.sum()
+    extra = 0.3 * float((weights * left.square().sum(dim=1)).sum())
+    taken = []
+    while len(taken) < num_keep:
+        gains = {}
+        for n in set(range(len(scores))) - set(taken):
+            mass = float(left[n].square().sum()) + extra
+            gains[n] = float((weights * (left @ left[n]).square()).sum()) / mass
+        taken.append(max(sorted(gains), key=lambda n: gains[n]))  # noqa: B023
+        vector = left[taken[-1]]
+        left = left - (left @ vector)[:, None] * vector / (vector.square().sum() + extra)
+    return taken
+
+
+def taken_by_hand(choice, scores, tokens, num_keep):
     """Of one image, without padding, in plain loops."""
     [(name, share)] = choice.items() if isinstance(choice, dict) else [(choice, None)]
+    if name == "restore":
+        return restored_by_hand(share, scores, tokens.features, num_keep)
+    vectors = tokens.projected
     cosines = functional.cosine_similarity(vectors[:, None], vectors[None], dim=2)
     numbers = range(len(scores))
     best = sorted(numbers, key=lambda n: (-float(scores[n]), n))
@@ -57,9 +82,8 @@ def test_tokens_are_those_of_a_loop(choice, ragged):
         assert selection.keep_indices.shape == (3, num_keep)
         for b in range(3):
             real = int(tokens.real[b].sum())
-            wanted = taken_by_hand(
-                choice, scores[b, :real], tokens.projected[b, :real], min(num_keep, real)
-            )
+            own = tokens.map(lambda values, b=b, real=real: values[b, :real])
+            wanted = taken_by_hand(choice, scores[b, :real], own, min(num_keep, real))
             found = selection.keep_indices[b]
             if selection.valid is not None:
                 found = found[selection.valid[b]]
@@ -117,5 +141,5 @@ def test_a_choice_says_what_it_is_made_of(choice):
     ],
 )
 def test_what_is_no_choice_is_refused(wrong):
-    with pytest.raises(ValueError, match=r"choice=.*; pass 'topk', or 'mmr' or 'maxmin', alone"):
+    with pytest.raises(ValueError, match=r"choice=.*; pass 'topk', or 'mmr', 'maxmin' or 'rest"):
         parse_choice(wrong)

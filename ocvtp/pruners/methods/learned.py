@@ -24,7 +24,7 @@ class Learned(SelectorPruner, AdaptivePruner):
         checkpoint: folder or hub id of an exported scorer, or of an OC-pruner, whose tokens then
             score their largest share in a slot.
         network: one in memory, instead of `checkpoint`. It moves to the tokens' device.
-        choice: `topk`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's own.
+        choice: `topk`, `restore`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's.
         threshold: every image keeps the tokens with `sigmoid(score)` above it, at least one; then
             no budget is needed.
         adaptive: whether there is a threshold; 0.5 where none is given.

@@ -26,7 +26,7 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
         num_keep: tokens kept per image, on average over the layers.
         checkpoint: folder or hub id of an exported scorer.
         network: one in memory, instead of `checkpoint`. It moves to the tokens' device.
-        choice: `topk`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's own.
+        choice: `topk`, `restore`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's.
         stages: `((layer, K),)` in place of an average.
     Deviations: unofficial: scorers and recipes are ours, after descriptions of others'.
     """
