@@ -60,7 +60,7 @@ def attach(
     *,
     processor: Any = None,
     text_tower: TextTower = None,
-    positions: Positions = "contiguous",
+    positions: Positions | None = None,
     budget: TileBudget = "per_image",
     separators: Separators = "rows",
     on_prune: Callable[[Prompt], None] | None = None,
@@ -82,8 +82,9 @@ def attach(
             CLIP that the vision tower is from, a `CLIPModel`, or a pair `(CLIPModel, tokenizer)`.
             None looks for it on this machine.
         positions: `contiguous` numbers the tokens that are left from 0; `original` leaves each
-            token the position that it had. Models that turn tokens by their place in the image
-            (Qwen-VL) always keep those.
+            token the position that it had; None is what the pruner was trained with, and else
+            `contiguous`. Models that turn tokens by their place in the image (Qwen-VL) always keep
+            those.
         budget: where a model cuts images into tiles, `num_keep` is that of the image (`per_image`)
             or of every tile (`per_tile`: pruners see each as an image of its own).
         separators: where a model ends the rows of images with newline tokens: `rows` keeps those
@@ -108,6 +109,8 @@ def attach(
     warn_if_untested()
     model = unwrap(model)
     _check_free(model)
+    if positions is None:
+        positions = _trained_positions(pruner)
     if positions not in ("contiguous", "original"):
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
     check_logits(logits)
@@ -139,6 +142,11 @@ def attach(
     attachment.hooks = _installed_hooks(attachment, pruner, looked_for)
     attachment.put()
     return Handle(attachment, savings)
+
+
+def _trained_positions(pruner: Pruner | Compose) -> Positions:
+    wanted = (part.prompt_positions for part in pruner.parts)
+    return next((positions for positions in wanted if positions is not None), "contiguous")
 
 
 def _installed_hooks(

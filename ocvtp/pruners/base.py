@@ -94,6 +94,11 @@ class Pruner(ABC):
         """What the host must supply before the language model runs: `needs`, for most."""
         return self.needs
 
+    @property
+    def prompt_positions(self) -> Literal["contiguous", "original"] | None:
+        """Positions of the tokens that are left that it was trained with, see `ocvtp.attach`."""
+        return None
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose the tokens to keep: pure, batched, deterministic, without host syncs.
 

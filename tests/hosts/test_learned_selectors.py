@@ -89,3 +89,26 @@ def test_questions_are_answered_apart(subject: Any, case: str) -> None:
         assert_close(alone[0][0], scores[row], atol=1e-4, rtol=1e-4)
         assert alone[1][0].equal(kept[row])
     assert not torch.allclose(scores[0], scores[1], atol=1e-3), "the question changes nothing"
+
+
+def test_positions_are_those_of_the_training() -> None:
+    model, processor = load_model("random:tiny-llava")
+    inputs = asked(processor, WORDS[:1])
+    found = {}
+    for trained in ("contiguous", "original"):
+        text, vision = model.config.text_config, model.config.vision_config
+        sizes = (vision.hidden_size, "pointwise", text.hidden_size)
+        pruner = ocvtp.build_pruner(
+            "learned", network=selector("llm_input", *sizes, positions=trained), num_keep=6
+        )
+        for asked_for in (None, "contiguous", "original"):
+            seen: list[Any] = []
+            with pruner(model, positions=asked_for, on_prune=seen.append):
+                model(**inputs)
+            gaps = seen[0].positions is not None
+            found[trained, asked_for] = gaps
+    assert found == {
+        (trained, asked_for): (asked_for or trained) == "original"
+        for trained in ("contiguous", "original")
+        for asked_for in (None, "contiguous", "original")
+    }

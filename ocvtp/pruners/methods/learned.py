@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Learned(SelectorPruner, AdaptivePruner):
     @property
     def needs(self) -> Needs:
         return self.trained.scorer.needs
+
+    @property
+    def prompt_positions(self) -> Literal["contiguous", "original"]:
+        return self.trained.config.positions
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         told = self.num_keep if self.adaptive and not self.keeps_share else num_keep
