@@ -7,8 +7,9 @@ booleans are real, so that what depends on the layout of a prompt takes its true
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -38,6 +39,7 @@ class WithoutValues(TorchDispatchMode):
         self._held: dict[int, weakref.ref[Any]] = {}
         self._patches = (
             patch.object(torch, "autocast", _autocast),
+            patch.object(torch, "tensor", partial(_tensor, torch.tensor)),
             patch.object(functional, "scaled_dot_product_attention", _attention),
         )
 
@@ -88,6 +90,15 @@ class WithoutValues(TorchDispatchMode):
 def _autocast(device: str, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
     """That of PyTorch, which refuses `meta`."""
     return nullcontext() if device == "meta" else torch.amp.autocast(device, *args, **kwargs)
+
+
+def _tensor(make: Callable[..., Tensor], data: Any, **kwargs: Any) -> Tensor:
+    """A tensor of given numbers, which PyTorch makes without an operation."""
+    if torch.device(kwargs.get("device") or _CPU) != _META:
+        return make(data, **kwargs)
+    found = make(data, **kwargs | {"device": _CPU})
+    valueless: Tensor = _valueless(found) if found.is_floating_point() else found
+    return valueless
 
 
 def _valueless(value: Any) -> Any:

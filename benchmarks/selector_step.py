@@ -8,7 +8,8 @@ of a model is allocated. Further words change settings, as of `ocvtp train`.
 
 A multiplication and an addition are two operations; causal attention counts whole, and all but
 matrix products, convolutions and attention counts nothing. Attention is that of kernels which do
-not hold its matrix.
+not hold its matrix. Models that compare the tiles of an image (LLaVA-NeXT, LLaVA-OneVision) cannot
+be counted.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,6 +38,7 @@ from benchmarks.meta import Kept, Operations, WithoutValues
 from benchmarks.timing import write
 from ocvtp.training.run import build
 from ocvtp.training.selector import SelectorModule
+from ocvtp.transformers_names import both
 
 MODEL = "random:llava-1.5-7b"
 SETTINGS = {"host.dtype": "bfloat16", "warm_start": "null"}
@@ -64,13 +68,13 @@ def questions(module: SelectorModule, count: int, asked: int, answered: int) -> 
         asked: letters of each, tokens of a tokenizer that reads bytes.
         answered: likewise, of its answer.
     """
-    size = getattr(module.vlm.config.vision_config, "image_size", 336)
+    height, width = size = both(getattr(module.vlm.config.vision_config, "image_size", 336))
     generator = np.random.default_rng(0)
-    masks = np.zeros((1, size, size), dtype=bool)
-    masks[:, : size // 2, : size // 2] = True
+    masks = np.zeros((1, *size), dtype=bool)
+    masks[:, : height // 2, : width // 2] = True
     items = [
         {
-            "image": Image.fromarray(generator.integers(0, 256, (size, size, 3), dtype=np.uint8)),
+            "image": Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)),
             "question": "q" * asked,
             "answer": "a" * answered,
             "before": (),
@@ -240,9 +244,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of these reached")
     parser.add_argument("--json", action="store_true", help="print JSON in place of the table")
     parser.add_argument("--output", type=Path, help="write JSON there, too")
+    words = sys.argv[1:] if words is None else words
     arguments, more = parser.parse_known_args(words)
     results = {
-        "command": "python -m benchmarks.selector_step",
+        "command": shlex.join(["python", "-m", "benchmarks.selector_step", *words]),
         "counted, not measured": True,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

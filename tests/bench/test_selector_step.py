@@ -20,10 +20,8 @@ TINY = [
 K = 4
 
 
-def module_of(recipe):
-    return step.build_module(
-        CONFIG.format(recipe), "random:tiny-llava", TINY if recipe == "kl" else TINY[:2]
-    )
+def module_of(recipe, model):
+    return step.build_module(CONFIG.format(recipe), model, TINY if recipe == "kl" else TINY[:2])
 
 
 def counts(module, batch, checkpointing):
@@ -36,13 +34,17 @@ def counts(module, batch, checkpointing):
     return parts, kept
 
 
-@pytest.mark.parametrize("recipe", ["kl", "visionselector"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_counted_is_what_runs(recipe, checkpointing):
-    real = module_of(recipe)
+@pytest.mark.parametrize(
+    ("recipe", "model"),
+    [("kl", "tiny-llava"), ("visionselector", "tiny-llava"), ("kl", "tiny-qwen2.5-vl")],
+)
+def test_what_is_counted_is_what_runs(recipe, model, checkpointing):
+    model = f"random:{model}"
+    real = module_of(recipe, model)
     batch = step.questions(real, 3, 9, 5)
     with WithoutValues() as memory:
-        module = module_of(recipe)
+        module = module_of(recipe, model)
     assert all(p.is_meta for p in module.parameters())
     with memory:
         parts, kept = counts(module, batch, checkpointing)
