@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy photos photos-inputs photo-vlm photo-accuracy hosts plots pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots pictures readme docs clean
 
 install: $(STAMP)
 
@@ -22,9 +22,12 @@ demo: install
 	$(BIN)/ocvtp export --checkpoint outputs/train/demo_kept/checkpoints/best.ckpt --output $(DEMO)/oc-pruner
 	$(BIN)/ocvtp answer --model checkpoints/demo-vlm --pruner ocvtp --checkpoint $(DEMO)/oc-pruner \
 		--num-keep 16 --image $(SCENE) --prompt "How many circles are there in the image?"
+	$(BIN)/ocvtp train --config selector/mask --trainer.max_steps 200 --trainer.val_check_interval 200 \
+		--data.num_train 400 --data.num_val 20 --data.root outputs/data/demo_learned --output outputs/train/demo_learned
+	$(BIN)/ocvtp export --checkpoint outputs/train/demo_learned/checkpoints/last.ckpt --output $(DEMO)/learned
 	rm -rf $(DEMO)/accuracy
 	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --num-images 40 \
-		--pruners ocvtp divprune fopru visionzip ridge --checkpoint $(DEMO)/oc-pruner \
+		--pruners ocvtp learned divprune fopru visionzip ridge --checkpoint $(DEMO)/oc-pruner $(DEMO)/learned \
 		--num-keep 16 --batch-size 64 --output $(DEMO)/accuracy
 	$(BIN)/ocvtp show --model checkpoints/demo-vlm --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
 		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope zspaprune ridge \
@@ -147,6 +150,29 @@ accuracy: install
 	cp outputs/accuracy/summary.json $(RESULTS)/results.json
 	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
 	$(BIN)/python -m benchmarks.readme
+
+# Scorers that read the prompt, with three seeds, beside the best of the others on the same scenes: docs/learned-pruners.md. What
+# was trained is not trained again.
+LEARNED_WORK := outputs/learned
+LEARNED_RESULTS := docs/results/demo-learned
+LEARNED_PRUNERS := learned learned:choice=topk ocvtp zspaprune todre trimtokenator ridge
+LEARNED_TRAINED := $(foreach seed,0 1 2,$(LEARNED_WORK)/$(seed)/model.safetensors)
+
+learned: export OMP_NUM_THREADS := 1
+learned: $(LEARNED_TRAINED) | install
+	mkdir -p $(LEARNED_RESULTS) $(LEARNED_WORK)/judged
+	$(foreach seed,0 1 2,mkdir -p checkpoints/demo-learned/$(seed) && cp $(LEARNED_WORK)/$(seed)/*.* checkpoints/demo-learned/$(seed)/ &&) true
+	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --num-images 500 \
+		--pruners $(LEARNED_PRUNERS) --num-keep 16 8 --batch-size 64 \
+		--checkpoint $(addprefix checkpoints/demo-learned/,0 1 2) $(addprefix checkpoints/demo-pruner/,0 1 2) \
+		--output $(LEARNED_WORK)/judged --json > $(LEARNED_WORK)/judged/summary.json
+	cp $(LEARNED_WORK)/judged/summary.json $(LEARNED_RESULTS)/results.json
+	cp $(LEARNED_WORK)/judged/report.md $(LEARNED_WORK)/judged/*.png $(LEARNED_RESULTS)/
+
+$(LEARNED_TRAINED): $(LEARNED_WORK)/%/model.safetensors: configs/train/selector/mask.yaml | install
+	$(BIN)/ocvtp train --config selector/mask --seed_everything $* --output $(LEARNED_WORK)/runs/$* \
+		--trainer.enable_progress_bar false
+	$(BIN)/ocvtp export --checkpoint $(LEARNED_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
 
 # The learned pruner on photographs without labels, with a pretrained tower: docs/photographs.md. Whatever is there is not
 # made again, so that the same command goes on after a stop. COCO judges, and nothing is trained on it.

@@ -214,5 +214,7 @@ class CleanStop(Checkpoint):
 
 def _validation_follows(trainer: pl.Trainer, batch_idx: int) -> bool:
     every = trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is None:  # batches of all epochs are counted
+        batch_idx = trainer.fit_loop.epoch_loop.total_batch_idx
     due = every is not None and every != float("inf") and (batch_idx + 1) % every == 0
     return due or trainer.is_last_batch

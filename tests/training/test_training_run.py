@@ -323,7 +323,7 @@ def test_no_step_at_all(tmp_path, scenes):
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_more_epochs_continue_the_last_one_bit_for_bit(tmp_path, scenes, epochs, monkeypatch):
     """`last.ckpt` of a run that ended continues as if it had not; the schedule apart."""
-    monkeypatch.setattr("ocvtp.training.module.planned_steps", lambda trainer: 18)
+    monkeypatch.setattr("ocvtp.training.base.planned_steps", lambda trainer: 18)
     straight = train([*quick(tmp_path / "a", scenes), "--trainer.max_epochs", "3"])
     words = quick(tmp_path / "b", scenes)
     train([*words, "--trainer.max_epochs", str(epochs)])
