@@ -151,28 +151,36 @@ accuracy: install
 	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
 	$(BIN)/python -m benchmarks.readme
 
-# Scorers that read the prompt, with three seeds, beside the best of the others on the same scenes: docs/learned-pruners.md. What
-# was trained is not trained again.
+# Scorers that read the prompt, with three seeds: by masks first, then by the answers. Beside the best of the others on the same
+# scenes: docs/learned-pruners.md. What was trained is not trained again.
 LEARNED_WORK := outputs/learned
 LEARNED_RESULTS := docs/results/demo-learned
-LEARNED_PRUNERS := learned learned:choice=topk ocvtp zspaprune todre trimtokenator ridge
-LEARNED_TRAINED := $(foreach seed,0 1 2,$(LEARNED_WORK)/$(seed)/model.safetensors)
+LEARNED_PRUNERS := learned ocvtp zspaprune todre trimtokenator ridge
+LEARNED_SEEDS := 0 1 2
+LEARNED_TRAINED := $(LEARNED_SEEDS:%=$(LEARNED_WORK)/kl/%/model.safetensors)
+LEARNED_TRAIN = $(BIN)/ocvtp train --config selector/$(1) --seed_everything $* --output $(LEARNED_WORK)/runs/$(1)/$* \
+	--trainer.enable_progress_bar false
+LEARNED_EXPORT = $(BIN)/ocvtp export --checkpoint $(LEARNED_WORK)/runs/$(1)/$*/checkpoints/last.ckpt --output $(@D)
 
 learned: export OMP_NUM_THREADS := 1
 learned: $(LEARNED_TRAINED) | install
-	mkdir -p $(LEARNED_RESULTS) $(LEARNED_WORK)/judged
-	$(foreach seed,0 1 2,mkdir -p checkpoints/demo-learned/$(seed) && cp $(LEARNED_WORK)/$(seed)/*.* checkpoints/demo-learned/$(seed)/ &&) true
+	mkdir -p $(LEARNED_RESULTS) $(LEARNED_WORK)/judged checkpoints/demo-learned
+	cp -r $(LEARNED_WORK)/kl/. checkpoints/demo-learned/
 	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --num-images 500 \
 		--pruners $(LEARNED_PRUNERS) --num-keep 16 8 --batch-size 64 \
-		--checkpoint $(addprefix checkpoints/demo-learned/,0 1 2) $(addprefix checkpoints/demo-pruner/,0 1 2) \
+		--checkpoint $(LEARNED_SEEDS:%=checkpoints/demo-learned/%) $(wildcard checkpoints/demo-pruner/*) \
 		--output $(LEARNED_WORK)/judged --json > $(LEARNED_WORK)/judged/summary.json
 	cp $(LEARNED_WORK)/judged/summary.json $(LEARNED_RESULTS)/results.json
 	cp $(LEARNED_WORK)/judged/report.md $(LEARNED_WORK)/judged/*.png $(LEARNED_RESULTS)/
 
-$(LEARNED_TRAINED): $(LEARNED_WORK)/%/model.safetensors: configs/train/selector/mask.yaml | install
-	$(BIN)/ocvtp train --config selector/mask --seed_everything $* --output $(LEARNED_WORK)/runs/$* \
-		--trainer.enable_progress_bar false
-	$(BIN)/ocvtp export --checkpoint $(LEARNED_WORK)/runs/$*/checkpoints/last.ckpt --output $(@D)
+$(LEARNED_SEEDS:%=$(LEARNED_WORK)/mask/%/model.safetensors): $(LEARNED_WORK)/mask/%/model.safetensors: \
+		configs/train/selector/mask.yaml | install
+	$(call LEARNED_TRAIN,mask)
+	$(call LEARNED_EXPORT,mask)
+
+$(LEARNED_TRAINED): $(LEARNED_WORK)/kl/%/model.safetensors: configs/train/selector/kl.yaml $(LEARNED_WORK)/mask/%/model.safetensors
+	$(call LEARNED_TRAIN,kl) --model.warm_start $(LEARNED_WORK)/mask/$*
+	$(call LEARNED_EXPORT,kl)
 
 # The learned pruner on photographs without labels, with a pretrained tower: docs/photographs.md. Whatever is there is not
 # made again, so that the same command goes on after a stop. COCO judges, and nothing is trained on it.
