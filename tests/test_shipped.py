@@ -224,13 +224,30 @@ def outside(installed: Path, folder: Path, *words: str) -> str:
     return run.stdout
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_shipped_scorers_are_of_the_recipe_beside_them(seed):
+    folder = f"checkpoints/demo-learned/{seed}"
+    recipe = yaml.safe_load((CONFIGS / "train/selector/kl.yaml").read_text())["model"]["init_args"]
+    pruner = ocvtp.build_pruner("learned", num_keep=16, checkpoint=folder)
+    config = pruner.network.config
+    assert (config.scorer, config.objective) == ("prompted", recipe["recipe"])
+    assert config.sizes.items() >= recipe["scorer"]["init_args"].items()
+    assert config.choice == recipe["choice"]
+    assert list(config.num_slots) == recipe["budgets"]
+    assert config.losses.keys() == recipe["losses"].keys()
+    assert config.training["seed"] == seed
+    assert config.training["lr"] == recipe["lr"]
+    assert {path.name for path in Path(folder).iterdir()} == {"config.json", "model.safetensors"}
+    assert (Path(folder) / "model.safetensors").stat().st_size < 1e6
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         facts = Parser().parsestr(archive.read(metadata).decode())
-    shipped_folders = ("demo-vlm", "demo-pruner")
+    shipped_folders = ("demo-vlm", "demo-pruner", "demo-learned")
     parts = ("ocvtp", "configs", *(f"checkpoints/{name}" for name in shipped_folders))
     files = {path for part in parts for path in Path(part).rglob("*") if path.is_file()}
     here = {path.as_posix() for path in files if "__pycache__" not in path.parts}
