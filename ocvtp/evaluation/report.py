@@ -219,30 +219,37 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
             yield from _oracle_warning(oracle, rows, metric, show)
 
 
+_BEATEN = "Something is wrong with the oracle, the task or the model: do not trust these figures."
+_BEATEN_BY_TRAINED = (
+    "The oracle keeps all objects and knows no question; that pruner was trained, and may know"
+    " more."
+)
+
+
 def _oracle_warning(
     oracle: Row, rows: Sequence[Row], metric: str, show: Callable[[dict[str, Any]], str]
 ) -> Iterator[dict[str, str]]:
-    """A warning where the oracle does not win at its budget."""
+    """A warning where the oracle does not win at its budget, trained pruners apart."""
     apart = (UNPRUNED, SHUFFLED, ORACLE)
     here = [row for row in rows if row.budget == oracle.budget and row.label not in apart]
     rivals = [row for row in here if not math.isnan(row.figures[metric].value)]
-    if not rivals:
-        return
-    best = max(rivals, key=lambda row: row.figures[metric].value)
-    lead = difference(oracle.figures[metric], best.figures[metric])
-    if not lead.value < 0:
-        return
-    beyond = lead.high < 0
-    judged = (
-        "Something is wrong with the oracle, the task or the model: do not trust these figures."
-        if beyond
-        else "The interval holds 0, so this may be chance."
-    )
-    text = (
-        f"{metric} at {tables.budget_text(oracle.budget)}: the oracle does not win. "
-        f"Oracle minus {best.label} is {show(asdict(lead))}. {judged}"
-    )
-    yield _warn("loud" if beyond else "mild", text)
+    for trained in (False, True):
+        group = [row for row in rivals if row.trained == trained]
+        if not group:
+            continue
+        best = max(group, key=lambda row: row.figures[metric].value)
+        lead = difference(oracle.figures[metric], best.figures[metric])
+        if not lead.value < 0:
+            continue
+        beyond = lead.high < 0
+        judged = "The interval holds 0, so this may be chance."
+        if beyond:
+            judged = _BEATEN_BY_TRAINED if trained else _BEATEN
+        text = (
+            f"{metric} at {tables.budget_text(oracle.budget)}: the oracle does not win. "
+            f"Oracle minus {best.label} is {show(asdict(lead))}. {judged}"
+        )
+        yield _warn("loud" if beyond and not trained else "mild", text)
 
 
 def _warn(level: str, text: str) -> dict[str, str]:

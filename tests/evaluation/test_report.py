@@ -192,6 +192,17 @@ def test_an_oracle_that_does_not_win_is_warned_of(oracle, level):
     assert ("> Note. " in text) == (level == "mild")
 
 
+def test_a_trained_pruner_may_win_against_the_oracle():
+    rows = [row("oracle", 0.25, 60, 400), row("learned", 0.25, 140, 400, trained=True)]
+    ((level, text),) = warned(*rows)
+    assert level == "mild"
+    assert "Oracle minus learned is -" in text
+    assert text.endswith("that pruner was trained, and may know more.")
+    found = dict(warned(*rows, row("fopru", 0.25, 200, 400)))
+    assert "Oracle minus fopru is -" in found["loud"]
+    assert "Oracle minus learned is -" in found["mild"]
+
+
 @pytest.mark.parametrize(("shuffled", "warns"), [(100, False), (300, True), (299, True)])
 def test_a_model_that_needs_no_image_is_warned_of(shuffled, warns):
     rows = [row("unpruned", 1.0, 300, 400), row("shuffled", 1.0, shuffled, 400)]
