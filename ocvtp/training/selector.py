@@ -147,7 +147,7 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = None if teacher is None else Teacher(teacher, self.says())
+        self._teacher = None if teacher is None else Teacher(teacher, self.says(), model)
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 

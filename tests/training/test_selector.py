@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import ocvtp
@@ -284,6 +287,41 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
         module._step(batch, module.ask(batch), 8, 0.0, module.losses)
     assert stored(words, "mask", tmp_path / "other") == 2
     assert "nothing to store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "teacher.json").write_text('{"shards": 3}'),
+        lambda d: (d / "teacher.json").write_text("[]"),
+        lambda d: (d / "teacher-00001.safetensors").unlink(),
+        lambda d: (d / "teacher-00001.safetensors").write_bytes(b"123"),
+        lambda d: save_file({"x": torch.zeros(2)}, d / "teacher-00001.safetensors"),
+        lambda d: _without(d / "teacher-00001.safetensors", "attention.0"),
+    ],
+)
+def test_a_damaged_teacher_is_one_error(damage, words, tmp_path):
+    folder = tmp_path / "teacher"
+    assert stored(words, "distil", folder) == 0
+    damage(folder)
+    with pytest.raises(ValueError, match=r"finished and whole.*run `ocvtp teacher"):
+        build(words("distil", f"--model.teacher={folder}"))
+
+
+def _without(path, name):
+    """The same file, but for one tensor."""
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, told)
+
+
+def test_a_teacher_of_other_weights_is_refused(words, tmp_path):
+    folder = tmp_path / "teacher"
+    assert stored(words, "distil", folder) == 0
+    with pytest.raises(ValueError, match="other weights, or of another dtype, than model.host"):
+        build(words("distil", f"--model.teacher={folder}", "--model.host.dtype=bfloat16"))
 
 
 # ---------------------------------------------------------------- every command
