@@ -190,13 +190,28 @@ def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatc
         assert torch.equal(values, other["state_dict"][name]), name
 
 
-def test_losses_without_what_they_read_are_refused(words):
+REWARD = ("--model.losses={reward: {}}", "--model.relaxation", "ocvtp.selectors.relaxations.Sample")
+
+
+def test_settings_that_make_no_sense_are_refused(words):
     for more, told in (
         (("kl", "--model.gate=null"), "model.gate is none"),
         (("kl", "--model.relaxation=null"), "model.relaxation is none"),
         (("mask", "--model.losses={reward: {}}"), "relaxation is none"),
         (("kl", "--model.losses={reward: {}}"), "Sample"),
-        (("mask", "--model.budgets=[8,0]"), "whole numbers above 0"),
+        (("mask", "--model.budgets=[8,0]"), r"budgets=\[8, 0\]; pass .*whole numbers"),
+        (("mask", "--model.budgets=[]"), r"budgets=\[\]; pass at least one"),
+        (("mask", "--model.val_budgets=[]"), r"val_budgets=\[\]; pass at least one"),
+        (("mask", "--model.samples=0"), "samples=0; pass at least 1"),
+        (("kl", *REWARD, "--model.samples=1"), "samples=1; pass at least 2"),
+        (("mask", "--model.statistics_questions=0"), "statistics_questions=0; pass at least 1"),
+        (("mask", "--model.lr=0"), "lr=0.0; pass a number above 0"),
+        (("mask", "--model.lr=.nan"), "lr=nan; pass a number above 0"),
+        (("mask", "--model.lr=.inf"), "lr=inf; pass a number above 0"),
+        (("mask", "--model.min_lr=-1"), "min_lr=-1.0, lr=0.002; .*pass 0 to 0.002"),
+        (("mask", "--model.min_lr=1"), "min_lr=1.0, lr=0.002; .*pass 0 to 0.002"),
+        (("mask", "--model.weight_decay=-1"), "weight_decay=-1.0; pass a number of at least 0"),
+        (("mask", "--model.warmup_fraction=2"), "warmup_fraction=2.0; pass a share"),
         (("mask", "--model.losses={maks: {}}"), "did you mean 'mask'"),
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
     ):
