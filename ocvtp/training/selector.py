@@ -250,7 +250,12 @@ class SelectorModule(NetworkModule):
     # ------------------------------------------------------------------ a run
 
     def on_fit_start(self) -> None:
-        """Put gates and checkpointing into the model until the run ends, as gradients need them."""
+        """Put gates and checkpointing into the model until the run ends, as gradients need them.
+
+        Raises:
+            ValueError: for losses that read masks, and questions that have none.
+        """
+        self._check_masks()
         self._modes.close()
         if self.reads & {"pruned", "states"}:
             self._modes.enter_context(gating(self.vlm))
@@ -286,6 +291,15 @@ class SelectorModule(NetworkModule):
                 pass
         for _, statistics, moments in wanted:
             statistics.measure(moments)
+
+    def _check_masks(self) -> None:
+        asked = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
+        reading = [loss.name for loss in self.losses if "objects" in loss.reads]
+        if reading and not getattr(asked, "has_places", True):
+            raise ValueError(
+                f"the losses {reading} read masks or boxes of what questions are about, and no"
+                " training question has any; pass data that has, or leave these losses out."
+            )
 
     def _some_questions(self) -> Iterator[Asked]:
         """Training questions at equal steps among all; the same in every process."""

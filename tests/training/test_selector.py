@@ -219,6 +219,22 @@ def test_settings_that_make_no_sense_are_refused(words):
             build(words(*more))
 
 
+def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    samples = [{"image": "a.png", "conversations": said}] * 4
+    (tmp_path / "plain.json").write_text(json.dumps(samples))
+    samples[-1] = samples[-1] | {"boxes": [[1, 1, 30, 30]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(samples))
+    short = [word for word in words("mask") if not word.startswith("--data.")]
+    data = "--data=ocvtp.data.conversations.ConversationDataModule", f"--data.root={tmp_path}"
+    short += [*data, "--data.batch_size=4", "--data.train_file"]
+    with pytest.raises(ValueError, match=r"losses \['mask'\] read masks .*leave these losses out"):
+        train([*short, "plain.json"])
+    assert not (tmp_path / "run").exists()
+    assert train([*short, "boxes.json"]).last
+
+
 def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
     network = build(words("mask")).model.network
     network.save_pretrained(tmp_path / "artifact")
