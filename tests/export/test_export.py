@@ -145,13 +145,14 @@ def test_a_plain_pickle_is_refused(tmp_path):
     assert not trace.exists()
 
 
-def test_errors_on_the_command_line_are_one_line(tmp_path, capsys):
-    status = main(["export", "--checkpoint", str(tmp_path / "no.ckpt"), "--output", str(tmp_path)])
+@pytest.mark.parametrize(("name", "told"), [("no.ckpt", "does not exist"), ("", "is a folder")])
+def test_errors_on_the_command_line_are_one_line(name, told, tmp_path, capsys):
+    status = main(["export", "--checkpoint", str(tmp_path / name), "--output", str(tmp_path)])
     captured = capsys.readouterr()
     assert status == 2
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    assert "does not exist" in captured.err
+    assert told in captured.err
 
 
 def test_round_trip(small_network, tmp_path):
