@@ -137,6 +137,11 @@ class QuestionSet(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.questions)
 
+    @property
+    def has_places(self) -> bool:
+        """Whether somebody says of any question where what it is about is."""
+        return any(question.places is not None for question in self.questions)
+
     def __getstate__(self) -> dict[str, Any]:  # every process opens its own images
         return {name: value for name, value in self.__dict__.items() if name != "_open"}
 

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocvtp.reporting.files import replacing
 from ocvtp.shipped import find_folder
@@ -24,6 +24,7 @@ from ocvtp.shipped import find_folder
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+_AGAIN = "make the folder again with `ocvtp export`"
 
 
 def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], format: str) -> None:
@@ -92,7 +93,11 @@ def config_of(source: str | Path, **hub: Any) -> dict[str, Any]:
 
 
 def _config(source: str | Path, **hub: Any) -> dict[str, Any]:
-    config = json.loads(_locate(source, CONFIG_NAME, **hub).read_text(encoding="utf-8"))
+    path = _locate(source, CONFIG_NAME, **hub)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{CONFIG_NAME} is damaged ({error}); {_AGAIN}.") from error
     return config if isinstance(config, dict) else {}
 
 
@@ -105,7 +110,27 @@ def _rest(
             f"format_version is {version!r}, this ocvtp reads {FORMAT_VERSION}; upgrade ocvtp"
             " or export the checkpoint again."
         )
-    return config, load_file(_locate(source, WEIGHTS_NAME, **hub), device=map_location)
+    path = _locate(source, WEIGHTS_NAME, **hub)
+    try:
+        return config, load_file(path, device=map_location)
+    except SafetensorError as error:
+        raise ValueError(f"{WEIGHTS_NAME} is damaged ({error}); {_AGAIN}.") from error
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Give a network of config.json the weights of model.safetensors.
+
+    Raises:
+        ValueError: if they are not of it.
+    """
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        first = lines[min(1, len(lines) - 1)].strip()[:200]
+        raise ValueError(
+            f"{WEIGHTS_NAME} does not fit {CONFIG_NAME}; {_AGAIN} ({first})."
+        ) from error
 
 
 @contextmanager
@@ -138,5 +163,5 @@ def _locate(source: str | Path, name: str, **hub: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{source!s} is neither a folder nor a model id of the hub that can be reached now"
-            f" ({type(error).__name__})."
+            f" ({type(error).__name__}); pass a folder that `ocvtp export` wrote."
         ) from error

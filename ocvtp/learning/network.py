@@ -239,7 +239,7 @@ class PrunerNetwork(
         values, weights = artifact.read(source, cls.format, cls.called, map_location, **hub)
         with artifact.explained(f"{source} does not hold {cls.called}"):
             network = cls(cls.read_config(values))
-            network.load_state_dict(weights)
+            artifact.load_weights(network, weights)
         network.source = str(source)
         return network.to(map_location).eval()
 

@@ -14,6 +14,8 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is missing, damaged, or holds anything else.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; pass the path of a file, e.g. of its last.ckpt.")
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; pass the path of a file.")
     try:

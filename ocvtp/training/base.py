@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -32,6 +33,9 @@ class NetworkModule(pl.LightningModule, ABC):
         min_lr: where the cosine ends.
         seed: of everything random in a step.
 
+    Raises:
+        ValueError: for a rate, decay or share out of its range.
+
     Attributes:
         run_settings: the settings of the run in plain types, for its checkpoints; see
             `ocvtp.training.resume`.
@@ -45,6 +49,7 @@ class NetworkModule(pl.LightningModule, ABC):
         self, lr: float, weight_decay: float, warmup_fraction: float, min_lr: float, seed: int
     ) -> None:
         super().__init__()
+        _check_rates(lr, weight_decay, warmup_fraction, min_lr)
         self.lr, self.weight_decay = lr, weight_decay
         self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
         self.seed = seed
@@ -122,6 +127,17 @@ class NetworkModule(pl.LightningModule, ABC):
             "training": training_summary(self.trainer, settings, self.val_budget),
             "settings": self.run_settings,
         }
+
+
+def _check_rates(lr: float, weight_decay: float, warmup_fraction: float, min_lr: float) -> None:
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}; pass a number above 0.")
+    if not 0 <= min_lr <= lr:
+        raise ValueError(f"min_lr={min_lr}, lr={lr}; the rate falls to min_lr: pass 0 to {lr}.")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay}; pass a number of at least 0.")
+    if not 0 <= warmup_fraction <= 1:
+        raise ValueError(f"warmup_fraction={warmup_fraction}; pass a share of the steps, 0 to 1.")
 
 
 def seed_of(*parts: int | str) -> int:

@@ -9,6 +9,9 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 
 from ocvtp.training.lifecycle import LateStart
 
+_NO_KIND = "Does not validate against any of the Union"
+"""How the parser's message begins; it stands in itself where a class is a setting of a class."""
+
 
 @contextmanager
 def clear_errors(building: bool = False) -> Iterator[None]:
@@ -50,10 +53,10 @@ def restoring(resume: str | None, start: LateStart) -> Iterator[None]:
 
 def _of_a_class(lines: list[str]) -> str:
     """What a class said of its arguments, where the parser says that no kind of value fits."""
-    if not lines or not lines[0].startswith("Does not validate against any of the Union"):
+    if not lines or not lines[0].startswith(_NO_KIND):
         return ""
     told = (line.strip().removeprefix("- ") for line in lines if line.lstrip().startswith("- "))
-    return next((line for line in told if not line.startswith("Expected a ")), "")
+    return next((line for line in told if not line.startswith(("Expected a ", _NO_KIND))), "")
 
 
 def _line(error: Exception) -> str:

@@ -95,8 +95,8 @@ class SelectorModule(NetworkModule):
             the gate measure what tokens are like before the first step, where they do.
 
     Raises:
-        ValueError: for losses that lack what they read, budgets below 1, and an artifact of another
-            scorer.
+        ValueError: for losses that lack what they read, numbers out of their range, and an artifact
+            of another scorer.
     """
 
     frozen: ClassVar[str] = "vlm"
@@ -129,11 +129,13 @@ class SelectorModule(NetworkModule):
         self.reads = frozenset[str]().union(*(loss.reads for loss in self.losses))
         self.host, self.relaxation = host, relaxation
         self._check_parts(gate)
-        self.budgets = _budgets(budgets or [16, 32, 64, 128])
-        self.val_budgets = _budgets(val_budgets or [sorted(self.budgets)[len(self.budgets) // 2]])
+        self.budgets = _budgets("budgets", budgets, [16, 32, 64, 128])
+        median = sorted(self.budgets)[len(self.budgets) // 2]
+        self.val_budgets = _budgets("val_budgets", val_budgets, [median])
         self.choice, self.positions = parse_choice(choice or "topk"), positions
         self.samples, self.recipe = samples, recipe
         self.statistics_questions = statistics_questions
+        self._check_numbers()
         model, self.processor = load_model(host.model, host.dtype)
         self.vlm = model.requires_grad_(False)
         self._asker = Asker(model, self.processor, _needs(scorer, self.losses))
@@ -147,7 +149,7 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = None if teacher is None else Teacher(teacher, self.says())
+        self._teacher = None if teacher is None else Teacher(teacher, self.says(), model)
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 
@@ -169,6 +171,19 @@ class SelectorModule(NetworkModule):
             raise ValueError(
                 "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
                 " model.relaxation."
+            )
+
+    def _check_numbers(self) -> None:
+        least = 2 if "reward" in self.reads else 1
+        if self.samples < least:
+            raise ValueError(
+                f"samples={self.samples}; pass at least {least}: the loss 'reward' compares sets"
+                " that are drawn of one question."
+            )
+        if self.statistics_questions < 1:
+            raise ValueError(
+                f"statistics_questions={self.statistics_questions}; pass at least 1: by them the"
+                " scorer and the gate measure what tokens are like."
             )
 
     def _origin(self, losses: dict[str, Any], gate: Gate | None) -> dict[str, Any]:
@@ -235,7 +250,12 @@ class SelectorModule(NetworkModule):
     # ------------------------------------------------------------------ a run
 
     def on_fit_start(self) -> None:
-        """Put gates and checkpointing into the model until the run ends, as gradients need them."""
+        """Put gates and checkpointing into the model until the run ends, as gradients need them.
+
+        Raises:
+            ValueError: for losses that read masks, and questions that have none.
+        """
+        self._check_masks()
         self._modes.close()
         if self.reads & {"pruned", "states"}:
             self._modes.enter_context(gating(self.vlm))
@@ -271,6 +291,15 @@ class SelectorModule(NetworkModule):
                 pass
         for _, statistics, moments in wanted:
             statistics.measure(moments)
+
+    def _check_masks(self) -> None:
+        asked = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
+        reading = [loss.name for loss in self.losses if "objects" in loss.reads]
+        if reading and not getattr(asked, "has_places", True):
+            raise ValueError(
+                f"the losses {reading} read masks or boxes of what questions are about, and no"
+                " training question has any; pass data that has, or leave these losses out."
+            )
 
     def _some_questions(self) -> Iterator[Asked]:
         """Training questions at equal steps among all; the same in every process."""
@@ -463,11 +492,11 @@ def _needs(scorer: Scorer, losses: Sequence[Loss]) -> Needs:
     return reduce(or_, (loss.needs for loss in losses), scorer.needs)
 
 
-def _budgets(given: list[int]) -> list[int]:
-    for num_keep in given:
-        if num_keep < 1:
-            raise ValueError(f"a budget of {num_keep} tokens; pass whole numbers above 0.")
-    return list(given)
+def _budgets(name: str, given: list[int] | None, default: list[int]) -> list[int]:
+    budgets = default if given is None else list(given)
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"{name}={budgets}; pass at least one, whole numbers of tokens above 0.")
+    return budgets
 
 
 def _named(part: Relaxation | Gate | None) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities import move_data_to_device
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from ocvtp.data.feature_files import ShardWriter, claim, ends, plain, shard_name, weights_hash
@@ -71,33 +71,41 @@ class Teacher:
     Args:
         folder: to read.
         needs: of the losses.
+        model: the frozen one of the run that reads it.
 
     Raises:
-        ValueError: if it is not there, not finished, damaged, or lacks what is needed.
+        ValueError: if it is not there, not finished, damaged, of other weights, or lacks what is
+            needed.
     """
 
-    def __init__(self, folder: str | Path, needs: TeacherNeeds) -> None:
+    def __init__(self, folder: str | Path, needs: TeacherNeeds, model: nn.Module) -> None:
         self.folder = Path(folder)
         path = self.folder / SETTINGS
         try:
             self.settings = json.loads(path.read_text(encoding="utf-8"))
-            shards = self.settings["shards"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stored = TeacherNeeds(**self.settings["needs"])
+            weights = self.settings["weights"]
+            self._shards = [_Shard(self.folder / name, stored) for name in self.settings["shards"]]
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(
-                f"{self.folder} holds nothing of `ocvtp teacher` that is finished ({error}); run"
-                " `ocvtp teacher --config CONFIG --output DIR` first."
+                f"{self.folder} holds nothing of `ocvtp teacher` that is finished and whole"
+                f" ({type(error).__name__}: {error}); run `ocvtp teacher --config CONFIG --output"
+                " DIR` first, in a folder without damaged files."
             ) from error
-        self._check(needs)
+        self._check(needs, stored)
+        if weights != weights_hash(model):
+            raise ValueError(
+                f"{self.folder} was made by a model of other weights, or of another dtype, than"
+                " model.host; pass the host that `ocvtp teacher` asked, or make the folder again."
+            )
         self._places: dict[str, tuple[int, int]] = {}
-        self._shards = [_Shard(self.folder / name) for name in shards]
         for number, shard in enumerate(self._shards):
             self._places |= {name: (number, row) for row, name in enumerate(shard.names)}
 
-    def _check(self, needs: TeacherNeeds) -> None:
-        stored = self.settings["needs"]
-        lacks = [f"layer {layer}" for layer in needs.layers if layer not in stored["layers"]]
-        lacks += ["answers"] * (needs.answers and not stored["answers"])
-        if needs.layers and needs.rows != stored["rows"]:
+    def _check(self, needs: TeacherNeeds, stored: TeacherNeeds) -> None:
+        lacks = [f"layer {layer}" for layer in needs.layers if layer not in stored.layers]
+        lacks += ["answers"] * (needs.answers and not stored.answers)
+        if needs.layers and needs.rows != stored.rows:
             lacks.append(f"attention of {needs.rows!r} rows")
         if lacks:
             raise ValueError(
@@ -161,9 +169,13 @@ class Teacher:
 class _Shard:
     """One file, opened when it is first read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stored: TeacherNeeds) -> None:
         file: Any = safe_open(path, "pt")
         self._file = file
+        wanted = {f"attention.{layer}" for layer in stored.layers} | {"token_counts"}
+        wanted |= {"states", "state_counts"} if stored.answers else {"state_counts"}
+        if absent := sorted(wanted - {*file.keys()}):
+            raise ValueError(f"{path.name} lacks {', '.join(absent)}")
         self.names: list[str] = json.loads(file.metadata()["images"])
         self._tokens = ends(file.get_tensor("token_counts"))
         self._states = ends(file.get_tensor("state_counts"))

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
+from typing import get_type_hints
 
 import pytorch_lightning as pl
 from jsonargparse import ArgumentParser
@@ -19,9 +20,19 @@ _DATA = (
     *("features.FeatureDataModule", "module.QuestionDataModule"),
     *("conversations.ConversationDataModule", "coco_questions.CocoQuestionDataModule"),
 )
+_SCORERS = (
+    *("pointwise.Pointwise", "qk_mean.QKMean", "local_global.LocalGlobal"),
+    *("prompted.Prompted", "vip.VIP", "slots.Slots"),
+)
+_RELAXATIONS = ("SoftTopK", "HardST", "GumbelTopK", "GumbelBinary", "KeptST", "Sample")
+_GATES = ("KeyBias", "PolicySoftmax", "Scale", "Noise", "Gather")
 CLASSES = {
+    "model": ["ocvtp.training.selector.SelectorModule"],
     "model.encoder": [f"ocvtp.encoders.{name}" for name in _ENCODERS],
     "model.objective": ["ocvtp.slots.objectives.SlotsObjective", "ocvtp.slots.kept.KeptObjective"],
+    "model.scorer": [f"ocvtp.selectors.scorers.{name}" for name in _SCORERS],
+    "model.relaxation": [f"ocvtp.selectors.relaxations.{name}" for name in _RELAXATIONS],
+    "model.gate": [f"ocvtp.hosts.gating.{name}" for name in _GATES],
     "data": [f"ocvtp.data.{name}" for name in _DATA],
     "trainer.logger": [f"pytorch_lightning.loggers.{name}" for name in pl.loggers.__all__],
     "trainer.callbacks": [f"pytorch_lightning.callbacks.{name}" for name in pl.callbacks.__all__],
@@ -42,6 +53,7 @@ _TYPE = re.compile(r"Expected a (?!path)(.+?)(?:\. Got value: (.*))?$")
 _NO_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 _BASE = re.compile(r"Import path .*does not correspond to a subclass of (\S+)")
 _GIVEN = re.compile(r"Given value: (.*)")
+_NO_GROUP = re.compile(r"Unable to load config '(.*)'")
 _NO_FILE = re.compile(r"File does not exist: '(.+)'")
 
 
@@ -67,8 +79,11 @@ def explain(parser: ArgumentParser, message: str) -> str:
         elif found := _OPTION.match(line):
             return _unknown(parser, f"{key}.{found[1]}".removeprefix("."), kind)
         elif found := _GROUP.match(line):
-            return _unknown(parser, f"{found[1]}.{found[2]}", None)
-        elif found := _UNKNOWN.match(line):
+            return _in_group(parser, key, kind, f"{found[1]}.{found[2]}")
+        elif (found := _UNKNOWN.match(line)) and kind:
+            option = found[1].split("=")[0].removeprefix("--")
+            return _in_group(parser, key, kind, option)
+        elif found:
             return _unrecognized(parser, found[1])
         elif found := _MISSING.match(line):
             return _missing(key, found[1])
@@ -84,6 +99,8 @@ def explain(parser: ArgumentParser, message: str) -> str:
                 return _wrong_value(key, found[2], allowed)
         elif (found := _GIVEN.match(line)) and allowed:
             return _wrong_value(key, found[1], allowed)
+        elif (found := _NO_GROUP.match(line)) and kind:
+            return _wrong_value(key, found[1], ["dict"])
         elif found := _NO_FILE.match(line):
             return _no_file(key, found[1])
     return _as_it_is(parser, message)
@@ -125,6 +142,19 @@ def _unknown(parser: ArgumentParser, key: str, kind: str | None) -> str:
             return f"{key} is no setting{owner}, which has {', '.join(sorted(names))}."
     hint = f"did you mean --{' or --'.join(near)}?" if near else "see `ocvtp train --help all`."
     return f"{key} is no setting{owner}; {hint}"
+
+
+def _in_group(parser: ArgumentParser, key: str, kind: str | None, option: str) -> str:
+    """Of a group of settings, also of one inside of a class: `host.modle` of a SelectorModule."""
+    group = option.rpartition(".")[0]
+    if kind is None or not group:
+        return _unknown(parser, f"{key}.{option}".removeprefix("."), kind)
+    module, _, owner = kind.rpartition(".")
+    hints = get_type_hints(getattr(importlib.import_module(module), owner).__init__)
+    held = hints.get(group)
+    if not isinstance(held, type):
+        return _unknown(parser, f"{key}.{group.split('.')[0]}", kind)
+    return _unknown(parser, f"{key}.{option}", f"{held.__module__}.{held.__qualname__}")
 
 
 def _unrecognized(parser: ArgumentParser, words: str) -> str:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import ocvtp
@@ -187,18 +190,49 @@ def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatc
         assert torch.equal(values, other["state_dict"][name]), name
 
 
-def test_losses_without_what_they_read_are_refused(words):
+REWARD = ("--model.losses={reward: {}}", "--model.relaxation", "ocvtp.selectors.relaxations.Sample")
+
+
+def test_settings_that_make_no_sense_are_refused(words):
     for more, told in (
         (("kl", "--model.gate=null"), "model.gate is none"),
         (("kl", "--model.relaxation=null"), "model.relaxation is none"),
         (("mask", "--model.losses={reward: {}}"), "relaxation is none"),
         (("kl", "--model.losses={reward: {}}"), "Sample"),
-        (("mask", "--model.budgets=[8,0]"), "whole numbers above 0"),
+        (("mask", "--model.budgets=[8,0]"), r"budgets=\[8, 0\]; pass .*whole numbers"),
+        (("mask", "--model.budgets=[]"), r"budgets=\[\]; pass at least one"),
+        (("mask", "--model.val_budgets=[]"), r"val_budgets=\[\]; pass at least one"),
+        (("mask", "--model.samples=0"), "samples=0; pass at least 1"),
+        (("kl", *REWARD, "--model.samples=1"), "samples=1; pass at least 2"),
+        (("mask", "--model.statistics_questions=0"), "statistics_questions=0; pass at least 1"),
+        (("mask", "--model.lr=0"), "lr=0.0; pass a number above 0"),
+        (("mask", "--model.lr=.nan"), "lr=nan; pass a number above 0"),
+        (("mask", "--model.lr=.inf"), "lr=inf; pass a number above 0"),
+        (("mask", "--model.min_lr=-1"), "min_lr=-1.0, lr=0.002; .*pass 0 to 0.002"),
+        (("mask", "--model.min_lr=1"), "min_lr=1.0, lr=0.002; .*pass 0 to 0.002"),
+        (("mask", "--model.weight_decay=-1"), "weight_decay=-1.0; pass a number of at least 0"),
+        (("mask", "--model.warmup_fraction=2"), "warmup_fraction=2.0; pass a share"),
         (("mask", "--model.losses={maks: {}}"), "did you mean 'mask'"),
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
     ):
         with pytest.raises(ValueError, match=told):
             build(words(*more))
+
+
+def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+    samples = [{"image": "a.png", "conversations": said}] * 4
+    (tmp_path / "plain.json").write_text(json.dumps(samples))
+    samples[-1] = samples[-1] | {"boxes": [[1, 1, 30, 30]]}
+    (tmp_path / "boxes.json").write_text(json.dumps(samples))
+    short = [word for word in words("mask") if not word.startswith("--data.")]
+    data = "--data=ocvtp.data.conversations.ConversationDataModule", f"--data.root={tmp_path}"
+    short += [*data, "--data.batch_size=4", "--data.train_file"]
+    with pytest.raises(ValueError, match=r"losses \['mask'\] read masks .*leave these losses out"):
+        train([*short, "plain.json"])
+    assert not (tmp_path / "run").exists()
+    assert train([*short, "boxes.json"]).last
 
 
 def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
@@ -284,6 +318,41 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
         module._step(batch, module.ask(batch), 8, 0.0, module.losses)
     assert stored(words, "mask", tmp_path / "other") == 2
     assert "nothing to store" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "teacher.json").write_text('{"shards": 3}'),
+        lambda d: (d / "teacher.json").write_text("[]"),
+        lambda d: (d / "teacher-00001.safetensors").unlink(),
+        lambda d: (d / "teacher-00001.safetensors").write_bytes(b"123"),
+        lambda d: save_file({"x": torch.zeros(2)}, d / "teacher-00001.safetensors"),
+        lambda d: _without(d / "teacher-00001.safetensors", "attention.0"),
+    ],
+)
+def test_a_damaged_teacher_is_one_error(damage, words, tmp_path):
+    folder = tmp_path / "teacher"
+    assert stored(words, "distil", folder) == 0
+    damage(folder)
+    with pytest.raises(ValueError, match=r"finished and whole.*run `ocvtp teacher"):
+        build(words("distil", f"--model.teacher={folder}"))
+
+
+def _without(path, name):
+    """The same file, but for one tensor."""
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, told)
+
+
+def test_a_teacher_of_other_weights_is_refused(words, tmp_path):
+    folder = tmp_path / "teacher"
+    assert stored(words, "distil", folder) == 0
+    with pytest.raises(ValueError, match="other weights, or of another dtype, than model.host"):
+        build(words("distil", f"--model.teacher={folder}", "--model.host.dtype=bfloat16"))
 
 
 # ---------------------------------------------------------------- every command

@@ -13,6 +13,9 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from ocvtp.cli import main
 from ocvtp.commands.train import HELP
+from ocvtp.hosts.gating import GATES
+from ocvtp.selectors.relaxations import RELAXATIONS
+from ocvtp.selectors.scorer import SCORERS
 from ocvtp.training.run import build
 from ocvtp.training.wrong_settings import CLASSES, explain, parameters
 
@@ -94,6 +97,42 @@ def test_words(words, message, capsys):
     assert "\n" not in error
     assert "Union" not in error
     assert len(error) < 400
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.relaxation.tau=0"], "tau=0.0; pass a number above 0"),
+        (["--model.gate.floor=2"], "floor=2.0; pass a share"),
+        (["--model.lrr=1"], "did you mean --model.lr?"),
+        (["--model.host.modle=x"], "model.host.modle is no setting of FrozenModel; did you mean "),
+        (["--model.host={modle: x}"], "did you mean --model.host.model?"),
+        (["--model.hots.model=x"], "model.hots is no setting of SelectorModule; did you mean --m"),
+        (["--model.host=x"], "model.host is 'x'; pass a mapping"),
+        (["--model.host.layer=x"], "model.host.layer is 'x'; pass a whole number or null"),
+        (["--model.scorer=prompted"], "did you mean ocvtp.selectors.scorers.prompted.Prompted?"),
+        (["--model.scorer=foo"], "pass one of ocvtp.selectors.scorers.pointwise.Pointwise, "),
+        (["--model.relaxation=hard_st"], "did you mean ocvtp.selectors.relaxations.HardST?"),
+        (["--model.gate=key_bias"], "did you mean ocvtp.hosts.gating.KeyBias?"),
+        (["--model=Selector"], "did you mean ocvtp.training.selector.SelectorModule?"),
+    ],
+)
+def test_words_of_a_scorer(words, message, capsys):
+    error = error_of(["--config", "configs/train/selector/kl.yaml", *words], capsys)
+    assert message in error
+    assert "\n" not in error
+    assert "Union" not in error
+
+
+@pytest.mark.parametrize(
+    ("key", "parts"),
+    [("model.scorer", SCORERS), ("model.relaxation", RELAXATIONS), ("model.gate", GATES)],
+)
+def test_every_part_can_be_named(key, parts):
+    found = {f"{part.__module__}.{part.__name__}" for part in map(parts.find, parts.names())}
+    own = {path for path in found if path.startswith("ocvtp.")} - {"ocvtp.hosts.gating.NoGate"}
+    assert own == set(CLASSES[key])
 
 
 @pytest.mark.sampled(5)
