@@ -249,13 +249,23 @@ class SelectorModule(NetworkModule):
 
     # ------------------------------------------------------------------ a run
 
-    def on_fit_start(self) -> None:
-        """Put gates and checkpointing into the model until the run ends, as gradients need them.
+    def setup(self, stage: str) -> None:
+        """The data is open.
 
         Raises:
-            ValueError: for losses that read masks, and questions that have none.
+            ValueError: for losses that read masks, and training questions that have none.
         """
-        self._check_masks()
+        del stage
+        asked = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
+        reading = [loss.name for loss in self.losses if "objects" in loss.reads]
+        if reading and not getattr(asked, "has_places", True):
+            raise ValueError(
+                f"the losses {reading} read masks or boxes of what questions are about, and no"
+                " training question has any; pass data that has, or leave these losses out."
+            )
+
+    def on_fit_start(self) -> None:
+        """Put gates and checkpointing into the model until the run ends, as gradients need them."""
         self._modes.close()
         if self.reads & {"pruned", "states"}:
             self._modes.enter_context(gating(self.vlm))
@@ -291,15 +301,6 @@ class SelectorModule(NetworkModule):
                 pass
         for _, statistics, moments in wanted:
             statistics.measure(moments)
-
-    def _check_masks(self) -> None:
-        asked = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
-        reading = [loss.name for loss in self.losses if "objects" in loss.reads]
-        if reading and not getattr(asked, "has_places", True):
-            raise ValueError(
-                f"the losses {reading} read masks or boxes of what questions are about, and no"
-                " training question has any; pass data that has, or leave these losses out."
-            )
 
     def _some_questions(self) -> Iterator[Asked]:
         """Training questions at equal steps among all; the same in every process."""
