@@ -39,6 +39,7 @@ def counts(module, batch, checkpointing):
     ("recipe", "model"),
     [("kl", "tiny-llava"), ("visionselector", "tiny-llava"), ("kl", "tiny-qwen2.5-vl")],
 )
+@pytest.mark.sampled(1)
 def test_what_is_counted_is_what_runs(recipe, model, checkpointing):
     model = f"random:{model}"
     real = module_of(recipe, model)
@@ -66,6 +67,7 @@ def test_what_is_counted_is_what_runs(recipe, model, checkpointing):
         assert 1 < parts["pruned pass"] / parts["full pass"] < 1.2
 
 
+@pytest.mark.slow
 def test_the_peak_falls_with_checkpointing(tmp_path, capsys):
     words = ["--model", "random:tiny-llava", "--batch-size", "2", "--asked", "9", *TINY]
     step.main([*words, "--json", "--output", str(tmp_path / "found.json")])

@@ -155,6 +155,7 @@ def test_the_model_is_left_as_it_was(words):
     assert [m.training for m in module.vlm.modules()] == training
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_gradient(words):
     found = []
     for checkpointing in ("false", "true"):
@@ -271,6 +272,7 @@ def stored(words, recipe, folder, *more):
 
 
 @pytest.mark.parametrize("recipe", ["distil", "kl"])
+@pytest.mark.sampled(1)
 def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, capsys):
     folder = tmp_path / "teacher"
     assert stored(words, recipe, folder) == 0
@@ -289,6 +291,7 @@ def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, caps
         assert_close(other.teacher[0], one.teacher[0], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_teacher_continues_to_the_same_files(words, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder in (whole, part):
@@ -303,6 +306,7 @@ def test_a_stopped_teacher_continues_to_the_same_files(words, tmp_path):
         assert (part / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_another_teacher_is_refused(words, tmp_path, capsys):
     folder = tmp_path / "teacher"
     assert stored(words, "distil", folder) == 0
