@@ -16,6 +16,8 @@ from ocvtp.hosts.asking import Asked, Asker, attention_rows, before_layer, drop,
 from ocvtp.hosts.attach import attached
 from ocvtp.structures import Needs, Selection
 
+pytestmark = pytest.mark.sampled(3)
+
 TEXT = Needs(projected=True, text=True)
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
 

@@ -31,6 +31,8 @@ from ocvtp.hosts.gating import (
 )
 from ocvtp.selectors.relaxations import Gates, HardST
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def of_hard(keep: Tensor, others: float = 0.0) -> Gates:
     return Gates(torch.where(keep, 1.0, others), keep)

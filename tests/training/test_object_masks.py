@@ -14,6 +14,8 @@ from ocvtp.structures import Needs
 from ocvtp.training.object_masks import ObjectsOnTokens, _area_mean
 from ocvtp.training.prompts import PromptTransform
 
+pytestmark = pytest.mark.sampled(3)
+
 
 def tokens_of(name, sizes):
     """The tokens of images of these widths and heights."""

@@ -16,6 +16,8 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template, with_turns
 from ocvtp.training.prompts import PromptTransform
 
+pytestmark = pytest.mark.sampled(3)
+
 NAMES = [*(f"random:tiny-{name}" for name in FAMILIES), "checkpoints/demo-vlm"]
 SIZES = [(96, 96), (120, 70), (50, 99)]
 QUESTIONS = ["Is there a red star in the image?", "How many stars?", "What colour is the star?"]

@@ -68,7 +68,7 @@ def logged(folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_path):
     result = train(words(recipe))
@@ -91,6 +91,7 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
     assert pruner.network.config == network.config
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_learns_and_what_does_not(recipe, words):
     module, batch = module_of(words(recipe))
@@ -124,6 +125,7 @@ class module_ready:
         self.module.teardown("fit")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_is_computed_that_no_loss_reads(recipe, words, monkeypatch):
     calls = []
@@ -194,6 +196,7 @@ def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatc
 REWARD = ("--model.losses={reward: {}}", "--model.relaxation", "ocvtp.selectors.relaxations.Sample")
 
 
+@pytest.mark.slow
 def test_settings_that_make_no_sense_are_refused(words):
     for more, told in (
         (("kl", "--model.gate=null"), "model.gate is none"),
@@ -246,6 +249,7 @@ def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
         build(other)
 
 
+@pytest.mark.slow
 def test_a_drawn_set_is_rewarded_by_the_answer(words):
     more = "--model.losses={reward: {}}", "--model.samples=3", "--model.relaxation"
     sample = "ocvtp.selectors.relaxations.Sample"
@@ -324,6 +328,7 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     assert "nothing to store" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "damage",
     [
