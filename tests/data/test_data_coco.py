@@ -363,6 +363,7 @@ def test_collate_without_instances_or_images(folder):
     assert (nothing["image_ids"], nothing["errors"]) == ([], ["x: y"])
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_batches(folder):
     images = open_images(folder, with_instances=True)
     alone, helped = (

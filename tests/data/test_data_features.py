@@ -196,7 +196,7 @@ def ids(loader):
     return [batch["image_ids"] for batch in loader]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_epoch_is_resumed_in_its_middle(tmp_path, num_workers):
     views = ("plain", "flip")
     manifest = written(tmp_path, [5, 8, 6], GRID[:1] * 19, views, instances=False)

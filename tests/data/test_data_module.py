@@ -95,7 +95,7 @@ def test_an_epoch_shows_every_image_at_most_once(uninterrupted):
     assert len({tuple(ids) for ids in epochs}) == 5
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_stopped_inside_an_epoch_goes_on_exactly(root, tmp_path, uninterrupted, num_workers):
     stop, steps = 2 * BATCHES + 2, round(2.5 * BATCHES) + 2
     options = {"num_workers": num_workers}
@@ -155,6 +155,7 @@ def test_a_data_module_starts_over_with_each_fit(root, tmp_path, uninterrupted):
         assert fit(data, tmp_path, max_steps=7).seen == uninterrupted[:7]
 
 
+@pytest.mark.slow
 def test_loading_draws_no_noise_of_the_model(root, tmp_path):
     """Workers or not: the global generator belongs to the model alone."""
     torch.manual_seed(0)
@@ -216,6 +217,7 @@ def test_the_rest_of_an_epoch_comes_first():
     assert read(resumed) == whole[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_read_before_the_first_batch():
     loader = ResumableLoader(Numbers(10), 3, num_workers=1)
     iterator = iter(loader)

@@ -105,7 +105,7 @@ def test_questions_of_an_image_stay_together_in_an_order_of_each_epoch(root):
     assert epochs[0] != [question.key for question in data.train_set.questions]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loader_goes_on_inside_of_an_image(root, num_workers):
     whole = keys(module(root).train_dataloader(), 4)
     first = module(root, num_workers=num_workers)

@@ -125,7 +125,7 @@ def equal(first, second):
     return all(torch.equal(value, getattr(second, name)) for name, value in vars(first).items())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stream_continues_in_the_middle(num_workers):
     scenes = tiny_scenes(STAGE, num=6)
     whole = list(batches(scenes, 2))
