@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -41,27 +42,50 @@ def _side_by_side(images: Sequence[Tensor], masks: Sequence[Tensor]) -> NDArray[
     return np.concatenate(padded, axis=1)
 
 
-def _folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+class _Pictures(pl.Callback, ABC):
+    """Draws the first validation batch, every so many epochs.
+
+    Pictures go to `pictures/` of the run's folder, and to TensorBoard where it is a logger.
+    """
+
+    name: ClassVar[str]
+    """In TensorBoard."""
+    every_n_epochs: int
+
+    @abstractmethod
+    def _picture(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any
+    ) -> NDArray[np.uint8] | None:
+        """[H, W, 3]; None where nothing can be drawn."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        due = batch_idx == 0 and trainer.current_epoch % self.every_n_epochs == 0
+        if not due or trainer.sanity_checking or getattr(trainer, "fast_dev_run", False):
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"  # all ranks agree
+        if not trainer.is_global_zero or not outputs:
+            return
+        picture = self._picture(trainer, pl_module, outputs, batch)
+        if picture is None:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    self.name, picture, trainer.global_step, dataformats="HWC"
+                )
+        with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
+            Image.fromarray(picture).save(temporary, format="PNG")
 
 
-def _is_due(trainer: pl.Trainer, batch_idx: int, every_n_epochs: int) -> bool:
-    """Whether this process draws pictures after this validation batch."""
-    tries = trainer.sanity_checking or getattr(trainer, "fast_dev_run", False)
-    due = batch_idx == 0 and trainer.current_epoch % every_n_epochs == 0
-    return due and not tries and trainer.is_global_zero
-
-
-def _publish(trainer: pl.Trainer, folder: Path, name: str, picture: NDArray[np.uint8]) -> None:
-    """To TensorBoard where it is a logger, and to a file of the step."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_image(name, picture, trainer.global_step, dataformats="HWC")
-    with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
-
-
-class ScorePictures(pl.Callback):
+class ScorePictures(_Pictures):
     """After each validation: the first questions' images with scores and kept tokens.
 
     A row for each: the image, its tokens in the colours of their scores' ranks, and those kept at
@@ -73,25 +97,18 @@ class ScorePictures(pl.Callback):
         every_n_epochs: how often.
     """
 
+    name: ClassVar[str] = "val/scores"
+
     def __init__(self, num_questions: int = 6, every_n_epochs: int = 1) -> None:
         self.num_questions = num_questions
         self.every_n_epochs = every_n_epochs
 
-    def on_validation_batch_end(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        folder = _folder(trainer)  # all ranks agree
-        if not _is_due(trainer, batch_idx, self.every_n_epochs) or not outputs:
-            return
+    def _picture(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any
+    ) -> NDArray[np.uint8] | None:
         grid = outputs["grid_hw"]
         if outputs["scores"].shape[1] != grid[0] * grid[1]:
-            return
+            return None
         rows = []
         for number, scores in enumerate(outputs["scores"][: self.num_questions]):
             image = np.asarray(trainer.datamodule.val_set[number]["image"].convert("RGB"))
@@ -99,10 +116,10 @@ class ScorePictures(pl.Callback):
             rows.append(np.concatenate([image, draw_scores(image, scores, grid), *kept], axis=1))
         width = min(row.shape[1] for row in rows)
         alike = [row for row in rows if row.shape[1] == width]  # images of one width
-        _publish(trainer, folder, "val/scores", np.concatenate(alike))
+        return np.concatenate(alike)
 
 
-class SlotPictures(pl.Callback):
+class SlotPictures(_Pictures):
     """After each validation: the first images with their slot masks.
 
     Of images in tiles, the base views. They go to `pictures/` of the run's folder, and to
@@ -112,6 +129,8 @@ class SlotPictures(pl.Callback):
         num_images: how many; at most one validation batch.
         every_n_epochs: how often.
     """
+
+    name: ClassVar[str] = "val/slots"
 
     def __init__(self, num_images: int = 6, every_n_epochs: int = 1) -> None:
         self.num_images = num_images
@@ -126,25 +145,15 @@ class SlotPictures(pl.Callback):
         paths = batch["paths"][: self.num_images]
         return [transform(read_image(path, upright)) for path in paths]
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        folder = _folder(trainer)  # all ranks agree
-        if not _is_due(trainer, batch_idx, self.every_n_epochs) or not outputs:
-            return
-        transform = pl_module.encoder.transform
+    def _picture(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any
+    ) -> NDArray[np.uint8] | None:
+        transform = module.encoder.transform
         try:
             images = self._images(batch, transform)
         except IMAGE_ERRORS as error:  # features were extracted from files that are gone
             _LOG.warning("no pictures of slots are drawn, as an image cannot be read: %s", error)
-            return
+            return None
         views = [image if image.ndim == 3 else image[0] for image in images]
         colours = [transform.denormalize(view.float()).cpu() for view in views]
-        picture = _side_by_side(colours, outputs["masks"][: self.num_images])
-        _publish(trainer, folder, "val/slots", picture)
+        return _side_by_side(colours, outputs["masks"][: self.num_images])
