@@ -31,7 +31,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from ocvtp.data.feature_files import ShardWriter, claim, ends, plain, shard_name, weights_hash
+from ocvtp.data.feature_files import (
+    ShardWriter,
+    claim,
+    describe_shard,
+    ends,
+    plain,
+    shard_name,
+    weights_hash,
+)
 from ocvtp.hosts.asking import Answered, Asked, Raters, attention_rows, read
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
@@ -257,19 +265,13 @@ def write_teacher(
     shards = [path.name for path in paths]
     with replacing(folder / SETTINGS) as temporary:
         temporary.write_text(json.dumps({**settings, "shards": shards}), encoding="utf-8")
-    told = [_metadata(path) for path in paths]
+    told = [describe_shard(path) for path in paths]
     return TeacherReport(
-        questions=sum(len(names) for names, _ in told),
+        questions=sum(len(shard["images"]) for shard in told),
         written=len(missing),
-        skipped=tuple(error for _, errors in told for error in errors),
-        bytes=sum(path.stat().st_size for path in paths),
+        skipped=tuple(error for shard in told for error in shard["skipped"]),
+        bytes=sum(shard["bytes"] for shard in told),
     )
-
-
-def _metadata(path: Path) -> tuple[list[str], list[str]]:
-    with safe_open(path, "pt") as file:
-        found = file.metadata()
-    return json.loads(found["images"]), json.loads(found["skipped"])
 
 
 @torch.no_grad()
