@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import jsonargparse
 import pytest
 import torch
 from torch.testing import assert_close
@@ -244,7 +245,6 @@ def test_names():
 
 
 def test_a_file_of_settings_names_one_by_its_class():
-    jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--relaxation", type=Relaxation)
     text = (
