@@ -46,9 +46,7 @@ def measure_statistics(
         return
     if num_images < 1:
         raise ValueError(f"statistics_images={num_images}; pass at least 1.")
-    total = len(dataset)  # type: ignore[arg-type]
-    count = min(num_images, total)
-    images = Subset(dataset, [i * total // count for i in range(count)])
+    images = at_equal_steps(dataset, num_images)
     device = wanted[0][1].mean.device
     for batch in DataLoader(images, _BATCH, collate_fn=collate):
         if not count_images(batch):
@@ -58,3 +56,10 @@ def measure_statistics(
             moments.add(tokens.hidden[layer], tokens.valid)
     for _, statistics, moments in wanted:
         statistics.measure(moments)
+
+
+def at_equal_steps(dataset: Dataset[Any], most: int) -> Subset[Any]:
+    """So many items, or all where there are fewer; the same in every process."""
+    total = len(dataset)  # type: ignore[arg-type]
+    count = min(most, total)
+    return Subset(dataset, [i * total // count for i in range(count)])

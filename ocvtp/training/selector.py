@@ -15,7 +15,7 @@ import torch
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from ocvtp.hosts.asking import Answered, Asked, Asker, attention_rows, before_layer, drop, read
 from ocvtp.hosts.base import Host
@@ -25,6 +25,7 @@ from ocvtp.hosts.origin import origin_of
 from ocvtp.hosts.prompt.shorten import Positions
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.losses import Loss, Step, build_losses
+from ocvtp.selectors.losses.base import mean_of_rows
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer
@@ -32,6 +33,7 @@ from ocvtp.slots.statistics import Moments
 from ocvtp.structures import Needs
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import ScorePictures
+from ocvtp.training.feature_statistics import at_equal_steps
 from ocvtp.training.object_masks import ObjectsOnTokens
 from ocvtp.training.prompts import PromptTransform
 from ocvtp.training.schedule import planned_steps
@@ -303,11 +305,9 @@ class SelectorModule(NetworkModule):
             statistics.measure(moments)
 
     def _some_questions(self) -> Iterator[Asked]:
-        """Training questions at equal steps among all; the same in every process."""
+        """Training questions at equal steps among all."""
         data: Any = self.trainer.train_dataloader
-        total = len(data.dataset)
-        count = min(self.statistics_questions, total)
-        some = Subset(data.dataset, [i * total // count for i in range(count)])
+        some = at_equal_steps(data.dataset, self.statistics_questions)
         for batch in DataLoader(some, _MEASURED, collate_fn=data.collate_fn):
             if batch["keys"]:
                 yield self.ask(move_data_to_device(batch, self.device))
@@ -370,7 +370,7 @@ class SelectorModule(NetworkModule):
             found["groups"] = groups.repeat_interleave(self.samples)
             asked = asked.repeat(self.samples)
         real = asked.tokens.real
-        if self.relaxation is not None:
+        if self.relaxation is not None and reads & _THROUGH_GATES:
             gates = self.relaxation(values, num_keep, real, share, training=training)
             found["gates"] = gates
             if "reward" in reads:
@@ -427,9 +427,11 @@ class SelectorModule(NetworkModule):
             return None
         asked = self.ask(batch)
         whole = read(self.frozen_host, asked)
-        figures, kept = dict[str, Tensor](), []
+        figures, kept, scored = dict[str, Tensor](), [], []
         for num_keep in self.val_budgets:
-            for name, keep in self._chosen(asked, num_keep, batch_idx).items():
+            told = min(num_keep, asked.tokens.num_tokens)
+            scored.append(self.network(asked.tokens, told).values)
+            for name, keep in self._chosen(asked, scored[-1], num_keep, batch_idx).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
                 answered = read(self.frozen_host, short)
@@ -448,8 +450,7 @@ class SelectorModule(NetworkModule):
                 on_epoch=True,
                 sync_dist=True,
             )
-        scores = self.network(asked.tokens, self.val_budget).values
-        return {"scores": scores, "kept": kept, "grid_hw": asked.tokens.grid_hw}
+        return {"scores": scored[0], "kept": kept, "grid_hw": asked.tokens.grid_hw}
 
     def _validated(self, batch: dict[str, Any], asked: Asked) -> dict[str, Tensor]:
         """The losses that need no gates, at the weights of the run's end."""
@@ -459,13 +460,14 @@ class SelectorModule(NetworkModule):
         found = self._step(batch, asked, self.val_budget, 1.0, plain, False)
         return {loss.name: loss(found).mean() for loss in plain} | _overlap(found)
 
-    def _chosen(self, asked: Asked, num_keep: int, batch_idx: int) -> dict[str, Tensor]:
+    def _chosen(
+        self, asked: Asked, scores: Tensor, num_keep: int, batch_idx: int
+    ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
         num_keep = min(num_keep, tokens.num_tokens)
         drawn = torch.Generator().manual_seed(seed_of(self.seed, "random", num_keep, batch_idx))
         random = torch.rand(tokens.real.shape, generator=drawn).to(self.device)
-        scores = self.network(tokens, num_keep).values
         if not self._control:
             network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
             self._control.append(network)
@@ -526,15 +528,19 @@ def _overlap(step: Step) -> dict[str, Tensor]:
 
 def _compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
     """An answer with few tokens beside that with all; the columns are the same."""
+
+    def by_question(values: Tensor) -> Tensor:
+        return mean_of_rows(values, answered.owner, size).values
+
     full, pruned = (one.logits.float().log_softmax(dim=1) for one in (whole, answered))
     divergence = (full.exp() * (full - pruned)).sum(dim=1)
     right = (pruned.argmax(dim=1) == answered.targets).float()
     agrees = (pruned.argmax(dim=1) == full.argmax(dim=1)).float()
     worst = right.new_ones(size).scatter_reduce(0, answered.owner, right, "amin")
     return {
-        "kl": _by_question(divergence, answered, size).mean(),
+        "kl": by_question(divergence).mean(),
         "ce": _cross_entropy(answered, size).mean(),
-        "agreement": _by_question(agrees, answered, size).mean(),
+        "agreement": by_question(agrees).mean(),
         "accuracy": worst.mean(),
     }
 
@@ -542,11 +548,4 @@ def _compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tenso
 def _cross_entropy(answered: Answered, size: int) -> Tensor:
     """[B] of the answer's tokens, their mean."""
     values = functional.cross_entropy(answered.logits.float(), answered.targets, reduction="none")
-    return _by_question(values, answered, size)
-
-
-def _by_question(values: Tensor, answered: Answered, size: int) -> Tensor:
-    """[T] -> [B] means over the tokens of each answer."""
-    total = values.new_zeros(size).index_add(0, answered.owner, values)
-    count = values.new_zeros(size).index_add(0, answered.owner, torch.ones_like(values))
-    return total / count.clamp(min=1)
+    return mean_of_rows(values, answered.owner, size).values
