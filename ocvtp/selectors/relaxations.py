@@ -199,8 +199,15 @@ def build_relaxation(name: str, **settings: Any) -> Relaxation:
     return RELAXATIONS.build(name, settings)
 
 
+class _Tempered(Relaxation):
+    """Those with a temperature; the only setting of most."""
+
+    def __init__(self, tau: ScheduleValue = 1.0) -> None:
+        self.tau = parse_schedule(tau, "tau", above=0)
+
+
 @register_relaxation("soft_topk")
-class SoftTopK(Relaxation):
+class SoftTopK(_Tempered):
     """The gates of `soft_topk`, as VisionSelector has them (arXiv 2510.16598).
 
     Nothing makes them hard but a low tau, or the loss `binary`.
@@ -208,9 +215,6 @@ class SoftTopK(Relaxation):
     Args:
         tau: temperature, above 0; a number or a schedule.
     """
-
-    def __init__(self, tau: ScheduleValue = 1.0) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
 
     def _gates(
         self,
@@ -226,7 +230,7 @@ class SoftTopK(Relaxation):
 
 
 @register_relaxation("hard_st")
-class HardST(Relaxation):
+class HardST(_Tempered):
     """The top K going forward, `soft_topk` going back (straight through).
 
     The floor lets tokens that are dropped learn: as a bias of `log 0` on its key a token has weight
@@ -238,7 +242,7 @@ class HardST(Relaxation):
     """
 
     def __init__(self, tau: ScheduleValue = 1.0, floor: ScheduleValue = 1e-3) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
+        super().__init__(tau)
         self.floor = parse_schedule(floor, "floor", least=0, most=1)
 
     def _gates(
@@ -257,7 +261,7 @@ class HardST(Relaxation):
 
 
 @register_relaxation("gumbel_topk")
-class GumbelTopK(Relaxation):
+class GumbelTopK(_Tempered):
     """`soft_topk` of `s + beta Gumbel`: around a set drawn without replacement.
 
     Args:
@@ -266,7 +270,7 @@ class GumbelTopK(Relaxation):
     """
 
     def __init__(self, tau: ScheduleValue = 1.0, beta: ScheduleValue = 1.0) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
+        super().__init__(tau)
         self.beta = parse_schedule(beta, "beta", least=0)
 
     def _gates(
@@ -285,7 +289,7 @@ class GumbelTopK(Relaxation):
 
 
 @register_relaxation("gumbel_binary")
-class GumbelBinary(Relaxation):
+class GumbelBinary(_Tempered):
     """Each token is kept or not by itself: Gumbel-softmax of two classes, straight through.
 
     As DynamicViT and Dynamic-LLaVA draw their masks (arXiv 2106.02034, 2412.00876). In training the
@@ -294,9 +298,6 @@ class GumbelBinary(Relaxation):
     Args:
         tau: temperature, above 0; a number or a schedule.
     """
-
-    def __init__(self, tau: ScheduleValue = 1.0) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
 
     def _gates(
         self,
@@ -316,7 +317,7 @@ class GumbelBinary(Relaxation):
 
 
 @register_relaxation("kept_st")
-class KeptST(Relaxation):
+class KeptST(_Tempered):
     """`1 + g - sg(g)` at the top K, 0 elsewhere: for a gate that drops the rest for real.
 
     Cheap, as the sequence is short; only tokens that are kept learn.
@@ -324,9 +325,6 @@ class KeptST(Relaxation):
     Args:
         tau: temperature, above 0; a number or a schedule.
     """
-
-    def __init__(self, tau: ScheduleValue = 1.0) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
 
     def _gates(
         self,
@@ -343,7 +341,7 @@ class KeptST(Relaxation):
 
 
 @register_relaxation("sample")
-class Sample(Relaxation):
+class Sample(_Tempered):
     """K tokens drawn one after the other, each by the softmax of `s / tau` of those left.
 
     Plackett-Luce. The gates have no gradient; `log_prob` has, for the loss `reward`. In validation
@@ -352,9 +350,6 @@ class Sample(Relaxation):
     Args:
         tau: temperature, above 0; a number or a schedule.
     """
-
-    def __init__(self, tau: ScheduleValue = 1.0) -> None:
-        self.tau = parse_schedule(tau, "tau", above=0)
 
     def _gates(
         self,
