@@ -142,7 +142,7 @@ CHECKED = {
 
 @pytest.mark.parametrize("choice", ["topk", {"mmr": 0.5}, {"maxmin": 0.5}], ids=str)
 @pytest.mark.parametrize("scorer", CHECKED)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 def test_every_scorer_keeps_to_the_contract_of_a_pruner(scorer, choice):
     """Also that the host never waits for the device, and that images are apart."""
     network = selector("llm_input", WIDTH, scorer, sizes=CHECKED[scorer])

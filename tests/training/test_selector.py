@@ -223,6 +223,7 @@ def test_settings_that_make_no_sense_are_refused(words):
             build(words(*more))
 
 
+@pytest.mark.slow
 def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -239,6 +240,7 @@ def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
     assert train([*short, "boxes.json"]).last
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
     network = build(words("mask")).model.network
     network.save_pretrained(tmp_path / "artifact")
@@ -276,7 +278,7 @@ def stored(words, recipe, folder, *more):
 
 
 @pytest.mark.parametrize("recipe", ["distil", "kl"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, capsys):
     folder = tmp_path / "teacher"
     assert stored(words, recipe, folder) == 0
@@ -328,7 +330,7 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     assert "nothing to store" in capsys.readouterr().err
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -357,6 +359,7 @@ def _without(path, name):
     save_file(tensors, path, told)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_weights_is_refused(words, tmp_path):
     folder = tmp_path / "teacher"
     assert stored(words, "distil", folder) == 0
