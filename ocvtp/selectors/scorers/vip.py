@@ -16,6 +16,7 @@ from ocvtp.selectors.blocks import (
     standardised,
     token_fractions,
 )
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, VisualTokens
@@ -132,7 +133,7 @@ class VIP(Scorer):
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, 1)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         seen = [
             standardised(statistics, tokens.hidden[layer], tokens.valid)
             for layer, statistics in self._measured()
