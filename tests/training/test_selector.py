@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from torch.testing import assert_close
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
+from ocvtp.selectors.choices import parse_choice
+from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
 from ocvtp.training.run import TrainingStopped, build, train
 from ocvtp.training.selector import SelectorModule
@@ -89,6 +92,46 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
     assert network.config.training["steps"] == 2
     pruner = ocvtp.build_pruner("learned", checkpoint=str(tmp_path / "artifact"), num_keep=9)
     assert pruner.network.config == network.config
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("recipe", ["distil", "visionselector"])
+def test_shares_are_budgets_and_the_artifact_says_so(recipe, words, tmp_path):
+    shares = ["--model.budgets=[0.055,0.11,16]", "--model.val_budgets=[0.11,8]"]
+    shares.append("--trainer.log_every_n_steps=1")
+    result = train(words(recipe, *shares))
+    figures = logged(tmp_path / "run")
+    assert {"val/ce_0.11", "val/ce_8_random", "val/accuracy_0.11_untrained"} <= figures.keys()
+    assert figures["train/num_keep"] in (8, 16)  # of 144
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert network.config.num_slots == (0.055, 0.11, 16)
+    assert SelectorNetwork.from_pretrained(tmp_path / "artifact").config == network.config
+    assert network.config.training["validation"]["num_slots"] == 0.11
+
+
+def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
+    model = ["--model.host.model=random:tiny-llava-next", "--model.scorer.budget=film"]
+    module, batch = module_of(words("kl", *model, "--model.losses={kl: {}, ce: {}}"))
+    with module_ready(module):
+        asked = module.ask(batch)
+        valid = asked.tokens.real.clone()
+        valid[1:, -7:] = False  # as of an image that is smaller
+        columns = asked.columns.masked_fill(~valid, -1)
+        mixed = replace(asked, tokens=replace(asked.tokens, valid=valid), columns=columns)
+        found = module._step(batch, mixed, 0.3, 0.5, module.losses)
+        sum(loss(found).mean() for loss in module.losses).backward()
+    wanted = [max(1, round(0.3 * int(row.sum()))) for row in valid]
+    assert len(set(wanted)) > 1
+    assert found.num_keep.tolist() == wanted == found.gates.hard.sum(dim=1).tolist()
+    assert_close(found.gates.soft.sum(dim=1), torch.tensor(wanted).float(), atol=1e-3, rtol=1e-4)
+    assert found.most == max(wanted)
+    assert all(p.grad.isfinite().all() for p in module.network.parameters() if p.grad is not None)
+    for choice in ("topk", "restore", "maxmin"):
+        module.choice = parse_choice(choice)
+        kept = module._chosen(mixed, found.scores.detach(), 0.3, 0)
+        for keep in kept.values():
+            assert keep.sum(dim=1).tolist() == wanted
+            assert not (keep & ~valid).any()
 
 
 @pytest.mark.sampled(2)
@@ -204,6 +247,7 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("mask", "--model.losses={reward: {}}"), "relaxation is none"),
         (("kl", "--model.losses={reward: {}}"), "Sample"),
         (("mask", "--model.budgets=[8,0]"), r"budgets=\[8, 0\]; pass .*whole numbers"),
+        (("mask", "--model.budgets=[8,1.5]"), r"budgets=\[8, 1.5\]; pass .*shares"),
         (("mask", "--model.budgets=[]"), r"budgets=\[\]; pass at least one"),
         (("mask", "--model.val_budgets=[]"), r"val_budgets=\[\]; pass at least one"),
         (("mask", "--model.samples=0"), "samples=0; pass at least 1"),
