@@ -65,6 +65,10 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
         self._choice  # noqa: B018 - checks it
 
     @property
+    def trained_in(self) -> Mapping[str, Any]:
+        return dict(self.trained.config.host)
+
+    @property
     def _choice(self) -> Choice:
         from ocvtp.selectors.choices import parse_choice
 
