@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from operator import or_
@@ -24,6 +24,8 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.origin import origin_of
 from ocvtp.hosts.prompt.shorten import Positions
 from ocvtp.ops.selection import mask_of
+from ocvtp.pruners.selector_pruner import at_layer, check_inside
+from ocvtp.pruners.two_stage import of_tower
 from ocvtp.selectors.budgets import NumKeep, check_budgets, count_of, counts_of
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.losses import Loss, Step, build_losses
@@ -32,7 +34,7 @@ from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer
 from ocvtp.slots.statistics import Moments
-from ocvtp.structures import Needs, VisualTokens
+from ocvtp.structures import LayerTokens, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import ScorePictures
 from ocvtp.training.feature_statistics import at_equal_steps
@@ -143,7 +145,7 @@ class SelectorModule(NetworkModule):
         self._check_numbers()
         model, self.processor = load_model(host.model, host.dtype)
         self.vlm = model.requires_grad_(False)
-        self._asker = Asker(model, self.processor, _needs(scorer, self.losses))
+        self._asker = self._ask_of(scorer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             origin = self._origin(losses, gate)
@@ -177,6 +179,25 @@ class SelectorModule(NetworkModule):
                 "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
                 " model.relaxation."
             )
+
+    def _ask_of(self, scorer: Scorer) -> Asker:
+        """Asks the model what the scorer and the losses read before its language model.
+
+        Raises:
+            ValueError: that names the scorer's settings, if it cannot be had.
+        """
+        layer, needs = self.host.layer, scorer.needs
+        if layer is not None:
+            needs = check_inside(scorer, layer)
+        try:
+            return Asker(
+                self.vlm,
+                self.processor,
+                reduce(or_, (loss.needs for loss in self.losses), needs),
+            )
+        except ValueError as error:
+            said = ", ".join(f"{name}={value!r}" for name, value in scorer.sizes().items())
+            raise ValueError(f"model.scorer {scorer.name!r} ({said}): {error}") from error
 
     def _check_numbers(self) -> None:
         least = 2 if "reward" in self.reads else 1
@@ -328,7 +349,9 @@ class SelectorModule(NetworkModule):
             asked = self._asker.ask(inputs, batch["answers"])
         if self.host.layer is None:
             return asked
-        return before_layer(self.frozen_host, asked, self.host.layer)
+        needs = self.network.scorer.needs
+        asked = before_layer(self.frozen_host, asked, self.host.layer, needs.attention)
+        return replace(asked, tokens=at_layer(asked.tokens, needs))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step on a batch of questions (`ocvtp.training.prompts.PromptTransform`)."""
@@ -388,7 +411,7 @@ class SelectorModule(NetworkModule):
             found |= {"pruned_logits": answered.logits, "pruned_states": answered.states}
             found |= {"owner": answered.owner, "targets": answered.targets}
         if "objects" in reads:
-            shares, known = self._objects(batch["objects"], asked.tokens)
+            shares, known = self._shown(batch["objects"], asked.tokens)
             found |= {"objects": shares, "has_objects": known}
         return Step(
             tokens=asked.tokens,
@@ -399,6 +422,14 @@ class SelectorModule(NetworkModule):
             aux=aux,
             **found,
         )
+
+    def _shown(self, objects: Sequence[Any], tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """[B, N] how much of each token shows the question's objects, [B] whether that is known."""
+        if not isinstance(tokens, LayerTokens):
+            return self._objects(objects, tokens)
+        assert tokens.tower is not None
+        shares, known = self._objects(objects, tokens.tower)
+        return of_tower(tokens, shares).masked_fill(tokens.places < 0, 0), known
 
     @torch.no_grad()
     def _whole(
@@ -502,10 +533,6 @@ class SelectorModule(NetworkModule):
 
 
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
-
-
-def _needs(scorer: Scorer, losses: Sequence[Loss]) -> Needs:
-    return reduce(or_, (loss.needs for loss in losses), scorer.needs)
 
 
 def _told(budget: float, tokens: VisualTokens) -> NumKeep:

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
+from ocvtp.hosts.loading import load_model
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
@@ -132,6 +133,57 @@ def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
         for keep in kept.values():
             assert keep.sum(dim=1).tolist() == wanted
             assert not (keep & ~valid).any()
+
+
+@pytest.mark.slow
+def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_path):
+    result = train(words("glimpse"))
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert (network.config.stage, network.config.layer) == ("llm_layers", 1)
+    assert network.scorer.attended.in_features == 4  # heads
+    assert all(int(own.num_tokens) for _, own in network.statistics())
+    model, processor = load_model("checkpoints/demo-vlm", "float32")
+    pruner = ocvtp.build_pruner(
+        "learned_layers", checkpoint=str(tmp_path / "artifact"), stages=((1, 20),), threshold=0.3
+    )
+    inputs = processor(images=Image.new("RGB", (96, 96), "red"), text="<image>what is it?",
+                       return_tensors="pt")  # fmt: skip
+    with pruner(model, processor=processor):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_masks_are_those_of_the_tokens_before_a_layer(words):
+    """Between which some hosts end lines, which show nothing."""
+    module, batch = module_of(words("mask", "--model.host.model=random:tiny-llava-next"))
+    before, known = module._shown(batch["objects"], module.ask(batch).tokens)
+    module.host = replace(module.host, stage="llm_layers", layer=1)
+    tokens = module.ask(batch).tokens
+    inside, as_before = module._shown(batch["objects"], tokens)
+    assert inside.shape[1] > before.shape[1]
+    assert as_before.equal(known)
+    for row, places in enumerate(tokens.places):
+        ends = places < 0
+        assert ends.any()
+        assert not inside[row][ends].any()
+        assert inside[row][~ends].equal(before[row][places[~ends]])
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
+    ("scorer", "more", "told"),
+    [
+        ("vip.VIP", (), r"model\.scorer 'vip' \(block=20, .*hidden=\[23.*pass -6 to 5"),
+        ("slots.Slots", (), r"model\.scorer 'slots' \(layer=9, .*hidden_states\[9\].*pass -6 to 5"),
+        ("vip.VIP", ("stage=llm_layers", "layer=2"), r"layer 2: .*block=20.* of layer 1 or 2"),
+    ],
+)
+def test_layers_that_there_are_not_are_named_with_their_settings(words, scorer, more, told):
+    found = [word for word in words("mask") if not word.startswith("--model.scorer.dim")]
+    found.append(f"--model.scorer=ocvtp.selectors.scorers.{scorer}")
+    found += [f"--model.host.{setting}" for setting in more]
+    with pytest.raises(ValueError, match=told):
+        build(found)
 
 
 @pytest.mark.sampled(2)
