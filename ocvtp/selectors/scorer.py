@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.structures import Needs, VisualTokens
 
@@ -90,14 +91,15 @@ class Scorer(nn.Module, Part):
         """Make the layers; called once."""
 
     @abstractmethod
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         """Score the tokens of B images.
 
         Images are scored apart: what is next to one in the batch, and its padding, change nothing.
 
         Args:
             tokens: with everything that `needs` names.
-            num_keep: K, for scorers that are told the budget.
+            num_keep: K, for scorers that are told the budget; [B] in a training on shares, where
+                images differ in size.
         """
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def _of_the_network(kept: Mapping[str, Any], module: NetworkModule) -> dict[str,
     for key, value in run.items():
         name = "seed_everything" if key == "seed" else f"model.{key}"
         pairs[name] = (training.get(key, value), value)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = (_differences(name, *pair) for name, pair in pairs.items())
+    return dict(chain.from_iterable(found))
 
 
 _PROVENANCE = {
