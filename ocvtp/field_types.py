@@ -22,6 +22,12 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Ranges = Mapping[str, tuple[float, float]]
 """The least and the most of a number, or of each number of several, by the field's name."""
+LAYERS = (-256, 256)
+"""Numbers of layers that a tower or a language model may have, from either end."""
+PROVENANCE_RANGES: Ranges = {
+    **{"feature_dim": (1, 2**20), "layer": LAYERS, "grid_hw": (1, 2**14), "num_slots": (1, 2**20)}
+}
+"""Of what a trained network was made for."""
 _T = TypeVar("_T")
 _MOST_VALUES = 100_000
 _DEEPEST = 64

@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ocvtp.field_types import Ranges, checked, read_fields
+from ocvtp.field_types import PROVENANCE_RANGES, Ranges, checked, read_fields
 from ocvtp.learning import artifact
 from ocvtp.structures import Layout, Needs, VisualTokens
 
@@ -34,14 +34,6 @@ with pruner(model):  # a transformers VLM whose tower config.json names
 
 `NAME` is the pruner whose networks have that format.
 """
-
-
-LAYERS = (-256, 256)
-"""Numbers of layers that a tower or a language model may have, from either end."""
-PROVENANCE_RANGES: Ranges = {
-    **{"feature_dim": (1, 2**20), "layer": LAYERS, "grid_hw": (1, 2**14), "num_slots": (1, 2**20)}
-}
-"""Of what a network was made for."""
 
 
 class Sizes:

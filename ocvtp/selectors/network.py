@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from ocvtp.field_types import Ranges, of_fields, read_fields
+from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, of_fields, read_fields
 from ocvtp.learning import artifact
-from ocvtp.learning.network import LAYERS, PROVENANCE_RANGES, PrunerNetwork
+from ocvtp.learning.network import PrunerNetwork
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer, scorer_class
 from ocvtp.selectors.scorers.slots import OC_PRUNER, read_oc_pruner

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from ocvtp.field_types import Ranges, read_fields
-from ocvtp.learning.network import LAYERS, PROVENANCE_RANGES
+from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, read_fields
 from ocvtp.slots.attention import Truncation
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.structures import Layout
