@@ -200,12 +200,19 @@ def restore(build: Callable[[], _T], weights: Weights) -> _T:
             raise
     network, tensors = build(), weights.load()
     load_weights(network, tensors)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{name!r} has numbers that are not finite; train and export it again."
-            )
+    refuse_not_finite(tensors)
     return network
+
+
+def refuse_not_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights with numbers that are not finite.
+
+    Raises:
+        ValueError: names the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} has numbers that are not finite; train again.")
 
 
 class _Outline(TorchFunctionMode):
