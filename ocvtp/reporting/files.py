@@ -18,19 +18,31 @@ def replacing(path: Path) -> Iterator[Path]:
     The folder is made where absent.
 
     Raises:
-        OSError: that names `path` where the disk is full or a file may not grow so far.
+        OSError: see `named`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield temporary
-        temporary.replace(path)
+        with named(path):
+            yield temporary
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name the file that there is no room for; the system does not.
+
+    Raises:
+        OSError: that names `path` where the disk is full or a file may not grow so far.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in _NO_ROOM:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def refuse_cut(path: Path, end: bytes) -> None:
