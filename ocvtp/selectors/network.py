@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, of_fields, read_fields
 from ocvtp.learning import artifact
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.selectors.budgets import NumKeep, check_budgets
 from ocvtp.selectors.choices import parse_choice
-from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer
+from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer, scorer_class
 from ocvtp.selectors.scorers.slots import OC_PRUNER, read_oc_pruner
 from ocvtp.structures import Layout, Needs, VisualTokens
 
@@ -48,6 +49,8 @@ class SelectorConfig:
         ValueError: for a stage or positions that there are not, a layer that does not go with
             the stage, and an unknown choice.
     """
+
+    ranges: ClassVar[Ranges] = {**PROVENANCE_RANGES, "layer": (0, LAYERS[1])}
 
     scorer: str
     sizes: dict[str, Any] = field(default_factory=dict)
@@ -185,12 +188,11 @@ class SelectorNetwork(PrunerNetwork):
         """The config that `asdict` (or config.json) wrote.
 
         Raises:
-            ValueError: for unknown names and values that may not be. KeyError: without widths.
+            ValueError: for unknown names, and values of another type or out of their range.
         """
-        known = {f.name for f in fields(SelectorConfig)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}.")
-        return SelectorConfig(**values | {"widths": Widths(**values["widths"])})
+        config = read_fields(SelectorConfig, values)
+        of_fields(scorer_class(config.scorer), config.sizes)
+        return config
 
     @classmethod
     def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> SelectorConfig:

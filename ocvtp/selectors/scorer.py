@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from ocvtp.field_types import Ranges
 from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.structures import Needs, VisualTokens
@@ -44,6 +45,8 @@ class Widths:
         tower: D.
         heads: attention heads of the language model, 0 where nobody says.
     """
+
+    ranges: ClassVar[Ranges] = {"projected": (0, 2**20), "tower": (0, 2**20), "heads": (0, 2**16)}
 
     projected: int
     tower: int

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocvtp.field_types import Ranges
 from ocvtp.learning import NetworkConfig, Objective, Outcome, PrunerNetwork, Sizes
 from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import Needs, VisualTokens
@@ -28,6 +29,8 @@ class SurpriseSizes(Sizes):
         hidden_dim: of what is read of a token, and of what foretells one.
         reach: how many rows and columns of tokens to each side are read.
     """
+
+    ranges: ClassVar[Ranges] = {"hidden_dim": (1, 2**20), "reach": (1, 2**10)}
 
     hidden_dim: int = 128
     reach: int = 3

@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ocvtp.learning.artifact import explained
+from ocvtp.learning.artifact import explained, refuse_not_finite
 from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
 from ocvtp.training.base import CHECKPOINT_KEY, NetworkModule
@@ -78,6 +78,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 " pass last.ckpt or best.ckpt of a run."
             )
         _config(dict(content[CHECKPOINT_KEY]))
+        refuse_not_finite(content["state_dict"])
     return content
 
 

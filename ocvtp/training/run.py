@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -16,6 +17,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.training.base import NetworkModule
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.lifecycle import (
@@ -248,11 +250,23 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     callbacks.append(stop)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
-        with clear_errors(), restoring(resume, start), stop.listening():
+        with (
+            _alone(trainer, cli.config.output),
+            clear_errors(),
+            restoring(resume, start),
+            stop.listening(),
+        ):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     except Interrupted:
         raise _stopped(trainer, checkpoint, stop, words) from None
     return _result(trainer, checkpoint, stop.steps, resume)
+
+
+def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
+    """No other run writes to its folder; the first process of a run stands for all."""
+    if trainer.fast_dev_run or not trainer.is_global_zero:
+        return nullcontext()
+    return claimed(output, "ocvtp train")
 
 
 def _result(
