@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ocvtp.data.annotations import CocoFile
+from ocvtp.data.annotations import CocoFile, ImageNames
+from ocvtp.data.mapped_arrays import TextArray
 from ocvtp.images import IMAGE_ERRORS, read_image
 
 logger = logging.getLogger(__name__)
@@ -89,18 +90,19 @@ class CocoImages(Dataset[dict[str, Any]]):
         if not self.images.is_dir():
             raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
         if self.annotations is None:
-            found = find_images(self.images)
-            records = [(i, path.as_posix()) for i, path in enumerate(found)]
+            names = TextArray.of(path.as_posix() for path in find_images(self.images))
+            numbers = np.arange(len(names))
+            records = ImageNames(numbers, names, numbers[:limit])
         else:
             coco = CocoFile(self.annotations)
-            records = sorted((number, e["file_name"]) for number, e in coco.images.items())
+            records = coco.images.names_by_id(limit)
             if with_instances or with_instances is None:
                 _warn_of_boxes(coco)
             keep = coco.num_masks > 0 if with_instances is None else with_instances
             self._coco = coco if keep else None
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
-        self._records = records[:limit]
+        self._records = records
 
     @property
     def names(self) -> list[tuple[int, str]]:
