@@ -26,9 +26,16 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         num_workers: processes that load; 0 loads in the training process.
         seed: of the training order, not negative.
         transform: the host's processing; may be set later, as the attribute of that name.
+        persistent_workers: whether the processes that load training data live from one epoch to
+            the next.
+        pin_memory: whether batches are put where a GPU copies them from; None: where there is one.
+        prefetch_factor: batches that each of these processes loads ahead; None for two.
 
     Attributes:
         train_set: open after `setup`. val_set: the same.
+
+    Raises:
+        ValueError: if a number is out of range, or nothing loads ahead.
     """
 
     def __init__(
@@ -38,8 +45,20 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         num_workers: int,
         seed: int,
         transform: Any,
+        persistent_workers: bool = True,
+        pin_memory: bool | None = None,
+        prefetch_factor: int | None = None,
     ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}; pass 0 or more.")
+        if prefetch_factor is not None and (prefetch_factor < 1 or not num_workers):
+            raise ValueError(
+                f"prefetch_factor={prefetch_factor} and num_workers={num_workers}; pass 1 or more"
+                " batches that each of 1 or more workers loads ahead, or leave prefetch_factor out."
+            )
+        self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
+        self.prefetch_factor = prefetch_factor
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers = num_workers
@@ -58,7 +77,8 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled whole batches, from where the checkpoint or the last loader stood."""
         state = self.state_dict()
-        options = {**self._options(), "persistent_workers": self.num_workers > 0}
+        options = self._options()
+        options["persistent_workers"] = self.persistent_workers and self.num_workers > 0
         train_set = _opened(self.train_set)
         stream = self._stream(train_set)
         self._loader = ResumableLoader(train_set, self.batch_size, self.seed, stream, **options)
@@ -85,7 +105,8 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         return {
             "collate_fn": self._collate,
             "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            "prefetch_factor": self.prefetch_factor,
         }
 
     def state_dict(self) -> dict[str, int]:
@@ -125,6 +146,7 @@ class CocoDataModule(ResumableDataModule):
         train_instances: whether training batches have `instances` too.
         seed: of the training order, not negative.
         transform: the host's image processing; may be set later, as the attribute of that name.
+        loading: see `ResumableDataModule`.
     """
 
     def __init__(
@@ -143,8 +165,9 @@ class CocoDataModule(ResumableDataModule):
         train_instances: bool = False,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         self.root = Path(root)
         self.train_paths = (train_images, train_annotations)
         self.val_paths = (val_images, val_annotations)
@@ -269,6 +292,7 @@ class QuestionSetDataModule(ResumableDataModule):
         seed: of the training order, not negative.
         transform: what makes a batch of items, see `ocvtp.training.prompts`; may be set later, as
             the attribute of that name.
+        loading: see `ResumableDataModule`.
     """
 
     def __init__(
@@ -278,8 +302,9 @@ class QuestionSetDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         transform: QuestionTransform | None = None,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
 
     @abstractmethod
     def questions(self, split: Literal["train", "val"]) -> QuestionSet:

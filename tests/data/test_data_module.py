@@ -404,3 +404,33 @@ def test_scenes_have_a_level(tmp_path):
     assert max(counts["easy"]) <= 6 <= min(counts["hard"]), counts
     assert counts["both"][2] <= 6 <= counts["both"][3], counts  # three are easy, two are hard
     assert len(list((tmp_path / "both/hard/train2017").iterdir())) == 2
+
+
+def test_how_batches_are_loaded_is_a_setting(root):
+    data = data_module(
+        root, num_workers=2, prefetch_factor=3, persistent_workers=False, pin_memory=False
+    )
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader()):  # nothing is started yet
+        assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (2, 3, False)
+        assert not loader.persistent_workers
+    plain = data_module(root, num_workers=1)
+    plain.setup()
+    assert plain.train_dataloader().persistent_workers
+    assert not plain.val_dataloader().persistent_workers
+    assert plain.train_dataloader().prefetch_factor == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefetch_factor": 2},
+        {"prefetch_factor": 0, "num_workers": 1},
+        {"prefetch_factor": -1, "num_workers": 1},
+    ],
+)
+def test_nothing_can_be_loaded_ahead_without_workers(root, options):
+    with pytest.raises(ValueError, match="pass 1 or more batches that each of 1 or more workers"):
+        data_module(root, **options)
+    with pytest.raises(ValueError, match="num_workers=-1; pass 0 or more"):
+        data_module(root, num_workers=-1)
