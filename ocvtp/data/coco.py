@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -22,12 +22,13 @@ from torch.utils.data import Dataset
 
 from ocvtp.data.annotations import CocoFile, ImageNames
 from ocvtp.data.mapped_arrays import TextArray
-from ocvtp.images import IMAGE_ERRORS, read_image
+from ocvtp.images import IMAGE_ERRORS, read_image, read_jpeg_on
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_INSTANCES = 255
+Decoder = Literal["pillow", "cuda"]
 
 
 class ImageTransform(Protocol):
@@ -66,6 +67,8 @@ class CocoImages(Dataset[dict[str, Any]]):
             has masks at all. Images may have been resized since: masks are brought to the size of
             the stored image.
         limit: use only the first `limit` images.
+        decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU, see
+            `ocvtp.images.read_jpeg_on`. Processes that load them have to be spawned, not forked.
 
     Raises:
         ValueError: if the folder or the file is missing or holds no images, if the file is no COCO
@@ -80,12 +83,14 @@ class CocoImages(Dataset[dict[str, Any]]):
         on_error: Literal["raise", "skip"] = "raise",
         with_instances: bool | None = False,
         limit: int | None = None,
+        decoder: Decoder = "pillow",
     ) -> None:
         _check_arguments(annotations, on_error, with_instances, limit)
         self.images = Path(images)
         self.annotations = None if annotations is None else Path(annotations)
         self.transform = transform
         self.on_error = on_error
+        self._device = decoding_device(decoder)
         self._coco: CocoFile | None = None
         if not self.images.is_dir():
             raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
@@ -138,7 +143,10 @@ class CocoImages(Dataset[dict[str, Any]]):
         """The RGB image; upright, but where masks are drawn on it."""
         if not path.is_file():
             raise FileNotFoundError(_not_there(path))
-        return read_image(path, upright=self._coco is None)
+        upright = self._coco is None
+        if self._device is not None:
+            return read_jpeg_on(self._device, path, upright)
+        return read_image(path, upright)
 
     def _unusable(self, file_name: str, error: BaseException, remedy: str) -> dict[str, Any]:
         """The item of an image that cannot be used; or the error is raised."""
@@ -162,6 +170,24 @@ class CocoImages(Dataset[dict[str, Any]]):
         if ids.shape == size[::-1]:
             return ids
         return np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+
+
+def decoding_device(decoder: str) -> str | None:
+    """The GPU that this process decodes images on; None where Pillow does.
+
+    Raises:
+        ValueError: if there is no such decoder, or no GPU.
+    """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder={decoder!r} is unknown; pass one of {get_args(Decoder)}.")
+    if decoder == "pillow":
+        return None
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "decoder='cuda' decodes images on a GPU of NVIDIA, and torch finds none here; pass"
+            " decoder='pillow'."
+        )
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

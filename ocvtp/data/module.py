@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ocvtp.data.coco import CocoImages, ImageTransform, collate
+from ocvtp.data.coco import CocoImages, Decoder, ImageTransform, collate, decoding_device
 from ocvtp.data.loader import GroupedSampler, ResumableLoader, StreamSampler, own_generator
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
@@ -107,7 +107,13 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             "prefetch_factor": self.prefetch_factor,
+            "multiprocessing_context": self.worker_context if self.num_workers else None,
         }
+
+    @property
+    def worker_context(self) -> str | None:
+        """How processes that load are started; a forked one cannot use a GPU."""
+        return None
 
     def state_dict(self) -> dict[str, int]:
         """The state of the training loader.
@@ -146,7 +152,11 @@ class CocoDataModule(ResumableDataModule):
         train_instances: whether training batches have `instances` too.
         seed: of the training order, not negative.
         transform: the host's image processing; may be set later, as the attribute of that name.
+        decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU.
         loading: see `ResumableDataModule`.
+
+    Raises:
+        ValueError: for `cuda` without a GPU.
     """
 
     def __init__(
@@ -165,10 +175,13 @@ class CocoDataModule(ResumableDataModule):
         train_instances: bool = False,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        decoder: Decoder = "pillow",
         **loading: Any,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         self.root = Path(root)
+        decoding_device(decoder)  # finds out before anything is read
+        self.decoder: Decoder = decoder
         self.train_paths = (train_images, train_annotations)
         self.val_paths = (val_images, val_annotations)
         self.on_error = on_error
@@ -222,7 +235,12 @@ class CocoDataModule(ResumableDataModule):
             on_error=self.on_error,
             with_instances=instances,
             limit=limit,
+            decoder=self.decoder,
         )
+
+    @property
+    def worker_context(self) -> str | None:
+        return "spawn" if self.decoder == "cuda" else None
 
 
 class SceneDataModule(CocoDataModule):

@@ -109,6 +109,8 @@ class Extraction:
                 f" {model.encoder.layout!r}; leave it out."
             )
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # images are decoded there, too
         model.encoder.to(self._device)
         opened = _opened(data)
         self._sets = {s: images for s, images in zip(SPLITS, opened, strict=True) if images}
@@ -207,11 +209,16 @@ class Extraction:
         images: list[tuple[int, str]] = []
         skipped: list[str] = []
         metadata: dict[str, str] = {}
+        num_workers = getattr(self._data, "num_workers", 0)
         loader = DataLoader(
             Subset(self._sets[split], self._range(split, number)),
             getattr(self._data, "batch_size", 1),
             collate_fn=collate,
-            num_workers=getattr(self._data, "num_workers", 0),
+            num_workers=num_workers,
+            prefetch_factor=getattr(self._data, "prefetch_factor", None),
+            multiprocessing_context=getattr(self._data, "worker_context", None)
+            if num_workers
+            else None,
         )
         with ShardWriter(self.folder / shard_name(split, number), metadata) as writer:
             for batch in loader:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ocvtp.data.loader import ResumableLoader, StreamSampler
 from ocvtp.data.module import CocoDataModule, SceneDataModule
 from ocvtp.data.scenes import write_scenes
+from ocvtp.images import read_jpeg_on
 
 NUM_TRAIN, BATCH = 23, 4
 BATCHES = NUM_TRAIN // BATCH
@@ -434,3 +435,30 @@ def test_nothing_can_be_loaded_ahead_without_workers(root, options):
         data_module(root, **options)
     with pytest.raises(ValueError, match="num_workers=-1; pass 0 or more"):
         data_module(root, num_workers=-1)
+
+
+def test_images_are_decoded_where_the_settings_say(root, monkeypatch):
+    with pytest.raises(ValueError, match="decoder='jpeg' is unknown; pass one of"):
+        data_module(root, decoder="jpeg")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds none here; pass decoder='pillow'"):
+        data_module(root, decoder="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    asked = []
+
+    def read(device, path, upright):
+        asked.append((device, upright))
+        return read_jpeg_on("cpu", path, upright)
+
+    monkeypatch.setattr("ocvtp.data.coco.read_jpeg_on", read)
+    found, wanted = data_module(root, decoder="cuda"), data_module(root)
+    for data in (found, wanted):
+        data.setup()
+    difference = found.train_set[0]["pixel_values"] - wanted.train_set[0]["pixel_values"]
+    assert difference.abs().max() < 1.5 / 255
+    found.val_set[0]
+    assert asked == [("cuda:3", True), ("cuda:3", False)]
+    workers = data_module(root, decoder="cuda", num_workers=1, pin_memory=False)
+    workers.setup()
+    assert workers.train_dataloader().multiprocessing_context.get_start_method() == "spawn"
