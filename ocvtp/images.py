@@ -142,6 +142,35 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def read_jpeg_on(device: str, path: str | Path, upright: bool) -> Image.Image:
+    """As `read_image`; a JPEG in colours or grey is decoded by a device.
+
+    Levels of a GPU's decoder differ by some of 255 where colours change: each interpolates the
+    colours, of which a JPEG keeps every second pixel, in its own way. Other files are Pillow's.
+
+    Args:
+        device: `cuda`, `cuda:1`, ...; `cpu` is torchvision's own decoder.
+        path: of the file.
+        upright: see `read_image`.
+
+    Raises:
+        IMAGE_ERRORS: if it is missing or no image.
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+    with opened(path) as image:  # reads the header alone
+        is_plain, turn = image.format == "JPEG" and image.mode in ("RGB", "L"), turn_of(image)
+    if not is_plain:
+        return read_image(path, upright)
+    try:
+        pixels = decode_jpeg(read_file(str(path)), ImageReadMode.RGB, device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"it cannot be decoded on {device} ({reason})") from error
+    rgb = Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+    return rgb.transpose(turn) if upright and turn is not None else rgb
+
+
 def orientation_of(image: Image.Image) -> int:
     """EXIF's number of an opened image: 1 where it is upright."""
     number = image.getexif().get(ExifTags.Base.Orientation)

@@ -6,14 +6,21 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps, PngImagePlugin
 
 from ocvtp.cli import main
 from ocvtp.data.masks import read_mask
 from ocvtp.data.question_sets import ImageQuestion, QuestionSet
 from ocvtp.data.resize import resize_folder
 from ocvtp.hosts import loading
-from ocvtp.images import limit_pixels, open_image, read_image, to_rgb
+from ocvtp.images import (
+    IMAGE_ERRORS,
+    limit_pixels,
+    open_image,
+    read_image,
+    read_jpeg_on,
+    to_rgb,
+)
 
 GREYS = np.array([[0, 51, 128], [200, 254, 255]])
 
@@ -243,3 +250,48 @@ def test_no_program_is_started_to_read_an_image(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
     with pytest.raises(ValueError, match="it is of the format EPS; save it as JPEG or PNG"):
         open_image(path)
+
+
+# ---------------------------------------------------------------- decoded by a device
+
+DEVICES = [("cpu", 1, 0.01), pytest.param("cuda", 48, 1.5, marks=pytest.mark.gpu)]
+"""With the most levels of 255 that one differs by, and that all do on average."""
+
+
+def photograph(kind):
+    """Soft colours and a hard edge; sides that a JPEG's blocks do not divide."""
+    y, x = np.mgrid[0:37, 0:51]
+    pixels = np.stack([5 * x, 6 * y, 127 + 100 * np.sin((x + y) / 9)], 2).clip(0, 255)
+    pixels[10:20, 30:45] = (250, 30, 30)
+    return Image.fromarray(pixels.astype(np.uint8)).convert(kind)
+
+
+@pytest.mark.parametrize(("device", "most", "mean"), DEVICES)
+@pytest.mark.parametrize("kind", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_device_decodes_as_pillow_does(tmp_path, device, most, mean, kind, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = save(photograph(kind), tmp_path, "jpeg", quality=92, exif=exif)
+    for upright in (True, False):
+        found, wanted = read_jpeg_on(device, path, upright), read_image(path, upright)
+        assert (found.mode, found.size, found.info) == ("RGB", wanted.size, {})
+        off = np.abs(np.asarray(found, np.int16) - np.asarray(wanted, np.int16))
+        assert off.max() <= most
+        assert off.mean() <= mean
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("CMYK", "jpeg"), ("RGB", "png"), ("P", "png")])
+def test_other_files_are_pillows(tmp_path, kind, suffix):
+    path = save(photograph("RGB").convert(kind), tmp_path, suffix)
+    found = np.asarray(read_jpeg_on("cpu", path, True))
+    np.testing.assert_array_equal(found, np.asarray(read_image(path, True)))
+
+
+def test_a_damaged_jpeg_is_an_error_of_images(tmp_path):
+    path = save(photograph("RGB"), tmp_path, "jpeg")
+    content = path.read_bytes()
+    for damaged in (content[:400], content[:2], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(IMAGE_ERRORS):
+            read_jpeg_on("cpu", path, True)

@@ -50,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("plain", "flip"),
         help="flip: training images mirrored too; each epoch draws one view of every image",
     )
+    found.add_argument(
+        "--crops",
+        type=int,
+        default=0,
+        help="views of every training image, each in a window elsewhere (default: %(default)s)",
+    )
     found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
     found.add_argument("--rank", type=int, help="which part of the files, from 0")
     found.add_argument(
@@ -87,6 +93,7 @@ def run_words(words: Sequence[str]) -> int:
         rank,
         ranks,
         device,
+        arguments.crops,
     )
     missing = gigabytes(extraction.bytes_missing)
     sys.stderr.write(f"{arguments.output}: {missing} are still to be written; tower on {device}\n")

@@ -1,32 +1,159 @@
 """COCO `instances` and `captions` files: the one place where they are read and checked.
 
-h x w are the pixels of an image as the file says.
+A file is read once and kept as arrays that all processes share, see `ocvtp.data.annotation_arrays`
+and `ocvtp.data.mapped_arrays`. h x w are the pixels of an image as the file says.
 """
 
 from __future__ import annotations
 
 import json
-import os.path
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from reprlib import repr as shortened
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ocvtp.data.masks import has_mask, read_mask
+from ocvtp.data.annotation_arrays import AnnotationReader
+from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
+from ocvtp.data.masks import read_mask
 
-Entry = dict[str, Any]
+Entry = Mapping[str, Any]
+
+
+class CocoImageList(Mapping[int, Entry]):
+    """The images of a file by their ids: `id`, `file_name`, `height` and `width` of each.
+
+    Args:
+        arrays: see `ocvtp.data.annotation_arrays`.
+    """
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        self._ids, self._order = arrays["image_ids"], arrays["image_order"]
+        self._sizes = arrays["image_sizes"]
+        self._names = TextArray.named(arrays, "image_names")
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._ids.tolist())
+
+    def __getitem__(self, image_id: int) -> Entry:
+        place = self.place(image_id)
+        if place is None:
+            raise KeyError(image_id)
+        height, width = self._sizes[place].tolist()
+        name = self._names[place]
+        return {"id": image_id, "file_name": name, "height": height, "width": width}
+
+    def place(self, image_id: int) -> int | None:
+        """Which one of the file it is, from 0; None for an id that is not listed."""
+        ordered = int(np.searchsorted(self._ids, image_id, sorter=self._order))
+        if ordered == len(self._ids) or self._ids[self._order[ordered]] != image_id:
+            return None
+        return int(self._order[ordered])
+
+    def names_by_id(self, limit: int | None = None) -> ImageNames:
+        """Ids and names in the order of the ids, the first `limit` of them."""
+        return ImageNames(self._ids, self._names, self._order[:limit])
+
+
+class ImageNames(Sequence[tuple[int, str]]):
+    """Ids and file names of images, in arrays.
+
+    Args:
+        ids: [M]. names: M of them. order: which of them, in which order.
+    """
+
+    def __init__(self, ids: NDArray[np.int64], names: TextArray, order: NDArray[np.int64]) -> None:
+        self._ids, self._names, self._order = ids, names, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return ImageNames(self._ids, self._names, self._order[index])
+        place = self._order[index]
+        return int(self._ids[place]), self._names[place]
+
+
+class Annotation(Entry):
+    """An entry of `annotations`, made of the arrays when it is read.
+
+    Args:
+        file: that it is of. place: of it in the file, from 0.
+    """
+
+    __slots__ = ("_file", "_place")
+
+    def __init__(self, file: MappedArrays, place: int) -> None:
+        self._file, self._place = file, place
+
+    def _others(self) -> dict[str, Any]:
+        text = TextArray.named(self._file, "others")[self._place]
+        others: dict[str, Any] = json.loads(text) if text else {}
+        return others
+
+    def __getitem__(self, key: str) -> Any:
+        if key in _READ:
+            found = _READ[key](self._file, self._place)
+            if found is not None:
+                return found
+        return self._others()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        own = (key for key, read in _READ.items() if read(self._file, self._place) is not None)
+        return iter(dict.fromkeys((*own, *self._others())))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def _segmentation(file: MappedArrays, place: int) -> list[list[float]] | None:
+    first, end = file["polygons_of"][place : place + 2].tolist()
+    ends, points = file["polygon_ends"][first : end + 1].tolist(), file["points"]
+    return [points[a:b].tolist() for a, b in zip(ends, ends[1:], strict=False)] or None
+
+
+def _whole(name: str) -> Any:
+    def read(file: MappedArrays, place: int) -> int | None:
+        number = int(file[name][place])
+        return None if number < 0 else number
+
+    return read
+
+
+def _area(file: MappedArrays, place: int) -> float | None:
+    area = float(file["areas"][place])
+    return None if np.isnan(area) else area
+
+
+def _box(file: MappedArrays, place: int) -> list[float] | None:
+    box: list[float] = file["boxes"][place].tolist()
+    return None if np.isnan(box[0]) else box
+
+
+_READ: dict[str, Any] = {
+    "segmentation": _segmentation,
+    "area": _area,
+    "iscrowd": _whole("is_crowd"),
+    "image_id": _whole("image_ids_of"),
+    "bbox": _box,
+    "category_id": _whole("category_ids"),
+    "id": _whole("ids"),
+}
 
 
 class CocoFile:
     """A COCO `instances` file: its images, and what is annotated in them.
 
     Ids are whole numbers from 0 on, and everything that is listed has its own; every annotation is
-    of an image that is listed. Objects may have no mask: boxes alone say what is there. Boxes,
-    licences and everything else in the file are not read.
+    of an image that is listed. Objects may have no mask: boxes alone say what is there. A file of
+    a mebibyte and more is read once, and kept beside it as arrays, see
+    `ocvtp.data.mapped_arrays`.
 
     Attributes:
         path: of the file.
@@ -46,26 +173,50 @@ class CocoFile:
 
     def __init__(self, path: str | Path, with_categories: bool = False) -> None:
         self.path = Path(path)
-        content = self._content()
-        self.images: Mapping[int, Entry] = self._checked_images(self._list(content, "images"))
+        reader = AnnotationReader(self.path, self.kind)
+        reader.check_there()
+        self._arrays = kept_arrays(self.path, self.kind, reader.arrays)
+        self.images = CocoImageList(self._arrays)
         self.categories: Mapping[int, str] = {}
-        if with_categories:
-            self.categories = self._checked_categories(self._list(content, "categories"))
         self.num_objects = self.num_masks = 0
-        self._of_image: dict[int, list[Entry]] = {}
-        self._read_annotations(self._list(content, "annotations"), with_categories)
+        self._open(with_categories)
+
+    def _open(self, with_categories: bool) -> None:
+        """What there is beside the images."""
+        if with_categories:
+            self.categories = self._checked_categories()
+        is_object = self._arrays["is_crowd"] == 0
+        self.num_objects = int(is_object.sum())
+        self.num_masks = int(self._arrays["has_mask"][is_object].sum())
 
     def objects(self, image_id: int) -> list[Entry]:
         """The annotations of an image, crowds too, in the file's order."""
-        return self._of_image.get(image_id, [])
+        return [Annotation(self._arrays, place) for place in self._of_image(image_id).tolist()]
 
     def masked(self, image_id: int) -> list[Entry]:
         """Those that have a mask; without crowds."""
-        return [e for e in self.objects(image_id) if _is_object(e) and _has_mask(e)]
+        places = self._objects_of(image_id)
+        with_mask = places[self._arrays["has_mask"][places] == 1]
+        return [Annotation(self._arrays, place) for place in with_mask.tolist()]
 
     def all_masked(self, image_id: int) -> bool:
         """Whether every object of an image has a mask; crowds do not count."""
-        return all(_has_mask(entry) for entry in self.objects(image_id) if _is_object(entry))
+        return bool(self._arrays["has_mask"][self._objects_of(image_id)].all())
+
+    def _of_image(self, image_id: int) -> NDArray[np.int64]:
+        """Places of the annotations of an image."""
+        image = self.images.place(image_id)
+        if image is None:
+            return np.empty(0, np.int64)
+        first, end = self._arrays["of_image_ends"][image : image + 2].tolist()
+        places: NDArray[np.int64] = self._arrays["of_image"][first:end]
+        return places
+
+    def _objects_of(self, image_id: int) -> NDArray[np.int64]:
+        """Without crowds."""
+        places = self._of_image(image_id)
+        found: NDArray[np.int64] = places[self._arrays["is_crowd"][places] == 0]
+        return found
 
     def mask(self, entry: Entry) -> NDArray[np.bool_]:
         """The pixels of an annotation, [h, w].
@@ -125,155 +276,12 @@ class CocoFile:
                 f"another shape: the masks do not fit{why}"
             )
 
-    def _content(self) -> Entry:
-        if not self.path.is_file():
-            raise ValueError(f"annotation file {self.path} does not exist; pass {self._wanted}.")
-        try:
-            content = json.loads(self.path.read_bytes())
-        except OSError as error:
-            raise ValueError(
-                f"annotation file {self.path} cannot be read ({error}); make it readable."
-            ) from error
-        except (ValueError, RecursionError) as error:
-            self._not_instances(f"no JSON ({error})", error)
-        if not isinstance(content, dict):
-            self._not_instances("no JSON object")
-        return content
-
-    def _list(self, content: Entry, name: str) -> list[Any]:
-        entries = content.get(name)
-        if not isinstance(entries, list):
-            self._not_instances(f"without a list {name!r}")
-        return entries
-
-    def _not_instances(self, found: str, error: BaseException | None = None) -> NoReturn:
-        raise ValueError(
-            f"annotation file {self.path} is {found}, so no COCO {self.kind} file; pass "
-            f"{self._wanted}."
-        ) from error
-
-    @property
-    def _wanted(self) -> str:
-        article = "an" if self.kind[0] in "aeiou" else "a"
-        return f"{article} {self.kind}_*.json file"
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise ValueError(f"annotation file {self.path} cannot be used: {what}.")
-
-    def _checked_images(self, entries: list[Any]) -> dict[int, Entry]:
-        images: dict[int, Entry] = {}
-        names: dict[str, int] = {}
-        for entry in self._whole(entries, "images", ("id", "file_name", "height", "width")):
-            number, name = entry["id"], entry["file_name"]
-            self._check_text(name, f"image {number} has the file_name")
-            for side in ("height", "width"):
-                pixels = entry[side]
-                if type(pixels) is not int or pixels < 1:
-                    self._refuse(
-                        f"image {number} ({name}) has the {side} {shortened(pixels)}; pass the "
-                        "whole number of its pixels"
-                    )
-            if number in images:
-                self._refuse(
-                    f"two images have the id {number}, {images[number]['file_name']} and {name}; "
-                    "list every image once, with its own id"
-                )
-            same = names.setdefault(os.path.normpath(name), number)
-            if same != number:
-                self._refuse(
-                    f"images {same} and {number} are one file, {name}; list every image once, and "
-                    "give its annotations that id"
-                )
-            images[number] = entry
-        return images
-
-    def _checked_categories(self, entries: list[Any]) -> dict[int, str]:
-        categories: dict[int, str] = {}
-        numbers: dict[str, int] = {}
-        for entry in self._whole(entries, "categories", ("id", "name")):
-            number, name = entry["id"], entry["name"]
-            self._check_text(name, f"category {number} has the name")
-            if number in categories:
-                self._refuse(
-                    f"two categories have the id {number}, {categories[number]!r} and {name!r}; "
-                    "give each its own"
-                )
-            same = numbers.setdefault(name.strip().casefold(), number)
-            if same != number:
-                self._refuse(
-                    f"categories {same} and {number} are both called {name!r}; make them one, or "
-                    "call them by different names"
-                )
-            categories[number] = name
-        return categories
-
-    def _whole(self, entries: list[Any], part: str, keys: tuple[str, ...]) -> Iterator[Entry]:
-        """The entries of a list, if each has the keys and a number as its id."""
-        for place, entry in enumerate(entries, start=1):
-            self._check_keys(entry, f"entry {place} of {part!r}", keys)
-            self._check_id(entry["id"], f"entry {place} of {part!r} has the id")
-            yield entry
-
-    def _check_keys(self, entry: Any, where: str, keys: tuple[str, ...]) -> None:
-        if not isinstance(entry, dict):
-            self._refuse(f"{where} is {shortened(entry)}; pass a JSON object")
-        lacking = [key for key in keys if key not in entry]
-        if lacking:
-            has = ", ".join(entry) or "nothing"
-            self._refuse(f"{where} lacks {', '.join(lacking)} (it has {has}); add what is missing")
-
-    def _check_id(self, number: Any, where: str) -> None:
-        if not _is_id(number):
-            self._refuse(
-                f"{where} {shortened(number)}; ids are whole numbers from 0 on: number what is "
-                "listed, and use these numbers wherever it is referred to"
-            )
-
-    def _check_text(self, text: Any, where: str) -> None:
-        if not isinstance(text, str) or not text.strip():
-            self._refuse(f"{where} {shortened(text)}; pass a text")
-
-    def _read_annotations(self, entries: list[Any], with_categories: bool) -> None:
-        """Keep them by image. There may be a million: messages are made for faults only."""
-        seen: set[int] = set()
-        for place, entry in enumerate(entries, start=1):
-            if not isinstance(entry, dict) or "image_id" not in entry:
-                self._check_keys(entry, f"entry {place} of 'annotations'", ("image_id",))
-            if "id" in entry and not _is_id(entry["id"]):
-                self._check_id(entry["id"], f"entry {place} of 'annotations' has the id")
-            number = entry.get("id", -place)
-            if number in seen:
-                self._refuse(
-                    f"two annotations have the id {number}; list every object once, with its own id"
-                )
-            seen.add(number)
-            self._check_refers(entry, number, "image_id", self.images)
-            if "segmentation" not in entry and "bbox" not in entry:
-                self._refuse(
-                    f"{_name(number)} lacks segmentation or bbox (it has {', '.join(entry)}); pass "
-                    "an instances_*.json file"
-                )
-            if with_categories:
-                self._check_refers(entry, number, "category_id", self.categories)
-            if entry.get("iscrowd", 0) not in _CROWD:
-                self._refuse(
-                    f"{_name(number)} has iscrowd {shortened(entry['iscrowd'])}; pass 0 for an "
-                    "object, 1 for a crowd"
-                )
-            self._of_image.setdefault(entry["image_id"], []).append(entry)
-            if _is_object(entry):
-                self.num_objects += 1
-                self.num_masks += _has_mask(entry)
-
-    def _check_refers(self, entry: Entry, number: int, key: str, listed: Mapping[int, Any]) -> None:
-        there = entry.get(key)
-        if type(there) is not int or there not in listed:
-            self._check_id(there, f"{_name(number)} has the {key}")
-            what = key.removesuffix("_id")
-            self._refuse(
-                f"{_name(number)} is of {what} {there}, which the file does not list; "
-                f"list it, correct the {key}, or take the annotation out"
-            )
+    def _checked_categories(self) -> dict[int, str]:
+        if refused := TextArray.named(self._arrays, "no_categories")[0]:
+            raise ValueError(f"annotation file {self.path} {refused}")
+        numbers = self._arrays["category_numbers"].tolist()
+        names = TextArray.named(self._arrays, "category_names")
+        return {number: names[place] for place, number in enumerate(numbers)}
 
 
 class CaptionFile(CocoFile):
@@ -292,33 +300,29 @@ class CaptionFile(CocoFile):
     kind: ClassVar[str] = "captions"
 
     def __init__(self, path: str | Path) -> None:
-        self.captions: dict[int, list[str]] = {}
+        self.captions: Mapping[int, list[str]] = {}
         super().__init__(path)
 
-    def _read_annotations(self, entries: list[Any], with_categories: bool) -> None:
+    def _open(self, with_categories: bool) -> None:
         del with_categories
-        for place, entry in enumerate(entries, start=1):
-            self._check_keys(entry, f"entry {place} of 'annotations'", ("image_id", "caption"))
-            self._check_refers(entry, -place, "image_id", self.images)
-            self._check_text(entry["caption"], f"entry {place} of 'annotations' has the caption")
-            self.captions.setdefault(entry["image_id"], []).append(entry["caption"].strip())
+        self.captions = _Captions(self)
 
 
-_CROWD = (0, 1, None)
+class _Captions(Mapping[int, list[str]]):
+    """What is said of the images of a file."""
 
+    def __init__(self, file: CaptionFile) -> None:
+        self._file = file
+        self._texts = TextArray.named(file._arrays, "captions")
 
-def _is_id(number: Any) -> bool:
-    return type(number) is int and number >= 0
+    def __getitem__(self, image_id: int) -> list[str]:
+        places = self._file._of_image(image_id).tolist()
+        if not places:
+            raise KeyError(image_id)
+        return [self._texts[place] for place in places]
 
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in self._file.images if len(self._file._of_image(number)))
 
-def _name(number: int) -> str:
-    """What messages call an annotation: its id, or minus its place where it has none."""
-    return f"annotation {number}" if number >= 0 else f"entry {-number} of 'annotations'"
-
-
-def _is_object(entry: Entry) -> bool:
-    return not entry.get("iscrowd", 0)
-
-
-def _has_mask(entry: Entry) -> bool:
-    return has_mask(entry.get("segmentation"))
+    def __len__(self) -> int:
+        return int((np.diff(self._file._arrays["of_image_ends"]) > 0).sum())

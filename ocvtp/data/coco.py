@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -20,14 +20,16 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ocvtp.data.annotations import CocoFile
+from ocvtp.data.annotations import CocoFile, ImageNames
 from ocvtp.data.image_names import check_inside, inside
-from ocvtp.images import IMAGE_ERRORS, read_image
+from ocvtp.data.mapped_arrays import TextArray
+from ocvtp.images import IMAGE_ERRORS, read_image, read_jpeg_on
 
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MAX_INSTANCES = 255
+Decoder = Literal["pillow", "cuda"]
 
 
 class ImageTransform(Protocol):
@@ -67,6 +69,8 @@ class CocoImages(Dataset[dict[str, Any]]):
             the stored image.
         limit: use only the first `limit` images.
         outside: whether images that the file names may lie outside of the folder, see `inside`.
+        decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU, see
+            `ocvtp.images.read_jpeg_on`. Processes that load them have to be spawned, not forked.
 
     Raises:
         ValueError: if the folder or the file is missing or holds no images, if the file is no COCO
@@ -83,6 +87,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         with_instances: bool | None = False,
         limit: int | None = None,
         outside: bool = False,
+        decoder: Decoder = "pillow",
     ) -> None:
         _check_arguments(annotations, on_error, with_instances, limit)
         self.images = Path(images)
@@ -90,25 +95,27 @@ class CocoImages(Dataset[dict[str, Any]]):
         self.transform = transform
         self.on_error = on_error
         self._outside = outside or annotations is None
+        self._device = decoding_device(decoder)
         self._coco: CocoFile | None = None
         if not self.images.is_dir():
             raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
         if self.annotations is None:
-            found = find_images(self.images)
-            records = [(i, path.as_posix()) for i, path in enumerate(found)]
+            names = TextArray.of(path.as_posix() for path in find_images(self.images))
+            numbers = np.arange(len(names))
+            records = ImageNames(numbers, names, numbers[:limit])
         else:
             coco = CocoFile(self.annotations)
-            records = sorted((number, e["file_name"]) for number, e in coco.images.items())
+            records = coco.images.names_by_id(limit)
             if with_instances or with_instances is None:
                 _warn_of_boxes(coco)
             keep = coco.num_masks > 0 if with_instances is None else with_instances
             self._coco = coco if keep else None
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
-        self._records = records[:limit]
         if not self._outside:
-            for _, name in self._records:
+            for _, name in records:
                 check_inside(name, self.images)
+        self._records = records
 
     @property
     def names(self) -> list[tuple[int, str]]:
@@ -144,7 +151,10 @@ class CocoImages(Dataset[dict[str, Any]]):
         """The RGB image; upright, but where masks are drawn on it."""
         if not path.is_file():
             raise FileNotFoundError(_not_there(path))
-        return read_image(path, upright=self._coco is None)
+        upright = self._coco is None
+        if self._device is not None:
+            return read_jpeg_on(self._device, path, upright)
+        return read_image(path, upright)
 
     def _unusable(self, file_name: str, error: BaseException, remedy: str) -> dict[str, Any]:
         """The item of an image that cannot be used; or the error is raised."""
@@ -168,6 +178,24 @@ class CocoImages(Dataset[dict[str, Any]]):
         if ids.shape == size[::-1]:
             return ids
         return np.asarray(Image.fromarray(ids).resize(size, Image.Resampling.NEAREST))
+
+
+def decoding_device(decoder: str) -> str | None:
+    """The GPU that this process decodes images on; None where Pillow does.
+
+    Raises:
+        ValueError: if there is no such decoder, or no GPU.
+    """
+    if decoder not in get_args(Decoder):
+        raise ValueError(f"decoder={decoder!r} is unknown; pass one of {get_args(Decoder)}.")
+    if decoder == "pillow":
+        return None
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "decoder='cuda' decodes images on a GPU of NVIDIA, and torch finds none here; pass"
+            " decoder='pillow'."
+        )
+    return f"cuda:{torch.cuda.current_device()}"
 
 
 def collate(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ in their number. A shard's tensors are
     instances                           [pixels of all rows] uint8, where the images have masks
     instance_sizes                      [R, 2] int32
 
-and its metadata `images`, a JSON list of `[image id, path]`, and `skipped`, what could not be read.
+and its metadata `images`, a JSON list of `[image id, path]`, `skipped`, what could not be read, and
+`sha256` of the bytes of every tensor.
 Nothing is pickled; tensors are read as memory-mapped slices.
 """
 
@@ -77,6 +78,7 @@ class ShardWriter:
         self.path, self.metadata = path, metadata
         self._open = ExitStack()
         self._grown: dict[str, tuple[IO[bytes], torch.dtype, list[int]]] = {}
+        self._hashes: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,16 +109,21 @@ class ShardWriter:
         if name not in self._grown:
             new = self._open.enter_context(tempfile.TemporaryFile(dir=self.path.parent))
             self._grown[name] = (new, values.dtype, [0, *values.shape[1:]])
+            self._hashes[name] = hashlib.sha256()
         file, dtype, shape = self._grown[name]
         assert (values.dtype, list(values.shape[1:])) == (dtype, shape[1:]), name
         with self._told():
-            file.write(_bytes(values))
+            data = _bytes(values)
+            file.write(data)
+            self._hashes[name].update(data)
         shape[0] += len(values)
 
     def _put_together(self) -> None:
         kinds = list(_CODES)
         names = sorted(self._grown, key=lambda name: (kinds.index(self._grown[name][1]), name))
-        header: dict[str, Any] = {"__metadata__": {**self.metadata, "format": str(FORMAT)}}
+        hashes = json.dumps({name: self._hashes[name].hexdigest() for name in names})
+        metadata = {**self.metadata, "format": str(FORMAT), "sha256": hashes}
+        header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name in names:
             file, dtype, shape = self._grown[name]
@@ -135,7 +142,9 @@ class ShardWriter:
 
 
 def describe_shard(path: Path) -> dict[str, Any]:
-    """What the manifest says of a shard: its file, bytes, images and what was skipped.
+    """What the manifest says of a shard: its file, bytes, images, what was skipped, and its hash.
+
+    The hash is the sha256 of those of its tensors; shards of earlier versions have none.
 
     Raises:
         ValueError: if it is damaged.
@@ -144,12 +153,48 @@ def describe_shard(path: Path) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
             images, skipped = (json.loads(metadata[name]) for name in ("images", "skipped"))
+            hashes = metadata.get("sha256")
     except Exception as error:  # the reader has errors of its own
         raise ValueError(
             f"{path} is no whole shard of features ({error}); delete it and extract again."
         ) from error
     size = path.stat().st_size
-    return {"file": path.name, "bytes": size, "images": images, "skipped": skipped}
+    found = {"file": path.name, "bytes": size, "images": images, "skipped": skipped}
+    if hashes is not None:
+        found["sha256"] = hashlib.sha256(hashes.encode()).hexdigest()
+    return found
+
+
+def verify_shard(path: Path, described: Mapping[str, Any]) -> None:
+    """Read a whole shard, and compare it with what was written.
+
+    Args:
+        path: of the shard. described: what the manifest says of it.
+
+    Raises:
+        ValueError: if it is damaged, another one, or has no hashes to compare with.
+    """
+    now = describe_shard(path)
+    with safe_open(path, "pt") as file:
+        hashes = json.loads(file.metadata().get("sha256", "{}"))
+        names = set(file.keys())
+        changed = [
+            name
+            for name, wanted in hashes.items()
+            if name not in names
+            or hashlib.sha256(_bytes(file.get_tensor(name))).hexdigest() != wanted
+        ]
+    if not hashes:
+        raise ValueError(
+            f"{path} was written by an earlier version, without hashes; extract again to have them,"
+            " or do not verify."
+        )
+    if changed or set(hashes) != names or now != described:
+        told = ", ".join(changed) or "what the manifest says of it"
+        raise ValueError(
+            f"{path} is not as it was written ({told} differs): copy it again, or delete it and"
+            " the manifest, and continue `ocvtp extract` with the settings that it was begun with."
+        )
 
 
 def shard_name(split: str, number: int) -> str:
@@ -217,6 +262,15 @@ class Manifest:
         content = {"format": FORMAT, "settings": self.settings, "shards": self.shards}
         with replacing(self.folder / MANIFEST) as temporary:
             temporary.write_text(json.dumps(content), encoding="utf-8")
+
+    def verify(self) -> None:
+        """Read all shards, and compare them with what was written.
+
+        Raises:
+            ValueError: see `verify_shard`.
+        """
+        for shard in (shard for shards in self.shards.values() for shard in shards):
+            verify_shard(self.folder / shard["file"], shard)
 
     def num_images(self, split: str) -> int:
         """Readable images of a split, 0 where it is not there."""

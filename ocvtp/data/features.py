@@ -213,6 +213,8 @@ class FeatureDataModule(ResumableDataModule):
             `FeatureSampler`; more of them read the disk in more places.
         seed: of the training order, not negative.
         transform: the host's image processing, which must be that of the features.
+        verify: whether all files are read before anything else, and compared with their hashes.
+        loading: see `ocvtp.data.module.ResumableDataModule`.
 
     Raises:
         ValueError: for less than one of `mixed_shards`.
@@ -230,12 +232,24 @@ class FeatureDataModule(ResumableDataModule):
         mixed_shards: int = 8,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        verify: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         if mixed_shards < 1:
             raise ValueError(f"mixed_shards={mixed_shards}; pass 1 or more.")
         self.root = Path(root)
         self.mixed_shards = mixed_shards
+        self.verify = verify
+
+    def prepare_data(self) -> None:
+        """Verify the files where that is asked for.
+
+        Raises:
+            ValueError: see `ocvtp.data.feature_files.verify_shard`.
+        """
+        if self.verify:
+            self.manifest.verify()
 
     @cached_property
     def manifest(self) -> Manifest:

@@ -82,7 +82,7 @@ class FolderDataModule(CocoDataModule):
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
             train = np.flatnonzero(~held_out)[: self.limit_train]
-            self.train_set = Subset(images, train.tolist())
+            self.train_set = Subset(images, train)  # type: ignore[arg-type]
         if stage in (None, "fit", "validate"):
             val = np.flatnonzero(held_out)[: self.limit_val]
-            self.val_set = Subset(images, val.tolist())
+            self.val_set = Subset(images, val)  # type: ignore[arg-type]

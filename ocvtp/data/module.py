@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
-from ocvtp.data.coco import CocoImages, ImageTransform, collate
+from ocvtp.data.coco import CocoImages, Decoder, ImageTransform, collate, decoding_device
 from ocvtp.data.loader import GroupedSampler, ResumableLoader, StreamSampler, own_generator
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
@@ -26,9 +26,16 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         num_workers: processes that load; 0 loads in the training process.
         seed: of the training order, not negative.
         transform: the host's processing; may be set later, as the attribute of that name.
+        persistent_workers: whether the processes that load training data live from one epoch to
+            the next.
+        pin_memory: whether batches are put where a GPU copies them from; None: where there is one.
+        prefetch_factor: batches that each of these processes loads ahead; None for two.
 
     Attributes:
         train_set: open after `setup`. val_set: the same.
+
+    Raises:
+        ValueError: if a number is out of range, or nothing loads ahead.
     """
 
     def __init__(
@@ -38,8 +45,20 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         num_workers: int,
         seed: int,
         transform: Any,
+        persistent_workers: bool = True,
+        pin_memory: bool | None = None,
+        prefetch_factor: int | None = None,
     ) -> None:
         super().__init__()
+        if num_workers < 0:
+            raise ValueError(f"num_workers={num_workers}; pass 0 or more.")
+        if prefetch_factor is not None and (prefetch_factor < 1 or not num_workers):
+            raise ValueError(
+                f"prefetch_factor={prefetch_factor} and num_workers={num_workers}; pass 1 or more"
+                " batches that each of 1 or more workers loads ahead, or leave prefetch_factor out."
+            )
+        self.persistent_workers, self.pin_memory = persistent_workers, pin_memory
+        self.prefetch_factor = prefetch_factor
         self.batch_size = batch_size
         self.val_batch_size = val_batch_size or batch_size
         self.num_workers = num_workers
@@ -58,7 +77,8 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled whole batches, from where the checkpoint or the last loader stood."""
         state = self.state_dict()
-        options = {**self._options(), "persistent_workers": self.num_workers > 0}
+        options = self._options()
+        options["persistent_workers"] = self.persistent_workers and self.num_workers > 0
         train_set = _opened(self.train_set)
         stream = self._stream(train_set)
         self._loader = ResumableLoader(train_set, self.batch_size, self.seed, stream, **options)
@@ -85,8 +105,15 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         return {
             "collate_fn": self._collate,
             "num_workers": self.num_workers,
-            "pin_memory": torch.cuda.is_available(),
+            "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
+            "prefetch_factor": self.prefetch_factor,
+            "multiprocessing_context": self.worker_context if self.num_workers else None,
         }
+
+    @property
+    def worker_context(self) -> str | None:
+        """How processes that load are started; a forked one cannot use a GPU."""
+        return None
 
     def state_dict(self) -> dict[str, int]:
         """The state of the training loader.
@@ -127,6 +154,11 @@ class CocoDataModule(ResumableDataModule):
         transform: the host's image processing; may be set later, as the attribute of that name.
         outside: whether images that an annotation file names may lie outside of their folder: by
             names that go up, absolute ones, or links.
+        decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU.
+        loading: see `ResumableDataModule`.
+
+    Raises:
+        ValueError: for `cuda` without a GPU.
     """
 
     def __init__(
@@ -146,10 +178,14 @@ class CocoDataModule(ResumableDataModule):
         seed: int = 0,
         transform: ImageTransform | None = None,
         outside: bool = False,
+        decoder: Decoder = "pillow",
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         self.root = Path(root)
         self.outside = outside
+        decoding_device(decoder)  # finds out before anything is read
+        self.decoder: Decoder = decoder
         self.train_paths = (train_images, train_annotations)
         self.val_paths = (val_images, val_annotations)
         self.on_error = on_error
@@ -204,7 +240,12 @@ class CocoDataModule(ResumableDataModule):
             with_instances=instances,
             limit=limit,
             outside=self.outside,
+            decoder=self.decoder,
         )
+
+    @property
+    def worker_context(self) -> str | None:
+        return "spawn" if self.decoder == "cuda" else None
 
 
 class SceneDataModule(CocoDataModule):
@@ -276,6 +317,7 @@ class QuestionSetDataModule(ResumableDataModule):
             the attribute of that name.
         outside: whether images may lie outside of their folder: by names that go up, absolute ones,
             or links.
+        loading: see `ResumableDataModule`.
     """
 
     def __init__(
@@ -286,8 +328,9 @@ class QuestionSetDataModule(ResumableDataModule):
         seed: int = 0,
         transform: QuestionTransform | None = None,
         outside: bool = False,
+        **loading: Any,
     ) -> None:
-        super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         self.outside = outside
 
     @abstractmethod

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from numpy.typing import NDArray
+from PIL import Image
 from pytorch_lightning.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
@@ -20,7 +23,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from ocvtp.data.coco import collate
 from ocvtp.data.feature_files import (
     OF_TOKENS,
-    SPLITS,
     Manifest,
     ShardWriter,
     claim,
@@ -36,6 +38,8 @@ from ocvtp.training.module import PrunerModule
 
 StoredDType = Literal["float16", "bfloat16", "float32"]
 Views = Literal["plain", "flip"]
+_CROP_SIDE = 0.75
+"""Part of an image's sides that a crop has."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ class Extraction:
         rank: which part of the shards is written: number `rank`, `rank + ranks` and so on.
         ranks: how many processes share the work.
         device: where the tower runs.
+        crops: so many windows of three quarters of the sides are views of every training image,
+            and of the mirrored one, too; they lie elsewhere in each view, and in all images alike.
 
     Attributes:
         bytes_missing: of the shards that are not there, of all ranks; where images have different
@@ -96,37 +102,40 @@ class Extraction:
         rank: int = 0,
         ranks: int = 1,
         device: str | torch.device = "cpu",
+        crops: int = 0,
     ) -> None:
-        _check_arguments(dtype, shard_size, views, rank, ranks)
+        _check_arguments(dtype, shard_size, views, crops, rank, ranks)
         _check_sources(model, data)
         self.folder, self._model, self._data = Path(folder), model, data
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._size, self._rank, self._ranks = shard_size, rank, ranks
         self._flips = views == "flip"
-        if self._flips and model.encoder.layout != "grid":
+        self._windows = [_window(number) for number in range(crops)]
+        if (self._flips or crops) and model.encoder.layout != "grid":
             raise ValueError(
-                "--views flip mirrors images of one grid, and the layout of the encoder is"
-                f" {model.encoder.layout!r}; leave it out."
+                "--views flip and --crops are of images of one grid, and the layout of the encoder"
+                f" is {model.encoder.layout!r}; leave them out."
             )
         self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is not None:
+            torch.cuda.set_device(self._device)  # images are decoded there, too
         model.encoder.to(self._device)
-        opened = _opened(data)
-        self._sets = {s: images for s, images in zip(SPLITS, opened, strict=True) if images}
+        self._sets = _opened(data, self._windows)
         self._samples = {split: _first_readable(images) for split, images in self._sets.items()}
-        self.settings = plain(self._settings(dtype, views))
+        self.settings = plain(self._settings(dtype))
         claim(self.folder, self.settings)
         most = {split: self._most_bytes(split) for split in self._sets}
         sizes = sorted(most[s] * len(self._range(s, n)) for s, n in self._missing())
         self.bytes_missing = sum(sizes)
         self.bytes_needed = self.bytes_missing + sum(sizes[-ranks:])  # every rank is at one
 
-    def _settings(self, dtype: str, views: Views) -> dict[str, Any]:
+    def _settings(self, dtype: str) -> dict[str, Any]:
         tower, needs, _ = self._model.reads()
         splits = {
             split: {
-                "num_images": len(images),  # type: ignore[arg-type]
-                "names": _names_hash(images),
-                "instances": "instances" in self._samples[split],
+                "num_images": len(images),
+                "names": _names_hash(images.plain),
+                "instances": "instances" in self._samples[split][0],
             }
             for split, images in self._sets.items()
         }
@@ -136,16 +145,22 @@ class Extraction:
             "needs": asdict(needs),
             "num_heads": self._views("train", self._samples["train"])[0].num_heads,
             "dtype": dtype,
-            "views": ["plain", "flip"] if views == "flip" else ["plain"],
+            "views": self._view_names(),
             "shard_size": self._size,
             "splits": splits,
         }
+
+    def _view_names(self) -> list[str]:
+        crops = [f"crop {left:.3f} {top:.3f} {_CROP_SIDE}" for left, top in self._windows]
+        if not self._flips:
+            return ["plain", *crops]
+        return ["plain", "flip", *(name for crop in crops for name in (crop, f"flip of {crop}"))]
 
     # ---------------------------------------------------------------- which shards
 
     def _shards(self) -> Iterator[tuple[str, int]]:
         for split, images in self._sets.items():
-            count = -(-len(images) // self._size)  # type: ignore[arg-type]
+            count = -(-len(images) // self._size)
             yield from ((split, number) for number in range(count))
 
     def _missing(self) -> list[tuple[str, int]]:
@@ -158,7 +173,7 @@ class Extraction:
 
     def _range(self, split: str, number: int) -> range:
         """The images of a shard."""
-        total = len(self._sets[split])  # type: ignore[arg-type]
+        total = len(self._sets[split])
         return range(number * self._size, min((number + 1) * self._size, total))
 
     def _most_bytes(self, split: str) -> int:
@@ -207,45 +222,62 @@ class Extraction:
         images: list[tuple[int, str]] = []
         skipped: list[str] = []
         metadata: dict[str, str] = {}
+        num_workers = getattr(self._data, "num_workers", 0)
         loader = DataLoader(
             Subset(self._sets[split], self._range(split, number)),
             getattr(self._data, "batch_size", 1),
-            collate_fn=collate,
-            num_workers=getattr(self._data, "num_workers", 0),
+            collate_fn=_collate,
+            num_workers=num_workers,
+            prefetch_factor=getattr(self._data, "prefetch_factor", None),
+            multiprocessing_context=getattr(self._data, "worker_context", None)
+            if num_workers
+            else None,
         )
         with ShardWriter(self.folder / shard_name(split, number), metadata) as writer:
-            for batch in loader:
+            for batches in loader:
+                batch = batches[0]  # what is read of the others is the same
                 skipped += batch["errors"]
                 images += zip(batch["image_ids"], batch["paths"], strict=True)
                 if batch["image_ids"]:
-                    for name, values in self._rows(split, batch):
+                    for name, values in self._rows(split, batches):
                         writer.add(name, values)
                 advance(len(batch["image_ids"]) + len(batch["errors"]))
             metadata["images"], metadata["skipped"] = json.dumps(images), json.dumps(skipped)
 
-    def _rows(self, split: str, batch: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """What is stored of a batch."""
-        views = self._views(split, batch)
+    def _rows(self, split: str, batches: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+        """What is stored of a batch, given as it is seen plain and in every crop."""
+        views = self._views(split, batches)
         needs = self._model.encoder.needs
         assert needs is not None
         yield from stored_rows(views, needs, self._model.encoder.resolved(needs), self._dtype)
-        sizes = torch.tensor(batch["image_sizes"], dtype=torch.int32)
-        yield "image_sizes", sizes.repeat_interleave(len(views), dim=0)
-        if "instances" not in batch:
+        mirrored = len(views) // len(batches)
+        sizes = [
+            torch.tensor(b["image_sizes"], dtype=torch.int32)
+            for b in batches
+            for _ in range(mirrored)
+        ]
+        yield "image_sizes", torch.stack(sizes, dim=1).flatten(0, 1)
+        if "instances" not in batches[0]:
             return
-        drawn = [ids.to(torch.uint8) for ids in batch["instances"]]
-        seen = [view for ids in drawn for view in (ids, ids.flip(-1))[: len(views)]]
+        seen = [
+            view
+            for of_image in zip(*(batch["instances"] for batch in batches), strict=True)
+            for ids in of_image
+            for view in (ids.to(torch.uint8), ids.to(torch.uint8).flip(-1))[:mirrored]
+        ]
         yield "instances", torch.cat([ids.flatten() for ids in seen])
         yield "instance_sizes", torch.tensor([ids.shape for ids in seen], dtype=torch.int32)
 
     @torch.no_grad()
-    def _views(self, split: str, batch: dict[str, Any]) -> list[VisualTokens]:
-        """The tokens of a batch, and, of training images, those of the mirrored ones."""
-        batch = move_data_to_device(batch, self._device)
-        views = [self._model.tokens_of(batch)]
-        if self._flips and split == "train":
-            pixels = batch["pixel_values"]
-            views.append(self._model.tokens_of({**batch, "pixel_values": pixels.flip(-1)}))
+    def _views(self, split: str, batches: list[dict[str, Any]]) -> list[VisualTokens]:
+        """The tokens of a batch; of training images, those of the crops and mirrored ones, too."""
+        views = []
+        for batch in batches:
+            batch = move_data_to_device(batch, self._device)
+            views.append(self._model.tokens_of(batch))
+            if self._flips and split == "train":
+                pixels = batch["pixel_values"]
+                views.append(self._model.tokens_of({**batch, "pixel_values": pixels.flip(-1)}))
         return views
 
     def _finish(self, written: int) -> ExtractionReport:
@@ -282,12 +314,16 @@ def gigabytes(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _check_arguments(dtype: str, shard_size: int, views: str, rank: int, ranks: int) -> None:
+def _check_arguments(
+    dtype: str, shard_size: int, views: str, crops: int, rank: int, ranks: int
+) -> None:
     for name, value, kind in (("dtype", dtype, StoredDType), ("views", views, Views)):
         if value not in get_args(kind):
             raise ValueError(f"{name}={value!r}; pass one of {', '.join(get_args(kind))}.")
     if shard_size < 1:
         raise ValueError(f"shard_size={shard_size}; pass 1 or more images of a file.")
+    if crops < 0:
+        raise ValueError(f"crops={crops}; pass 0 or more windows of every training image.")
     if not 0 <= rank < ranks:
         raise ValueError(f"rank={rank} of ranks={ranks}; pass a rank from 0 to ranks - 1.")
 
@@ -305,14 +341,86 @@ def _check_sources(model: PrunerModule, data: Any) -> None:
         )
 
 
-def _opened(data: Any) -> tuple[Any, Any]:
+class _Seen(Dataset[list[dict[str, Any]]]):
+    """Images as they are, and as they are seen in windows.
+
+    Args:
+        plain: the images. crops: the same ones, in a window each.
+    """
+
+    def __init__(self, plain: Dataset[Any], crops: Sequence[Dataset[Any]] = ()) -> None:
+        self.plain, self.crops = plain, crops
+
+    def __len__(self) -> int:
+        return len(self.plain)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        found = [images[index] for images in (self.plain, *self.crops)]
+        wrong = next((item for item in found if "error" in item), None)
+        return found if wrong is None else [wrong] * len(found)
+
+
+class _Cropped:
+    """An image transform that sees a window, see `ocvtp.data.coco.ImageTransform`."""
+
+    def __init__(self, transform: Any, window: tuple[float, float]) -> None:
+        self._transform, self._window = transform, window
+
+    def _box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom in an image of this width and height."""
+        sides = [max(1, round(_CROP_SIDE * pixels)) for pixels in size]
+        left, top = (int(part * n) for part, n in zip(self._window, size, strict=True))
+        left, top = min(left, size[0] - sides[0]), min(top, size[1] - sides[1])
+        return left, top, left + sides[0], top + sides[1]
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels: Tensor = self._transform(image.crop(self._box(image.size)))
+        return pixels
+
+    def instance_map(self, ids: NDArray[np.uint8]) -> Tensor:
+        left, top, right, bottom = self._box((ids.shape[1], ids.shape[0]))
+        mapped: Tensor = self._transform.instance_map(ids[top:bottom, left:right])
+        return mapped
+
+    def describe(self) -> dict[str, Any]:
+        described: dict[str, Any] = self._transform.describe()
+        return described
+
+
+def _window(number: int) -> tuple[float, float]:
+    """Where a crop's left and upper edges are, in parts of the sides."""
+    left, top = np.random.default_rng(number).uniform(0, 1 - _CROP_SIDE, 2).tolist()
+    return left, top
+
+
+def _opened(data: Any, windows: Sequence[tuple[float, float]]) -> dict[str, _Seen]:
     """The training images, and those of the validation where there are any."""
     data.prepare_data()
+    transform = getattr(data, "transform", None)
+    if windows and transform is None:
+        raise ValueError(
+            f"crops are cut before the transform of {type(data).__name__}, and it has none; set it,"
+            " or pass no crops."
+        )
+    crops = []
+    for window in windows:
+        data.transform = _Cropped(transform, window)
+        data.setup("fit")
+        crops.append(data.train_set)
+    data.transform = transform
     data.setup("fit")
     if getattr(data, "train_set", None) is None:
         raise ValueError(_no_images(data))
-    has_validation = getattr(data, "has_validation", True)
-    return data.train_set, getattr(data, "val_set", None) if has_validation else None
+    found = {"train": _Seen(data.train_set, crops)}
+    validation = getattr(data, "val_set", None) if getattr(data, "has_validation", True) else None
+    if validation:
+        found["validation"] = _Seen(validation)
+    return found
+
+
+def _collate(items: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A batch of the images as they are, and one of every crop."""
+    return [collate(view) for view in zip(*items, strict=True)]
 
 
 def _no_images(data: Any) -> str:
@@ -322,12 +430,12 @@ def _no_images(data: Any) -> str:
     )
 
 
-def _first_readable(images: Dataset[Any]) -> dict[str, Any]:
+def _first_readable(images: _Seen) -> list[dict[str, Any]]:
     """A batch of one image."""
-    for number in range(len(images)):  # type: ignore[arg-type]
-        item = images[number]
-        if "error" not in item:
-            return collate([item])
+    for number in range(len(images)):
+        views = images[number]
+        if "error" not in views[0]:
+            return _collate([views])
     raise ValueError("none of the images can be read; pass a folder of others.")
 
 

@@ -1,12 +1,16 @@
 """COCO files are read, and what is wrong with a hand-made one is said in one sentence."""
 
 import copy
+import gc
 import json
 
 import numpy as np
 import pytest
 
-from ocvtp.data.annotations import CocoFile
+from ocvtp.data import mapped_arrays
+from ocvtp.data.annotations import CaptionFile, CocoFile
+from ocvtp.data.coco import CocoImages
+from ocvtp.data.masks import read_mask
 
 SQUARE = [[0, 0, 4, 0, 4, 4, 0, 4]]
 
@@ -129,6 +133,9 @@ REFUSED = {
     "entry 1 of 'images' is '7.jpg'": lambda c: c["images"].insert(0, "7.jpg"),
     "without a list 'images'": lambda c: c.update(images={"7": image(7)}),
     "without a list 'annotations'": lambda c: c.pop("annotations"),
+    "entry 1 of 'images' has the id 9223372036854775808; ids": first("images", id=2**63),
+    "image 7 .7.jpg. has the width 9223372036854775808; pass": first("images", width=2**63),
+    "annotation 1 has the image_id 1000.*000; ids are": first("annotations", image_id=10**40),
 }
 NAMES_REFUSED = {
     "annotation 1 is of category 9, which": first("annotations", category_id=9),
@@ -192,3 +199,103 @@ def test_an_image_on_its_side_is_named(written):
         coco.check_shape(7, (6, 8))
     with pytest.raises(ValueError, match="is 80x20, but .* says 8x6.*do not fit$"):
         coco.check_shape(7, (80, 20))
+
+
+# ------------------------------------------------------------------ entries, out of arrays
+
+ODD = {
+    "extra keys": {"colour": "red", "attributes": {"x": [1, None]}, "score": 0.5},
+    "two polygons": {"segmentation": [[0, 0, 4, 0, 4, 4], [1.25, 1, 3, 1.5, 3, 3, 0.1, 3]]},
+    "run lengths": {"segmentation": {"size": [6, 8], "counts": [40, 3, 5]}},
+    "text of run lengths": {"segmentation": {"size": [6, 8], "counts": "04o1"}},
+    "an empty polygon beside another": {"segmentation": [[], [0, 0, 4, 0, 4, 4]]},
+    "texts as points": {"segmentation": [["0", "0", "4", "0", "4", "4"]]},
+    "an odd count": {"segmentation": [[0, 0, 4, 0, 4]]},
+    "points in pairs": {"segmentation": [[[0, 0], [4, 0], [4, 4]]]},
+    "one good polygon and a bad one": {"segmentation": [[0, 0, 4, 0, 4, 4], None]},
+    "a huge number": {"segmentation": [[0, 0, 10**400, 0, 4, 4]]},
+    "nan in a polygon": {"segmentation": [[0, 0, float("nan"), 0, 4, 4]]},
+    "a text": {"segmentation": "x"},
+    "an area": {"area": 12.25},
+    "a whole area": {"area": 12},
+    "no area": {"area": None},
+    "an area below 0": {"area": -1},
+    "a wrong area": {"area": "12"},
+    "nan as the area": {"area": float("nan")},
+    "true as the area": {"area": True},
+    "an odd box": {"bbox": [1, "x", float("nan")]},
+    "nan in a box": {"bbox": [float("nan"), 1, 2, 3]},
+    "no box": {"bbox": None},
+    "a crowd": {"iscrowd": 1},
+    "a large id": {"id": 2**63 - 1},
+}
+
+
+def drawn(segmentation):
+    try:
+        return read_mask(segmentation, 6, 8).tolist()
+    except Exception as error:
+        return str(error).replace(".0", "")
+
+
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_entries_come_back_as_they_were(name, kept, written, monkeypatch):
+    monkeypatch.setattr(mapped_arrays, "KEPT_FROM", 0 if kept else 10**9)
+    entry = thing(1, 3) | ODD[name]
+    path = written(lambda content: content["annotations"].__setitem__(0, entry))
+    found = CocoFile(path).objects(3)[0]
+    wanted = {"iscrowd": 0} | entry
+    assert found.keys() == wanted.keys()
+    for key in wanted.keys() - {"segmentation"}:
+        assert repr(found[key]).replace(".0", "") == repr(wanted[key]).replace(".0", ""), key
+    assert drawn(found["segmentation"]) == drawn(entry["segmentation"])
+    assert found.get("nothing") is None
+    with pytest.raises(KeyError):
+        found["nothing"]
+
+
+def test_lists_may_stand_in_any_order(written):
+    path = written()
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(content.items()))))
+    assert [entry["id"] for entry in CocoFile(path, True).objects(3)] == [1, 5]
+    path.write_text(path.read_text()[:-1] + ', "images": []}')
+    with pytest.raises(ValueError, match="two lists 'images'"):
+        CocoFile(path)
+
+
+def test_captions_are_kept_too(written, monkeypatch):
+    monkeypatch.setattr(mapped_arrays, "KEPT_FROM", 0)
+    said = [{"image_id": 3, "caption": " a \n"}, {"image_id": 3, "caption": "b"}]
+    path = written(lambda content: content.update(annotations=said))
+    for _ in range(2):
+        found = CaptionFile(path).captions
+        assert dict(found) == {3: ["a", "b"]}
+        assert (len(found), found.get(7, [])) == (1, [])
+
+
+def num_reachable(thing):
+    """Python objects that a dataset holds, each of which a worker would copy a page to count."""
+    seen, todo = {id(thing)}, [thing]
+    while todo:
+        for found in gc.get_referents(todo.pop()):
+            if id(found) not in seen and not isinstance(found, type):
+                seen.add(id(found))
+                todo.append(found)
+    return len(seen)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_the_objects_of_a_dataset_do_not_grow_with_its_images(written, tmp_path, masks):
+    counts = []
+    for count in (300, 500):
+        content = {
+            "images": [image(n) for n in range(count)],
+            "annotations": [thing(n, n) for n in range(count)],
+        }
+        path = written(lambda old, new=content: old.update(new))
+        images = CocoImages(tmp_path, path, str, with_instances=masks)
+        assert images.names[5] == (5, "5.jpg")
+        counts.append(num_reachable(images))
+    assert counts[0] == counts[1]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ocvtp.data.feature_files import (
     Manifest,
@@ -16,6 +16,7 @@ from ocvtp.data.feature_files import (
     shard_name,
     tensor_key,
     tensor_name,
+    verify_shard,
     weights_hash,
 )
 
@@ -57,6 +58,7 @@ def test_a_shard_is_a_file_of_safetensors(tmp_path):
         start = 8 + length + entry["data_offsets"][0]
         assert start % wanted[name].element_size() == 0, name
     described = describe_shard(path)
+    assert len(described.pop("sha256")) == 64
     assert described == {
         "file": "x.safetensors",
         "bytes": path.stat().st_size,
@@ -187,3 +189,27 @@ def test_the_hash_of_weights_sees_values_names_and_kinds():
 
 def test_ends():
     assert ends([2, 0, 3]).tolist() == [0, 2, 2, 5]
+
+
+def test_a_changed_shard_is_found(tmp_path):
+    """By its values, and by its manifest; one without hashes is told apart."""
+    path = write(tmp_path / "x.safetensors", **some_tensors())
+    described = describe_shard(path)
+    verify_shard(path, described)
+    assert (
+        describe_shard(write(tmp_path / "again", **some_tensors()))["sha256"]
+        == (described["sha256"])
+    )
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"not as it was written \(instances differs\)"):
+        verify_shard(path, described)
+    other = some_tensors()
+    other["full"][1] += 1
+    write(path, **other)
+    with pytest.raises(ValueError, match=r"\(what the manifest says of it differs\)"):
+        verify_shard(path, described)
+    save_file({"full": torch.ones(2)}, path, metadata=META)
+    assert "sha256" not in describe_shard(path)
+    with pytest.raises(ValueError, match="without hashes"):
+        verify_shard(path, describe_shard(path))

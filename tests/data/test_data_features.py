@@ -293,3 +293,13 @@ def test_the_files_are_mapped_and_not_copied(tmp_path):
     distance = second.data_ptr() - first.data_ptr()
     assert distance == first.numel() * first.element_size()
     assert np.shares_memory(images[0]["hidden"][2].numpy(), first.numpy())
+
+
+def test_files_are_verified_where_that_is_asked_for(tmp_path):
+    path = written(tmp_path, [5, 4], GRID).folder / "train-00001.safetensors"
+    FeatureDataModule(str(tmp_path), verify=True).prepare_data()
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    FeatureDataModule(str(tmp_path)).prepare_data()
+    with pytest.raises(ValueError, match=r"train-00001\.safetensors is not as it was written"):
+        FeatureDataModule(str(tmp_path), verify=True).prepare_data()

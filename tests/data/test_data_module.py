@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from ocvtp.data.loader import ResumableLoader, StreamSampler
 from ocvtp.data.module import CocoDataModule, SceneDataModule
 from ocvtp.data.scenes import write_scenes
+from ocvtp.images import read_jpeg_on
 
 NUM_TRAIN, BATCH = 23, 4
 BATCHES = NUM_TRAIN // BATCH
@@ -404,3 +405,60 @@ def test_scenes_have_a_level(tmp_path):
     assert max(counts["easy"]) <= 6 <= min(counts["hard"]), counts
     assert counts["both"][2] <= 6 <= counts["both"][3], counts  # three are easy, two are hard
     assert len(list((tmp_path / "both/hard/train2017").iterdir())) == 2
+
+
+def test_how_batches_are_loaded_is_a_setting(root):
+    data = data_module(
+        root, num_workers=2, prefetch_factor=3, persistent_workers=False, pin_memory=False
+    )
+    data.setup()
+    for loader in (data.train_dataloader(), data.val_dataloader()):  # nothing is started yet
+        assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (2, 3, False)
+        assert not loader.persistent_workers
+    plain = data_module(root, num_workers=1)
+    plain.setup()
+    assert plain.train_dataloader().persistent_workers
+    assert not plain.val_dataloader().persistent_workers
+    assert plain.train_dataloader().prefetch_factor == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefetch_factor": 2},
+        {"prefetch_factor": 0, "num_workers": 1},
+        {"prefetch_factor": -1, "num_workers": 1},
+    ],
+)
+def test_nothing_can_be_loaded_ahead_without_workers(root, options):
+    with pytest.raises(ValueError, match="pass 1 or more batches that each of 1 or more workers"):
+        data_module(root, **options)
+    with pytest.raises(ValueError, match="num_workers=-1; pass 0 or more"):
+        data_module(root, num_workers=-1)
+
+
+def test_images_are_decoded_where_the_settings_say(root, monkeypatch):
+    with pytest.raises(ValueError, match="decoder='jpeg' is unknown; pass one of"):
+        data_module(root, decoder="jpeg")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch finds none here; pass decoder='pillow'"):
+        data_module(root, decoder="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    asked = []
+
+    def read(device, path, upright):
+        asked.append((device, upright))
+        return read_jpeg_on("cpu", path, upright)
+
+    monkeypatch.setattr("ocvtp.data.coco.read_jpeg_on", read)
+    found, wanted = data_module(root, decoder="cuda"), data_module(root)
+    for data in (found, wanted):
+        data.setup()
+    difference = found.train_set[0]["pixel_values"] - wanted.train_set[0]["pixel_values"]
+    assert difference.abs().max() < 1.5 / 255
+    found.val_set[0]
+    assert asked == [("cuda:3", True), ("cuda:3", False)]
+    workers = data_module(root, decoder="cuda", num_workers=1, pin_memory=False)
+    workers.setup()
+    assert workers.train_dataloader().multiprocessing_context.get_start_method() == "spawn"

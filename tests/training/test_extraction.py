@@ -319,6 +319,35 @@ def test_mirrored_views(tmp_path, scenes):
     assert drawn.global_step == 6
 
 
+def test_crops_are_views_too(tmp_path, scenes):
+    """What the tower makes of windows of the images, mirrored too; and their masks."""
+    model = module()
+    data = images(scenes, model, train_instances=True, limit_train=3)
+    extract(tmp_path / "x", model, data, views="flip", crops=2)
+    assert data.transform is model.encoder.transform
+    read = features(tmp_path / "x", model, batch_size=2)
+    read.setup("fit")
+    assert (read.train_set.num_views, read.val_set.num_views) == (6, 1)
+    names = read.manifest.settings["views"]
+    assert names[:2] == ["plain", "flip"]
+    assert all(name.endswith("0.75") for name in names[2:])
+    path = data.train_set[1]["path"]
+    photo, transform = Image.open(path).convert("RGB"), model.encoder.transform
+    left, top = (int(96 * float(part)) for part in names[4].split()[1:3])
+    pixels = transform(photo.crop((left, top, left + 72, top + 72)))[None]
+    for view, shown in ((4, pixels), (5, pixels.flip(-1))):
+        found = read.train_set[1, view]["hidden"][2]
+        assert_close(found, model.encoder(shown).hidden[2][0], rtol=1e-4, atol=1e-4)
+    whole, window = (read.train_set[1, view]["instances"] for view in (0, 4))
+    assert window.shape == whole.shape
+    assert not torch.equal(window, whole)
+    assert torch.equal(read.train_set[1, 5]["instances"], window.flip(-1))
+    plain = tmp_path / "plain"
+    extract(plain, model, data)
+    stored = load_file(plain / "train-00000.safetensors")["hidden.2"].unflatten(0, (3, -1))
+    assert_close(read.train_set[1, 0]["hidden"][2], stored[1], rtol=1e-4, atol=1e-4)
+
+
 def test_values_that_do_not_fit_the_dtype_are_an_error(tmp_path, scenes, monkeypatch):
     model = module()
     forward = CLIPEncoder.forward
@@ -344,6 +373,7 @@ def test_values_that_do_not_fit_the_dtype_are_an_error(tmp_path, scenes, monkeyp
     [
         ({"dtype": "int8"}, "dtype='int8'; pass one of float16"),
         ({"views": "crop"}, "views='crop'; pass one of plain, flip"),
+        ({"crops": -1}, "crops=-1; pass 0 or more"),
         ({"shard_size": 0}, "shard_size=0"),
         ({"rank": 2, "ranks": 2}, "pass a rank from 0"),
     ],
@@ -361,7 +391,7 @@ def test_what_cannot_be_extracted(tmp_path, scenes, shapes):
     with pytest.raises(ValueError, match="layout 'per_tile'"):
         extract(tmp_path / "x", apart, images(shapes, apart))
     joint = module(encoder=TiledEncoder("random:tiny", layer=2))
-    with pytest.raises(ValueError, match="flip mirrors images of one grid"):
+    with pytest.raises(ValueError, match="flip and --crops are of images of one grid"):
         extract(tmp_path / "x", joint, images(shapes, joint), views="flip")
     model = module()
     with pytest.raises(ValueError, match="FeatureDataModule, which has no images"):

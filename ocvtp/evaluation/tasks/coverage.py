@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ocvtp.data.annotations import CocoFile
+from ocvtp.data.annotations import CocoFile, Entry
 from ocvtp.data.coco import CocoImages
 from ocvtp.evaluation.tasks.base import Item, PlaceTask, Ratio, Record, Supplied
 from ocvtp.evaluation.tasks.kept_tokens import (
@@ -304,7 +304,7 @@ class _Folder(CocoImages):
         found = [self._area(entry) for entry in self.file.masked(self._records[index][0])]
         return np.array(found, np.float64)
 
-    def _area(self, entry: dict[str, Any]) -> float:
+    def _area(self, entry: Entry) -> float:
         area = entry.get("area")
         if area is None:
             return float(self.file.mask(entry).sum())
