@@ -6,17 +6,19 @@ import hashlib
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.learning.network import PrunerNetwork
-from ocvtp.training.schedule import planned_steps, warmup_cosine
+from ocvtp.training.figures import Figures, gathered, is_shared, share_of_gradient
+from ocvtp.training.schedule import count_whole_epoch, planned_steps, steps_done, warmup_cosine
 from ocvtp.training.summary import training_summary
 
 _LOG = logging.getLogger(__name__)
@@ -39,6 +41,7 @@ class NetworkModule(pl.LightningModule, ABC):
     Attributes:
         run_settings: the settings of the run in plain types, for its checkpoints; see
             `ocvtp.training.resume`.
+        validated: figures of the validation that runs, without `val/`.
     """
 
     network: PrunerNetwork
@@ -54,6 +57,7 @@ class NetworkModule(pl.LightningModule, ABC):
         self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
         self.seed = seed
         self.run_settings: dict[str, Any] = {}
+        self.validated = Figures()
         self._bad_images = 0
 
     @property
@@ -74,22 +78,123 @@ class NetworkModule(pl.LightningModule, ABC):
         """All that learns."""
         return self.network.parameters()
 
-    def nothing(self) -> Tensor | None:
-        """A step without images: skipped, or, among other ranks, a zero gradient."""
-        if self.trainer.world_size == 1:
+    def setup(self, stage: str) -> None:
+        """Tell DistributedDataParallel what it need not send among the processes.
+
+        What is frozen and the tables of the network are the same in all of them; and a process with
+        one validation batch less than another would never answer.
+        """
+        del stage
+        names = [
+            f"{self.frozen}.{name}" for name, _ in getattr(self, self.frozen).named_parameters()
+        ]
+        names += [name for name, _ in self.named_buffers()]
+        self._ddp_params_and_buffers_to_ignore = names
+
+    # ------------------------------------------------------------- figures
+
+    def on_train_start(self) -> None:
+        """Go on from a checkpoint's epochs and rate, on however many devices, to whatever end."""
+        count_whole_epoch(self.trainer)
+        for config in self.trainer.lr_scheduler_configs:
+            rates = zip(config.scheduler.base_lrs, config.scheduler.lr_lambdas, strict=True)
+            for group, (peak, factor) in zip(
+                config.scheduler.optimizer.param_groups, rates, strict=True
+            ):
+                group["lr"] = peak * factor(0)
+
+    def step_on(
+        self, loss: Tensor | None, figures: Mapping[str, Tensor | float], count: int
+    ) -> Tensor | None:
+        """End a training step: log its figures, and weigh the loss among the processes.
+
+        Args:
+            loss: the mean over `count` images; None if there are none to learn from.
+            figures: by name, without `train/`.
+            count: readable images (or questions) of this process's batch.
+
+        Returns:
+            what `training_step` returns: without any image nothing, or, among other processes, a
+            zero gradient.
+        """
+        self._log_step({f"train/{name}": value for name, value in figures.items()}, count)
+        share = share_of_gradient(count, self.device)
+        if loss is not None:
+            return loss * share if is_shared() else loss
+        if not is_shared():
             return None
         return sum(p.sum() * 0.0 for p in self.trained())  # type: ignore[return-value]
+
+    def _log_step(self, figures: Mapping[str, Tensor | float], count: int) -> None:
+        """In one process every step; among several those that the loggers write, of all images."""
+        if is_shared():
+            if not self.trainer._logger_connector.should_update_logs:
+                return
+            step = Figures()
+            step.add(figures, count)
+            figures = step.pooled()
+            self._log_skipped()
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name == "train/loss", batch_size=max(1, count))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation: over all images, on any number of devices."""
+        for name, value in self.validated.pooled().items():
+            # Every process has the same figure already.
+            self.log(f"val/{name}", value, prog_bar=name == "loss", rank_zero_only=False)
+        if is_shared():
+            self._log_skipped()
 
     def report(self, errors: list[str]) -> None:
         """Name and count images that could not be read (on_error=skip)."""
         for error in errors:
             _LOG.warning("skipped %s", error)
         self._bad_images += len(errors)
-        if errors:
+        if errors and not is_shared():
             self.log("skipped_images", float(self._bad_images), batch_size=1)
 
+    def _log_skipped(self) -> None:
+        if total := sum(gathered(self._bad_images)):
+            self.log("skipped_images", float(total), batch_size=1)
+
+    def refuse_nan(
+        self, loss: Tensor, features: Iterable[Tensor | None], names: Sequence[str]
+    ) -> None:
+        """Stop before a batch that is not finite spoils the weights.
+
+        Args:
+            loss: of the batch.
+            features: what the network read of it, each [B, ...].
+            names: of its images or questions, in the order of the rows.
+
+        Raises:
+            ValueError: that names the batch.
+        """
+        read = [one.detach() for one in features if one is not None]
+        finite = [x.isfinite().all() for x in (loss.detach(), *read)]
+        if bool(torch.stack(finite).all()):
+            return
+        where = f"at step {self.trainer.global_step}"
+        rows = [~one.flatten(1).isfinite().all(dim=1) for one in read if len(one) == len(names)]
+        bad = torch.stack(rows).any(dim=0).tolist() if rows else []
+        named = [name for name, is_bad in zip(names, bad, strict=False) if is_bad] or list(names)
+        shown = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+        if not bool(torch.stack(finite[1:]).all() if read else True):
+            raise ValueError(
+                f"{where} what is read of {shown} is not finite: the frozen model's dtype is too"
+                " narrow for it (bfloat16 and float32 have the range), its weights or the stored"
+                " features are damaged, or the image is."
+            )
+        raise ValueError(
+            f"{where} the loss is {float(loss)} on {shown}, whose features are finite: training"
+            f" went astray. Lower --model.lr ({self.lr}), clip gradients"
+            " (--trainer.gradient_clip_val 1.0), or train in fp32 or bf16-mixed."
+        )
+
+    # ----------------------------------------------------------- optimiser
+
     def configure_optimizers(self) -> Any:
-        """AdamW; linear warm-up, then cosine, per step.
+        """AdamW; linear warm-up, then cosine, by the share of the run that is done.
 
         Raises:
             ValueError: if the run has no known end.
@@ -100,7 +205,8 @@ class NetworkModule(pl.LightningModule, ABC):
         floor = self.min_lr / self.lr
 
         def factor(step: int) -> float:
-            return warmup_cosine(step, warmup, total, floor)
+            del step  # counts what this and other numbers of devices took
+            return warmup_cosine(steps_done(self.trainer), warmup, total, floor)
 
         schedule = LambdaLR(optimizer, factor)
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]

@@ -144,6 +144,7 @@ class PrunerModule(NetworkModule):
 
     def on_train_start(self) -> None:
         """Measure the features' statistics, unless a checkpoint brought them."""
+        super().on_train_start()
         assert self.trainer.train_dataloader is not None
         data, images = self.trainer.train_dataloader, self.statistics_images
         measure_statistics(self.network, self.tokens_of, data.dataset, data.collate_fn, images)
@@ -157,13 +158,12 @@ class PrunerModule(NetworkModule):
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
         size = count_images(batch)
         if not size:
-            return self.nothing()
+            return self.step_on(None, {}, 0)
         outcome = self._run(batch, self.num_slots[choice])[1]
-        self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
-        self.log("train/num_slots", float(self.num_slots[choice]), batch_size=size)
-        for name, value in outcome.logs.items():
-            self.log(f"train/{name}", value, batch_size=size)
-        return outcome.loss
+        num_slots = float(self.num_slots[choice])
+        figures: dict[str, Tensor | float] = {"loss": outcome.loss, "num_slots": num_slots}
+        figures |= outcome.logs
+        return self.step_on(outcome.loss, figures, size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
@@ -172,15 +172,7 @@ class PrunerModule(NetworkModule):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
         figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
-        for name, value in figures.items():
-            self.log(
-                f"val/{name}",
-                value,
-                prog_bar=name == "loss",
-                batch_size=tokens.batch_size,
-                on_epoch=True,
-                sync_dist=True,
-            )
+        self.validated.add(figures, tokens.batch_size)
         if outcome.attention is None:
             return None
         masks = first_views(tokens, outcome.attention.float(), count_images(batch))
@@ -191,10 +183,14 @@ class PrunerModule(NetworkModule):
     def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
         tokens = self.tokens_of(batch)
         objects = object_shares(batch, tokens) if self.objective.reads_objects else None
-        return tokens, self.objective(self.network, tokens, num_slots, objects)
+        outcome = self.objective(self.network, tokens, num_slots, objects)
+        read = (*tokens.hidden.values(), *tokens.attention.values())
+        self.refuse_nan(outcome.loss, read, batch["paths"])
+        return tokens, outcome
 
     def _score_masks(self, masks: list[Tensor], instances: Tensor | list[Tensor]) -> None:
         """Add [S, h, w] slot masks and [H, W] instance ids to the metrics, equal sizes together."""
+        metrics: dict[str, ForegroundARI | MeanBestOverlap]
         metrics = {"fg_ari": self.foreground_ari, "mbo_i": self.mean_best_overlap}
         pairs: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for mask, ids in zip(masks, instances, strict=True):
@@ -205,7 +201,8 @@ class PrunerModule(NetworkModule):
             for metric in metrics.values():
                 metric.update(labels, torch.stack([ids for _, ids in alike]))
         for name, metric in metrics.items():
-            self.log(f"val/{name}", metric, on_epoch=True)
+            self.validated.add_sum(name, *metric.sums)
+            metric.reset()
 
     def _coverage(self, tokens: VisualTokens, outcome: Outcome) -> dict[str, Tensor]:
         """How well the tokens that the network chooses itself (no fill) stand for all tokens."""
