@@ -23,6 +23,9 @@ from ocvtp.training.summary import training_summary
 
 _LOG = logging.getLogger(__name__)
 CHECKPOINT_KEY = "ocvtp"
+_USUAL_RATE, _USUAL_BATCH, _MANY_TIMES = 1e-3, 12, 8
+"""The paper's rate and images of a step; and how many times as many are worth a word."""
+_HALF = ("16-true", "bf16-true", "transformer-engine", "transformer-engine-float16")
 
 
 class NetworkModule(pl.LightningModule, ABC):
@@ -58,6 +61,7 @@ class NetworkModule(pl.LightningModule, ABC):
         self.seed = seed
         self.run_settings: dict[str, Any] = {}
         self.validated = Figures()
+        self._warned: set[str] = set()
         self._bad_images = 0
 
     @property
@@ -70,9 +74,42 @@ class NetworkModule(pl.LightningModule, ABC):
     def val_budget(self) -> int:
         """K of the validation's loss."""
 
+    @property
+    def monitor(self) -> str:
+        """The figure, best where it is lowest, that best.ckpt is chosen by."""
+        return "val/loss"
+
     def shown(self) -> list[pl.Callback]:
         """What shows how the run goes, besides its logs."""
         return []
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Images (or questions) of a batch that can be read."""
+        return len(batch["image_ids"])
+
+    def look_at(self, figures: Mapping[str, float]) -> None:
+        """Warn of figures of a validation, without `val/`, that show that something is wrong."""
+
+    def warn_once(self, text: str) -> None:
+        """By the first process."""
+        if self.trainer.is_global_zero and text[:20] not in self._warned:
+            self._warned.add(text[:20])
+            _LOG.warning("%s", text)
+
+    def compile_network(self, backend: str) -> None:
+        """Compile what of the network a step calls, see `PrunerNetwork.compiled`.
+
+        Args:
+            backend: of `torch.compile`, e.g. `inductor`.
+
+        Raises:
+            ValueError: for one that is unknown.
+        """
+        known = sorted({"eager", "aot_eager", *torch.compiler.list_backends()})
+        if backend not in known:
+            raise ValueError(f"compile={backend!r} is unknown; pass one of {', '.join(known)}.")
+        for name in self.network.compiled:
+            setattr(self.network, name, torch.compile(getattr(self.network, name), backend=backend))
 
     def trained(self) -> Iterator[nn.Parameter]:
         """All that learns."""
@@ -83,8 +120,18 @@ class NetworkModule(pl.LightningModule, ABC):
 
         What is frozen and the tables of the network are the same in all of them; and a process with
         one validation batch less than another would never answer.
+
+        Raises:
+            ValueError: for a precision that weights cannot learn in.
         """
         del stage
+        if str(self.trainer.precision) in _HALF:
+            raise ValueError(
+                f"precision={self.trainer.precision} keeps the weights themselves in half"
+                " precision, where small steps of the optimiser are lost; pass --trainer.precision"
+                " bf16-mixed, and --model.encoder.dtype or --model.host.dtype bfloat16 for what is"
+                " frozen."
+            )
         names = [
             f"{self.frozen}.{name}" for name, _ in getattr(self, self.frozen).named_parameters()
         ]
@@ -96,12 +143,22 @@ class NetworkModule(pl.LightningModule, ABC):
     def on_train_start(self) -> None:
         """Go on from a checkpoint's epochs and rate, on however many devices, to whatever end."""
         count_whole_epoch(self.trainer)
-        for config in self.trainer.lr_scheduler_configs:
-            rates = zip(config.scheduler.base_lrs, config.scheduler.lr_lambdas, strict=True)
-            for group, (peak, factor) in zip(
-                config.scheduler.optimizer.param_groups, rates, strict=True
-            ):
-                group["lr"] = peak * factor(0)
+        self._warn_of_large_steps()
+        if type(self).configure_optimizers is NetworkModule.configure_optimizers:
+            for group in self.trainer.optimizers[0].param_groups:
+                group["lr"] = self.lr * self._rate()
+
+    def _warn_of_large_steps(self) -> None:
+        of_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None) or 0
+        images = of_device * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        times = images / _USUAL_BATCH
+        if times >= _MANY_TIMES and self.lr == _USUAL_RATE:
+            self.warn_once(
+                f"a step sees {images} images, {times:.0f} times those that lr={self.lr} is usual"
+                f" for ({_USUAL_BATCH}), and an epoch has as many times fewer steps. With AdamW the"
+                f" rate is usually raised with the root of it, up to {self.lr * times**0.5:.2g}"
+                " here, with a longer warm-up: --model.lr, --model.warmup_fraction."
+            )
 
     def step_on(
         self, loss: Tensor | None, figures: Mapping[str, Tensor | float], count: int
@@ -121,6 +178,10 @@ class NetworkModule(pl.LightningModule, ABC):
         share = share_of_gradient(count, self.device)
         if loss is not None:
             return loss * share if is_shared() else loss
+        return self.nothing()
+
+    def nothing(self) -> Tensor | None:
+        """A step without images: skipped, or, among other ranks, a zero gradient."""
         if not is_shared():
             return None
         return sum(p.sum() * 0.0 for p in self.trained())  # type: ignore[return-value]
@@ -129,7 +190,7 @@ class NetworkModule(pl.LightningModule, ABC):
         """In one process every step; among several those that the loggers write, of all images."""
         if is_shared():
             if not self.trainer._logger_connector.should_update_logs:
-                return
+                return  # and no process waits for another
             step = Figures()
             step.add(figures, count)
             figures = step.pooled()
@@ -139,11 +200,14 @@ class NetworkModule(pl.LightningModule, ABC):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the validation: over all images, on any number of devices."""
-        for name, value in self.validated.pooled().items():
+        figures = self.validated.pooled()
+        for name, value in figures.items():
             # Every process has the same figure already.
             self.log(f"val/{name}", value, prog_bar=name == "loss", rank_zero_only=False)
         if is_shared():
             self._log_skipped()
+        if not self.trainer.sanity_checking:
+            self.look_at(figures)
 
     def report(self, errors: list[str]) -> None:
         """Name and count images that could not be read (on_error=skip)."""
@@ -200,21 +264,24 @@ class NetworkModule(pl.LightningModule, ABC):
             ValueError: if the run has no known end.
         """
         optimizer = AdamW(self.trained(), lr=self.lr, weight_decay=self.weight_decay)
+        planned_steps(self.trainer)
+        # Its own count is that of this number of devices alone.
+        schedule = LambdaLR(optimizer, lambda step: self._rate())
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def _rate(self) -> float:
+        """Share of the peak rate at this moment of the run."""
         total = planned_steps(self.trainer)
         warmup = round(self.warmup_fraction * total)
-        floor = self.min_lr / self.lr
-
-        def factor(step: int) -> float:
-            del step  # counts what this and other numbers of devices took
-            return warmup_cosine(steps_done(self.trainer), warmup, total, floor)
-
-        schedule = LambdaLR(optimizer, factor)
-        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+        return warmup_cosine(steps_done(self.trainer), warmup, total, self.min_lr / self.lr)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The network alone: what is frozen is read from its own files."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
-        return {k: v for k, v in state.items() if not k.startswith(f"{self.frozen}.")}
+        frozen = f"{kwargs.get('prefix', '')}{self.frozen}."
+        for name in [name for name in state if name.startswith(frozen)]:
+            del state[name]
+        return state
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

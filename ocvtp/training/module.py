@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -18,7 +19,7 @@ from ocvtp.structures import Needs, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.feature_statistics import measure_statistics
-from ocvtp.training.features import count_images, stored_tokens
+from ocvtp.training.features import stored_tokens
 from ocvtp.training.metrics import (
     ForegroundARI,
     MeanBestOverlap,
@@ -27,6 +28,11 @@ from ocvtp.training.metrics import (
     slot_labels,
 )
 from ocvtp.training.object_masks import object_shares
+
+_FEW_SLOTS = 0.1
+"""Share of slots in use below which something is wrong; a third is usual for the paper's."""
+_FEW_TOKENS = 0.25
+"""The same of different tokens that slots want."""
 
 
 class PrunerModule(NetworkModule):
@@ -112,8 +118,33 @@ class PrunerModule(NetworkModule):
     def val_budget(self) -> int:
         return self.val_num_slots
 
+    @property
+    def monitor(self) -> str:
+        """What the kept tokens do not restore, where the network can tell which it keeps.
+
+        A loss may fall while they get worse.
+        """
+        can_tell = type(self.network).kept is not PrunerNetwork.kept
+        return "val/coverage_residual" if can_tell else "val/loss"
+
     def shown(self) -> list[pl.Callback]:
         return [SlotPictures()]
+
+    def look_at(self, figures: Mapping[str, float]) -> None:
+        """Say so where slots have collapsed."""
+        used, unique = figures.get("slots_in_use"), figures.get("unique_tokens")
+        if used is not None and used < _FEW_SLOTS:
+            self.warn_once(
+                f"only {used:.0%} of the slots win a token in the validation (val/slots_in_use);"
+                " the others are dead. Look at the pictures of slots; a lower --model.lr, or fewer"
+                " slots (--model.num_slots), may help."
+            )
+        if unique is not None and unique < _FEW_TOKENS * self.val_num_slots:
+            self.warn_once(
+                f"{self.val_num_slots} slots want {unique:.1f} different tokens in the validation"
+                " (val/unique_tokens): they have collapsed onto the same ones, and a pruner would"
+                " fill up by another rule. Lower --model.lr, or train longer before you judge."
+            )
 
     def _origin(self) -> dict[str, Any]:
         """Facts of the run for the network, see `NetworkConfig`."""
@@ -156,7 +187,7 @@ class PrunerModule(NetworkModule):
         # Seeded by name: every rank draws the same S, and its own noise.
         choice = seed_of(self.seed, "slots", step) % len(self.num_slots)
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
-        size = count_images(batch)
+        size = self.count(batch)
         if not size:
             return self.step_on(None, {}, 0)
         outcome = self._run(batch, self.num_slots[choice])[1]
@@ -168,14 +199,14 @@ class PrunerModule(NetworkModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
         self.report(batch["errors"])
-        if not count_images(batch):
+        if not self.count(batch):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
         figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
         self.validated.add(figures, tokens.batch_size)
         if outcome.attention is None:
             return None
-        masks = first_views(tokens, outcome.attention.float(), count_images(batch))
+        masks = first_views(tokens, outcome.attention.float(), self.count(batch))
         if "instances" in batch:
             self._score_masks(masks, batch["instances"])
         return {"masks": masks}

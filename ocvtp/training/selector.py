@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
@@ -229,6 +229,9 @@ class SelectorModule(NetworkModule):
     def shown(self) -> list[pl.Callback]:
         return [ScorePictures()]
 
+    def count(self, batch: Mapping[str, Any]) -> int:
+        return len(batch["keys"])
+
     def trained(self) -> Iterator[torch.nn.Parameter]:
         return chain(self.network.parameters(), self.gate.parameters())
 
@@ -335,7 +338,7 @@ class SelectorModule(NetworkModule):
         # Seeded by name: every rank draws the same K, and its own noise.
         num_keep = self.budgets[seed_of(self.seed, "budget", step) % len(self.budgets)]
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
-        size = len(batch["keys"])
+        size = self.count(batch)
         if not size:
             return self.step_on(None, {}, 0)
         share = min(1.0, steps_done(self.trainer) / max(1, planned_steps(self.trainer) - 1))
@@ -427,7 +430,7 @@ class SelectorModule(NetworkModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Tokens are dropped for real; random ones and those of the untrained scorer beside."""
         self.report(batch["errors"])
-        size = len(batch["keys"])
+        size = self.count(batch)
         if not size:
             return None
         asked = self.ask(batch)
