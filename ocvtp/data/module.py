@@ -11,7 +11,13 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ocvtp.data.coco import CocoImages, Decoder, ImageTransform, collate, decoding_device
-from ocvtp.data.loader import GroupedSampler, ResumableLoader, StreamSampler, own_generator
+from ocvtp.data.loader import (
+    GroupedSampler,
+    InOrder,
+    ResumableLoader,
+    StreamSampler,
+    own_generator,
+)
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
 from ocvtp.data.scenes import Level, Split, write_scenes
@@ -91,12 +97,12 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         return StreamSampler(train_set, self.seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in the order of the images; none without validation images."""
+        """Batches in the order of the images, each in one process; none without images."""
         if not self.has_validation:
             return []
-        generator = own_generator(self.seed)
-        options = {**self._options(), "generator": generator}
-        return DataLoader(_opened(self.val_set), self.val_batch_size, **options)
+        val_set = _opened(self.val_set)
+        options = {**self._options(), "generator": own_generator(self.seed)}
+        return DataLoader(val_set, self.val_batch_size, sampler=InOrder(val_set), **options)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(items)

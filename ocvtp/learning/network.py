@@ -105,6 +105,8 @@ class PrunerNetwork(
     """What messages call it; by default `a` and the name of the class."""
     sizes_class: ClassVar[type[Any]]
     """Its `Sizes`."""
+    compiled: ClassVar[tuple[str, ...]] = ("forward",)
+    """Methods that an objective calls, which `ocvtp train --compile` compiles."""
     config: Any
 
     def __init_subclass__(cls, **options: Any) -> None:

@@ -69,6 +69,7 @@ class OCPruner(
     format: ClassVar[str] = "ocvtp.oc-pruner"
     called: ClassVar[str] = "an OC-pruner"
     sizes_class: ClassVar[type[Any]] = NetworkSizes
+    compiled: ClassVar[tuple[str, ...]] = ("assign", "decode")
     config: OCPrunerConfig
 
     def __init__(self, config: OCPrunerConfig | None = None) -> None:

@@ -55,6 +55,7 @@ class SurpriseNetwork(PrunerNetwork):
 
     format: ClassVar[str] = "ocvtp.surprise"
     sizes_class: ClassVar[type[Any]] = SurpriseSizes
+    compiled: ClassVar[tuple[str, ...]] = ("errors",)
     config: NetworkConfig[SurpriseSizes]
     open: Tensor
 

@@ -9,6 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
 from ocvtp.learning.artifact import explained, refuse_not_finite
 from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
@@ -23,6 +25,7 @@ _SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images",
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
     *("data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
+    *("compile", "matmul_precision"),
 )
 """Settings that may change: where the data is, how it validates, how devices share a step."""
 
@@ -37,7 +40,9 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("init_args"), Mapping):
         data["init_args"] = {k: v for k, v in data["init_args"].items() if k != "transform"}
     trainer = {name: config["trainer"].get(name) for name in _TRAINER}
-    return {"model": _plain(config["model"]), "data": _plain(data), "trainer": _plain(trainer)}
+    parts = {"model": config["model"], "data": data, "trainer": trainer}
+    own = {name: config.get(name) for name in ("ema", "compile", "matmul_precision")}
+    return {name: _plain(part) for name, part in (parts | own).items()}
 
 
 def find_checkpoint(resume: str, folder: str | Path | None) -> str:
@@ -62,6 +67,20 @@ def find_checkpoint(resume: str, folder: str | Path | None) -> str:
             f"--resume {path} does not exist; pass last.ckpt or best.ckpt of the run to continue."
         )
     return str(path)
+
+
+def requeued_checkpoint(trainer: Any) -> str | None:
+    """What a job that SLURM runs again goes on from, whatever else its command says.
+
+    Args:
+        trainer: whose folder (`default_root_dir`) the job left it in.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    path: str | None = trainer._checkpoint_connector._hpc_resume_path
+    if path is not None:
+        _LOG.warning("the job goes on from %s; remove this file to start over", path)
+    return path
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

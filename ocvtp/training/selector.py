@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -40,7 +40,7 @@ from ocvtp.training.callbacks import ScorePictures
 from ocvtp.training.feature_statistics import at_equal_steps
 from ocvtp.training.object_masks import ObjectsOnTokens
 from ocvtp.training.prompts import PromptTransform
-from ocvtp.training.schedule import planned_steps
+from ocvtp.training.schedule import planned_steps, steps_done
 from ocvtp.training.teacher import Teacher, TeacherNeeds
 
 _MEASURED = 16  # questions at once
@@ -253,6 +253,9 @@ class SelectorModule(NetworkModule):
     def shown(self) -> list[pl.Callback]:
         return [ScorePictures()]
 
+    def count(self, batch: Mapping[str, Any]) -> int:
+        return len(batch["keys"])
+
     def trained(self) -> Iterator[torch.nn.Parameter]:
         return chain(self.network.parameters(), self.gate.parameters())
 
@@ -281,7 +284,7 @@ class SelectorModule(NetworkModule):
         Raises:
             ValueError: for losses that read masks, and training questions that have none.
         """
-        del stage
+        super().setup(stage)
         asked = getattr(getattr(self.trainer, "datamodule", None), "train_set", None)
         reading = [loss.name for loss in self.losses if "objects" in loss.reads]
         if reading and not getattr(asked, "has_places", True):
@@ -305,6 +308,7 @@ class SelectorModule(NetworkModule):
 
     def on_train_start(self) -> None:
         """Measure what tokens are like, unless a checkpoint brought it."""
+        super().on_train_start()
         wanted = [(source, own, Moments()) for source, own in self.network.statistics()]
         wanted = [one for one in wanted if not int(one[1].num_tokens)]
         gate_wants = any(value.isnan().any() for value in self.gate.buffers())
@@ -360,23 +364,27 @@ class SelectorModule(NetworkModule):
         # Seeded by name: every rank draws the same K, and its own noise.
         budget = self.budgets[seed_of(self.seed, "budget", step) % len(self.budgets)]
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
-        size = len(batch["keys"])
+        size = self.count(batch)
         if not size:
-            return self.nothing()
-        share = min(1.0, self.trainer.global_step / max(1, planned_steps(self.trainer) - 1))
+            return self.step_on(None, {}, 0)
+        share = min(1.0, steps_done(self.trainer) / max(1, planned_steps(self.trainer) - 1))
         found = self._step(batch, self.ask(batch), budget, share, self.losses)
+        figures: dict[str, Tensor | float] = {}
         total = found.scores.new_zeros(())
         for loss in self.losses:
             value = loss(found).mean()
             total = total + loss.weight.at(share) * value
-            self.log(f"train/{loss.name}", value.detach(), batch_size=size)
-        self.log("train/loss", total.detach(), prog_bar=True, batch_size=size)
+            figures[loss.name] = value.detach()
+        self._refuse_nan(total, found, batch)
         kept = found.num_keep
         mean = float(kept) if isinstance(kept, int) else kept.float().mean()
-        self.log("train/num_keep", mean, batch_size=size)
-        for name, value in _of_gates(found).items():
-            self.log(f"train/{name}", value, batch_size=size)
-        return total
+        figures |= {"loss": total.detach(), "num_keep": mean}
+        return self.step_on(total, figures | _of_gates(found), size)
+
+    def _refuse_nan(self, loss: Tensor, step: Step, batch: dict[str, Any]) -> None:
+        tokens = step.tokens
+        read = (tokens.projected, *tokens.hidden.values())
+        self.refuse_nan(loss, read, batch["keys"])
 
     def _step(
         self,
@@ -464,7 +472,7 @@ class SelectorModule(NetworkModule):
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Tokens are dropped for real; random ones and those of the untrained scorer beside."""
         self.report(batch["errors"])
-        size = len(batch["keys"])
+        size = self.count(batch)
         if not size:
             return None
         asked = self.ask(batch)
@@ -472,7 +480,7 @@ class SelectorModule(NetworkModule):
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
             scored.append(self.network(asked.tokens, _told(budget, asked.tokens)).values)
-            for name, keep in self._chosen(asked, scored[-1], budget, batch_idx).items():
+            for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
                 answered = read(self.frozen_host, short)
@@ -480,35 +488,33 @@ class SelectorModule(NetworkModule):
                     figures[f"{key}_{budget}{ending}"] = value
                 if not name:
                     kept.append(keep)
-        figures |= self._validated(batch, asked)
+        self._validate_losses(batch, asked)
         figures["loss"] = torch.stack([figures[f"ce_{k}"] for k in self.val_budgets]).mean()
-        for key, value in figures.items():
-            self.log(
-                f"val/{key}",
-                value,
-                prog_bar=key == "loss",
-                batch_size=size,
-                on_epoch=True,
-                sync_dist=True,
-            )
+        self.validated.add(figures, size)
         return {"scores": scored[0], "kept": kept, "grid_hw": asked.tokens.grid_hw}
 
-    def _validated(self, batch: dict[str, Any], asked: Asked) -> dict[str, Tensor]:
-        """The losses that need no gates, at the weights of the run's end."""
+    def _validate_losses(self, batch: dict[str, Any], asked: Asked) -> None:
+        """The losses that need no gates, at the weights of the run's end, over rows that count."""
         plain = [loss for loss in self.losses if not loss.reads & _THROUGH_GATES]
         if not plain:
-            return {}
+            return
         found = self._step(batch, asked, self.val_budget, 1.0, plain, False)
-        return {loss.name: loss(found).mean() for loss in plain} | _overlap(found)
+        for loss in plain:
+            value = loss(found)
+            self.validated.add_sum(loss.name, value.values.sum(), value.counts.sum())
+        for name, shared in _overlap(found).items():
+            self.validated.add_sum(name, *shared)
 
     def _chosen(
-        self, asked: Asked, scores: Tensor, budget: float, batch_idx: int
+        self, asked: Asked, scores: Tensor, budget: float, keys: Sequence[str]
     ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
         num_keep = _told(budget, tokens)
-        drawn = torch.Generator().manual_seed(seed_of(self.seed, "random", budget, batch_idx))
-        random = torch.rand(tokens.real.shape, generator=drawn).to(self.device)
+        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
+        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+        random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
+        random = random.to(self.device)
         if not self._control:
             network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
             self._control.append(network)
@@ -561,12 +567,12 @@ def _of_gates(step: Step) -> dict[str, Tensor]:
     return {"gates_between": between, "gate_error": error}
 
 
-def _overlap(step: Step) -> dict[str, Tensor]:
-    """Share of a teacher's top K that is among the scorer's."""
+def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of a teacher's top K, those that are among the scorer's, and all of them."""
     found = {}
     for layer, attention in (step.teacher or {}).items():
         own, theirs = (hard_top_k(v, step.num_keep, step.real) for v in (step.scores, attention))
-        found[f"overlap_layer{layer}"] = (own & theirs).sum() / theirs.sum()
+        found[f"overlap_layer{layer}"] = ((own & theirs).sum(), theirs.sum())
     return found
 
 
