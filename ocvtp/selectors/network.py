@@ -50,7 +50,11 @@ class SelectorConfig:
             the stage, and an unknown choice.
     """
 
-    ranges: ClassVar[Ranges] = {**PROVENANCE_RANGES, "layer": (0, LAYERS[1])}
+    ranges: ClassVar[Ranges] = {
+        **PROVENANCE_RANGES,
+        "layer": (0, LAYERS[1]),
+        "num_slots": (0, 2**20),
+    }
 
     scorer: str
     sizes: dict[str, Any] = field(default_factory=dict)

@@ -129,7 +129,7 @@ def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
     assert all(p.grad.isfinite().all() for p in module.network.parameters() if p.grad is not None)
     for choice in ("topk", "restore", "maxmin"):
         module.choice = parse_choice(choice)
-        kept = module._chosen(mixed, found.scores.detach(), 0.3, 0)
+        kept = module._chosen(mixed, found.scores.detach(), 0.3, batch["keys"])
         for keep in kept.values():
             assert keep.sum(dim=1).tolist() == wanted
             assert not (keep & ~valid).any()
