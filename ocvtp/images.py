@@ -8,6 +8,7 @@ so that no one turns it again.
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"image {path} cannot be read ({reason}); pass a JPEG or PNG.") from error
 
 
-def read_image(path: str | Path, upright: bool) -> Image.Image:
+def read_image(path: str | Path | BytesIO, upright: bool) -> Image.Image:
     """An image file in 8-bit RGB.
 
     Args:
@@ -59,6 +60,15 @@ def read_image(path: str | Path, upright: bool) -> Image.Image:
         rgb = to_rgb(image)
     rgb.info = {}
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """What an image file holds, in 8-bit RGB and upright.
+
+    Raises:
+        IMAGE_ERRORS: if it is no image.
+    """
+    return read_image(BytesIO(data), upright=True)
 
 
 def read_jpeg_on(device: str, path: str | Path, upright: bool) -> Image.Image:
