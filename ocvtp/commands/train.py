@@ -21,13 +21,18 @@ the run
   --resume CKPT                  go on from a checkpoint; last or best: of the run's own folder
   --seed_everything N            the run's one seed: weights, noise, order of the images
   --print_config                 print all settings as YAML, and train nothing
+  --check                        try a few steps: images/s, memory, hours and disk of the whole run
+  --ema X                        keep a moving average of the weights, e.g. 0.999
+  --compile NAME                 compile the network, e.g. inductor
+  --matmul_precision high        TF32 in fp32 runs on a GPU
+  --last.every_minutes N         how often last.ckpt is written, besides after each epoch (30)
 
 how long, and on what
   --trainer.max_epochs N         epochs; or
   --trainer.max_steps N          steps
   --trainer.max_time DD:HH:MM:SS end earlier than that
   --trainer.accelerator NAME     cpu, gpu, ... (auto: what is there)
-  --trainer.devices N            processes, one a device
+  --trainer.devices N            processes, one a device; --trainer.num_nodes N machines
   --trainer.precision NAME       32-true, bf16-mixed, ...
   --trainer.logger false         no logs
   --trainer.fast_dev_run true    try one step and one validation batch, keep nothing
@@ -84,8 +89,13 @@ def run_words(words: Sequence[str]) -> int:
 
 def _train(words: Sequence[str]) -> int:
     words = with_configs(words, "train")
-    from ocvtp.training.run import train
+    from ocvtp.training.run import check, train
 
+    if "--check" in words:
+        found = check([word for word in words if word != "--check"])
+        if found.is_main:
+            output.emit({}, "\n".join(found.lines()), as_json=False)
+        return 0
     result = train(words)
     lines = [result.note] if result.note else []
     if result.best:

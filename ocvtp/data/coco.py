@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ocvtp.data.annotations import CocoFile, ImageNames
+from ocvtp.data.image_names import check_inside, inside
 from ocvtp.data.mapped_arrays import TextArray
 from ocvtp.images import IMAGE_ERRORS, read_image, read_jpeg_on
 
@@ -67,12 +68,14 @@ class CocoImages(Dataset[dict[str, Any]]):
             has masks at all. Images may have been resized since: masks are brought to the size of
             the stored image.
         limit: use only the first `limit` images.
+        outside: whether images that the file names may lie outside of the folder, see `inside`.
         decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU, see
             `ocvtp.images.read_jpeg_on`. Processes that load them have to be spawned, not forked.
 
     Raises:
         ValueError: if the folder or the file is missing or holds no images, if the file is no COCO
-            `instances` file, or if an argument is out of range.
+            `instances` file or names images outside of the folder, or if an argument is out of
+            range.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         on_error: Literal["raise", "skip"] = "raise",
         with_instances: bool | None = False,
         limit: int | None = None,
+        outside: bool = False,
         decoder: Decoder = "pillow",
     ) -> None:
         _check_arguments(annotations, on_error, with_instances, limit)
@@ -90,6 +94,7 @@ class CocoImages(Dataset[dict[str, Any]]):
         self.annotations = None if annotations is None else Path(annotations)
         self.transform = transform
         self.on_error = on_error
+        self._outside = outside or annotations is None
         self._device = decoding_device(decoder)
         self._coco: CocoFile | None = None
         if not self.images.is_dir():
@@ -107,6 +112,9 @@ class CocoImages(Dataset[dict[str, Any]]):
             self._coco = coco if keep else None
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
+        if not self._outside:
+            for _, name in records:
+                check_inside(name, self.images)
         self._records = records
 
     @property
@@ -119,8 +127,8 @@ class CocoImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_id, file_name = self._records[index]
-        path = self.images / file_name
         try:
+            path = inside(self.images, file_name, self._outside)
             image = self._load(path)
         except IMAGE_ERRORS as error:
             return self._unusable(file_name, error, "replace the file")

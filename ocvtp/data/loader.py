@@ -111,6 +111,31 @@ class ShardSampler(StreamSampler):
         return {**super().layout(), **shards}
 
 
+class InOrder(DistributedSampler[int]):
+    """This process's part of all items, in their order: each is in one process, and in it once.
+
+    Parts are of one size, or differ by one item. Where there are more processes than items, each
+    has all of them, so that means over all processes stay what they are.
+
+    Args:
+        dataset: with a length.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        together = distributed.is_available() and distributed.is_initialized()
+        ranks, rank = (distributed.get_world_size(), distributed.get_rank()) if together else (1, 0)
+        super().__init__(dataset, ranks, rank, shuffle=False)
+        total = len(dataset)  # type: ignore[arg-type]
+        first, end = (rank * total // ranks, (rank + 1) * total // ranks)
+        self.part = range(first, end) if total >= ranks else range(total)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.part)
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+
 class ResumableLoader(DataLoader[Any]):
     """A loader over an endless stream of shuffled epochs that knows how far it was read.
 

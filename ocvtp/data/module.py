@@ -11,7 +11,13 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from ocvtp.data.coco import CocoImages, Decoder, ImageTransform, collate, decoding_device
-from ocvtp.data.loader import GroupedSampler, ResumableLoader, StreamSampler, own_generator
+from ocvtp.data.loader import (
+    GroupedSampler,
+    InOrder,
+    ResumableLoader,
+    StreamSampler,
+    own_generator,
+)
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
 from ocvtp.data.scenes import Level, Split, write_scenes
@@ -91,12 +97,12 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         return StreamSampler(train_set, self.seed)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Batches in the order of the images; none without validation images."""
+        """Batches in the order of the images, each in one process; none without images."""
         if not self.has_validation:
             return []
-        generator = own_generator(self.seed)
-        options = {**self._options(), "generator": generator}
-        return DataLoader(_opened(self.val_set), self.val_batch_size, **options)
+        val_set = _opened(self.val_set)
+        options = {**self._options(), "generator": own_generator(self.seed)}
+        return DataLoader(val_set, self.val_batch_size, sampler=InOrder(val_set), **options)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(items)
@@ -152,6 +158,8 @@ class CocoDataModule(ResumableDataModule):
         train_instances: whether training batches have `instances` too.
         seed: of the training order, not negative.
         transform: the host's image processing; may be set later, as the attribute of that name.
+        outside: whether images that an annotation file names may lie outside of their folder: by
+            names that go up, absolute ones, or links.
         decoder: `pillow`, or `cuda`: JPEGs are decoded on the GPU.
         loading: see `ResumableDataModule`.
 
@@ -175,11 +183,13 @@ class CocoDataModule(ResumableDataModule):
         train_instances: bool = False,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        outside: bool = False,
         decoder: Decoder = "pillow",
         **loading: Any,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         self.root = Path(root)
+        self.outside = outside
         decoding_device(decoder)  # finds out before anything is read
         self.decoder: Decoder = decoder
         self.train_paths = (train_images, train_annotations)
@@ -235,6 +245,7 @@ class CocoDataModule(ResumableDataModule):
             on_error=self.on_error,
             with_instances=instances,
             limit=limit,
+            outside=self.outside,
             decoder=self.decoder,
         )
 
@@ -310,6 +321,8 @@ class QuestionSetDataModule(ResumableDataModule):
         seed: of the training order, not negative.
         transform: what makes a batch of items, see `ocvtp.training.prompts`; may be set later, as
             the attribute of that name.
+        outside: whether images may lie outside of their folder: by names that go up, absolute ones,
+            or links.
         loading: see `ResumableDataModule`.
     """
 
@@ -320,9 +333,11 @@ class QuestionSetDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         transform: QuestionTransform | None = None,
+        outside: bool = False,
         **loading: Any,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
+        self.outside = outside
 
     @abstractmethod
     def questions(self, split: Literal["train", "val"]) -> QuestionSet:
@@ -410,4 +425,5 @@ class QuestionDataModule(QuestionSetDataModule):
     def questions(self, split: Split) -> QuestionSet:
         num, seed = self._num_questions, self._scenes[1]
         every = [scene_questions(self.root, name, split, num, seed) for _, name, _ in self._levels]
-        return QuestionSet(self.root, [question for own in every for question in own])
+        asked = [question for own in every for question in own]
+        return QuestionSet(self.root, asked, outside=self.outside)

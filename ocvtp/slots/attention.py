@@ -17,6 +17,9 @@ class SlotAttention(nn.Module):
     https://arxiv.org/abs/2210.08990 (BO-QSA): before the last iteration the slots are detached and
     the gradient goes straight to the initial slots.
 
+    Autocast reaches keys and values alone: slots compete in the dtype of the weights, so that in
+    bf16 tokens are not tied, nor slots rounded from one iteration to the next.
+
     Args:
         dim: D, width of tokens and slots.
         ffn_dim: hidden width of the feed-forward network.
@@ -77,8 +80,23 @@ class SlotAttention(nn.Module):
         # The 1/sqrt(D) of the scores goes into the keys, once.
         keys = self.to_key(tokens).mul(tokens.shape[-1] ** -0.5).transpose(1, 2)  # [B, D, N]
         values = self.to_value(tokens)  # [B, N, D]
+        dtype = self.to_query.weight.dtype
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self._compete(
+                keys.to(dtype), values.to(dtype), slots.to(dtype), slot_mask, token_mask
+            )
+
+    def _compete(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        slots: Tensor,
+        slot_mask: Tensor | None,
+        token_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The iterations, on keys [B, D, N] and values [B, N, D]."""
         initial = slots
-        attention = inputs.new_empty(0)
+        attention = keys.new_empty(0)
         for iteration in range(self.num_iterations):
             if self.truncation == "bilevel" and iteration == self.num_iterations - 1:
                 slots = slots.detach() + initial - initial.detach()

@@ -69,6 +69,7 @@ class OCPruner(
     format: ClassVar[str] = "ocvtp.oc-pruner"
     called: ClassVar[str] = "an OC-pruner"
     sizes_class: ClassVar[type[Any]] = NetworkSizes
+    compiled: ClassVar[tuple[str, ...]] = ("assign", "decode")
     config: OCPrunerConfig
 
     def __init__(self, config: OCPrunerConfig | None = None) -> None:
@@ -185,7 +186,7 @@ class OCPruner(
         decoder = getattr(objective, "decoder", None)
         target = getattr(objective, "target_layer", None)
         config = OCPrunerConfig(**asdict(sizes), **origin, decoder=decoder, target_layer=target)
-        return cls(config)
+        return cls(cls.read_config(asdict(config)))
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> OCPrunerConfig:

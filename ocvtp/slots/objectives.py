@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ocvtp import learning
 from ocvtp.learning import Outcome as Outcome
+from ocvtp.ops.similarity import full
 from ocvtp.slots.decoder import DecoderConfig, Visible
 from ocvtp.slots.network import OCPruner
 from ocvtp.structures import VisualTokens
@@ -29,12 +30,12 @@ def slot_areas(attention: Tensor, valid: Tensor | None = None) -> Tensor:
         valid: [B, N] bool, False on padding tokens, which no slot wins.
 
     Returns:
-        [B, S], in the attention's dtype.
+        [B, S] whole numbers, in fp32 at least: bf16 would round those above 256.
     """
     winner = attention.argmax(dim=1)  # [B, N]
     one = torch.ones_like(winner) if valid is None else valid.long()
     areas = torch.zeros(attention.shape[:2], dtype=torch.long, device=attention.device)
-    return areas.scatter_add_(1, winner, one).to(attention.dtype)
+    return areas.scatter_add_(1, winner, one).to(full(attention).dtype)
 
 
 def slot_weights(
@@ -47,9 +48,12 @@ def slot_weights(
 ) -> Tensor:
     """Weights [B, S] that make small slots count: `(area / N) ** -power`, normalised, capped.
 
+    In fp32 at least, as in fp16 `eps` would be 0, and its power infinite.
+
     An empty slot has no area to make up for: it weighs 0 and is left out of the mean. With `legacy`
     it gets `eps ** -power` before the mean, as in the official code, and outweighs all others.
     """
+    areas = full(areas)
     fraction = areas / areas.sum(dim=1, keepdim=True)
     counted = torch.ones_like(fraction) if legacy else (areas > 0).to(fraction.dtype)
     weights = fraction.clamp(min=eps).pow(-power) * counted
@@ -80,7 +84,7 @@ def area_weighted_mse(
     """Area-weighted MSE: every object counts, not every pixel (arXiv 2511.20439).
 
     `omega_t = sum_k A_kt w_k` with `w` of `slot_weights`; an image's loss is the omega-weighted
-    mean of its tokens' squared errors. The attention is detached.
+    mean of its tokens' squared errors. The attention is detached. All in fp32 at least.
 
     Args:
         prediction: [B, N, D].
@@ -94,7 +98,7 @@ def area_weighted_mse(
     Returns:
         The loss, a scalar, or [B] for `reduction="none"`.
     """
-    attention = attention.detach()
+    prediction, target, attention = (full(x) for x in (prediction, target, attention.detach()))
     areas = slot_areas(attention, valid)
     weights = slot_weights(areas, power, cap, normalization, eps, legacy)
     omega = (attention * weights[:, :, None]).sum(dim=1)  # [B, N]
@@ -109,7 +113,7 @@ def area_weighted_mse(
 
 
 def relative_mse(prediction: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Squared error over the spread of the tokens around their mean.
+    """Squared error over the spread of the tokens around their mean, in fp32 at least.
 
     Args:
         prediction: [B, N, D].
@@ -119,6 +123,7 @@ def relative_mse(prediction: Tensor, target: Tensor, valid: Tensor | None = None
     Returns:
         [B]
     """
+    prediction, target = full(prediction), full(target)
     if valid is None:
         spread = (target - target.mean(dim=1, keepdim=True)).square().mean(dim=(1, 2))
         return (prediction - target).square().mean(dim=(1, 2)) / spread

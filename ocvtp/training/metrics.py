@@ -184,6 +184,11 @@ class ForegroundARI(Metric):
         self.ari_sum = self.ari_sum + score[counted].sum()
         self.ari_images = self.ari_images + counted.sum()
 
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of the images that counted, and their number."""
+        return self.ari_sum, self.ari_images
+
     def compute(self) -> Tensor:
         """Mean over the images that counted."""
         return (self.ari_sum / self.ari_images).float()
@@ -217,6 +222,11 @@ class MeanBestOverlap(Metric):
         present = (sizes > 0).sum(dim=1)
         self.overlap_sum = self.overlap_sum + (best.sum(dim=1) / present.clamp_min(1)).sum()
         self.overlap_images = self.overlap_images + (present > 0).sum()
+
+    @property
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of the images that counted, and their number."""
+        return self.overlap_sum, self.overlap_images
 
     def compute(self) -> Tensor:
         """Mean over the images that counted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -18,7 +19,7 @@ from ocvtp.structures import Needs, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import SlotPictures
 from ocvtp.training.feature_statistics import measure_statistics
-from ocvtp.training.features import count_images, stored_tokens
+from ocvtp.training.features import stored_tokens
 from ocvtp.training.metrics import (
     ForegroundARI,
     MeanBestOverlap,
@@ -27,6 +28,11 @@ from ocvtp.training.metrics import (
     slot_labels,
 )
 from ocvtp.training.object_masks import object_shares
+
+_FEW_SLOTS = 0.1
+"""Share of slots in use below which something is wrong; a third is usual for the paper's."""
+_FEW_TOKENS = 0.25
+"""The same of different tokens that slots want."""
 
 
 class PrunerModule(NetworkModule):
@@ -112,8 +118,33 @@ class PrunerModule(NetworkModule):
     def val_budget(self) -> int:
         return self.val_num_slots
 
+    @property
+    def monitor(self) -> str:
+        """What the kept tokens do not restore, where the network can tell which it keeps.
+
+        A loss may fall while they get worse.
+        """
+        can_tell = type(self.network).kept is not PrunerNetwork.kept
+        return "val/coverage_residual" if can_tell else "val/loss"
+
     def shown(self) -> list[pl.Callback]:
         return [SlotPictures()]
+
+    def look_at(self, figures: Mapping[str, float]) -> None:
+        """Say so where slots have collapsed."""
+        used, unique = figures.get("slots_in_use"), figures.get("unique_tokens")
+        if used is not None and used < _FEW_SLOTS:
+            self.warn_once(
+                f"only {used:.0%} of the slots win a token in the validation (val/slots_in_use);"
+                " the others are dead. Look at the pictures of slots; a lower --model.lr, or fewer"
+                " slots (--model.num_slots), may help."
+            )
+        if unique is not None and unique < _FEW_TOKENS * self.val_num_slots:
+            self.warn_once(
+                f"{self.val_num_slots} slots want {unique:.1f} different tokens in the validation"
+                " (val/unique_tokens): they have collapsed onto the same ones, and a pruner would"
+                " fill up by another rule. Lower --model.lr, or train longer before you judge."
+            )
 
     def _origin(self) -> dict[str, Any]:
         """Facts of the run for the network, see `NetworkConfig`."""
@@ -144,6 +175,7 @@ class PrunerModule(NetworkModule):
 
     def on_train_start(self) -> None:
         """Measure the features' statistics, unless a checkpoint brought them."""
+        super().on_train_start()
         assert self.trainer.train_dataloader is not None
         data, images = self.trainer.train_dataloader, self.statistics_images
         measure_statistics(self.network, self.tokens_of, data.dataset, data.collate_fn, images)
@@ -155,35 +187,26 @@ class PrunerModule(NetworkModule):
         # Seeded by name: every rank draws the same S, and its own noise.
         choice = seed_of(self.seed, "slots", step) % len(self.num_slots)
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
-        size = count_images(batch)
+        size = self.count(batch)
         if not size:
-            return self.nothing()
+            return self.step_on(None, {}, 0)
         outcome = self._run(batch, self.num_slots[choice])[1]
-        self.log("train/loss", outcome.loss, prog_bar=True, batch_size=size)
-        self.log("train/num_slots", float(self.num_slots[choice]), batch_size=size)
-        for name, value in outcome.logs.items():
-            self.log(f"train/{name}", value, batch_size=size)
-        return outcome.loss
+        num_slots = float(self.num_slots[choice])
+        figures: dict[str, Tensor | float] = {"loss": outcome.loss, "num_slots": num_slots}
+        figures |= outcome.logs
+        return self.step_on(outcome.loss, figures, size)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
         """Everything masked, fixed query noise: the same figure for the same weights."""
         self.report(batch["errors"])
-        if not count_images(batch):
+        if not self.count(batch):
             return None
         tokens, outcome = self._run(batch, self.val_num_slots)
         figures = {"loss": outcome.loss, **outcome.logs, **self._coverage(tokens, outcome)}
-        for name, value in figures.items():
-            self.log(
-                f"val/{name}",
-                value,
-                prog_bar=name == "loss",
-                batch_size=tokens.batch_size,
-                on_epoch=True,
-                sync_dist=True,
-            )
+        self.validated.add(figures, tokens.batch_size)
         if outcome.attention is None:
             return None
-        masks = first_views(tokens, outcome.attention.float(), count_images(batch))
+        masks = first_views(tokens, outcome.attention.float(), self.count(batch))
         if "instances" in batch:
             self._score_masks(masks, batch["instances"])
         return {"masks": masks}
@@ -191,10 +214,14 @@ class PrunerModule(NetworkModule):
     def _run(self, batch: dict[str, Any], num_slots: int) -> tuple[VisualTokens, Outcome]:
         tokens = self.tokens_of(batch)
         objects = object_shares(batch, tokens) if self.objective.reads_objects else None
-        return tokens, self.objective(self.network, tokens, num_slots, objects)
+        outcome = self.objective(self.network, tokens, num_slots, objects)
+        read = (*tokens.hidden.values(), *tokens.attention.values())
+        self.refuse_nan(outcome.loss, read, batch["paths"])
+        return tokens, outcome
 
     def _score_masks(self, masks: list[Tensor], instances: Tensor | list[Tensor]) -> None:
         """Add [S, h, w] slot masks and [H, W] instance ids to the metrics, equal sizes together."""
+        metrics: dict[str, ForegroundARI | MeanBestOverlap]
         metrics = {"fg_ari": self.foreground_ari, "mbo_i": self.mean_best_overlap}
         pairs: dict[Any, list[tuple[Tensor, Tensor]]] = {}
         for mask, ids in zip(masks, instances, strict=True):
@@ -205,7 +232,8 @@ class PrunerModule(NetworkModule):
             for metric in metrics.values():
                 metric.update(labels, torch.stack([ids for _, ids in alike]))
         for name, metric in metrics.items():
-            self.log(f"val/{name}", metric, on_epoch=True)
+            self.validated.add_sum(name, *metric.sums)
+            metric.reset()
 
     def _coverage(self, tokens: VisualTokens, outcome: Outcome) -> dict[str, Tensor]:
         """How well the tokens that the network chooses itself (no fill) stand for all tokens."""

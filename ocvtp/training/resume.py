@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ocvtp.learning.artifact import explained
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+from ocvtp.learning.artifact import explained, refuse_not_finite
 from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
 from ocvtp.training.base import CHECKPOINT_KEY, NetworkModule
@@ -17,11 +20,15 @@ _LOG = logging.getLogger(__name__)
 
 _OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-_SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower")
+_SILENT = (
+    *("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower"),
+    *("data.persistent_workers", "data.pin_memory", "data.prefetch_factor", "data.verify"),
+)
 """Settings that do not change the result."""
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
-    *("data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
+    *("data.decoder", "data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
+    *("compile", "matmul_precision"),
 )
 """Settings that may change: where the data is, how it validates, how devices share a step."""
 
@@ -36,7 +43,9 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("init_args"), Mapping):
         data["init_args"] = {k: v for k, v in data["init_args"].items() if k != "transform"}
     trainer = {name: config["trainer"].get(name) for name in _TRAINER}
-    return {"model": _plain(config["model"]), "data": _plain(data), "trainer": _plain(trainer)}
+    parts = {"model": config["model"], "data": data, "trainer": trainer}
+    own = {name: config.get(name) for name in ("ema", "compile", "matmul_precision")}
+    return {name: _plain(part) for name, part in (parts | own).items()}
 
 
 def find_checkpoint(resume: str, folder: str | Path | None) -> str:
@@ -63,6 +72,20 @@ def find_checkpoint(resume: str, folder: str | Path | None) -> str:
     return str(path)
 
 
+def requeued_checkpoint(trainer: Any) -> str | None:
+    """What a job that SLURM runs again goes on from, whatever else its command says.
+
+    Args:
+        trainer: whose folder (`default_root_dir`) the job left it in.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    path: str | None = trainer._checkpoint_connector._hpc_resume_path
+    if path is not None:
+        _LOG.warning("the job goes on from %s; remove this file to start over", path)
+    return path
+
+
 def read_checkpoint(path: str) -> dict[str, Any]:
     """The content of a checkpoint of `ocvtp train`.
 
@@ -77,6 +100,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 " pass last.ckpt or best.ckpt of a run."
             )
         _config(dict(content[CHECKPOINT_KEY]))
+        refuse_not_finite(content["state_dict"])
     return content
 
 
@@ -131,7 +155,8 @@ def _of_the_network(kept: Mapping[str, Any], module: NetworkModule) -> dict[str,
     for key, value in run.items():
         name = "seed_everything" if key == "seed" else f"model.{key}"
         pairs[name] = (training.get(key, value), value)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = (_differences(name, *pair) for name, pair in pairs.items())
+    return dict(chain.from_iterable(found))
 
 
 _PROVENANCE = {

@@ -7,35 +7,40 @@ import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.reporting.folder_lock import claimed
+from ocvtp.training.averaging import NetworkAverage
 from ocvtp.training.base import NetworkModule
+from ocvtp.training.check import Check
+from ocvtp.training.check import check as check_run
 from ocvtp.training.errors import clear_errors, restoring
-from ocvtp.training.lifecycle import (
-    CleanStop,
-    Interrupted,
-    LateStart,
-    SaveConfig,
-    refuse_unwritable,
-)
+from ocvtp.training.last import Keeping, LastCheckpoint
+from ocvtp.training.lifecycle import Interrupted, LateStart, SaveConfig, refuse_unwritable
 from ocvtp.training.module import PrunerModule
+from ocvtp.training.pace import Pace
 from ocvtp.training.resume import (
     find_checkpoint,
     read_checkpoint,
     refuse_another_run,
+    requeued_checkpoint,
     run_settings,
 )
 from ocvtp.training.settings import names_module, settle
 from ocvtp.training.wrong_settings import explain
 
 Command = Literal["train", "extract", "teacher"]
+_BY_MODULE = "auto"
+"""`checkpoint.monitor`: the figure that `NetworkModule.monitor` names."""
 _DESCRIPTION = (
     "Train an OC-pruner. A file of settings comes first (--config); every other word changes one of"
     " them. `ocvtp train --help` alone lists those that are changed first."
@@ -47,9 +52,10 @@ class TrainingResult:
     """Where the run left its files.
 
     Args:
-        best: checkpoint of the lowest validation loss; of the last step without a validation.
+        best: checkpoint of the best validation, by `checkpoint.monitor`; of the last step without a
+            validation.
         last: of the last step. Both are empty if nothing is kept (fast_dev_run).
-        best_score: that loss.
+        best_score: that figure.
         note: why nothing was trained, kept or chosen; empty if it all was.
         is_main: whether this process is the first of its run, the one that prints.
     """
@@ -62,7 +68,7 @@ class TrainingResult:
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """A run was stopped by Ctrl-C or SIGTERM; its text says where, and how to continue.
+    """A run was stopped by a signal; its text says where, and how to continue.
 
     Attributes:
         checkpoint: from which it can be continued exactly; None if there is none.
@@ -106,13 +112,32 @@ class _TrainCLI(LightningCLI):
             default=None,
             help="checkpoint to continue from; `last` or `best`: of the run's own folder",
         )
+        parser.add_argument(
+            "--compile",
+            type=str | None,
+            default=None,
+            help="compile the network by this backend of torch.compile, e.g. inductor",
+        )
+        parser.add_argument(
+            "--ema",
+            type=float | None,
+            default=None,
+            help="validate and keep a moving average of the weights with this decay, e.g. 0.999",
+        )
+        parser.add_argument(
+            "--matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="of fp32 matrix products on a GPU: high uses TF32, which is several times as fast",
+        )
         parser.link_arguments(
             "model", "data.init_args.transform", compute_fn=_transform, apply_on="instantiate"
         )
+        parser.add_class_arguments(Keeping, "last")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.monitor": "val/loss",
+                "checkpoint.monitor": _BY_MODULE,
                 "checkpoint.mode": "min",
                 "checkpoint.filename": "best",
                 "checkpoint.save_last": True,
@@ -137,6 +162,9 @@ class _TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         shown: list[pl.Callback] = self.model.shown()
+        shown.append(Pace())
+        if self.config.ema is not None:
+            shown.append(NetworkAverage(self.config.ema))
         if self.config.trainer.logger:
             shown.insert(0, LearningRateMonitor("step"))
         self.trainer_defaults["callbacks"] = shown
@@ -205,6 +233,8 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
         )
     if command == "train":
         cli.model.run_settings = run_settings(cli.config_dump)
+        if cli.config.compile is not None:
+            cli.model.compile_network(cli.config.compile)
     return cli
 
 
@@ -223,36 +253,80 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     Raises:
         SystemExit: for settings that do not parse.
         ValueError: for settings that make no sense, and a checkpoint that cannot be continued.
-        TrainingStopped: at Ctrl-C or SIGTERM, after `last.ckpt` was written.
+        TrainingStopped: at Ctrl-C, SIGTERM or SIGUSR1, after `last.ckpt` was written.
     """
     words = list(sys.argv[1:] if args is None else args)
     cli = build(words)
     trainer: Any = cli.trainer
     checkpoint: ModelCheckpoint = cli.config_init.checkpoint
+    if checkpoint.monitor == _BY_MODULE:
+        checkpoint.monitor = cli.model.monitor
     if not getattr(cli.datamodule, "has_validation", True) or not trainer.limit_val_batches:
-        checkpoint.monitor = None  # no loss to compare: keep the last
-    if trainer.fast_dev_run:
-        checkpoint.save_last = False  # it keeps nothing
+        checkpoint.monitor = None  # no figure to compare: keep the last
+    keeps_last = bool(checkpoint.save_last) and not trainer.fast_dev_run
+    checkpoint.save_last = False  # Lightning writes it beside other checkpoints alone
     folder = Path(checkpoint.dirpath or ".")
     for place in (cli.config.output, folder):
         refuse_unwritable(Path(place))
     resume = cli.config.resume
-    if resume is not None:
-        resume = find_checkpoint(resume, folder)
+    requeued = requeued_checkpoint(trainer)
+    if resume is not None or requeued is not None:
+        resume = requeued or find_checkpoint(resume, folder)
         refuse_another_run(resume, read_checkpoint(resume), cli.model)
-    own = resume is not None and Path(resume).resolve().parent == folder.resolve()
-    start = LateStart(trainer, None if own else folder, resumes=resume is not None)
-    stop = CleanStop(checkpoint)
+    own = requeued or resume is not None and Path(resume).resolve().parent == folder.resolve()
+    start = LateStart(trainer, None if own else folder)
+    stop = LastCheckpoint(checkpoint, cli.config_init.last, keeps_last)
     callbacks: list[pl.Callback] = trainer.callbacks
     callbacks.insert(0, start)
     callbacks.append(stop)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
-        with clear_errors(), restoring(resume, start), stop.listening():
+        with (
+            _alone(trainer, cli.config.output),
+            clear_errors(),
+            restoring(resume, start),
+            stop.listening(),
+            matmul_precision(cli.config.matmul_precision),
+        ):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     except Interrupted:
         raise _stopped(trainer, checkpoint, stop, words) from None
     return _result(trainer, checkpoint, stop.steps, resume)
+
+
+def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
+    """No other run writes to its folder; the first process of a run stands for all."""
+    if trainer.fast_dev_run or not trainer.is_global_zero:
+        return nullcontext()
+    return claimed(output, "ocvtp train")
+
+
+def check(args: Sequence[str] | None = None) -> Check:
+    """What a run with these words would take: a few of its steps, of which nothing is kept.
+
+    Args:
+        args: command-line words; None for those of the process.
+
+    Raises:
+        SystemExit: for settings that do not parse.
+        ValueError: for settings that make no sense.
+    """
+    cli = build(args)
+    output = cli.config.output
+    refuse_unwritable(Path(output))
+    with clear_errors(), matmul_precision(cli.config.matmul_precision):
+        return check_run(cli.trainer, cli.model, cli.datamodule, output)
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """Of fp32 matrix products in the block, see `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _result(
@@ -280,12 +354,14 @@ def _result(
 
 
 def _stopped(
-    trainer: pl.Trainer, checkpoint: ModelCheckpoint, stop: CleanStop, words: Sequence[str]
+    trainer: pl.Trainer, checkpoint: ModelCheckpoint, stop: LastCheckpoint, words: Sequence[str]
 ) -> TrainingStopped:
     saved, where = stop.saved, f"stopped after {trainer.global_step} steps"
     if saved is None and stop.steps and Path(checkpoint.last_model_path).is_file():
         saved, where = checkpoint.last_model_path, f"{where}, and saved none of the latest ones"
-    if saved is not None:
+    if stop.requeued:
+        message = f"{where}; SLURM runs the job again, which goes on from there"
+    elif saved is not None:
         kept = [word for word in words if not word.startswith("--resume=")]
         if "--resume" in kept:
             at = kept.index("--resume")

@@ -1,8 +1,13 @@
-"""The learning rate over a run."""
+"""The learning rate over a run, which follows the share of the run that is done.
+
+Steps are counted as this number of devices would have taken them: an epoch is an epoch, however
+many devices shared the epochs before.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytorch_lightning as pl
 
@@ -24,7 +29,52 @@ def planned_steps(trainer: pl.Trainer) -> int:
     return int(total)
 
 
-def warmup_cosine(step: int, warmup: int, total: int, floor: float) -> float:
+def steps_done(trainer: Any) -> float:
+    """Of `planned_steps`; where epochs end the run, by the epochs that are done."""
+    batches, accumulated = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not batches or math.isinf(batches):
+        return float(trainer.global_step)
+    each = math.ceil(batches / accumulated)
+    epochs, steps = trainer.max_epochs, trainer.max_steps
+    if steps is not None and steps >= 0 and (epochs in (None, -1) or steps < epochs * each):
+        return float(trainer.global_step)
+    whole, batch = epochs_done(trainer)
+    return float(whole * each + (each if batch == batches else batch / accumulated))
+
+
+def epochs_done(trainer: Any) -> tuple[int, int]:
+    """Epochs that were trained before this one, and batches of this one.
+
+    `trainer.current_epoch` counts an epoch after its validation, where checkpoints are written.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    if not epochs.started or not trainer.num_training_batches:
+        return int(epochs.processed), 0
+    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return int(epochs.started) - 1, int(done)
+
+
+def count_whole_epoch(trainer: Any) -> None:
+    """Let an epoch that ended before a checkpoint be whole on this number of devices too.
+
+    Lightning counts its batches: of an epoch of 6, continued where it has 12, it would leave out
+    the first 6 of the next. Nor does it count the next epoch as begun, where the last step of one
+    wrote the checkpoint. To be called when training starts.
+    """
+    progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    current = progress.current
+    if not progress.is_last_batch or not current.ready or math.isinf(batches):
+        return
+    more = batches - current.ready
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(current, name, getattr(current, name) + more)
+    epochs = trainer.fit_loop.epoch_progress
+    if trainer.fit_loop.restarted_mid_epoch and epochs.current.processed == epochs.current.started:
+        epochs.increment_ready()
+        epochs.increment_started()
+
+
+def warmup_cosine(step: float, warmup: int, total: int, floor: float) -> float:
     """Share of the peak rate at a step: linear up to 1 at step `warmup`, cosine down to `floor`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)

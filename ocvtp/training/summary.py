@@ -8,16 +8,18 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ocvtp.training.schedule import epochs_done
+
 
 def training_summary(
-    trainer: pl.Trainer, settings: dict[str, Any], val_num_slots: int
+    trainer: pl.Trainer, settings: dict[str, Any], val_num_slots: float
 ) -> dict[str, Any]:
     """Plain values: steps, epochs, images, settings, figures of the validation, versions.
 
     Args:
         trainer: in or after a run.
         settings: of the module, taken over as they are.
-        val_num_slots: slot count of the validation.
+        val_num_slots: slot count, or budget, of the validation.
     """
     figures = {
         name.removeprefix("val/"): round(float(value), 6)
@@ -43,14 +45,10 @@ def training_summary(
 
 
 def epochs_run(trainer: Any) -> int | float:
-    """Epochs that were trained; inside of one, with the share of its batches.
-
-    `trainer.current_epoch` counts an epoch after its validation, where checkpoints are written.
-    """
-    epochs = trainer.fit_loop.epoch_progress.current
+    """Epochs that were trained; inside of one, with the share of its batches."""
     batches = trainer.num_training_batches
-    if not epochs.started or not batches or math.isinf(batches):
-        return int(epochs.processed)
-    done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-    exact = float(epochs.started - 1 + done / batches)
+    whole, done = epochs_done(trainer)
+    if not batches or math.isinf(batches):
+        return int(trainer.fit_loop.epoch_progress.current.processed)
+    exact = float(whole + done / batches)
     return int(exact) if exact.is_integer() else round(exact, 3)

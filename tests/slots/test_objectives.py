@@ -119,3 +119,22 @@ def test_validation_sees_no_token_and_is_repeatable(kind):
     torch.manual_seed(1)
     loss = objective(network, tokens, 5).loss
     assert not torch.equal(loss, objective(network, tokens, 5).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_areas_and_weights_are_exact_in_half_precision(dtype):
+    """fp16 has no 1e-8, and bf16 no 257."""
+    attention = torch.zeros(1, 4, 600, dtype=dtype)
+    attention[0, 0, :257] = attention[0, 1, 257:] = 1  # two slots win nothing
+    areas = slot_areas(attention)
+    assert areas.tolist() == [[257, 343, 0, 0]]
+    expected = slot_weights(torch.tensor([[257.0, 343.0, 0.0, 0.0]]))
+    assert_close(slot_weights(areas), expected, rtol=0, atol=0)
+    assert slot_weights(torch.tensor([[9, 7, 0, 0]], dtype=dtype)).isfinite().all()
+    assert slot_weights(torch.tensor([[9, 7, 0]], dtype=dtype), legacy=True).isfinite().all()
+    torch.manual_seed(0)
+    prediction, target = torch.randn(2, 1, 600, 8).to(dtype)
+    loss = area_weighted_mse(prediction, target, attention)
+    exact = area_weighted_mse(prediction.double(), target.double(), attention.double())
+    assert loss.dtype == torch.float32
+    assert_close(loss.double(), exact, rtol=1e-5, atol=0)

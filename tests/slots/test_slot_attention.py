@@ -109,3 +109,23 @@ def test_winners_count_a_shared_token_once():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         SlotAttention(8, 16, **wrong)
+
+
+def test_slots_compete_in_fp32_under_autocast():
+    """In bf16 about a third of the tokens would be tied between two slots."""
+    torch.manual_seed(0)
+    module = SlotAttention(32, 64, truncation="none").eval()
+    inputs, slots = torch.randn(2, 400, 32), torch.randn(2, 64, 32)
+    seen = []
+    module.gru.register_forward_pre_hook(lambda _, args: seen.extend(a.dtype for a in args))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, attention = module(inputs, slots)
+    assert (found.dtype, attention.dtype, set(seen)) == (
+        torch.float32,
+        torch.float32,
+        {torch.float32},
+    )
+    first, second = attention.topk(2, dim=1).values.unbind(dim=1)
+    assert (first > second).all()
+    exact = module(inputs, slots)[1]
+    assert (attention.argmax(dim=1) == exact.argmax(dim=1)).float().mean() > 0.97

@@ -1,0 +1,161 @@
+"""What must be the same on any number of devices, with two processes over gloo."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import data, module, scenes, settings_file, trainer
+from torch.testing import assert_close
+
+from ocvtp.data.loader import InOrder
+from ocvtp.training.figures import Figures, share_of_gradient
+from ocvtp.training.run import build, train
+from ocvtp.training.schedule import warmup_cosine
+
+__all__ = ["scenes"]
+
+# Uneven shares of seven images, one after the other: of the second step one process has none.
+SPY = """
+import sys
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+from ocvtp.data.loader import InOrder
+from ocvtp.training.figures import Figures, gathered, share_of_gradient
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+store = f"file://{folder}/store"
+distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+torch.manual_seed(0)
+images, network = torch.randn(7, 5), DistributedDataParallel(nn.Linear(5, 1, bias=False))
+steps = [[images[:4], images[4:5]], [images[5:7], images[:0]]]
+gradients, figures = [], Figures()
+for step in steps:
+    own = step[rank]
+    network.zero_grad()
+    loss = network(own).square().mean() if len(own) else network(images[:1]).sum() * 0.0
+    (loss * share_of_gradient(len(own), torch.device("cpu"))).backward()
+    gradients.append(network.module.weight.grad.clone())
+    if len(own):
+        figures.add({"loss": loss}, len(own))
+        figures.add({f"only{rank}": 1.0 + rank}, 1)
+torch.save({
+    "gradients": gradients, "pooled": figures.pooled(), "nothing": figures.pooled(),
+    "parts": [list(InOrder(range(n))) for n in (7, 2, 1)], "ranks": gathered(rank),
+}, f"{folder}/rank{rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_uneven_shares_count_by_their_images(tmp_path):
+    script = tmp_path / "spy.py"
+    script.write_text(SPY)
+    words = [sys.executable, str(script)]
+    other = subprocess.Popen([*words, "1", str(tmp_path)])
+    assert subprocess.run([*words, "0", str(tmp_path)], timeout=120).returncode == 0
+    assert other.wait(60) == 0
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    torch.manual_seed(0)
+    images, network = torch.randn(7, 5), torch.nn.Linear(5, 1, bias=False)
+    for number, seen in enumerate((images[:5], images[5:])):
+        network.zero_grad()
+        network(seen).square().mean().backward()
+        for rank in ranks:
+            assert_close(rank["gradients"][number], network.weight.grad)
+    mean = float(network(images).detach().square().mean())
+    assert ranks[0]["pooled"] == ranks[1]["pooled"]
+    assert ranks[0]["pooled"] == pytest.approx({"loss": mean, "only0": 1.0, "only1": 2.0})
+    assert [rank["nothing"] for rank in ranks] == [{}, {}]
+    assert [rank["parts"] for rank in ranks] == [[[0, 1, 2], [0], [0]], [[3, 4, 5, 6], [1], [0]]]
+    assert ranks[0]["ranks"] == [0, 1]
+
+
+def test_figures_of_one_process():
+    figures = Figures()
+    figures.add({"loss": torch.tensor(1.0), "share": 0.5}, 3)
+    figures.add({"loss": torch.tensor(4.0)}, 1)
+    figures.add_sum("ari", torch.tensor(float(0)), torch.tensor(0))
+    found = figures.pooled()
+    assert found.pop("ari") != 0  # NaN: no image counted
+    assert found == {"loss": 1.75, "share": 0.5}
+    assert figures.pooled() == {}
+    assert share_of_gradient(3, torch.device("cpu")) == 1.0
+    assert list(InOrder(range(3))) == [0, 1, 2]
+
+
+@pytest.fixture
+def uneven(tmp_path, scenes):
+    """24 training images, and five of validation, of which the second process can read none."""
+    root = tmp_path / "uneven"
+    shutil.copytree(scenes, root)
+    folder = sorted((root / "val2017").iterdir())
+    for victim in folder[2:5]:
+        victim.write_bytes(victim.read_bytes()[:300])
+    return root
+
+
+def rows(folder: Path, version: int = 0) -> list[dict[str, str]]:
+    return list(csv.DictReader(open(folder / f"csv/version_{version}/metrics.csv")))
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_with_one_device(tmp_path, uneven):
+    """Validation, schedule and length of two processes are those of one; see each assertion."""
+    path = settings_file(tmp_path, uneven, accelerator="cpu", log_every_n_steps=1)
+    words = ["--config", str(path), "--data.on_error", "skip", "--data.batch_size", "2"]
+    words += ["--data.limit_val", "5", "--trainer.enable_progress_bar", "false"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "2"]
+    run = subprocess.run(
+        [sys.executable, "train.py", *words, *two], capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("best checkpoint:") == 1  # one process speaks
+    last = tmp_path / "checkpoints/last.ckpt"
+    kept = torch.load(last, weights_only=True)
+    assert kept["global_step"] == 12
+    # Images that a process cannot read neither stop it nor count; the figure is that of one device.
+    cli = build([*words, "--trainer.logger", "false"])
+    cli.model.load_state_dict(kept["state_dict"])
+    alone = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
+    logged = [row for row in rows(tmp_path) if row["val/loss"]][-1]
+    for name in ("loss", "coverage_residual", "mbo_i"):
+        assert float(logged[f"val/{name}"]) == pytest.approx(alone[f"val/{name}"], rel=1e-5)
+    assert float(logged["skipped_images"]) == 3 * 2  # of both processes, in two validations
+    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == 12
+    # 6 steps an epoch were taken; now it is 12, and the rate ends where it should.
+    train([*words, "--resume", str(last), "--trainer.max_epochs", "4"])
+    kept = torch.load(last, weights_only=True)
+    assert kept["global_step"] == 12 + 24
+    assert kept["ocvtp"]["training"]["epochs"] == 4
+    rates = [float(row["lr-AdamW"]) for row in rows(tmp_path, 1) if row["lr-AdamW"]]
+    assert len(rates) == 24
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == pytest.approx(1e-3 * warmup_cosine(24, round(48 * 4 / 30), 48, 1e-5))
+    assert kept["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+def test_an_epochs_last_step_ends_it_on_any_layout(tmp_path, scenes, before, after):
+    """A checkpoint written there, before the validation, is continued with whole epochs."""
+    from pytorch_lightning.callbacks import ModelCheckpoint
+
+    def fit(batch_size, epochs, resume=None):
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        model = module()
+        run = trainer(tmp_path, max_epochs=epochs, callbacks=[saver], limit_val_batches=1)
+        images = data(scenes, model, batch_size=batch_size)
+        run.fit(model, images, ckpt_path=resume, weights_only=True)
+        rate = run.optimizers[0].param_groups[0]["lr"]
+        return run.global_step, run.current_epoch, rate
+
+    steps = 24 // before
+    fit(before, 1)
+    found = fit(after, 3, tmp_path / f"step={steps}.ckpt")
+    assert found == (steps + 2 * 24 // after, 3, pytest.approx(1e-8))
