@@ -66,7 +66,7 @@ def write_data(folder: Path, images: int, instances: int) -> None:
         return
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     names = [f"{5 * number:012d}.jpg" for number in range(images)]
-    _write_images(folder, names)
+    write_images(folder, names)
     path = folder / "annotations" / "instances_train2017.json"
     random = np.random.default_rng(0)
     with path.open("w", encoding="utf-8") as file:
@@ -83,7 +83,7 @@ def write_data(folder: Path, images: int, instances: int) -> None:
     done.write_text(json.dumps(settings))
 
 
-def _write_images(folder: Path, names: list[str]) -> None:
+def write_images(folder: Path, names: list[str]) -> None:
     """A few pictures under many names."""
     (folder / "train2017").mkdir(exist_ok=True)
     random = np.random.default_rng(1)

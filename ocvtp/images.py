@@ -76,7 +76,7 @@ def check_pixels(width: int, height: int) -> None:
 
 
 @contextmanager
-def opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
     """An image file of which the header is read; the pixels are when they are asked for.
 
     Raises:
@@ -111,7 +111,7 @@ def open_image(path: str | Path) -> Image.Image:
         raise ValueError(f"image {path} cannot be read ({reason}); pass a JPEG or PNG.") from error
 
 
-def read_image(path: str | Path, upright: bool) -> Image.Image:
+def read_image(path: str | Path | BytesIO, upright: bool) -> Image.Image:
     """An image file in 8-bit RGB.
 
     Args:
@@ -127,6 +127,15 @@ def read_image(path: str | Path, upright: bool) -> Image.Image:
         rgb = to_rgb(image)
     rgb.info = {}
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """What an image file holds, in 8-bit RGB and upright.
+
+    Raises:
+        IMAGE_ERRORS: if it is no image.
+    """
+    return read_image(BytesIO(data), upright=True)
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

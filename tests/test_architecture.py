@@ -58,7 +58,7 @@ def storeys(lines: tuple[str, ...]) -> dict[str, int]:
 
 
 STOREY, HOST_STOREY = storeys(STOREYS), storeys(HOST_STOREYS)
-LIGHTNING = {"training", "data/module.py", "data/folder.py", "data/features.py"}
+LIGHTNING = {"training", "data/module.py", "data/folder.py", "data/features.py", "data/sources.py"}
 TRANSFORMERS = {
     "encoders/clip.py", "encoders/qwen.py", "encoders/tiles.py", "hosts", "evaluation", "flops",
     "bench", "transformers_names.py", "random_models", "reporting/environment.py",

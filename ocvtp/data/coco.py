@@ -9,6 +9,7 @@ masks are drawn on it. All others are turned upright, see `ocvtp.images`.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -231,12 +232,26 @@ def stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Image files in `folder` and below, relative to it, sorted; hidden files are left out."""
-    return sorted(
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and path.is_file()
-    )
+    """Image files in `folder` and below, relative to it, sorted; hidden files are left out.
+
+    Links to folders are not followed, and folders that may not be read are left out.
+    """
+    found: list[tuple[str, ...]] = []
+    todo: list[tuple[str, ...]] = [()] if os.path.isdir(folder) else []
+    while todo:
+        parents = todo.pop()
+        try:
+            with os.scandir(os.path.join(folder, *parents)) as entries:
+                for entry in entries:  # names alone: there may be a million
+                    name = entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append((*parents, name))
+                    elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != ".":
+                        if entry.is_file():
+                            found.append((*parents, name))
+        except PermissionError:
+            continue
+    return [Path(*parts) for parts in sorted(found)]
 
 
 def _check_arguments(

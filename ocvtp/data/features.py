@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -26,7 +25,7 @@ from ocvtp.data.feature_files import (
     plain,
     tensor_key,
 )
-from ocvtp.data.loader import StreamSampler
+from ocvtp.data.loader import ShardSampler, StreamSampler
 from ocvtp.data.module import ResumableDataModule
 from ocvtp.structures import Needs
 
@@ -160,37 +159,21 @@ def _all(items: list[dict[str, Any]], kind: str, key: Any) -> list[Tensor]:
     return [item[kind][key] for item in items]
 
 
-class FeatureSampler(StreamSampler):
+class FeatureSampler(ShardSampler):
     """An order that reads few shards at a time, and a view of every image.
-
-    An epoch goes through the shards in a random order, `mixed_shards` of them at a time, whose
-    images are shuffled among each other. With no more shards than that, it is the order of
-    `StreamSampler`: all images are shuffled.
 
     Args:
         dataset: the images.
         seed: of orders and views.
-        mixed_shards: how many are read at a time, by all processes together.
+        mixed_shards: see `ShardSampler`.
     """
 
     def __init__(self, dataset: FeatureImages, seed: int, mixed_shards: int) -> None:
-        super().__init__(dataset, seed)
-        self._starts, self._num_views = dataset.starts, dataset.num_views
-        self._mixed = mixed_shards
-
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        count = len(self._starts) - 1
-        if count <= self._mixed:
-            return super().order(epoch)
-        draws = np.random.default_rng([self.seed, epoch])
-        shards = draws.permutation(count)
-        groups = [shards[i : i + self._mixed] for i in range(0, count, self._mixed)]
-        ranges = [[np.arange(*self._starts[s : s + 2]) for s in group] for group in groups]
-        return np.concatenate([draws.permutation(np.concatenate(own)) for own in ranges])
+        super().__init__(dataset, dataset.starts, seed, mixed_shards)
+        self._num_views = dataset.num_views
 
     def layout(self) -> dict[str, int]:
-        shards = {"num_shards": len(self._starts) - 1, "mixed_shards": self._mixed}
-        return {**super().layout(), **shards, "num_views": self._num_views}
+        return {**super().layout(), "num_views": self._num_views}
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._next[0]

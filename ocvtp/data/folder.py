@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from ocvtp.data.module import CocoDataModule
@@ -71,18 +72,31 @@ class FolderDataModule(CocoDataModule):
             super().setup(stage)
             return
         images = self._images(self.root, "", None, None, False)
-        total = len(images)
-        if num_val >= total:
-            raise ValueError(
-                f"num_val={num_val} leaves none of the {total} images of {self.root} to train on;"
-                f" pass 1 to {total - 1}."
-            )
-        held_out = np.zeros(total, np.bool_)
-        held_out[np.random.default_rng(seed).permutation(total)[:num_val]] = True
+        out = held_out(len(images), num_val, seed, self.root)
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
-            train = np.flatnonzero(~held_out)[: self.limit_train]
+            train = np.flatnonzero(~out)[: self.limit_train]
             self.train_set = Subset(images, train)  # type: ignore[arg-type]
         if stage in (None, "fit", "validate"):
-            val = np.flatnonzero(held_out)[: self.limit_val]
+            val = np.flatnonzero(out)[: self.limit_val]
             self.val_set = Subset(images, val)  # type: ignore[arg-type]
+
+
+def held_out(total: int, num_val: int, seed: int, root: str | Path) -> NDArray[np.bool_]:
+    """[total] which images the validation has.
+
+    Args:
+        total: images that there are. num_val: how many it has. seed: of which ones.
+        root: where they are, for the error.
+
+    Raises:
+        ValueError: if none is left to train on.
+    """
+    if num_val >= total:
+        raise ValueError(
+            f"num_val={num_val} leaves none of the {total} images of {root} to train on;"
+            f" pass 1 to {total - 1}."
+        )
+    out = np.zeros(total, np.bool_)
+    out[np.random.default_rng(seed).permutation(total)[:num_val]] = True
+    return out

@@ -6,7 +6,7 @@ how Lightning counts the epoch in which it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,41 @@ class GroupedSampler(StreamSampler):
 
     def layout(self) -> dict[str, int]:
         return {**super().layout(), "num_groups": len(self._members)}
+
+
+class ShardSampler(StreamSampler):
+    """An order that reads few files at a time.
+
+    An epoch goes through the files in a random order, `mixed_shards` of them at a time, whose
+    images are shuffled among each other. With no more files than that, it is the order of
+    `StreamSampler`: all images are shuffled.
+
+    Args:
+        dataset: with a length.
+        starts: [files + 1] number of the first image of every file, and of all.
+        seed: of the orders.
+        mixed_shards: how many are read at a time, by all processes together.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], starts: NDArray[np.int64], seed: int, mixed_shards: int
+    ) -> None:
+        super().__init__(dataset, seed)
+        self._starts, self._mixed = starts, mixed_shards
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        count = len(self._starts) - 1
+        if count <= self._mixed:
+            return super().order(epoch)
+        draws = np.random.default_rng([self.seed, epoch])
+        shards = draws.permutation(count)
+        groups = [shards[i : i + self._mixed] for i in range(0, count, self._mixed)]
+        ranges = [[np.arange(*self._starts[s : s + 2]) for s in group] for group in groups]
+        return np.concatenate([draws.permutation(np.concatenate(own)) for own in ranges])
+
+    def layout(self) -> dict[str, int]:
+        shards = {"num_shards": len(self._starts) - 1, "mixed_shards": self._mixed}
+        return {**super().layout(), **shards}
 
 
 class InOrder(DistributedSampler[int]):
@@ -184,3 +219,8 @@ class ResumableLoader(DataLoader[Any]):
 def own_generator(seed: int) -> torch.Generator:
     """Seeds workers without a draw from the global generator, which belongs to the model."""
     return torch.Generator().manual_seed(seed)
+
+
+def ends(counts: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """[R + 1] where each of R runs starts, and where the last one ends."""
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

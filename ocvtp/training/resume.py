@@ -20,11 +20,14 @@ _LOG = logging.getLogger(__name__)
 
 _OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
-_SILENT = ("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower")
+_SILENT = (
+    *("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower"),
+    *("data.persistent_workers", "data.pin_memory", "data.prefetch_factor", "data.verify"),
+)
 """Settings that do not change the result."""
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
-    *("data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
+    *("data.decoder", "data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
     *("compile", "matmul_precision"),
 )
 """Settings that may change: where the data is, how it validates, how devices share a step."""

@@ -8,7 +8,7 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch.utils.data import DataLoader
 
-from ocvtp.data.coco import CocoImages, collate
+from ocvtp.data.coco import CocoImages, collate, find_images
 
 COCO_TINY = Path(__file__).parents[2] / "../shared/coco-tiny"
 
@@ -390,3 +390,18 @@ def test_real_images(split, count):
         assert shown == ((3, 20, 20), (20, 20))
     with pytest.raises(ValueError, match="lacks segmentation or bbox"):
         CocoImages(COCO_TINY / split, COCO_TINY / f"annotations/captions_{split}.json", Resize())
+
+
+def test_images_are_found_in_the_order_of_their_paths(tmp_path):
+    """As pathlib sorts paths; with links to files, and none of folders."""
+    names = ["b.jpg", "a/z.PNG", "a-b/c.jpeg", "a.jpg", "a/b/c.tif", ".h/x.jpg", "é.webp", "A.bmp"]
+    for name in [*names, "a/.hidden.jpg", "a/x.txt", "noend", "a/.jpg"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "a.jpg")
+    (tmp_path / "broken.jpg").symlink_to(tmp_path / "absent.jpg")
+    (tmp_path / "around").symlink_to(tmp_path / "a")
+    wanted = sorted(map(Path, [*names, "link.jpg"]))
+    assert find_images(tmp_path) == wanted
+    assert find_images(tmp_path / "absent") == []

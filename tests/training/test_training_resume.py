@@ -130,13 +130,15 @@ def test_what_may_change_is_told(again, run, scenes, tmp_path, caplog):
     (tmp_path / "moved").symlink_to(scenes)
     words = ["--data.root", str(tmp_path / "moved"), "--data.batch_size", "6"]
     words += ["--trainer.gradient_clip_val", "0.5", "--data.num_workers", "1"]
+    words += ["--data.prefetch_factor", "3", "--data.persistent_workers", "false"]
     words += ["--model.statistics_images", "3", "--trainer.limit_val_batches", "0"]
     assert again(run[1], *words)[0] == 0
     (told,) = [m for m in caplog.messages if "continues with other settings" in m]
     assert f"data.root: {str(scenes)!r} -> {str(tmp_path / 'moved')!r}" in told
     assert "data.batch_size: 4 -> 6" in told
     assert "trainer.gradient_clip_val: 1.0 -> 0.5" in told
-    assert "num_workers" not in told
+    for name in ("num_workers", "prefetch_factor", "persistent_workers"):
+        assert name not in told
     assert "statistics" not in told
 
 
