@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ocvtp import __version__
@@ -40,10 +41,11 @@ _CONTINUES = ("evaluate", "bench", "extract", "teacher")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # ours says it
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        words = _import_files(words)
+        words = _before_command(words)
         if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
             command = importlib.import_module(f"ocvtp.commands.{words[0]}")
             return int(command.run_words(words[1:]))
@@ -92,17 +94,32 @@ def _continues(words: Sequence[str]) -> bool:
     return bool(words) and words[0] in _CONTINUES
 
 
-def _import_files(words: list[str]) -> list[str]:
-    """The words without `--import FILE` before the command; the files are imported."""
+def _before_command(words: list[str]) -> list[str]:
+    """The words without `--import FILE` and `--max-pixels N` before the command, which are done."""
     while words:
-        flag, is_one_word, file = words[0].partition("=")
-        if flag != "--import" or not (is_one_word or words[1:]):
+        flag, is_one_word, value = words[0].partition("=")
+        if flag not in _BEFORE or not (is_one_word or words[1:]):
             break
-        from ocvtp.plugins import import_file
-
-        import_file(file if is_one_word else words[1])
+        _BEFORE[flag](value if is_one_word else words[1])
         words = words[1 if is_one_word else 2 :]
     return words[1:] if words[:1] == ["--"] else words
+
+
+def _import(file: str) -> None:
+    from ocvtp.plugins import import_file
+
+    import_file(file)
+
+
+def _limit_pixels(count: str) -> None:
+    from ocvtp.images import limit_pixels
+
+    if not count.isdecimal():
+        raise ValueError(f"--max-pixels {count!r}; pass a whole number, e.g. 200000000.")
+    limit_pixels(int(count))
+
+
+_BEFORE = {"--import": _import, "--max-pixels": _limit_pixels}
 
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
@@ -116,10 +133,15 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         metavar="FILE",
         help="a Python file that registers pruners, tasks or hosts of your own",
     )
+    parser.add_argument(
+        "--max-pixels",
+        metavar="N",
+        help="how many pixels an image may have (default: 67108864); larger ones are refused",
+    )
     parser.add_argument("--version", action="version", version=f"ocvtp {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if words[:1] == [name]:
             FLAGS[name](command)
             if name in _ASKS_A_TASK:

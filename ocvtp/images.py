@@ -4,11 +4,18 @@ A camera stores what its sensor saw, and an EXIF tag that says how to turn it. I
 turned, as everything that shows photographs turns them, unless something is read with them that
 refers to the pixels as they are stored: COCO's masks do. Nothing of the tag is left on the result,
 so that no one turns it again.
+
+A file of a few bytes can say that it has any number of pixels. What has more than `most_pixels()`
+is refused by its header.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -16,6 +23,10 @@ from PIL import ExifTags, Image
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is missing, truncated or no image."""
 
+_MOST_PIXELS = 2**26
+_limit = _MOST_PIXELS
+_PROGRAMS = ("EPS",)
+"""Formats for which Pillow starts another program."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,6 +39,63 @@ _TURNS = {
 _SIXTEEN_BITS = 65535
 _RANGES = {"I": (255, _SIXTEEN_BITS), "F": (1, 255, _SIXTEEN_BITS)}
 """White in images of 32 bits, which do not say; meant is the least that no pixel exceeds."""
+
+
+def most_pixels() -> int:
+    """How many pixels an image may have: 2^26, or what `limit_pixels` said."""
+    return _limit
+
+
+def limit_pixels(most: int = _MOST_PIXELS) -> None:
+    """Set how many pixels an image may have, of this process and those that it forks.
+
+    Args:
+        most: pixels. Those of one image take up to 16 bytes each.
+
+    Raises:
+        ValueError: below 1.
+    """
+    global _limit
+    if most < 1:
+        raise ValueError(f"an image of up to {most} pixels is none; pass at least 1.")
+    _limit = most
+    Image.MAX_IMAGE_PIXELS = max(most, Image.MAX_IMAGE_PIXELS or 0)  # Pillow has a limit of its own
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse the size of an image that has too many pixels.
+
+    Raises:
+        ValueError: if it has more than `most_pixels()`.
+    """
+    if width * height > _limit:
+        raise ValueError(
+            f"it has {width} x {height} pixels, and up to {_limit} are read; make it smaller, or"
+            " pass `ocvtp --max-pixels N COMMAND ...` (ocvtp.images.limit_pixels)"
+        )
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """An image file of which the header is read; the pixels are when they are asked for.
+
+    Raises:
+        IMAGE_ERRORS: if it is missing or no image, also from inside of the block.
+        ValueError: if it has more than `most_pixels()`, or is of a format that Pillow starts
+            another program for.
+    """
+    try:
+        with Image.open(path) as image:
+            check_pixels(*image.size)
+            if image.format in _PROGRAMS:
+                raise ValueError(f"it is of the format {image.format}; save it as JPEG or PNG")
+            yield image
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"it has more than {_limit} pixels ({error})") from error
+    except IMAGE_ERRORS:
+        raise
+    except Exception as error:  # Pillow's readers raise anything on a damaged file
+        raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -53,12 +121,25 @@ def read_image(path: str | Path, upright: bool) -> Image.Image:
     Raises:
         IMAGE_ERRORS: if it is missing or no image.
     """
-    with Image.open(path) as image:
+    with opened(path) as image:
         image.load()  # a PNG's orientation may come after its pixels
         turn = turn_of(image) if upright else None
         rgb = to_rgb(image)
     rgb.info = {}
     return rgb if turn is None else rgb.transpose(turn)
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    """What a file of an image holds.
+
+    Args:
+        image: any.
+        format: `JPEG`, `PNG`, ..., see `PIL.Image.Image.save`.
+        options: of the format.
+    """
+    file = BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
 
 
 def orientation_of(image: Image.Image) -> int:

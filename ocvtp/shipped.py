@@ -81,3 +81,18 @@ def find_folder(name: str) -> str:
     if path.exists() or path.is_absolute() or path.parts[:1] != ("checkpoints",):
         return name
     return str(ROOT / path) if (ROOT / path).is_dir() else name
+
+
+def find_weights(name: str) -> str:
+    """`find_folder` of weights that a hub may have instead.
+
+    Raises:
+        ValueError: for what can only be a folder and is none: a hub would be asked for it again and
+            again first.
+    """
+    found = find_folder(name)
+    parts = Path(name).parts
+    is_a_place = len(parts) != 2 or parts[0] in (".", "..", "~", "checkpoints")
+    if "/" in name and is_a_place and not Path(found).exists():
+        raise ValueError(f"{name!r} does not exist; pass a folder that does, or a hub id.")
+    return found

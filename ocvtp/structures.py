@@ -22,14 +22,17 @@ from torch import Tensor
 Stage = Literal["pixels", "encoder", "llm_input", "llm_layers"]
 STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
-AttentionKind = Literal["cls", "received", "given", "global", "last", "text", "visual"]
+AttentionKind = Literal[
+    "cls", "received", "given", "global", "last", "last_heads", "text", "visual"
+]
 AttentionKey = tuple[int, AttentionKind]
 """(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS and registers
 included, unless `Needs.patch_queries`), `given` the mean over the patch keys of each patch query,
 `global` the mean over the queries of those patches that receive at least twice the mean of all. In
 the language model, whose blocks are its layers: `last` is the row of the prompt's last token,
 `text` the mean over the rows that the pruner's `raters` name, `visual` the mean over the image's
-own tokens of their attention among each other. All are means over heads, in fp32."""
+own tokens of their attention among each other; `last_heads` is `last` of every head, [B, N, H]. All
+others are means over heads; all are in fp32."""
 
 Layout = Literal["grid", "variable", "joint", "per_tile"]
 """How an image becomes tokens: of one `grid` for all images, or of a `variable` one; as a base view
@@ -138,7 +141,7 @@ class VisualTokens:
             when every image is one `grid_hw`. Training encoders tell.
         cls: [B, D], CLS row of the selected layer.
         hidden: layer -> [B, N, D].
-        attention: (block, kind) -> [B, N], fp32.
+        attention: (block, kind) -> [B, N], fp32; see `AttentionKey`.
         keys: block -> [B, N, D], all heads side by side, before positions turn them.
         cls_keys: block -> [B, D].
         cls_queries: block -> [B, D].

@@ -24,13 +24,14 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ocvtp.reporting.files import replacing
+from ocvtp.reporting.files import refuse_cut, replacing
 
 Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
 _OUTLINE = (255, 196, 0)
 _HIDDEN = 190  # the grey in the place of an image
+_ENDS = {".png": b"IEND\xaeB`\x82", ".pdf": b"%%EOF\n"}
 _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 """Suffixes `save_figure` writes, and what it leaves out so that equal figures are equal files."""
 
@@ -229,6 +230,7 @@ def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
         raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
     with replacing(path) as temporary:
         drawing.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
+        refuse_cut(temporary, _ENDS[suffix])
     return path
 
 

@@ -32,6 +32,7 @@ def selector(
     feature_dim: int,
     scorer: str = "pointwise",
     projected_dim: int | None = None,
+    heads: int = 0,
     **config: Any,
 ) -> SelectorNetwork:
     """A learned selector of random weights.
@@ -40,13 +41,14 @@ def selector(
         stage: where it acts.
         feature_dim: D. projected_dim: D', the same where nothing is said.
         scorer: its name.
+        heads: of the language model's attention.
         config: more of its config.
     """
     config = {
         "layer": 3 if stage == "llm_layers" else None,
         "sizes": SCORER_SIZES.get(scorer, {}),
     } | config
-    widths = Widths(projected_dim or feature_dim, feature_dim)
+    widths = Widths(projected_dim or feature_dim, feature_dim, heads)
     settings = SelectorConfig(scorer=scorer, stage=stage, widths=widths, **config)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom to the top: a file imports of its own part and of the lines above it.
 STOREYS = (
-    "lazy moved plugins choices images shipped transformers_names structures",
+    "lazy moved plugins choices field_types images shipped transformers_names structures",
     "reporting random_models",
     "ops towers data visualize",
     "encoders learning",

@@ -1,14 +1,19 @@
 """Image files of every mode and orientation become the same 8-bit RGB images."""
 
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
+from ocvtp.cli import main
+from ocvtp.data.masks import read_mask
+from ocvtp.data.question_sets import ImageQuestion, QuestionSet
 from ocvtp.data.resize import resize_folder
 from ocvtp.hosts import loading
-from ocvtp.images import open_image, read_image, to_rgb
+from ocvtp.images import limit_pixels, open_image, read_image, to_rgb
 
 GREYS = np.array([[0, 51, 128], [200, 254, 255]])
 
@@ -158,3 +163,83 @@ def test_resizing_scales_levels_too(tmp_path, size):
     opened = np.asarray(open_image(tmp_path / "b/image.jpg"))
     assert opened.shape[0] == min(size, 4)
     assert np.abs(opened.astype(int) - 128).max() <= 1
+
+
+def claims(path, width, height):
+    """A PNG of one pixel that says it has more."""
+    Image.new("L", (1, 1)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def most_pixels():
+    yield limit_pixels
+    limit_pixels()
+
+
+BOMBS = [(13_000, 13_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1), (1, 2**26 + 1)]
+
+
+@pytest.mark.parametrize("size", BOMBS)
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(size, tmp_path):
+    claims(tmp_path / "bomb.png", *size)
+    message = r"image .*bomb.png cannot be read \(it has .*pixels"
+    with pytest.raises(ValueError, match=message):
+        open_image(tmp_path / "bomb.png")
+    report = resize_folder(tmp_path, tmp_path.with_name("small"), 8)
+    assert (report.written, report.failed) == (0, 1)
+    assert report.failures[0].startswith("bomb.png: it has ")
+    with pytest.raises(ValueError, match="bomb.png.* cannot be used: it has .* pixels"):
+        QuestionSet(tmp_path, [ImageQuestion("a", "bomb.png", "What?", "That.")])[0]
+
+
+def test_the_limit_of_pixels_is_a_setting(tmp_path, most_pixels):
+    path = save(Image.new("RGB", (30, 20)), tmp_path)
+    most_pixels(599)
+    with pytest.raises(ValueError, match="it has 30 x 20 pixels, and up to 599 are read"):
+        open_image(path)
+    most_pixels(600)
+    assert open_image(path).size == (30, 20)
+    with pytest.raises(ValueError, match="up to 0 pixels is none"):
+        most_pixels(0)
+
+
+def test_the_limit_of_pixels_is_a_flag(tmp_path, most_pixels, capsys):
+    source = tmp_path / "source"
+    source.mkdir()
+    save(Image.new("RGB", (30, 20)), source)
+    words = ["resize", str(source), str(tmp_path / "out"), "--size", "8"]
+    assert main(["--max-pixels", "599", *words]) == 1
+    assert "it has 30 x 20 pixels" in capsys.readouterr().out
+    assert main(["--max-pixels=600", *words]) == 0
+    assert main(["--max-pixels", "many", *words]) == 2
+    assert "--max-pixels 'many'; pass a whole number" in capsys.readouterr().err
+
+
+def test_masks_of_too_many_pixels_are_refused():
+    code = {"size": [10**5, 10**5], "counts": [10**10]}
+    for segmentation in (code, [[0, 0, 1, 0, 1, 1]]):
+        with pytest.raises(ValueError, match="it has 100000 x 100000 pixels"):
+            read_mask(segmentation, 10**5, 10**5)
+
+
+def test_what_a_reader_raises_on_a_damaged_file_is_one_error(tmp_path, monkeypatch):
+    path = save(Image.new("RGB", (3, 2)), tmp_path)
+
+    def broken(self):
+        raise struct.error("unpack requires 4 bytes")
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", broken)
+    with pytest.raises(ValueError, match=r"it is damaged \(error: unpack requires 4 bytes\)"):
+        open_image(path)
+
+
+def test_no_program_is_started_to_read_an_image(tmp_path, monkeypatch):
+    path = save(Image.new("RGB", (3, 2)), tmp_path, "eps")
+    path = path.rename(tmp_path / "image.jpg")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)
+    with pytest.raises(ValueError, match="it is of the format EPS; save it as JPEG or PNG"):
+        open_image(path)

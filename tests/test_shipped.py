@@ -316,3 +316,14 @@ def test_the_wheel_says_where_the_recipe_of_the_demo_model_is(installed, tmp_pat
     run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
     assert "is in the repository, not in the installed package; clone it" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["outputs/a/b", "./llava", "/no/such/folder", "checkpoints/demo"])
+def test_what_can_only_be_a_folder_is_not_looked_for_in_a_hub(name):
+    with pytest.raises(ValueError, match="does not exist; pass a folder that does, or a hub id"):
+        shipped.find_weights(name)
+
+
+@pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "gpt2", "checkpoints/demo-vlm"])
+def test_hub_ids_and_folders_pass(name):
+    assert shipped.find_weights(name) in (name, str(shipped.ROOT / name))

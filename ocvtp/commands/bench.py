@@ -17,6 +17,7 @@ from ocvtp.commands.flags import bench as add_arguments
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.results_files import read_values
 
 __all__ = ["add_arguments", "run"]
@@ -44,8 +45,9 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.threads < 1:
             raise ValueError(f"--threads {arguments.threads}; pass at least 1.")
         torch.set_num_threads(arguments.threads)
-    found = bench(_subject(arguments), plan, folder, output.command(arguments))
-    paths = report.write(found, folder, accuracy)
+    with claimed(folder, "ocvtp bench"):
+        found = bench(_subject(arguments), plan, folder, output.command(arguments))
+        paths = report.write(found, folder, accuracy)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{report.short(found)}\nwrote {wrote}", arguments.json)
     return 0

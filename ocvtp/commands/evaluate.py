@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ocvtp.commands import options, output
@@ -18,11 +19,17 @@ from ocvtp.evaluation.tasks.registry import task_class
 from ocvtp.evaluation.towers import TowerSubject, refuse_questions
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
+from ocvtp.reporting.folder_lock import claimed
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate, write and print."""
     folder = output.folder(arguments.output or f"outputs/evaluate/{arguments.task}")
+    with claimed(folder, "ocvtp evaluate"):
+        return _run(arguments, folder)
+
+
+def _run(arguments: argparse.Namespace, folder: Path) -> int:
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ocvtp.commands import options, output
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def run_words(words: Sequence[str]) -> int:
     )
     missing = gigabytes(extraction.bytes_missing)
     sys.stderr.write(f"{arguments.output}: {missing} are still to be written; tower on {device}\n")
-    report = extraction.run()
+    with claimed(arguments.output, "ocvtp extract", f"{rank}-of-{ranks}"):
+        report = extraction.run()
     output.emit(asdict(report), _text(report, arguments.output, settings), arguments.json)
     return 0
 

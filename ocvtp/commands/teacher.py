@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from ocvtp.commands import options, output
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
 _DESCRIPTION = """\
@@ -52,9 +53,10 @@ def run_words(words: Sequence[str]) -> int:
     module.to(device)
     data.prepare_data()
     data.setup("fit")
-    report = write_teacher(
-        module, data.train_set, module.transform, arguments.output, arguments.shard_size
-    )
+    with claimed(arguments.output, "ocvtp teacher"):
+        report = write_teacher(
+            module, data.train_set, module.transform, arguments.output, arguments.shard_size
+        )
     again = shlex.join(["ocvtp", "train", *settings, "--model.teacher", arguments.output])
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
     text = (

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ocvtp.data.annotations import CocoFile
+from ocvtp.data.image_names import check_inside, inside
 from ocvtp.images import IMAGE_ERRORS, read_image
 
 logger = logging.getLogger(__name__)
@@ -65,10 +66,12 @@ class CocoImages(Dataset[dict[str, Any]]):
             has masks at all. Images may have been resized since: masks are brought to the size of
             the stored image.
         limit: use only the first `limit` images.
+        outside: whether images that the file names may lie outside of the folder, see `inside`.
 
     Raises:
         ValueError: if the folder or the file is missing or holds no images, if the file is no COCO
-            `instances` file, or if an argument is out of range.
+            `instances` file or names images outside of the folder, or if an argument is out of
+            range.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class CocoImages(Dataset[dict[str, Any]]):
         on_error: Literal["raise", "skip"] = "raise",
         with_instances: bool | None = False,
         limit: int | None = None,
+        outside: bool = False,
     ) -> None:
         _check_arguments(annotations, on_error, with_instances, limit)
         self.images = Path(images)
         self.annotations = None if annotations is None else Path(annotations)
         self.transform = transform
         self.on_error = on_error
+        self._outside = outside or annotations is None
         self._coco: CocoFile | None = None
         if not self.images.is_dir():
             raise ValueError(f"images folder {images} does not exist; pass a folder of images.")
@@ -101,6 +106,9 @@ class CocoImages(Dataset[dict[str, Any]]):
         if not records:
             raise ValueError(_nothing_found(self.images, self.annotations))
         self._records = records[:limit]
+        if not self._outside:
+            for _, name in self._records:
+                check_inside(name, self.images)
 
     @property
     def names(self) -> list[tuple[int, str]]:
@@ -112,8 +120,8 @@ class CocoImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image_id, file_name = self._records[index]
-        path = self.images / file_name
         try:
+            path = inside(self.images, file_name, self._outside)
             image = self._load(path)
         except IMAGE_ERRORS as error:
             return self._unusable(file_name, error, "replace the file")

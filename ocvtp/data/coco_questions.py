@@ -109,7 +109,7 @@ class CocoQuestionDataModule(QuestionSetDataModule):
             asked += self._of_existence(self.root / annotations, split, limit)
         if captions is not None:
             asked += self._of_captions(self.root / captions, split, limit)
-        return QuestionSet(self.root / (images or ""), asked, self._on_error)
+        return QuestionSet(self.root / (images or ""), asked, self._on_error, self.outside)
 
     def _of_existence(self, path: Path, split: str, limit: int | None) -> Iterator[ImageQuestion]:
         file = CocoFile(path, with_categories=True)

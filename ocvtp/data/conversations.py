@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ocvtp.data.image_names import check_inside
 from ocvtp.data.json_entries import Entry, read_entries
 from ocvtp.data.module import QuestionSetDataModule
-from ocvtp.data.question_sets import ImageQuestion, Places, QuestionSet, check_inside
+from ocvtp.data.question_sets import ImageQuestion, Places, QuestionSet
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class ConversationDataModule(QuestionSetDataModule):
         root: folder of it all.
         train_file: the training conversations.
         val_file: those of the validation; None for none.
-        images: folder that the names of images start from; they may not lead out of it.
+        images: folder that the names of images start from; they may not lead out of it without
+            `outside`.
         limit_train: use only the first so many training samples.
         limit_val: the same for validation.
         on_error: `raise` on a sample that cannot be used (also one without an image) and on an
@@ -110,7 +112,7 @@ class ConversationDataModule(QuestionSetDataModule):
         asked: list[ImageQuestion] = []
         for entry in read_entries(path, faults)[:limit]:
             try:
-                asked += list(_asked(entry, split, folder))
+                asked += list(_asked(entry, split, folder, self.outside))
             except ValueError as error:
                 if faults is None:
                     raise
@@ -119,14 +121,15 @@ class ConversationDataModule(QuestionSetDataModule):
             logger.warning(
                 "%s: left out %d of the samples; the first: %s", path, len(faults), faults[0]
             )
-        return QuestionSet(folder, asked, self._on_error)
+        return QuestionSet(folder, asked, self._on_error, self.outside)
 
 
-def _asked(entry: Entry, split: str, folder: Path) -> Iterator[ImageQuestion]:
+def _asked(entry: Entry, split: str, folder: Path, outside: bool) -> Iterator[ImageQuestion]:
     """The questions of a sample."""
     image = entry.text("image")
     try:
-        check_inside(image, folder)
+        if not outside:
+            check_inside(image, folder)
     except ValueError as error:
         raise ValueError(f"{entry.where} cannot be used: {error}") from error
     turns = entry.content.get("conversations")

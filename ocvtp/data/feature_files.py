@@ -38,6 +38,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ocvtp.data.image_names import check_inside
 from ocvtp.reporting.files import replacing
 
 FORMAT = 1
@@ -195,6 +196,8 @@ class Manifest:
                     f"its format is {number!r}, and this version of ocvtp reads {FORMAT}"
                 )
             files = [(str(s["file"]), int(s["bytes"])) for found in shards.values() for s in found]
+            for name, _ in files:
+                check_inside(name, folder, "file")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(
                 f"{path} is no manifest of features that can be read: {error}; extract again."

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
 
+from ocvtp.images import check_pixels
+
 _FARTHEST = 100
 """Sizes of the image that a polygon may reach from its corner: drawing walks along every edge."""
 
@@ -31,8 +33,9 @@ def read_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
         width: w.
 
     Raises:
-        ValueError: if it is neither, or does not fit the image.
+        ValueError: if it is neither, does not fit the image, or the image has too many pixels.
     """
+    check_pixels(width, height)
     if isinstance(segmentation, list):
         return _draw(segmentation, height, width)
     if isinstance(segmentation, dict):

@@ -131,6 +131,8 @@ class CocoDataModule(ResumableDataModule):
         train_instances: whether training batches have `instances` too.
         seed: of the training order, not negative.
         transform: the host's image processing; may be set later, as the attribute of that name.
+        outside: whether images that an annotation file names may lie outside of their folder: by
+            names that go up, absolute ones, or links.
     """
 
     def __init__(
@@ -149,9 +151,11 @@ class CocoDataModule(ResumableDataModule):
         train_instances: bool = False,
         seed: int = 0,
         transform: ImageTransform | None = None,
+        outside: bool = False,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
         self.root = Path(root)
+        self.outside = outside
         self.train_paths = (train_images, train_annotations)
         self.val_paths = (val_images, val_annotations)
         self.on_error = on_error
@@ -205,6 +209,7 @@ class CocoDataModule(ResumableDataModule):
             on_error=self.on_error,
             with_instances=instances,
             limit=limit,
+            outside=self.outside,
         )
 
 
@@ -275,6 +280,8 @@ class QuestionSetDataModule(ResumableDataModule):
         seed: of the training order, not negative.
         transform: what makes a batch of items, see `ocvtp.training.prompts`; may be set later, as
             the attribute of that name.
+        outside: whether images may lie outside of their folder: by names that go up, absolute ones,
+            or links.
     """
 
     def __init__(
@@ -284,8 +291,10 @@ class QuestionSetDataModule(ResumableDataModule):
         num_workers: int = 0,
         seed: int = 0,
         transform: QuestionTransform | None = None,
+        outside: bool = False,
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform)
+        self.outside = outside
 
     @abstractmethod
     def questions(self, split: Literal["train", "val"]) -> QuestionSet:
@@ -373,4 +382,5 @@ class QuestionDataModule(QuestionSetDataModule):
     def questions(self, split: Split) -> QuestionSet:
         num, seed = self._num_questions, self._scenes[1]
         every = [scene_questions(self.root, name, split, num, seed) for _, name, _ in self._levels]
-        return QuestionSet(self.root, [question for own in every for question in own])
+        asked = [question for own in every for question in own]
+        return QuestionSet(self.root, asked, outside=self.outside)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ocvtp.data.annotations import CocoFile, Entry
-from ocvtp.images import IMAGE_ERRORS, to_rgb, turn_of
+from ocvtp.data.image_names import check_inside, inside
+from ocvtp.images import IMAGE_ERRORS, opened, to_rgb, turn_of
 
 _CACHED = 8
 """Images that stay open: the questions of one are read one after the other."""
@@ -99,6 +100,7 @@ class QuestionSet(Dataset[dict[str, Any]]):
         folder: of the images.
         questions: in any order; images keep that of their first question.
         on_error: `raise` a ValueError on an unreadable image, or `skip` it.
+        outside: whether images may lie outside of the folder, see `ocvtp.data.image_names.inside`.
 
     Attributes:
         owners: [questions] number of the image of each, ascending.
@@ -114,17 +116,19 @@ class QuestionSet(Dataset[dict[str, Any]]):
         folder: str | Path,
         questions: Sequence[ImageQuestion],
         on_error: Literal["raise", "skip"] = "raise",
+        outside: bool = False,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r} is unknown; pass 'raise' or 'skip'.")
         self.folder, self.on_error = Path(folder), on_error
+        self._outside = outside
         numbers = {name: n for n, name in enumerate(dict.fromkeys(q.image for q in questions))}
         self.questions = sorted(questions, key=lambda question: numbers[question.image])
         if not self.questions:
             raise ValueError(f"there is no question about images in {folder}; pass at least one.")
         if not self.folder.is_dir():
             raise ValueError(f"images folder {folder} does not exist; pass a folder of images.")
-        for name in numbers:
+        for name in () if outside else numbers:
             check_inside(name, self.folder)
         seen: set[str] = set()
         for question in self.questions:
@@ -173,22 +177,8 @@ class QuestionSet(Dataset[dict[str, Any]]):
 
     def _read(self, name: str) -> tuple[Image.Image, tuple[int, int], Image.Transpose | None]:
         """The upright image, its size as it is stored, and what turned it."""
-        with Image.open(self.folder / name) as image:
+        with opened(inside(self.folder, name, self._outside)) as image:
             image.load()  # a PNG's orientation may come after its pixels
             turn, size, rgb = turn_of(image), image.size, to_rgb(image)
         rgb.info = {}
         return (rgb if turn is None else rgb.transpose(turn)), size, turn
-
-
-def check_inside(name: str, folder: str | Path) -> None:
-    """Refuse the name of an image that leads out of its folder.
-
-    Raises:
-        ValueError: if it is absolute, or goes up.
-    """
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or PureWindowsPath(name).drive or ".." in path.parts:
-        raise ValueError(
-            f"image {name!r} is not a name inside of its folder, {folder}; name images by their"
-            " paths from there."
-        )

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import track
 
 from ocvtp.data.coco import find_images
-from ocvtp.images import IMAGE_ERRORS, orientation_of, to_rgb
-from ocvtp.reporting.files import replacing
+from ocvtp.images import IMAGE_ERRORS, encoded, opened, orientation_of, to_rgb
+from ocvtp.reporting.files import replacing, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -146,14 +146,13 @@ def _resize(
         image, exif = _shrink(source / name, size)
     except IMAGE_ERRORS as error:
         return "failed", f"{name.as_posix()}: {error or type(error).__name__}"
-    with replacing(path) as temporary:
-        image.save(temporary, format="JPEG", quality=quality, exif=exif)
+    write_whole(path, encoded(image, "JPEG", quality=quality, exif=exif))
     return "written", ""
 
 
 def _shrink(path: Path, size: int) -> tuple[Image.Image, Image.Exif]:
     """The image in RGB, its shorter edge at most `size`, and its orientation."""
-    with Image.open(path) as image:
+    with opened(path) as image:
         width, height = image.size
         scale = min(size / min(width, height), 1)
         target = (max(round(width * scale), size), max(round(height * scale), size))

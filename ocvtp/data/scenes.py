@@ -31,7 +31,8 @@ from ocvtp.data.drawing import (
 )
 from ocvtp.data.masks import write_mask
 from ocvtp.data.resize import claim_folder, progress
-from ocvtp.reporting.files import replacing
+from ocvtp.images import encoded
+from ocvtp.reporting.files import replacing, write_whole
 
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
 MIN_SIZE = 48
@@ -265,8 +266,7 @@ def _write_split(
     for index, name in enumerate(progress(names, f"draw {split} scenes", count)):
         scene = draw_scene(seed, index, size, style=style)
         if not (folder / name).is_file():
-            with replacing(folder / name) as temporary:
-                Image.fromarray(scene.image).save(temporary, format=kind, quality=95)
+            write_whole(folder / name, encoded(Image.fromarray(scene.image), kind, quality=95))
         content["images"] += [{"id": index + 1, "file_name": name, "width": size, "height": size}]
         content["annotations"] += _annotations(scene, index + 1, len(content["annotations"]) + 1)
     with replacing(annotations) as temporary:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.evaluation.tasks.base import Record
-from ocvtp.reporting.files import replacing
+from ocvtp.field_types import shown
+from ocvtp.reporting.files import named, replacing
 
 
 class Log:
@@ -39,23 +40,44 @@ class Log:
             return
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        lines = whole.decode().splitlines()
-        if not lines or json.loads(lines[0]) != json.loads(json.dumps(header)):
+        lines = [self._read(line) for line in whole.split(b"\n")[:-1]]
+        if not lines or lines[0] != json.loads(json.dumps(header)):
             raise ValueError(
                 f"{self.path} holds answers of {key!r} under other settings (model, tower, task,"
                 " weights or batch size); pass another --output, or delete that file."
             )
-        self.records = [json.loads(line) for line in lines[1:]]
+        self.records = lines[1:]
         if len(whole) < len(content):
             with replacing(self.path) as temporary:
                 temporary.write_bytes(whole)
+
+    def _read(self, line: bytes) -> Record:
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(self._damaged(str(error))) from error
+        if not isinstance(found, dict):
+            raise ValueError(self._damaged(f"{shown(found)} is no record"))
+        return found
+
+    def _damaged(self, why: str) -> str:
+        return f"{self.path} is damaged ({why}); pass another --output, or delete that file."
+
+    def refuse_more_than(self, count: int) -> None:
+        """Refuse a log of more records than there are items.
+
+        Raises:
+            ValueError: if two runs wrote to it at once.
+        """
+        if len(self.records) > count:
+            raise ValueError(self._damaged(f"{len(self.records)} records of {count} items"))
 
     def __len__(self) -> int:
         return len(self.records)
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records of the next items."""
-        with self.path.open("a") as file:
+        with named(self.path), self.path.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         self.records += records
 

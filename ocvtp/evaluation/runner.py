@@ -176,6 +176,8 @@ def run(
     logs = {
         c.key: Log(folder, c.key, {**c.settings, "image": c.image, **shared}) for c in conditions
     }
+    for log in logs.values():
+        log.refuse_more_than(len(task.items))
     batches = [
         task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from ocvtp.learning import artifact
 from ocvtp.learning.artifact import explained
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.pruners import trainable
@@ -41,12 +42,10 @@ def export_checkpoint(
             )
         kept = content["ocvtp"]
         kind: type[PrunerNetwork] = trainable.of_format(kept.get("format")).network_class
-        config = kind.read_config(dict(kept["config"]))
-        network = kind(replace(config, training=dict(kept["training"])))
+        config = kind.read_config({**kept["config"], "training": kept["training"]})
         weights = content["state_dict"].items()
-        network.load_state_dict(
-            {k.removeprefix(_PREFIX): v for k, v in weights if k.startswith(_PREFIX)}
-        )
+        own = {k.removeprefix(_PREFIX): v for k, v in weights if k.startswith(_PREFIX)}
+        network = artifact.restore(partial(kind, config), artifact.Weights.of_tensors(own))
     return save(network, output, with_decoder)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.export.checkpoint import save
+from ocvtp.learning import artifact
 from ocvtp.learning.artifact import explained
 from ocvtp.slots.config import OCPrunerConfig
 from ocvtp.slots.decoder import DecoderConfig
@@ -101,9 +103,7 @@ def convert(
     missing, extra = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
     if missing or extra:
         raise ValueError(f"missing {missing[:5]}, left over {extra[:5]} (in this library's names).")
-    network = OCPruner(config)
-    network.load_state_dict(ours)
-    return network
+    return artifact.restore(partial(OCPruner, config), artifact.Weights.of_tensors(ours))
 
 
 def _infer(

@@ -21,13 +21,14 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.in_llm.attention import rows_of_attention, turn
 from ocvtp.hosts.prompt.columns import pads_behind
 from ocvtp.selectors.relaxations import Gates
-from ocvtp.structures import LayerTokens, take
+from ocvtp.structures import AttentionKey, AttentionKind, LayerTokens, take
 from ocvtp.towers.hooks import Hook, after, before, put
 from ocvtp.towers.module_state import on_device
 from ocvtp.transformers_names import GATED, attention_of
 
 Raters = Literal["text", "last"]
 """Whose attention is read: the mean over the text after the image, or the prompt's last token."""
+_KINDS: tuple[AttentionKind, ...] = ("last", "last_heads", "text")
 _CHUNK = 64  # rows of attention at a time
 
 
@@ -95,10 +96,11 @@ def read(
                 " `with ocvtp.hosts.gating.gating(model):`."
             )
     rows, columns = (asked.labels[:, 1:] >= 0).nonzero().unbind(dim=1)
-    with _watched(host, asked, layers, raters) as attention:
+    with _watched(host, asked, _keys(layers, raters)) as found:
         states = _run(host, asked, None, arguments)[rows, columns]
     head = host.model.get_output_embeddings()
     targets = asked.labels[rows, columns + 1]
+    attention = {layer: values for (layer, _), values in found.items()}
     return Answered(head(states), states, rows, targets, attention)
 
 
@@ -123,14 +125,16 @@ def attention_rows(
     Raises:
         ValueError: for layers that the language model has not, or that do not run.
     """
-    with _watched(host, asked, layers, rows) as found:
+    with _watched(host, asked, _keys(layers, rows)) as found:
         if layers:
             _run(host, asked, max(layers), {})
-    return found
+    return {layer: values for (layer, _), values in found.items()}
 
 
 @torch.no_grad()
-def before_layer(host: Host, asked: Asked, layer: int) -> Asked:
+def before_layer(
+    host: Host, asked: Asked, layer: int, attention: Sequence[AttentionKey] = ()
+) -> Asked:
     """The same questions before a later layer; the language model reads on from there.
 
     Its visual tokens are what a pruner inside the language model sees: `LayerTokens` of all rows of
@@ -140,9 +144,12 @@ def before_layer(host: Host, asked: Asked, layer: int) -> Asked:
         host: of the model.
         asked: the questions.
         layer: counted from 0; not before the last that adds rows of the tower.
+        attention: what of it a scorer reads there: `last`, `last_heads` and `text` of layers up to
+            this one.
 
     Raises:
-        ValueError: for a layer that the language model has not, or before these.
+        ValueError: for a layer that the language model has not, or before these, and for other
+            attention.
     """
     _check_layers(host, asked, [layer])
     if layer < host.num_deepstack_layers:
@@ -150,11 +157,13 @@ def before_layer(host: Host, asked: Asked, layer: int) -> Asked:
             f"before layer {layer} the language model has yet to add what the tower has for layers"
             f" below {host.num_deepstack_layers}; pass a layer from there on."
         )
-    hidden = _run(host, asked, layer, {})
     order = (~asked.image).long().argsort(dim=1, stable=True)
     counts = asked.image.sum(dim=1, keepdim=True)  # [B, 1]
     columns = order[:, : int(counts.max())]
     valid = torch.arange(columns.shape[1], device=columns.device) < counts
+    seen_by = replace(asked, columns=columns.masked_fill(~valid, -1))
+    with _watched(host, seen_by, attention) as found:
+        hidden = _run(host, asked, layer, {})
     places = torch.full_like(asked.labels, -1)
     numbers = torch.arange(asked.columns.shape[1], device=places.device)
     there = asked.columns >= 0
@@ -170,12 +179,12 @@ def before_layer(host: Host, asked: Asked, layer: int) -> Asked:
         places=places.gather(1, columns).masked_fill(~valid, -1),
         text=take(hidden, text),
         text_valid=text_valid,
+        attention=found,
         tower=asked.tokens,
     )
     return replace(
-        asked,
+        seen_by,
         embeddings=hidden,
-        columns=columns.masked_fill(~valid, -1),
         tokens=tokens,
         lines=None,
         ends=None,
@@ -229,23 +238,28 @@ def _put(hooks: Sequence[Hook]) -> Iterator[None]:
             hook.remove()
 
 
+def _keys(layers: Sequence[int], raters: Raters) -> list[AttentionKey]:
+    if layers and raters not in get_args(Raters):
+        raise ValueError(f"raters={raters!r}; pass one of {', '.join(get_args(Raters))}.")
+    return [(layer, raters) for layer in layers]
+
+
 @contextmanager
 def _watched(
-    host: Host, asked: Asked, layers: Sequence[int], raters: Raters
-) -> Iterator[dict[int, Tensor]]:
+    host: Host, asked: Asked, keys: Sequence[AttentionKey]
+) -> Iterator[dict[AttentionKey, Tensor]]:
     """Attention of some layers, of what the language model reads inside the block."""
-    found: dict[int, Tensor] = {}
-    if not layers:
+    found: dict[AttentionKey, Tensor] = {}
+    if not keys:
         yield found
         return
-    if raters not in get_args(Raters):
-        raise ValueError(f"raters={raters!r}; pass one of {', '.join(get_args(Raters))}.")
-    _check_layers(host, asked, layers)
+    if unknown := [kind for _, kind in keys if kind not in _KINDS]:
+        raise ValueError(
+            f"attention {unknown[0]!r} is not read of questions; pass one of {', '.join(_KINDS)}."
+        )
+    layers = {layer for layer, _ in keys}
+    _check_layers(host, asked, sorted(layers))
     model, rope = host.language_model, list[Any]()
-    asking, counts = asked.last[:, None], torch.ones_like(asked.last[:, None], dtype=torch.bool)
-    if raters == "text":
-        asking, counts = asked.text()
-
     own, furthest = model.layers, max(layers)
 
     def keep_rope(module: Any, args: Any, output: Any) -> None:
@@ -253,28 +267,34 @@ def _watched(
 
     @torch.no_grad()
     def keep(number: int, module: Any, args: Any, kwargs: Any) -> None:
-        if number in found:  # it ran, and this is the last norm
-            return
+        wanted = [key for key in keys if key[0] == number and key not in found]
         hidden = args[0] if args else kwargs["hidden_states"]
-        with on_device(own[number]):
-            found[number] = _received(asked, own[number], hidden, rope[0], asking, counts)
+        for key in wanted:  # none, where the layer ran and this is the last norm
+            with on_device(own[number]):
+                found[key] = _received(asked, own[number], hidden, rope[0], key[1])
 
     hooks = [after(model.rotary_emb, keep_rope)]
-    for number in sorted(set(layers)):
+    for number in sorted(layers):
         hooks.append(before(own[number], partial(keep, number), with_kwargs=True))
     hooks.append(before(model.norm, partial(keep, furthest), with_kwargs=True))
     with _put(hooks):
         yield found
 
 
-def _received(
-    asked: Asked, layer: Any, hidden: Tensor, rope: Any, asking: Tensor, counts: Tensor
-) -> Tensor:
-    """[B, N] the mean of what columns `asking` [B, R] give, of those that count [B, R]."""
+def _received(asked: Asked, layer: Any, hidden: Tensor, rope: Any, kind: AttentionKind) -> Tensor:
+    """[B, N] the mean of what the columns of a kind give; [B, N, H] of heads apart."""
     attention = layer.self_attn
     cos, sin = rope
+    asking, counts = asked.last[:, None], torch.ones_like(asked.last[:, None], dtype=torch.bool)
+    if kind == "text":
+        asking, counts = asked.text()
     normed = layer.input_layernorm(hidden)
     keys = turn(attention, attention.k_proj(normed), "k_norm", cos, sin)
+    if kind == "last_heads":
+        turns = (_at(values, asking) for values in rope)
+        queries = turn(attention, attention.q_proj(take(normed, asking)), "q_norm", *turns)
+        apart = rows_of_attention(queries, keys, attention.scaling, asked.mask, asking, True)[:, 0]
+        return take(apart, asked.columns.clamp(min=0)) * (asked.columns >= 0)[:, :, None]
     total = hidden.new_zeros(asked.columns.shape, dtype=torch.float32)
     columns = asked.columns.clamp(min=0)[:, None]
     for part, own in zip(asking.split(_CHUNK, dim=1), counts.split(_CHUNK, dim=1), strict=True):

@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
 from ocvtp.hosts.in_llm import hooks as layer_hooks
+from ocvtp.hosts.origin import check_origin, other_weights
 from ocvtp.hosts.prompt.checks import beyond_all
 from ocvtp.hosts.prompt.clip_text import TextTower
 from ocvtp.hosts.prompt.read_call import encode_anew
@@ -200,10 +201,12 @@ def _check_free(model: Any) -> None:
 
 
 def _check_all(host: Host, pruner: Pruner | Compose) -> None:
-    """`check`, and a warning where the pruner would drop nothing."""
+    """The checks, and warnings where it would drop nothing or was trained in another model."""
     check(host, pruner)
-    if why := beyond_all(host, pruner):
-        warnings.warn(why, stacklevel=3)
+    check_origin(host, pruner)
+    for why in (beyond_all(host, pruner), other_weights(host, pruner)):
+        if why is not None:
+            warnings.warn(why, stacklevel=3)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ocvtp.hosts.registry import hosts
 from ocvtp.images import open_image as open_image  # users import it from here too
 from ocvtp.random_models import full_size
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
-from ocvtp.shipped import find_folder
+from ocvtp.shipped import find_weights
 
 _TINY = "random:tiny-"
 RANDOM_MODELS = TINY_MODELS
@@ -44,8 +44,8 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
     else:
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-        source = find_folder(name)
         try:
+            source = find_weights(name)
             processor = AutoProcessor.from_pretrained(source)
             if dtype == "auto" and torch.device(device).type == "cpu":
                 saved = AutoConfig.from_pretrained(source).dtype
@@ -94,7 +94,7 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(find_folder(name))
+        return AutoConfig.from_pretrained(find_weights(name))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model={name!r} has no configuration that can be read"

@@ -7,23 +7,29 @@ executing anything. `format` in config.json says whose network it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from ocvtp.field_types import shown
 from ocvtp.reporting.files import replacing
 from ocvtp.shipped import find_folder
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+_MOST_CONFIG = 4 * 1024**2  # bytes
+_T = TypeVar("_T", bound=nn.Module)
 _AGAIN = "make the folder again with `ocvtp export`"
 
 
@@ -39,10 +45,53 @@ def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], form
         temporary.write_text(text)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a network, none of which is read yet.
+
+    Args:
+        shapes: by name.
+        bytes: of all of them.
+        load: reads them.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    bytes: int
+    load: Callable[[], Mapping[str, Tensor]]
+
+    @classmethod
+    def of_file(cls, path: Path, map_location: str) -> Weights:
+        """Those of a file of safetensors.
+
+        Args:
+            path: of the file.
+            map_location: device of the weights.
+
+        Raises:
+            ValueError: if the file is damaged, by what its header says.
+        """
+        with _damaged(path), safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+        def load() -> Mapping[str, Tensor]:
+            with _damaged(path):
+                return load_file(path, device=map_location)
+
+        return cls(shapes, path.stat().st_size, load)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        """Those that are in memory."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        return cls(
+            shapes, sum(t.numel() * t.element_size() for t in tensors.values()), lambda: tensors
+        )
+
+
 def read(
     source: str | Path, format: str, called: str, map_location: str = "cpu", **hub: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read settings and weights from a folder or the hub.
+) -> tuple[dict[str, Any], Weights]:
+    """Read settings from a folder or the hub, and the header of the weights.
 
     Args:
         source: folder, or model id of the hub.
@@ -75,7 +124,8 @@ def read_any(source: str | Path) -> tuple[str, dict[str, Any], dict[str, Tensor]
         format = config.pop("format", None)
         if not isinstance(format, str):
             raise ValueError(f'{CONFIG_NAME} lacks "format"; pass what `ocvtp export` wrote.')
-        return format, *_rest(source, config, "cpu")
+        settings, weights = _rest(source, config, "cpu")
+        return format, settings, dict(weights.load())
 
 
 def config_of(source: str | Path, **hub: Any) -> dict[str, Any]:
@@ -95,29 +145,104 @@ def config_of(source: str | Path, **hub: Any) -> dict[str, Any]:
 def _config(source: str | Path, **hub: Any) -> dict[str, Any]:
     path = _locate(source, CONFIG_NAME, **hub)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _MOST_CONFIG:
+            raise ValueError(f"it has more than {_MOST_CONFIG} bytes")
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=_not_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{CONFIG_NAME} is damaged ({error}); {_AGAIN}.") from error
     return config if isinstance(config, dict) else {}
 
 
+def _not_finite(word: str) -> NoReturn:
+    raise ValueError(f"it holds {word}")
+
+
 def _rest(
     source: str | Path, config: dict[str, Any], map_location: str, **hub: Any
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], Weights]:
     version = config.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"format_version is {version!r}, this ocvtp reads {FORMAT_VERSION}; upgrade ocvtp"
+            f"format_version is {shown(version)}, this ocvtp reads {FORMAT_VERSION}; upgrade ocvtp"
             " or export the checkpoint again."
         )
-    path = _locate(source, WEIGHTS_NAME, **hub)
+    return config, Weights.of_file(_locate(source, WEIGHTS_NAME, **hub), map_location)
+
+
+@contextmanager
+def _damaged(path: Path) -> Iterator[None]:
     try:
-        return config, load_file(path, device=map_location)
+        yield
     except SafetensorError as error:
-        raise ValueError(f"{WEIGHTS_NAME} is damaged ({error}); {_AGAIN}.") from error
+        raise ValueError(f"{path.name} is damaged ({error}); {_AGAIN}.") from error
 
 
-def load_weights(network: nn.Module, weights: dict[str, Tensor]) -> None:
+def restore(build: Callable[[], _T], weights: Weights) -> _T:
+    """The network of settings, with weights of a file.
+
+    It is built without memory first, to compare it with the shapes of the weights: settings that
+    ask for more than the file holds are refused before anything is allocated. A network that cannot
+    be built so, as it looks at numbers of its own, is built at once.
+
+    Args:
+        build: makes it, of random weights.
+        weights: of the file.
+
+    Raises:
+        ValueError: if they are not of it, or are not finite.
+    """
+    held = {n: torch.empty(shape, device="meta") for n, shape in weights.shapes.items()}
+    try:
+        with torch.device("meta"), _Outline(weights):
+            load_weights(build(), held)
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+    network, tensors = build(), weights.load()
+    load_weights(network, tensors)
+    refuse_not_finite(tensors)
+    return network
+
+
+def refuse_not_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights with numbers that are not finite.
+
+    Raises:
+        ValueError: names the first such tensor.
+    """
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name!r} has numbers that are not finite; train again.")
+
+
+class _Outline(TorchFunctionMode):
+    """Makes tensors without memory, no more than the weights of a file can be made in.
+
+    What fills a tensor is left out: it changes no shape, and where there is no memory random
+    numbers take seconds of imports.
+    """
+
+    def __init__(self, weights: Weights) -> None:
+        super().__init__()
+        self._left = 500 + 50 * len(weights.shapes) + weights.bytes // 1024
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise ValueError(
+                f"{CONFIG_NAME} asks for more layers than {WEIGHTS_NAME} holds; {_AGAIN}."
+            )
+        if func in (torch.rand, torch.randn):
+            return torch.empty(
+                *args, **{k: v for k, v in (kwargs or {}).items() if k != "generator"}
+            )
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and name != "copy_":
+            return args[0] if args else next(iter((kwargs or {}).values()))
+        return func(*args, **(kwargs or {}))
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give a network of config.json the weights of model.safetensors.
 
     Raises:
@@ -138,15 +263,7 @@ def explained(what: str) -> Iterator[None]:
     """Turn everything that a wrong file can raise into one ValueError that begins with `what`."""
     try:
         yield
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        RecursionError,
-        SafetensorError,
-    ) as error:
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{what}: {reason[:500]}") from error
 

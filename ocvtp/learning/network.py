@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from ocvtp.field_types import PROVENANCE_RANGES, Ranges, checked, read_fields
 from ocvtp.learning import artifact
 from ocvtp.structures import Layout, Needs, VisualTokens
 
@@ -38,6 +40,8 @@ class Sizes:
     """What may be chosen about a network, for any tower: `model.network` of `ocvtp train`.
 
     A subclass is a frozen dataclass of numbers, texts, booleans and lists of these, with defaults.
+    Its `ranges` say what numbers may be, see `ocvtp.field_types`; what an artifact holds is held to
+    them.
     """
 
 
@@ -60,6 +64,8 @@ class NetworkConfig(Generic[SizesT]):
         objective: the one that it was trained for.
         training: summary of the run: steps, images, losses, versions.
     """
+
+    ranges: ClassVar[Ranges] = PROVENANCE_RANGES
 
     sizes: SizesT
     feature_dim: int
@@ -136,14 +142,11 @@ class PrunerNetwork(
         """The config that `asdict` (or config.json) wrote.
 
         Raises:
-            TypeError: for unknown names. KeyError: without sizes.
+            ValueError: for unknown names, and values of another type or out of their range; see
+                `ocvtp.field_types.read_fields`.
         """
-        values = dict(values)
-        sizes = cls.sizes_class(**values.pop("sizes"))
-        for name in ("grid_hw", "num_slots"):
-            if name in values:
-                values[name] = tuple(int(v) for v in values[name])
-        return NetworkConfig(sizes=sizes, **values)
+        sizes = checked("sizes", values.get("sizes"), cls.sizes_class)
+        return read_fields(NetworkConfig, {**values, "sizes": sizes})
 
     @classmethod
     def default_layer(cls, num_blocks: int) -> int:
@@ -240,8 +243,7 @@ class PrunerNetwork(
         source = pretrained_model_name_or_path
         values, weights = artifact.read(source, cls.format, cls.called, map_location, **hub)
         with artifact.explained(f"{source} does not hold {cls.called}"):
-            network = cls(cls.read_config(values))
-            artifact.load_weights(network, weights)
+            network = artifact.restore(partial(cls, cls.read_config(values)), weights)
         network.source = str(source)
         return network.to(map_location).eval()
 

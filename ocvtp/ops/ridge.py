@@ -32,7 +32,7 @@ def weight_attention(kind: WeightKind, block: int) -> tuple[AttentionKey, ...]:
 
 
 def token_weights(
-    tokens: VisualTokens, kind: WeightKind, block: int, num_keep: int, power: float
+    tokens: VisualTokens, kind: WeightKind, block: int, num_keep: int | Tensor, power: float
 ) -> Tensor:
     """Weights `attention ** (power / K)`: the fewer are kept, the more salience counts.
 
@@ -40,7 +40,7 @@ def token_weights(
         tokens: with the attention that `weight_attention` names.
         kind: `cls`, `received`, or `none` for the same weight everywhere.
         block: of the tower whose attention is read.
-        num_keep: K.
+        num_keep: K, or [B, 1].
         power: 0 for the same weight everywhere.
 
     Returns:

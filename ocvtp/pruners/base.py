@@ -99,6 +99,15 @@ class Pruner(ABC):
         """Positions of the tokens that are left that it was trained with, see `ocvtp.attach`."""
         return None
 
+    @property
+    def trained_in(self) -> Mapping[str, Any]:
+        """What is known of the model that it was trained in, if it was in one.
+
+        Of `model`, its name; `width`, D'; `num_layers`, those of its language model; and
+        `content_hash`, see `ocvtp.hosts.origin.content_hash`.
+        """
+        return {}
+
     def select(self, tokens: VisualTokens) -> Selection:
         """Choose the tokens to keep: pure, batched, deterministic, without host syncs.
 

@@ -17,8 +17,9 @@ from ocvtp.structures import LayerTokens, Needs, VisualTokens
 if TYPE_CHECKING:
     from ocvtp.selectors.choices import Choice
     from ocvtp.selectors.network import SelectorNetwork
-    from ocvtp.selectors.scorer import Scores
+    from ocvtp.selectors.scorer import Scorer, Scores
 
+_KINDS = ("last", "last_heads", "text", "visual")
 _LAYER = 2
 """Of the language model, before which tokens are dropped where no network says another."""
 
@@ -30,12 +31,15 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
     Args:
         choice: how tokens are chosen, see `ocvtp.selectors.choices.parse_choice`; None for the
             network's own.
+        threshold: every image keeps the tokens with `sigmoid(score)` above it, at least one.
 
     Raises:
-        ValueError: for an unknown choice, and a network that was trained for another stage.
+        ValueError: for an unknown choice, a threshold that none can be, and a network that was
+            trained for another stage.
     """
 
     choice: str | dict[str, Any] | None = None
+    threshold: float | None = None
 
     network_class = LazyFact("ocvtp.selectors.network.SelectorNetwork")
 
@@ -52,6 +56,7 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
         return replace(config, widths=widths, stage=cls.stage, layer=before)
 
     def __post_init__(self) -> None:
+        self._check_threshold()
         super().__post_init__()
         config = self.trained.config
         if config.stage != self.stage:
@@ -65,10 +70,29 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
         self._choice  # noqa: B018 - checks it
 
     @property
+    def trained_in(self) -> Mapping[str, Any]:
+        return dict(self.trained.config.host)
+
+    @property
     def _choice(self) -> Choice:
         from ocvtp.selectors.choices import parse_choice
 
         return parse_choice(self.trained.config.choice if self.choice is None else self.choice)
+
+    def _check_threshold(self) -> None:
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(
+                f"threshold={self.threshold!r}; pass a number between 0 and 1, which"
+                " sigmoid(score) must exceed."
+            )
+
+    def _passing(self, scores: Tensor, real: Tensor) -> Tensor:
+        """[B, N] the tokens above the threshold, and the best."""
+        assert self.threshold is not None
+        number = torch.arange(scores.shape[1], device=scores.device)
+        best = scores.masked_fill(~real, float("-inf")).argmax(dim=1, keepdim=True)
+        passing: Tensor = real & ((scores.sigmoid() > self.threshold) | (number == best))
+        return passing
 
     @torch.no_grad()
     def _scores(self, tokens: VisualTokens, num_keep: int | None) -> Tensor:
@@ -77,6 +101,24 @@ class SelectorPruner(TrainablePruner["SelectorNetwork"]):
             network: SelectorNetwork = self.ready(tokens)
             scores: Scores = network(tokens, num_keep)
         return scores.values
+
+
+def check_inside(scorer: Scorer, layer: int) -> Needs:
+    """What a scorer before a layer of the language model reads of the vision tower.
+
+    Raises:
+        ValueError: if it reads what there is not, there.
+    """
+    needs, known = scorer.needs, range(max(0, layer - 1), layer + 1)
+    within = {(block, kind) for block in known for kind in _KINDS}
+    if needs.keys or needs.cls or needs.clip or not within.issuperset(needs.attention):
+        said = ", ".join(f"{name}={value!r}" for name, value in scorer.sizes().items())
+        raise ValueError(
+            f"scorer {scorer.name!r} reads what there is not before layer {layer}: its settings are"
+            f" {said}, and it may read projected, text, hidden layers of the tower, and attention"
+            f" {' or '.join(map(repr, _KINDS))} of layer {' or '.join(map(str, known))}."
+        )
+    return Needs(hidden=needs.hidden)
 
 
 def at_layer(tokens: VisualTokens, needs: Needs) -> VisualTokens:

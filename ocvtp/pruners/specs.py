@@ -13,6 +13,14 @@ from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
 _BUDGET = re.compile(r"\bK\b")
+_POWER_OF_TEN = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+
+
+class _Values(yaml.SafeLoader):
+    """YAML, whose version 1.1 takes `1e-4` for a text, as it has no dot."""
+
+
+_Values.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, [*"-+.0123456789"])
 
 
 def known_settings(spec: str) -> set[str]:
@@ -27,7 +35,7 @@ def known_settings(spec: str) -> set[str]:
 
 
 def parse_spec(spec: str, kind: str = "pruner") -> tuple[str, dict[str, Any]]:
-    """Name and settings; values are YAML, e.g. `fastv:stages=[[2,64]]`.
+    """Name and settings; values are YAML, e.g. `fastv:stages=[[2,64]]`, and `1e-4` is a number.
 
     Args:
         spec: `NAME:KEY=VALUE,...`.
@@ -43,7 +51,7 @@ def parse_spec(spec: str, kind: str = "pruner") -> tuple[str, dict[str, Any]]:
         if not equals:
             raise ValueError(f"{kind} {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
         try:
-            settings[key.strip()] = yaml.safe_load(value)
+            settings[key.strip()] = yaml.load(value, _Values)  # noqa: S506 - a safe loader
         except yaml.YAMLError as error:
             raise ValueError(
                 f"{kind} {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."

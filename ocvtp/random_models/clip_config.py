@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ocvtp.shipped import find_folder
+from ocvtp.shipped import find_weights
 from ocvtp.transformers_names import VISION_TOWERS
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _saved_config(tower: str) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(find_folder(tower))
+        return AutoConfig.from_pretrained(find_weights(tower))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"tower={tower!r} is neither a folder with a config.json nor a hub id that can be"

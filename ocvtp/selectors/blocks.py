@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.slots.positions import token_places
 from ocvtp.slots.statistics import FeatureStatistics, image_mean
 from ocvtp.structures import VisualTokens
@@ -119,7 +120,7 @@ class Film(nn.Module):
         nn.init.zeros_(self.told.weight)
         nn.init.zeros_(self.told.bias)
 
-    def forward(self, features: Tensor, tokens: VisualTokens, num_keep: int | None) -> Tensor:
+    def forward(self, features: Tensor, tokens: VisualTokens, num_keep: NumKeep | None) -> Tensor:
         """Features [B, N, h] as they are read at a budget.
 
         Raises:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, of_fields, read_fields
 from ocvtp.learning import artifact
 from ocvtp.learning.network import PrunerNetwork
+from ocvtp.selectors.budgets import NumKeep, check_budgets
 from ocvtp.selectors.choices import parse_choice
-from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer
+from ocvtp.selectors.scorer import Scorer, Scores, Widths, build_scorer, scorer_class
 from ocvtp.selectors.scorers.slots import OC_PRUNER, read_oc_pruner
 from ocvtp.structures import Layout, Needs, VisualTokens
 
@@ -35,7 +37,7 @@ class SelectorConfig:
         losses: by name, their arguments.
         host: the model that it was trained in: `model_type`, `width`, `num_layers`, `tower`,
             `content_hash`, as far as they are known.
-        num_slots: the budgets K that it was trained with.
+        num_slots: the budgets that it was trained with, counts and shares.
         objective: name of the recipe.
         tower: vision tower of the host: a hub id, or a description.
         grid_hw: token grid that it was trained on. It runs on any other.
@@ -48,6 +50,8 @@ class SelectorConfig:
             the stage, and an unknown choice.
     """
 
+    ranges: ClassVar[Ranges] = {**PROVENANCE_RANGES, "layer": (0, LAYERS[1])}
+
     scorer: str
     sizes: dict[str, Any] = field(default_factory=dict)
     widths: Widths
@@ -59,7 +63,7 @@ class SelectorConfig:
     gate: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)
     host: dict[str, Any] = field(default_factory=dict)
-    num_slots: tuple[int, ...] = ()
+    num_slots: tuple[int | float, ...] = ()
     objective: str = ""
     tower: str | None = None
     grid_hw: tuple[int, int] = (24, 24)
@@ -80,8 +84,9 @@ class SelectorConfig:
             )
         if isinstance(self.widths, Mapping):
             object.__setattr__(self, "widths", Widths(**self.widths))
-        for name in ("grid_hw", "num_slots"):
-            object.__setattr__(self, name, tuple(int(v) for v in getattr(self, name)))
+        object.__setattr__(self, "grid_hw", tuple(int(v) for v in self.grid_hw))
+        budgets = check_budgets("num_slots", self.num_slots) if self.num_slots else ()
+        object.__setattr__(self, "num_slots", tuple(budgets))
         object.__setattr__(self, "choice", parse_choice(self.choice).describe())
 
     @property
@@ -113,12 +118,12 @@ class SelectorNetwork(PrunerNetwork):
         super().__init__(replace(config, sizes=scorer.sizes()))  # those of its defaults too
         self.scorer = scorer
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         """Scores [B, N] of the tokens of B images.
 
         Args:
             tokens: with everything that `scorer.needs` names.
-            num_keep: K, for scorers that are told the budget.
+            num_keep: K, for scorers that are told the budget, or [B].
 
         Raises:
             ValueError: for tokens of another width than it was trained on, without what it reads,
@@ -183,12 +188,11 @@ class SelectorNetwork(PrunerNetwork):
         """The config that `asdict` (or config.json) wrote.
 
         Raises:
-            ValueError: for unknown names and values that may not be. KeyError: without widths.
+            ValueError: for unknown names, and values of another type or out of their range.
         """
-        known = {f.name for f in fields(SelectorConfig)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}.")
-        return SelectorConfig(**values | {"widths": Widths(**values["widths"])})
+        config = read_fields(SelectorConfig, values)
+        of_fields(scorer_class(config.scorer), config.sizes)
+        return config
 
     @classmethod
     def default_config(cls, feature_dim: int, layer: int, num_tokens: int = 0) -> SelectorConfig:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from ocvtp.ops.selection import descending
 from ocvtp.ops.similarity import full
+from ocvtp.selectors.budgets import NumKeep, by_row
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.selectors.schedules import ScheduleValue, parse_schedule
 
@@ -44,22 +45,28 @@ class Gates:
     log_prob: Tensor | None = None
 
 
-def hard_top_k(scores: Tensor, num_keep: int, real: Tensor) -> Tensor:
+def hard_top_k(scores: Tensor, num_keep: NumKeep, real: Tensor) -> Tensor:
     """The K real tokens of the highest score, ties to the lower number.
 
     Args:
         scores: [B, N], finite.
-        num_keep: K.
+        num_keep: K, or [B].
         real: [B, N] bool, False on padding.
 
     Returns:
         [B, N] bool, min(K, real tokens) True in a row.
     """
-    order = descending(scores.detach(), real)[:, :num_keep]
-    return torch.zeros_like(real).scatter(1, order, True) & real
+    order = descending(scores.detach(), real)
+    return torch.zeros_like(real).scatter(1, order, _first(order, num_keep)) & real
 
 
-def soft_topk(scores: Tensor, num_keep: int, real: Tensor, tau: float) -> Tensor:
+def _first(order: Tensor, num_keep: NumKeep) -> Tensor:
+    """[B, N] bool, the first K places of a row."""
+    places = torch.arange(order.shape[1], device=order.device)
+    return (places < by_row(num_keep)).expand_as(order)
+
+
+def soft_topk(scores: Tensor, num_keep: NumKeep, real: Tensor, tau: float) -> Tensor:
     """`g = sigmoid((s + t) / tau)` with t such that the gates of an image sum to K.
 
     t lies between `tau logit(K / n) - max s` and `tau logit(K / n) - min s`, n real tokens, as all
@@ -69,7 +76,7 @@ def soft_topk(scores: Tensor, num_keep: int, real: Tensor, tau: float) -> Tensor
 
     Args:
         scores: [B, N], finite; computed in fp32 at least.
-        num_keep: K. Where an image has no more real tokens, all its gates are 1.
+        num_keep: K, or [B]. Where an image has no more real tokens, all its gates are 1.
         real: [B, N] bool, False on padding, whose gates are 0.
         tau: above 0; towards 0 the gates become the hard top K, of which ties share.
 
@@ -83,8 +90,9 @@ def soft_topk(scores: Tensor, num_keep: int, real: Tensor, tau: float) -> Tensor
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, num_keep: int, real: Tensor, tau: float) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, num_keep: NumKeep, real: Tensor, tau: float) -> Tensor:
         count = real.sum(dim=1, keepdim=True)  # [B, 1]
+        num_keep = by_row(num_keep)
         keeps_all = count <= num_keep
         share = (num_keep / count.clamp(min=1).to(scores.dtype)).masked_fill(keeps_all, 0.5)
         # Gates do not change when all scores of an image move. Rounding is least near 0, so the
@@ -128,7 +136,7 @@ class Relaxation(Part):
     def __call__(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None = None,
@@ -138,7 +146,7 @@ class Relaxation(Part):
 
         Args:
             scores: [B, N], finite.
-            num_keep: K, at least 1.
+            num_keep: K, at least 1; or [B] of every row.
             real: [B, N] bool, False on padding.
             share: of the training's steps that are done, 0..1: where schedules are.
             generator: of what is random, on any device; None for torch's own.
@@ -147,7 +155,7 @@ class Relaxation(Part):
         Raises:
             ValueError: for shapes that do not go together, or K below 1.
         """
-        if num_keep < 1:
+        if isinstance(num_keep, int) and num_keep < 1:
             raise ValueError(f"num_keep={num_keep}; pass at least 1.")
         if scores.ndim != 2 or scores.shape != real.shape:
             raise ValueError(
@@ -163,7 +171,7 @@ class Relaxation(Part):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -219,7 +227,7 @@ class SoftTopK(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -248,7 +256,7 @@ class HardST(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -276,7 +284,7 @@ class GumbelTopK(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -302,7 +310,7 @@ class GumbelBinary(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -329,7 +337,7 @@ class KeptST(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -354,7 +362,7 @@ class Sample(_Tempered):
     def _gates(
         self,
         scores: Tensor,
-        num_keep: int,
+        num_keep: NumKeep,
         real: Tensor,
         share: float,
         generator: torch.Generator | None,
@@ -380,7 +388,7 @@ def gumbel(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return -waiting.clamp(min=torch.finfo(like.dtype).tiny).log().to(like.device)
 
 
-def order_log_prob(scores: Tensor, order: Tensor, num_keep: int, real: Tensor) -> Tensor:
+def order_log_prob(scores: Tensor, order: Tensor, num_keep: NumKeep, real: Tensor) -> Tensor:
     """Log-probability that the first K tokens of an order are drawn in it, by `softmax(s)`.
 
     `sum_k s_k - log sum_{j >= k} exp s_j`: each among those that were left.
@@ -388,7 +396,7 @@ def order_log_prob(scores: Tensor, order: Tensor, num_keep: int, real: Tensor) -
     Args:
         scores: s [B, N].
         order: [B, N] token numbers, padding last.
-        num_keep: K; of an image of fewer real tokens, all count.
+        num_keep: K, or [B]; of an image of fewer real tokens, all count.
         real: [B, N] bool, False on padding.
 
     Returns:
@@ -398,5 +406,5 @@ def order_log_prob(scores: Tensor, order: Tensor, num_keep: int, real: Tensor) -
     s = scores.gather(1, order).masked_fill(~counted, -1e30)
     s = s - s.detach().amax(dim=1, keepdim=True)
     tail = s.flip(1).logcumsumexp(dim=1).flip(1)
-    counted = counted & (torch.arange(s.shape[1], device=s.device) < num_keep)
+    counted = counted & _first(order, num_keep)
     return torch.where(counted, s - tail, 0).sum(dim=1)

@@ -27,6 +27,8 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
+from ocvtp.field_types import Ranges
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.structures import Needs, VisualTokens
 
@@ -43,6 +45,8 @@ class Widths:
         tower: D.
         heads: attention heads of the language model, 0 where nobody says.
     """
+
+    ranges: ClassVar[Ranges] = {"projected": (0, 2**20), "tower": (0, 2**20), "heads": (0, 2**16)}
 
     projected: int
     tower: int
@@ -90,14 +94,15 @@ class Scorer(nn.Module, Part):
         """Make the layers; called once."""
 
     @abstractmethod
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         """Score the tokens of B images.
 
         Images are scored apart: what is next to one in the batch, and its padding, change nothing.
 
         Args:
             tokens: with everything that `needs` names.
-            num_keep: K, for scorers that are told the budget.
+            num_keep: K, for scorers that are told the budget; [B] in a training on shares, where
+                images differ in size.
         """
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
+from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, read_fields
 from ocvtp.slots.attention import Truncation
 from ocvtp.slots.decoder import DecoderConfig
 from ocvtp.structures import Layout
@@ -15,6 +16,7 @@ token and the pruner fills up. The others keep K at any time: `one_to_one` greed
 share first, see `ocvtp.slots.matching`; `restore` those from which the tokens with a large share
 can be restored, see `restore`."""
 CHOICES: tuple[Choice, ...] = ("winners", "one_to_one", "restore")
+_WIDTH = (1, 2**20)
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class NetworkSizes:
             the training images that are saved with the weights; paper: no.
         choice: how slots choose tokens, see `ocvtp.slots.config.Choice`; paper: `winners`.
     """
+
+    ranges: ClassVar[Ranges] = {
+        **{"hidden_dim": _WIDTH, "slot_dim": _WIDTH, "ffn_dim": _WIDTH, "dropout": (0, 1)},
+        **{"num_iterations": (1, 100), "noise_rows": (0, 2**20), "noise_seed": (0, 2**32 - 1)},
+    }
 
     hidden_dim: int = 2048
     slot_dim: int = 512
@@ -65,6 +72,8 @@ class OCPrunerConfig(NetworkSizes):
         training: summary of the run: steps, images, losses, versions.
     """
 
+    ranges: ClassVar[Ranges] = {**PROVENANCE_RANGES, "target_layer": LAYERS}
+
     feature_dim: int = 1024
     grid_hw: tuple[int, int] = (24, 24)
     layout: Layout = "grid"
@@ -87,18 +96,9 @@ class OCPrunerConfig(NetworkSizes):
         """Read what `asdict` (or config.json) wrote.
 
         Raises:
-            ValueError: for unknown names and values of the wrong kind.
+            ValueError: for unknown names, and values of another type or out of their range.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}.")
-        values = dict(values)
-        for name in ("grid_hw", "num_slots"):
-            if name in values:
-                values[name] = tuple(int(v) for v in values[name])
-        if isinstance(values.get("decoder"), dict):
-            values["decoder"] = DecoderConfig(**values["decoder"])
-        return cls(**values)
+        return read_fields(cls, values)
 
 
 def layers_read(config: OCPrunerConfig, choice: Choice) -> tuple[int, ...]:

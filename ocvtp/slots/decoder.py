@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ocvtp.field_types import Ranges
 from ocvtp.slots.positions import Grids, PositionEmbedding
 
 DecoderKind = Literal["masked_transformer", "mlp"]
@@ -28,6 +29,11 @@ class DecoderConfig:
         prefix_probability: chance of a uniformly drawn number of visible tokens in training.
         prefix_fraction: share of visible tokens otherwise.
     """
+
+    ranges: ClassVar[Ranges] = {
+        **{"num_layers": (0, 1000), "num_heads": (1, 2**16), "ffn_dim": (1, 2**20)},
+        **{"prefix_probability": (0, 1), "prefix_fraction": (0, 1)},
+    }
 
     kind: DecoderKind = "masked_transformer"
     num_layers: int = 4
@@ -100,7 +106,7 @@ class MaskedTransformerDecoder(Decoder):
         self.project_tokens = _Projection(dim, dim)
         self.project_slots = _Projection(slot_dim, dim)
         self.positions = PositionEmbedding(dim, grid_hw, num_views)
-        self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * dim**-0.5)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, dim).mul_(dim**-0.5))
         layer = nn.TransformerDecoderLayer(
             dim,
             config.num_heads,

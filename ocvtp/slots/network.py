@@ -186,7 +186,7 @@ class OCPruner(
         decoder = getattr(objective, "decoder", None)
         target = getattr(objective, "target_layer", None)
         config = OCPrunerConfig(**asdict(sizes), **origin, decoder=decoder, target_layer=target)
-        return cls(config)
+        return cls(cls.read_config(asdict(config)))
 
     @classmethod
     def read_config(cls, values: dict[str, Any]) -> OCPrunerConfig:

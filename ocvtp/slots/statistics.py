@@ -30,8 +30,13 @@ def standardized(tokens: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def relative_log(values: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Logarithms [B, N] of values of at least 0, minus their mean over the image; 0 on padding."""
+    """Logarithms [B, N] of values of at least 0, minus their mean over the image; 0 on padding.
+
+    Of [B, N, H] each of the H by itself.
+    """
     logs = values.float().clamp(min=torch.finfo(torch.float32).tiny).log()
+    if logs.ndim == 3:
+        return centred(logs, valid)
     return centred(logs[:, :, None], valid).squeeze(2)
 
 

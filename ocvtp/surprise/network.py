@@ -7,12 +7,13 @@ small object, a boundary, a mark. Nothing but images is needed to learn it: no m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ocvtp.field_types import Ranges
 from ocvtp.learning import NetworkConfig, Objective, Outcome, PrunerNetwork, Sizes
 from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import Needs, VisualTokens
@@ -28,6 +29,8 @@ class SurpriseSizes(Sizes):
         hidden_dim: of what is read of a token, and of what foretells one.
         reach: how many rows and columns of tokens to each side are read.
     """
+
+    ranges: ClassVar[Ranges] = {"hidden_dim": (1, 2**20), "reach": (1, 2**10)}
 
     hidden_dim: int = 128
     reach: int = 3
@@ -98,6 +101,22 @@ class SurpriseNetwork(PrunerNetwork):
         """`s = 1/2 log error` [B, N], minus its mean over the image; 0 on padding."""
         errors = self.errors(tokens)
         return relative_log(errors, tokens.valid) / 2
+
+    @classmethod
+    def build(cls, sizes: Any, objective: Any, /, **origin: Any) -> Self:
+        """See `PrunerNetwork.build`.
+
+        Raises:
+            ValueError: for a reach beyond the grid, whose weights would never learn.
+        """
+        furthest = max(origin["grid_hw"]) - 1
+        if sizes.reach > furthest:
+            raise ValueError(
+                f"reach={sizes.reach}; of the tower's {origin['grid_hw'][0]} x"
+                f" {origin['grid_hw'][1]} tokens none has another further away than {furthest};"
+                f" pass 1 to {furthest}."
+            )
+        return super().build(sizes, objective, **origin)
 
     @classmethod
     def default_layer(cls, num_blocks: int) -> int:

@@ -71,7 +71,7 @@ class NetworkModule(pl.LightningModule, ABC):
 
     @property
     @abstractmethod
-    def val_budget(self) -> int:
+    def val_budget(self) -> float:
         """K of the validation's loss."""
 
     @property
@@ -313,7 +313,7 @@ def _check_rates(lr: float, weight_decay: float, warmup_fraction: float, min_lr:
         raise ValueError(f"warmup_fraction={warmup_fraction}; pass a share of the steps, 0 to 1.")
 
 
-def seed_of(*parts: int | str) -> int:
+def seed_of(*parts: float | str) -> int:
     """A 63-bit seed that depends on every part."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

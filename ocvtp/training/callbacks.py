@@ -15,8 +15,8 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ocvtp.images import IMAGE_ERRORS, read_image
-from ocvtp.reporting.files import replacing
+from ocvtp.images import IMAGE_ERRORS, encoded, read_image
+from ocvtp.reporting.files import write_whole
 from ocvtp.visualize import draw_kept_tokens, draw_scores, slot_picture
 
 _LOG = logging.getLogger(__name__)
@@ -81,8 +81,8 @@ class _Pictures(pl.Callback, ABC):
                 logger.experiment.add_image(
                     self.name, picture, trainer.global_step, dataformats="HWC"
                 )
-        with replacing(folder / f"step{trainer.global_step:07d}.png") as temporary:
-            Image.fromarray(picture).save(temporary, format="PNG")
+        data = encoded(Image.fromarray(picture), "PNG")
+        write_whole(folder / f"step{trainer.global_step:07d}.png", data)
 
 
 class ScorePictures(_Pictures):

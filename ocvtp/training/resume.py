@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
-from ocvtp.learning.artifact import explained
+from ocvtp.learning.artifact import explained, refuse_not_finite
 from ocvtp.pruners import trainable
 from ocvtp.slots.tensor_file import load_tensors
 from ocvtp.training.base import CHECKPOINT_KEY, NetworkModule
@@ -96,6 +97,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
                 " pass last.ckpt or best.ckpt of a run."
             )
         _config(dict(content[CHECKPOINT_KEY]))
+        refuse_not_finite(content["state_dict"])
     return content
 
 
@@ -150,7 +152,8 @@ def _of_the_network(kept: Mapping[str, Any], module: NetworkModule) -> dict[str,
     for key, value in run.items():
         name = "seed_everything" if key == "seed" else f"model.{key}"
         pairs[name] = (training.get(key, value), value)
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    found = (_differences(name, *pair) for name, pair in pairs.items())
+    return dict(chain.from_iterable(found))
 
 
 _PROVENANCE = {

@@ -8,7 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -18,6 +18,7 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.training.averaging import NetworkAverage
 from ocvtp.training.base import NetworkModule
 from ocvtp.training.check import Check
@@ -281,6 +282,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
         with (
+            _alone(trainer, cli.config.output),
             clear_errors(),
             restoring(resume, start),
             stop.listening(),
@@ -290,6 +292,13 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     except Interrupted:
         raise _stopped(trainer, checkpoint, stop, words) from None
     return _result(trainer, checkpoint, stop.steps, resume)
+
+
+def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
+    """No other run writes to its folder; the first process of a run stands for all."""
+    if trainer.fast_dev_run or not trainer.is_global_zero:
+        return nullcontext()
+    return claimed(output, "ocvtp train")
 
 
 def check(args: Sequence[str] | None = None) -> Check:

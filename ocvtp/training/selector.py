@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from itertools import chain
 from operator import or_
 from typing import Any, ClassVar, Literal, Self
@@ -23,6 +23,10 @@ from ocvtp.hosts.gating import Gate, NoGate, checkpointed, gating
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.origin import origin_of
 from ocvtp.hosts.prompt.shorten import Positions
+from ocvtp.ops.selection import mask_of
+from ocvtp.pruners.selector_pruner import at_layer, check_inside
+from ocvtp.pruners.two_stage import of_tower
+from ocvtp.selectors.budgets import NumKeep, check_budgets, count_of, counts_of
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.losses import Loss, Step, build_losses
 from ocvtp.selectors.losses.base import mean_of_rows
@@ -30,7 +34,7 @@ from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer
 from ocvtp.slots.statistics import Moments
-from ocvtp.structures import Needs
+from ocvtp.structures import LayerTokens, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import ScorePictures
 from ocvtp.training.feature_statistics import at_equal_steps
@@ -78,7 +82,8 @@ class SelectorModule(NetworkModule):
         relaxation: what makes gates of scores; None for losses that read none.
         gate: how gates act in the frozen model; None for losses that read no answers through them.
         warm_start: folder or hub id of an exported artifact of the same scorer, to begin from.
-        budgets: K, whole numbers of tokens; each step draws one.
+        budgets: whole numbers of tokens, and shares of each image's tokens (0.11); each step draws
+            one.
         val_budgets: those of the validation; None for the median of `budgets`.
         choice: how K tokens are chosen by score: `topk`, `{mmr: 0.5}`, `{maxmin: 0.5}`,
             `restore`.
@@ -112,8 +117,8 @@ class SelectorModule(NetworkModule):
         relaxation: Relaxation | None = None,
         gate: Gate | None = None,
         warm_start: str | None = None,
-        budgets: list[int] | None = None,
-        val_budgets: list[int] | None = None,
+        budgets: list[int | float] | None = None,
+        val_budgets: list[int | float] | None = None,
         choice: str | dict[str, Any] | None = None,
         positions: Positions = "contiguous",
         teacher: str | None = None,
@@ -131,16 +136,16 @@ class SelectorModule(NetworkModule):
         self.reads = frozenset[str]().union(*(loss.reads for loss in self.losses))
         self.host, self.relaxation = host, relaxation
         self._check_parts(gate)
-        self.budgets = _budgets("budgets", budgets, [16, 32, 64, 128])
+        self.budgets = check_budgets("budgets", budgets, [16, 32, 64, 128])
         median = sorted(self.budgets)[len(self.budgets) // 2]
-        self.val_budgets = _budgets("val_budgets", val_budgets, [median])
+        self.val_budgets = check_budgets("val_budgets", val_budgets, [median])
         self.choice, self.positions = parse_choice(choice or "topk"), positions
         self.samples, self.recipe = samples, recipe
         self.statistics_questions = statistics_questions
         self._check_numbers()
         model, self.processor = load_model(host.model, host.dtype)
         self.vlm = model.requires_grad_(False)
-        self._asker = Asker(model, self.processor, _needs(scorer, self.losses))
+        self._asker = self._ask_of(scorer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             origin = self._origin(losses, gate)
@@ -174,6 +179,25 @@ class SelectorModule(NetworkModule):
                 "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
                 " model.relaxation."
             )
+
+    def _ask_of(self, scorer: Scorer) -> Asker:
+        """Asks the model what the scorer and the losses read before its language model.
+
+        Raises:
+            ValueError: that names the scorer's settings, if it cannot be had.
+        """
+        layer, needs = self.host.layer, scorer.needs
+        if layer is not None:
+            needs = check_inside(scorer, layer)
+        try:
+            return Asker(
+                self.vlm,
+                self.processor,
+                reduce(or_, (loss.needs for loss in self.losses), needs),
+            )
+        except ValueError as error:
+            said = ", ".join(f"{name}={value!r}" for name, value in scorer.sizes().items())
+            raise ValueError(f"model.scorer {scorer.name!r} ({said}): {error}") from error
 
     def _check_numbers(self) -> None:
         least = 2 if "reward" in self.reads else 1
@@ -223,7 +247,7 @@ class SelectorModule(NetworkModule):
         return PromptTransform(self.processor)
 
     @property
-    def val_budget(self) -> int:
+    def val_budget(self) -> float:
         return self.val_budgets[0]
 
     def shown(self) -> list[pl.Callback]:
@@ -329,20 +353,22 @@ class SelectorModule(NetworkModule):
             asked = self._asker.ask(inputs, batch["answers"])
         if self.host.layer is None:
             return asked
-        return before_layer(self.frozen_host, asked, self.host.layer)
+        needs = self.network.scorer.needs
+        asked = before_layer(self.frozen_host, asked, self.host.layer, needs.attention)
+        return replace(asked, tokens=at_layer(asked.tokens, needs))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
         """One step on a batch of questions (`ocvtp.training.prompts.PromptTransform`)."""
         self.report(batch["errors"])
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         # Seeded by name: every rank draws the same K, and its own noise.
-        num_keep = self.budgets[seed_of(self.seed, "budget", step) % len(self.budgets)]
+        budget = self.budgets[seed_of(self.seed, "budget", step) % len(self.budgets)]
         torch.manual_seed(seed_of(self.seed, "noise", step, self.global_rank))
         size = self.count(batch)
         if not size:
             return self.step_on(None, {}, 0)
         share = min(1.0, steps_done(self.trainer) / max(1, planned_steps(self.trainer) - 1))
-        found = self._step(batch, self.ask(batch), num_keep, share, self.losses)
+        found = self._step(batch, self.ask(batch), budget, share, self.losses)
         figures: dict[str, Tensor | float] = {}
         total = found.scores.new_zeros(())
         for loss in self.losses:
@@ -350,7 +376,9 @@ class SelectorModule(NetworkModule):
             total = total + loss.weight.at(share) * value
             figures[loss.name] = value.detach()
         self._refuse_nan(total, found, batch)
-        figures |= {"loss": total.detach(), "num_keep": float(num_keep)}
+        kept = found.num_keep
+        mean = float(kept) if isinstance(kept, int) else kept.float().mean()
+        figures |= {"loss": total.detach(), "num_keep": mean}
         return self.step_on(total, figures | _of_gates(found), size)
 
     def _refuse_nan(self, loss: Tensor, step: Step, batch: dict[str, Any]) -> None:
@@ -362,14 +390,14 @@ class SelectorModule(NetworkModule):
         self,
         batch: dict[str, Any],
         asked: Asked,
-        num_keep: int,
+        budget: float,
         share: float,
         losses: Sequence[Loss],
         training: bool = True,
     ) -> Step:
         """What these losses read of a batch, and nothing else."""
         reads = frozenset[str]().union(*(loss.reads for loss in losses))
-        scores = self.network(asked.tokens, num_keep)
+        scores = self.network(asked.tokens, counts_of(budget, asked.tokens))
         values, aux, found = scores.values, scores.aux, dict[str, Any]()
         if "reward" in reads:
             values = values.repeat_interleave(self.samples, dim=0)
@@ -377,7 +405,7 @@ class SelectorModule(NetworkModule):
             groups = torch.arange(len(scores.values), device=values.device)
             found["groups"] = groups.repeat_interleave(self.samples)
             asked = asked.repeat(self.samples)
-        real = asked.tokens.real
+        real, num_keep = asked.tokens.real, counts_of(budget, asked.tokens)
         if self.relaxation is not None and reads & _THROUGH_GATES:
             gates = self.relaxation(values, num_keep, real, share, training=training)
             found["gates"] = gates
@@ -391,11 +419,25 @@ class SelectorModule(NetworkModule):
             found |= {"pruned_logits": answered.logits, "pruned_states": answered.states}
             found |= {"owner": answered.owner, "targets": answered.targets}
         if "objects" in reads:
-            shares, known = self._objects(batch["objects"], asked.tokens)
+            shares, known = self._shown(batch["objects"], asked.tokens)
             found |= {"objects": shares, "has_objects": known}
         return Step(
-            tokens=asked.tokens, num_keep=num_keep, share=share, scores=values, aux=aux, **found
+            tokens=asked.tokens,
+            num_keep=num_keep,
+            most_kept=count_of(budget, asked.tokens.num_tokens),
+            share=share,
+            scores=values,
+            aux=aux,
+            **found,
         )
+
+    def _shown(self, objects: Sequence[Any], tokens: VisualTokens) -> tuple[Tensor, Tensor]:
+        """[B, N] how much of each token shows the question's objects, [B] whether that is known."""
+        if not isinstance(tokens, LayerTokens):
+            return self._objects(objects, tokens)
+        assert tokens.tower is not None
+        shares, known = self._objects(objects, tokens.tower)
+        return of_tower(tokens, shares).masked_fill(tokens.places < 0, 0), known
 
     @torch.no_grad()
     def _whole(
@@ -436,15 +478,14 @@ class SelectorModule(NetworkModule):
         asked = self.ask(batch)
         whole = read(self.frozen_host, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
-        for num_keep in self.val_budgets:
-            told = min(num_keep, asked.tokens.num_tokens)
-            scored.append(self.network(asked.tokens, told).values)
-            for name, keep in self._chosen(asked, scored[-1], num_keep, batch["keys"]).items():
+        for budget in self.val_budgets:
+            scored.append(self.network(asked.tokens, _told(budget, asked.tokens)).values)
+            for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
                 answered = read(self.frozen_host, short)
                 for key, value in _compared(whole, answered, size).items():
-                    figures[f"{key}_{num_keep}{ending}"] = value
+                    figures[f"{key}_{budget}{ending}"] = value
                 if not name:
                     kept.append(keep)
         self._validate_losses(batch, asked)
@@ -465,12 +506,12 @@ class SelectorModule(NetworkModule):
             self.validated.add_sum(name, *shared)
 
     def _chosen(
-        self, asked: Asked, scores: Tensor, num_keep: int, keys: Sequence[str]
+        self, asked: Asked, scores: Tensor, budget: float, keys: Sequence[str]
     ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
-        num_keep = min(num_keep, tokens.num_tokens)
-        seeds = [seed_of(self.seed, "random", num_keep, key) for key in keys]
+        num_keep = _told(budget, tokens)
+        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
         drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
         random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
         random = random.to(self.device)
@@ -479,33 +520,35 @@ class SelectorModule(NetworkModule):
             self._control.append(network)
         untrained = self._control[0].to(self.device)(tokens, num_keep).values
         return {
-            "": self._keep(asked, scores, num_keep),
+            "": self._keep(tokens, scores, num_keep),
             "random": hard_top_k(random, num_keep, tokens.real),
-            "untrained": self._keep(asked, untrained, num_keep),
+            "untrained": self._keep(tokens, untrained, num_keep),
         }
 
-    def _keep(self, asked: Asked, scores: Tensor, num_keep: int) -> Tensor:
-        selection = self.choice.select(scores, asked.tokens, num_keep)
-        keep = selection.keep_indices
-        chosen = torch.ones_like(keep, dtype=torch.bool)
-        if selection.valid is not None:
-            chosen = selection.valid
-        kept = torch.zeros_like(asked.tokens.real)
-        return kept.scatter(1, keep, chosen) & asked.tokens.real
+    def _keep(self, tokens: VisualTokens, scores: Tensor, num_keep: NumKeep) -> Tensor:
+        if isinstance(num_keep, int):
+            selection = self.choice.select(scores, tokens, num_keep)
+            chosen = mask_of(selection.keep_indices, tokens.num_tokens)
+            return chosen & tokens.real  # padding is chosen last
+        kept = torch.zeros_like(tokens.real)
+        for count in set(num_keep.tolist()):  # as images of one size are pruned together
+            rows = num_keep == count
+            alike = tokens.map(partial(_rows_of, rows))
+            kept[rows] = self._keep(alike, scores[rows], count)
+        return kept
 
 
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
 
 
-def _needs(scorer: Scorer, losses: Sequence[Loss]) -> Needs:
-    return reduce(or_, (loss.needs for loss in losses), scorer.needs)
+def _told(budget: float, tokens: VisualTokens) -> NumKeep:
+    """K, no more than there are."""
+    num_keep = counts_of(budget, tokens)
+    return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
 
 
-def _budgets(name: str, given: list[int] | None, default: list[int]) -> list[int]:
-    budgets = default if given is None else list(given)
-    if not budgets or min(budgets) < 1:
-        raise ValueError(f"{name}={budgets}; pass at least one, whole numbers of tokens above 0.")
-    return budgets
+def _rows_of(rows: Tensor, values: Tensor) -> Tensor:
+    return values[rows]
 
 
 def _named(part: Relaxation | Gate | None) -> dict[str, Any]:
@@ -519,8 +562,9 @@ def _of_gates(step: Step) -> dict[str, Tensor]:
         return {}
     soft, real = gates.soft.detach(), step.real
     between = ((soft > 0.1) & (soft < 0.9) & real).sum() / real.sum()
-    error = (soft.sum(dim=1) - real.sum(dim=1).clamp(max=step.num_keep)).abs().mean()
-    return {"gates_between": between, "gate_error": error / step.num_keep}
+    wanted = real.sum(dim=1).clamp(max=step.num_keep)
+    error = ((soft.sum(dim=1) - wanted).abs() / wanted.clamp(min=1)).mean()
+    return {"gates_between": between, "gate_error": error}
 
 
 def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:

@@ -12,14 +12,14 @@ from ocvtp.training.schedule import epochs_done
 
 
 def training_summary(
-    trainer: pl.Trainer, settings: dict[str, Any], val_num_slots: int
+    trainer: pl.Trainer, settings: dict[str, Any], val_num_slots: float
 ) -> dict[str, Any]:
     """Plain values: steps, epochs, images, settings, figures of the validation, versions.
 
     Args:
         trainer: in or after a run.
         settings: of the module, taken over as they are.
-        val_num_slots: slot count of the validation.
+        val_num_slots: slot count, or budget, of the validation.
     """
     figures = {
         name.removeprefix("val/"): round(float(value), 6)

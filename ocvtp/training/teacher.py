@@ -40,6 +40,7 @@ from ocvtp.data.feature_files import (
     shard_name,
     weights_hash,
 )
+from ocvtp.data.image_names import check_inside
 from ocvtp.hosts.asking import Answered, Asked, Raters, attention_rows, read
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
@@ -93,6 +94,8 @@ class Teacher:
             self.settings = json.loads(path.read_text(encoding="utf-8"))
             stored = TeacherNeeds(**self.settings["needs"])
             weights = self.settings["weights"]
+            for name in self.settings["shards"]:
+                check_inside(str(name), self.folder, "file")
             self._shards = [_Shard(self.folder / name, stored) for name in self.settings["shards"]]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(

@@ -40,6 +40,7 @@ def changed(results, **facts):
     return json.loads(json.dumps(results)) | facts
 
 
+@pytest.mark.slow
 def test_everything_is_on_record(made):
     found = load(made)
     assert (found["kind"], found["schema"]) == ("ocvtp bench", 1)

@@ -64,6 +64,7 @@ def test_stages_sum_to_the_whole(samples):
         assert 0.97 < np.median(shares) <= 1.0, (name, shares)
 
 
+@pytest.mark.slow
 def test_every_stage_is_seen_where_it_runs(samples):
     for name, parts in samples.items():
         for stage in STAGES:

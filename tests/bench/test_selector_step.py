@@ -39,7 +39,7 @@ def counts(module, batch, checkpointing):
     ("recipe", "model"),
     [("kl", "tiny-llava"), ("visionselector", "tiny-llava"), ("kl", "tiny-qwen2.5-vl")],
 )
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_what_is_counted_is_what_runs(recipe, model, checkpointing):
     model = f"random:{model}"
     real = module_of(recipe, model)
@@ -86,6 +86,7 @@ def test_the_peak_falls_with_checkpointing(tmp_path, capsys):
     assert "TFLOPs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_gate_that_measures_cannot_be_counted():
     with pytest.raises(ValueError, match="must measure what tokens are like"):
         step.main(["--config", CONFIG.format("noise"), "--model", "random:tiny-llava"])

@@ -565,3 +565,10 @@ def test_stages_are_told_in_an_answer(capsys, photo):
     assert "144 of 144 visual tokens per image; 20 from layer 1 on;" in capsys.readouterr().out
     assert main([*words[:-4], "--pruner", "fastv:stages=[[1"]) == 2
     assert "'[[1' is no value; write numbers, words or lists" in capsys.readouterr().err
+
+
+def test_a_flag_is_written_out(capsys):
+    """`--keep 16` would be a share, or a count, of whichever flag begins so."""
+    with pytest.raises(SystemExit):
+        main(["flops", "--model", "llava-1.5-7b", "--num-ke", "64"])
+    assert "--num-ke" in capsys.readouterr().err

@@ -99,6 +99,7 @@ def test_a_list_imports_torch_and_what_draws_the_table():
         assert after_torch()[code] <= {"torch", "numpy", "rich"}
 
 
+@pytest.mark.slow
 def test_the_package_and_its_names():
     assert imported("import ocvtp; ocvtp.__version__; dir(ocvtp)") == [set()]
     assert after_torch()[BUILDS] <= {"torch", "numpy"}

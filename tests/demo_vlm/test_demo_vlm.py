@@ -156,6 +156,7 @@ def test_rates_rise_stay_and_fall():
     assert 0.02 <= rates[99] < 0.03
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_model(run):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

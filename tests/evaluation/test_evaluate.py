@@ -483,3 +483,21 @@ def test_a_log_forgets_what_was_cut_off(tmp_path):
     assert [json.loads(line) for line in lines[1:]] == again.records
     with pytest.raises(ValueError, match="pass another --output"):
         Log(tmp_path, "x @ 4 # 0", {"a": 2})
+
+
+@pytest.mark.parametrize("line", ["{", "3", "[" * 5000, "\xff"])
+def test_a_log_that_is_damaged_is_named(line, tmp_path):
+    log = Log(tmp_path, "x @ 4 # 0", {"a": 1})
+    log.append([{"answer": "yes"}])
+    with log.path.open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match="jsonl is damaged .*; pass another --output, or delete"):
+        Log(tmp_path, "x @ 4 # 0", {"a": 1})
+
+
+def test_a_log_that_two_runs_wrote_to_is_named(tmp_path):
+    log = Log(tmp_path, "x @ 4 # 0", {"a": 1})
+    log.append([{"answer": "yes"}] * 3)
+    log.refuse_more_than(3)
+    with pytest.raises(ValueError, match=r"jsonl is damaged \(3 records of 2 items\)"):
+        log.refuse_more_than(2)

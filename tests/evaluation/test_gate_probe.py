@@ -28,6 +28,7 @@ def item(seed: int, question: str = "What is this?") -> dict[str, Any]:
     return {"image": image} | said
 
 
+@pytest.mark.slow
 def test_gates_of_the_demo_stand_in_for_dropping(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["probe", "--model", "checkpoints/demo-vlm", "--dtype", "float32", "--json"]
     assert main([*words, "--num-images", "4"]) == 0

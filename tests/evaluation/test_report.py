@@ -128,6 +128,7 @@ def bold(found):
     return {cells(line)[0].strip("`") for line in found.splitlines() if "**" in line}
 
 
+@pytest.mark.slow
 def test_equal_figures_are_all_bold():
     rows = [row(label, 0.5, 15) for label in ("fopru", "scope")]
     rows += [row("tome", 0.5, 14), row("random", 0.5, 15), row("ocvtp", 0.5, 15, trained=True)]

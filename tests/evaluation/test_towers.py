@@ -127,7 +127,7 @@ def test_projected_tokens_are_those_of_the_tower(drawn, tower, tmp_path):
 
 
 @pytest.mark.parametrize("tower", DINOS_AND_SIGLIP2)
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_towers_of_transformers(drawn, tower, tmp_path, capsys):
     more = ["--pruners", "fastervlm", "visionzip", "fopru", "divprune", "--skip-unfit", "--json"]
     assert main(words(tmp_path, f"random:{tower}", drawn, "--no-controls", *more)) == 0

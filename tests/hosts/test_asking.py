@@ -207,6 +207,46 @@ def test_attention_is_what_the_model_attends_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", HOSTS)
+def test_what_a_scorer_reads_of_the_attention_before_a_layer(name: str) -> None:
+    model, processor = tiny(name)
+    inputs, answers = questions(name)
+    own = model.model.language_model.config._attn_implementation
+    keys: list[Any] = [(1, "last_heads"), (1, "last"), (2, "last_heads"), (2, "text")]
+    with Asker(model, processor) as asker, torch.no_grad():
+        asked = asker.ask(inputs, answers)
+        found = before_layer(asker.host, asked, 2, keys)
+        assert not before_layer(asker.host, asked, 2).tokens.attention
+        model.set_attn_implementation("eager")
+        try:
+            whole = model(**inputs, output_attentions=True).attentions
+        finally:
+            model.set_attn_implementation(own)
+    assert list(found.tokens.attention) == keys
+    text, counts = asked.text()
+    for key, rows in found.tokens.attention.items():
+        for row, values in enumerate(rows):
+            real = found.columns[row] >= 0
+            asking = text[row][counts[row]] if key[1] == "text" else asked.last[row][None]
+            expected = whole[key[0]].float()[row][:, asking][:, :, found.columns[row][real]]
+            expected = expected.mean(dim=1).T  # [N, H]
+            if key[1] != "last_heads":
+                expected = expected.mean(dim=1)
+            torch.testing.assert_close(values[real], expected, **TOLERANCE)
+            assert not values[~real].any()
+
+
+def test_attention_that_no_question_has_is_refused() -> None:
+    model, processor = tiny(HOSTS[0])
+    with Asker(model, processor) as asker:
+        asked = asker.ask(*questions(HOSTS[0]))
+        for kind in ("visual", "cls"):
+            with pytest.raises(ValueError, match=rf"attention '{kind}' is not read .* last_heads"):
+                before_layer(asker.host, asked, 1, [(1, kind)])
+        with pytest.raises(ValueError, match="does not run here"):
+            before_layer(asker.host, asked, 1, [(9, "last")])
+
+
+@pytest.mark.parametrize("name", HOSTS)
 def test_reading_goes_on_from_a_layer(name: str) -> None:
     model, processor = tiny(name)
     inputs, answers = questions(name)

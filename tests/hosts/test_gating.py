@@ -174,6 +174,7 @@ def gradients(gate: Gate, host: Any, asked: Asked, given: Gates) -> Tensor:
     return values.grad
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llava", "llava-next", "qwen3-vl"])
 def test_every_token_learns(name: str) -> None:
     host, asked = ask(name)

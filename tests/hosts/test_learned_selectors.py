@@ -12,8 +12,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import ocvtp
+from ocvtp.hosts.asking import Asker, before_layer
 from ocvtp.hosts.loading import RANDOM_MODELS, load_model
 from ocvtp.ops.selection import top_k
+from ocvtp.pruners.selector_pruner import at_layer
+from ocvtp.structures import Needs
 
 pytestmark = pytest.mark.sampled(4)
 
@@ -23,6 +26,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "before": ("learned", "prompted", {}),
     "inside": ("learned_layers", "prompted", {}),
     "inside, by the tower": ("learned_layers", "vip", VIP),
+    "inside, by every head": ("learned_layers", "vip", VIP | {"kind": "last_heads"}),
 }
 
 
@@ -54,7 +58,7 @@ def build(model: Any, case: str) -> Any:
     budget: dict[str, Any] = {"num_keep": 6}
     if name == "learned_layers":
         budget = {"stages": ((layer, 6),)}
-        config |= {"layer": layer}
+        config |= {"layer": layer, "heads": text.num_attention_heads}
     network = selector(
         "llm_layers" if config.get("layer") else "llm_input",
         tower,
@@ -66,6 +70,23 @@ def build(model: Any, case: str) -> Any:
         if isinstance(module, torch.nn.Linear):
             module.weight.data *= 3
     return ocvtp.build_pruner(name, network=network, **budget)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "before"])
+def test_training_and_inference_read_the_same(subject: Any, case: str) -> None:
+    model, processor = subject
+    pruner = build(model, case)
+    found: list[Tensor] = []
+    pruner.network.register_forward_hook(lambda *call: found.append(call[2].values))
+    inputs, needs = asked(processor, WORDS[:1]), pruner.network.scorer.needs
+    with pruner(model, processor=processor):
+        model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    read = Needs(hidden=needs.hidden)
+    with Asker(model, processor, read) as asker, torch.no_grad():
+        questions = asker.ask(inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
+        inside = before_layer(asker.host, questions, pruner.layer, needs.attention)
+        scores = pruner.network(at_layer(inside.tokens, needs)).values
+    assert_close(scores[inside.tokens.real], found[0].flatten(), rtol=1e-4, atol=1e-5)
 
 
 def scored(subject: Any, case: str, words: list[str]) -> tuple[Tensor, Tensor]:

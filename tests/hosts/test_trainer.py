@@ -93,7 +93,7 @@ def model() -> Any:
     return tiny_llava("clip")
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("logits", ["short", "full"])
 def test_training_steps_follow_the_pruned_loss(model: Any, tmp_path: Path, logits: Any) -> None:
     batches, pruner = examples(), build_pruner("divprune", num_keep=5)

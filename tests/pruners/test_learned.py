@@ -142,7 +142,7 @@ CHECKED = {
 
 @pytest.mark.parametrize("choice", ["topk", {"mmr": 0.5}, {"maxmin": 0.5}], ids=str)
 @pytest.mark.parametrize("scorer", CHECKED)
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(2)
 def test_every_scorer_keeps_to_the_contract_of_a_pruner(scorer, choice):
     """Also that the host never waits for the device, and that images are apart."""
     network = selector("llm_input", WIDTH, scorer, sizes=CHECKED[scorer])
@@ -242,6 +242,28 @@ def test_what_the_tower_said_is_looked_up():
         pruner.select_at(layer_tokens(), 3, 5)
 
 
+def test_a_threshold_counts_before_a_layer():
+    tokens = layer_tokens()
+    scores = in_layers().network(replace(tokens, projected=tokens.features)).values
+    order = scores.argsort(dim=1, descending=True)
+    for threshold, most in ((0.5, None), (0.01, 3), (0.5, 3), (0.99, None)):
+        stages = {} if most is None else {"stages": ((3, most),)}
+        pruner = in_layers(num_keep=None, threshold=threshold, **stages)
+        assert not pruner.exact
+        (stage,) = pruner.schedule(8, COUNT)
+        assert (stage.layer, stage.num_keep) == (3, most or COUNT)
+        found = pruner.select_at(tokens, 3, stage.num_keep)
+        for row, own in enumerate(order):
+            above = [int(n) for n in own if scores[row, n].sigmoid() > threshold][:most]
+            kept = found.keep_indices[row]
+            kept = kept if found.valid is None else kept[found.valid[row]]
+            assert kept.tolist() == sorted(above or [int(own[0])])
+    with pytest.raises(ValueError, match=r"threshold=2; pass a number between 0 and 1"):
+        in_layers(num_keep=None, threshold=2)
+    with pytest.raises(ValueError, match="pass exactly one of them"):
+        in_layers(num_keep=None)
+
+
 def test_positions_are_those_of_the_network():
     for positions in ("contiguous", "original"):
         assert in_layers(config={"positions": positions}).positions == positions
@@ -265,5 +287,7 @@ def test_stages_are_of_the_layer_that_was_trained():
 @pytest.mark.parametrize("changed", [{"block": 4}, {"kind": "cls"}])
 def test_what_there_is_not_before_a_layer_is_refused(changed):
     sizes = {"block": 2, "hidden": [3], "dim": 8, "condition": 8, "heads": 2}
-    with pytest.raises(ValueError, match=r"'vip' reads what there is not before layer 3: .* may"):
+    with pytest.raises(
+        ValueError, match=r"'vip' reads what there is not before layer 3: .*block=.* may"
+    ):
         in_layers("vip", config={"sizes": sizes | changed})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ocvtp.pruners.specs import build_spec, names_budget, with_budget
+from ocvtp.pruners.specs import build_spec, names_budget, parse_spec, with_budget
 
 
 def test_a_k_in_the_settings_is_the_budget():
@@ -23,3 +23,28 @@ def test_other_specs_have_none(spec):
 def test_a_k_without_a_budget_is_refused():
     with pytest.raises(ValueError, match="has a K, which stands for num_keep"):
         build_spec("fastv:stages=[[2,K]]", num_keep=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-2E+3", -2000.0),
+        ("1.e3", 1000.0),
+        (".5e1", 5.0),
+        ("[1e-4,[2e0,3]]", [1e-4, [2.0, 3]]),
+        ("{mmr: 5e-1}", {"mmr": 0.5}),
+        ("'1e-4'", "1e-4"),
+        ("1e", "1e"),
+        ("e4", "e4"),
+        ("12", 12),
+    ],
+)
+def test_a_number_with_an_exponent_is_a_number(text, value):
+    settings = parse_spec(f"ridge:penalty={text}")[1]
+    assert settings == {"penalty": value}
+    assert type(settings["penalty"]) is type(value)
+
+
+def test_a_pruner_takes_a_number_with_an_exponent():
+    assert build_spec("ridge:penalty=1e-4", num_keep=4).penalty == 1e-4

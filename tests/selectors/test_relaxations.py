@@ -41,6 +41,26 @@ def draw(counts=COUNTS, scale=1.0, dtype=torch.float32):
     return scores.masked_fill(~real, 50.0), real
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_a_budget_of_its_own_is_as_it_is_alone(name):
+    scores, real = draw((12, 7, 5, 1))
+    relaxation, counts = build_relaxation(name), [3, 7, 2, 4]
+    together = scores.clone().requires_grad_()
+    made = relaxation(together, torch.tensor(counts), real, 0.5, training=False)
+    for row, count in enumerate(counts):
+        alone = scores[row : row + 1].clone().requires_grad_()
+        own = relaxation(alone, count, real[row : row + 1], 0.5, training=False)
+        assert_close(made.values[row : row + 1], own.values)
+        assert own.hard.equal(made.hard[row : row + 1])
+        if own.log_prob is not None:
+            assert_close(made.log_prob[row : row + 1], own.log_prob)
+            continue
+        up = torch.arange(12.0)
+        slopes = torch.autograd.grad((made.values[row] * up).sum(), together, retain_graph=True)
+        assert_close(slopes[0][row], torch.autograd.grad((own.values[0] * up).sum(), alone)[0][0])
+    assert made.hard.sum(dim=1).tolist() == [3, 7, 2, 1]
+
+
 # ------------------------------------------------------------------------- soft_topk
 
 

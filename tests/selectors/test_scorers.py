@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from ocvtp.pruners.checks import WIDTH, random_tokens
 from ocvtp.selectors.scorer import Scores, Widths, build_scorer, list_scorers
+from ocvtp.structures import Needs
 
 GRID, COUNT = (4, 3), 12
 CASES = {
@@ -164,6 +165,7 @@ def test_a_share_is_one_of_the_images_own_tokens():
         ("local_global", Widths(4096, 1024), {"blocks": 2}, 8_575_106),
         ("prompted", Widths(4096, 1024), {}, 17_084_417),
         ("vip", Widths(4096, 1024, 32), {}, 8_932_097),
+        ("vip", Widths(4096, 1024, 32), {"kind": "last_heads"}, 8_940_033),
         ("slots", Widths(4096, 1024), {}, 7_616_512),
     ],
 )
@@ -273,6 +275,31 @@ def test_vip_reads_shares_of_attention():
     )
     assert_close(halved, scorer(tokens).values)
     assert not torch.allclose(flat, halved)
+
+
+@torch.no_grad()
+def test_vip_reads_every_head():
+    sizes = {"hidden": [3], "dim": 8, "condition": 8, "blocks": 1, "heads": 2}
+    scorer = build_scorer("vip", sizes | {"kind": "last_heads"}, Widths(WIDTH, WIDTH, 3))
+    tokens = random_tokens(Needs(hidden=(3,)), 3, (4, 3), ragged=True)
+    rows = torch.rand(3, 12, 3, generator=torch.Generator().manual_seed(1))
+    key = 20, "last_heads"
+    found, swapped, of_one = (
+        scorer(replace(tokens, attention={key: values})).values
+        for values in (rows, rows.flip(2), rows.clone().index_fill_(2, torch.tensor([1]), 0.1))
+    )
+    assert not torch.allclose(found, swapped)
+    assert not torch.allclose(found, of_one)
+    mean = build_scorer("vip", sizes, Widths(WIDTH, WIDTH, 3))  # of one row
+    weights = scorer.state_dict()
+    mean.load_state_dict(weights | {"attended.weight": weights["attended.weight"].sum(1, True)})
+    alike = {key: rows[:, :, :1].expand(-1, -1, 3), (20, "last"): rows[:, :, 0]}
+    tokens = replace(tokens, attention=alike)
+    assert_close(scorer(tokens).values, mean(tokens).values)
+    with pytest.raises(ValueError, match="is of 2 heads, and this scorer was trained on 3"):
+        scorer(replace(tokens, attention={key: rows[:, :, :2]}))
+    with pytest.raises(ValueError, match="kind='last_heads' reads every .* kind='last'"):
+        build_scorer("vip", sizes | {"kind": "last_heads"}, Widths(WIDTH, WIDTH))
 
 
 @torch.no_grad()

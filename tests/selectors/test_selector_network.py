@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from shutil import copytree
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 
+import ocvtp
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.selectors.network import SelectorConfig, SelectorNetwork
 from ocvtp.selectors.scorer import Widths, scorer_class
@@ -40,6 +43,41 @@ def test_a_saved_network_is_read_as_it_was(tmp_path):
     assert SelectorNetwork.read_config(asdict(network.config)) == network.config
     tokens = random_tokens(network.scorer.needs, 2, (4, 3))
     assert again(tokens, 4).values.equal(network(tokens, 4).values)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("learned", {"stage": "llm_input", "layer": None, "num_slots": (0.11, 8)}),
+        ("learned_layers", {}),
+    ],
+)
+def test_what_the_hub_gets_is_what_a_pruner_reads(name, changes, tmp_path, monkeypatch):
+    network = SelectorNetwork(replace(CONFIG, **changes)).eval()
+    stored = tmp_path / "me" / "selector"
+
+    class Hub:
+        def __init__(self, token=None):
+            assert token == "secret"
+
+        def create_repo(self, repo_id, **kwargs):
+            self.repo_id = repo_id
+            return self
+
+        def upload_folder(self, folder_path, repo_id, **kwargs):
+            assert repo_id == "me/selector"
+            copytree(folder_path, stored)
+            return "commit"
+
+    monkeypatch.setattr(hub_mixin, "HfApi", Hub)
+    assert network.push_to_hub("me/selector", token="secret") == "commit"
+    files = sorted(path.name for path in stored.iterdir())
+    assert files == ["README.md", "config.json", "model.safetensors"]
+    assert "visual-token-pruning" in (stored / "README.md").read_text()
+    pruner = ocvtp.build_pruner(name, checkpoint=str(stored), num_keep=4)
+    assert pruner.trained.config == network.config
+    for key, value in network.state_dict().items():
+        assert value.equal(pruner.trained.state_dict()[key])
 
 
 def test_it_says_where_it_acts():

@@ -152,6 +152,17 @@ def test_sizes_below_one_are_refused(sizes):
         SurpriseSizes(**sizes)
 
 
+@pytest.mark.parametrize(("reach", "fits"), [(4, True), (5, False), (30, False)])
+def test_no_token_is_read_from_beyond_the_grid(reach, fits):
+    origin = {"feature_dim": 4, "layer": 3, "grid_hw": (3, 5)}
+    sizes = SurpriseSizes(hidden_dim=2, reach=reach)
+    if fits:
+        assert SurpriseNetwork.build(sizes, None, **origin).config.sizes.reach == reach
+        return
+    with pytest.raises(ValueError, match=rf"reach={reach}; of the tower's 3 x 5 .*; pass 1 to 4\."):
+        SurpriseNetwork.build(sizes, None, **origin)
+
+
 def test_the_objective_is_the_mean_error_of_real_tokens(network):
     valid = torch.ones(2, COUNT, dtype=torch.bool)
     valid[1, 4:] = False

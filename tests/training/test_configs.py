@@ -55,6 +55,7 @@ def test_configs_build(path, tmp_path, monkeypatch):
     assert cli.datamodule.transform is cli.model.encoder.transform
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("path", SELECTORS, ids=lambda p: p.stem)
 def test_recipes_of_selectors_build(path, tmp_path):
     from ocvtp.training.run import build

@@ -106,7 +106,7 @@ def both(tmp_path, make, data, **options):
 
 
 @pytest.mark.parametrize("kind", ["slots", "kept"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_the_losses_are_those_of_training_on_images(tmp_path, scenes, kind):
     """Bit for bit in fp32, in the same order; masks, statistics, attention and all."""
     model = module(kind)
@@ -355,6 +355,7 @@ def test_arguments_out_of_range(tmp_path, scenes, options, message):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_extracted(tmp_path, scenes, shapes):
     apart = module(encoder=TiledEncoder("random:tiny", layer=2, slots="per_tile"))
     with pytest.raises(ValueError, match="layout 'per_tile'"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from torch.testing import assert_close
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
+from ocvtp.hosts.loading import load_model
+from ocvtp.selectors.choices import parse_choice
+from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
 from ocvtp.training.run import TrainingStopped, build, train
 from ocvtp.training.selector import SelectorModule
@@ -89,6 +93,97 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
     assert network.config.training["steps"] == 2
     pruner = ocvtp.build_pruner("learned", checkpoint=str(tmp_path / "artifact"), num_keep=9)
     assert pruner.network.config == network.config
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("recipe", ["distil", "visionselector"])
+def test_shares_are_budgets_and_the_artifact_says_so(recipe, words, tmp_path):
+    shares = ["--model.budgets=[0.055,0.11,16]", "--model.val_budgets=[0.11,8]"]
+    shares.append("--trainer.log_every_n_steps=1")
+    result = train(words(recipe, *shares))
+    figures = logged(tmp_path / "run")
+    assert {"val/ce_0.11", "val/ce_8_random", "val/accuracy_0.11_untrained"} <= figures.keys()
+    assert figures["train/num_keep"] in (8, 16)  # of 144
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert network.config.num_slots == (0.055, 0.11, 16)
+    assert SelectorNetwork.from_pretrained(tmp_path / "artifact").config == network.config
+    assert network.config.training["validation"]["num_slots"] == 0.11
+
+
+def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
+    model = ["--model.host.model=random:tiny-llava-next", "--model.scorer.budget=film"]
+    module, batch = module_of(words("kl", *model, "--model.losses={kl: {}, ce: {}}"))
+    with module_ready(module):
+        asked = module.ask(batch)
+        valid = asked.tokens.real.clone()
+        valid[1:, -7:] = False  # as of an image that is smaller
+        columns = asked.columns.masked_fill(~valid, -1)
+        mixed = replace(asked, tokens=replace(asked.tokens, valid=valid), columns=columns)
+        found = module._step(batch, mixed, 0.3, 0.5, module.losses)
+        sum(loss(found).mean() for loss in module.losses).backward()
+    wanted = [max(1, round(0.3 * int(row.sum()))) for row in valid]
+    assert len(set(wanted)) > 1
+    assert found.num_keep.tolist() == wanted == found.gates.hard.sum(dim=1).tolist()
+    assert_close(found.gates.soft.sum(dim=1), torch.tensor(wanted).float(), atol=1e-3, rtol=1e-4)
+    assert found.most == max(wanted)
+    assert all(p.grad.isfinite().all() for p in module.network.parameters() if p.grad is not None)
+    for choice in ("topk", "restore", "maxmin"):
+        module.choice = parse_choice(choice)
+        kept = module._chosen(mixed, found.scores.detach(), 0.3, 0)
+        for keep in kept.values():
+            assert keep.sum(dim=1).tolist() == wanted
+            assert not (keep & ~valid).any()
+
+
+@pytest.mark.slow
+def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_path):
+    result = train(words("glimpse"))
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert (network.config.stage, network.config.layer) == ("llm_layers", 1)
+    assert network.scorer.attended.in_features == 4  # heads
+    assert all(int(own.num_tokens) for _, own in network.statistics())
+    model, processor = load_model("checkpoints/demo-vlm", "float32")
+    pruner = ocvtp.build_pruner(
+        "learned_layers", checkpoint=str(tmp_path / "artifact"), stages=((1, 20),), threshold=0.3
+    )
+    inputs = processor(images=Image.new("RGB", (96, 96), "red"), text="<image>what is it?",
+                       return_tensors="pt")  # fmt: skip
+    with pruner(model, processor=processor):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_masks_are_those_of_the_tokens_before_a_layer(words):
+    """Between which some hosts end lines, which show nothing."""
+    module, batch = module_of(words("mask", "--model.host.model=random:tiny-llava-next"))
+    before, known = module._shown(batch["objects"], module.ask(batch).tokens)
+    module.host = replace(module.host, stage="llm_layers", layer=1)
+    tokens = module.ask(batch).tokens
+    inside, as_before = module._shown(batch["objects"], tokens)
+    assert inside.shape[1] > before.shape[1]
+    assert as_before.equal(known)
+    for row, places in enumerate(tokens.places):
+        ends = places < 0
+        assert ends.any()
+        assert not inside[row][ends].any()
+        assert inside[row][~ends].equal(before[row][places[~ends]])
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize(
+    ("scorer", "more", "told"),
+    [
+        ("vip.VIP", (), r"model\.scorer 'vip' \(block=20, .*hidden=\[23.*pass -6 to 5"),
+        ("slots.Slots", (), r"model\.scorer 'slots' \(layer=9, .*hidden_states\[9\].*pass -6 to 5"),
+        ("vip.VIP", ("stage=llm_layers", "layer=2"), r"layer 2: .*block=20.* of layer 1 or 2"),
+    ],
+)
+def test_layers_that_there_are_not_are_named_with_their_settings(words, scorer, more, told):
+    found = [word for word in words("mask") if not word.startswith("--model.scorer.dim")]
+    found.append(f"--model.scorer=ocvtp.selectors.scorers.{scorer}")
+    found += [f"--model.host.{setting}" for setting in more]
+    with pytest.raises(ValueError, match=told):
+        build(found)
 
 
 @pytest.mark.sampled(2)
@@ -204,6 +299,7 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("mask", "--model.losses={reward: {}}"), "relaxation is none"),
         (("kl", "--model.losses={reward: {}}"), "Sample"),
         (("mask", "--model.budgets=[8,0]"), r"budgets=\[8, 0\]; pass .*whole numbers"),
+        (("mask", "--model.budgets=[8,1.5]"), r"budgets=\[8, 1.5\]; pass .*shares"),
         (("mask", "--model.budgets=[]"), r"budgets=\[\]; pass at least one"),
         (("mask", "--model.val_budgets=[]"), r"val_budgets=\[\]; pass at least one"),
         (("mask", "--model.samples=0"), "samples=0; pass at least 1"),
@@ -223,6 +319,7 @@ def test_settings_that_make_no_sense_are_refused(words):
             build(words(*more))
 
 
+@pytest.mark.slow
 def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -239,6 +336,7 @@ def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
     assert train([*short, "boxes.json"]).last
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
     network = build(words("mask")).model.network
     network.save_pretrained(tmp_path / "artifact")
@@ -276,7 +374,7 @@ def stored(words, recipe, folder, *more):
 
 
 @pytest.mark.parametrize("recipe", ["distil", "kl"])
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, capsys):
     folder = tmp_path / "teacher"
     assert stored(words, recipe, folder) == 0
@@ -328,7 +426,7 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     assert "nothing to store" in capsys.readouterr().err
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -357,6 +455,7 @@ def _without(path, name):
     save_file(tensors, path, told)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_weights_is_refused(words, tmp_path):
     folder = tmp_path / "teacher"
     assert stored(words, "distil", folder) == 0

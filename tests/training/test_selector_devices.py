@@ -152,7 +152,7 @@ def losses(scenes, tmp_path_factory):
     return run
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("precision", PRECISIONS, ids=["mixed", "host", "both"])
 def test_bf16(recipe, precision, losses):

@@ -149,6 +149,10 @@ def _odd_optimizer(content):
     content["optimizer_states"] = [{"state": {}, "param_groups": []}]
 
 
+def _not_finite(content):
+    content["state_dict"]["network.encode.1.bias"][0] = float("nan")
+
+
 def _odd_loader(content):
     content["CocoDataModule"] = {"epoch": 0, "batch": 3} | dict.fromkeys(
         ("num_images", "batch_size", "num_processes", "seed"), 9
@@ -169,6 +173,11 @@ DAMAGE = {
         "does not hold the weights of this network",
     ),
     "odd optimizer": (_odd_optimizer, "cannot be continued"),
+    "not finite": (_not_finite, "'network.encode.1.bias' has numbers that are not finite"),
+    "a config of another type": (
+        lambda c: c["ocvtp"]["config"].update(layer="3"),
+        "layer='3'; pass a whole number",
+    ),
     "odd loader": (_odd_loader, "written inside an epoch"),
 }
 

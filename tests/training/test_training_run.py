@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from ocvtp.cli import main
 from ocvtp.commands.train import run_words
 from ocvtp.export import export_checkpoint
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, train
 
@@ -207,6 +208,18 @@ def test_an_error_of_a_worker_is_one_line_too(tmp_path, damaged, capsys):
     assert error.startswith("ocvtp: error: ")
     assert "000000000002" in error
     assert "Traceback" not in error
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path, scenes, capsys):
+    words = quick(tmp_path, scenes, limit_train_batches=1)
+    with claimed(tmp_path, "ocvtp train"):
+        before = files(tmp_path)
+        assert main(["train", *words]) == 2
+        assert files(tmp_path) == before
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"ocvtp: error: {tmp_path} is being written to by this process")
+    assert main(["train", *words]) == 0
+    assert not list(tmp_path.rglob("*.lock"))
 
 
 def test_the_folder_of_an_earlier_run_is_renamed_at_the_first_step(tmp_path, scenes):

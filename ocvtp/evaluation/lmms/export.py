@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 
 from ocvtp.evaluation.tasks.base import Task
-from ocvtp.reporting.files import replacing
+from ocvtp.images import encoded
+from ocvtp.reporting.files import replacing, write_whole
 
 _ROWS = "questions.jsonl"
 
@@ -51,8 +52,7 @@ def export_task(task: Task, folder: str | Path) -> Path:
     images: dict[int, str] = {}
     for owner in dict.fromkeys(item.owner for item in task.items):
         path = folder / "images" / f"{owner:06}.png"
-        with replacing(path) as temporary:
-            task.image(owner).save(temporary, format="PNG")
+        write_whole(path, encoded(task.image(owner), "PNG"))
         images[owner] = str(path)
     rows = [
         {

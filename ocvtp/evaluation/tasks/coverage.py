@@ -62,6 +62,7 @@ class CoverageTask(PlaceTask):
             None for a vision tower alone, whose own transform says it.
         question: what pruners that read the prompt are told.
         limit: use only the first `limit` images of all.
+        outside: whether images may lie outside of the folders, see `CocoImages`.
 
     Raises:
         ValueError: see `CocoImages`; if a file has objects, but no mask of any; if folders and
@@ -80,9 +81,10 @@ class CoverageTask(PlaceTask):
         processor: Any,
         question: str = "Describe the image.",
         limit: int | None = None,
+        outside: bool = False,
     ) -> None:
         images, annotations = _listed(images), _listed(annotations)
-        folders = _folders(images, annotations, limit)
+        folders = _folders(images, annotations, limit, outside)
         self._images = [(folder, n) for folder in folders for n in range(len(folder))][:limit]
         self._processor = getattr(processor, "image_processor", processor)
         self._settings = {
@@ -223,7 +225,9 @@ def _listed(paths: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def _folders(images: Sequence[str], annotations: Sequence[str], limit: int | None) -> list[_Folder]:
+def _folders(
+    images: Sequence[str], annotations: Sequence[str], limit: int | None, outside: bool
+) -> list[_Folder]:
     """Folders with their files.
 
     Raises:
@@ -236,7 +240,7 @@ def _folders(images: Sequence[str], annotations: Sequence[str], limit: int | Non
         )
     found, known = [], dict[Path, str]()
     for folder, file in zip(images, annotations, strict=True):
-        made = _Folder(folder, file, _AsStored(), with_instances=True, limit=limit)
+        made = _Folder(folder, file, _AsStored(), with_instances=True, limit=limit, outside=outside)
         if made.file.num_objects and not made.file.num_masks:
             raise ValueError(
                 f"coverage needs masks, but the objects of {file} have none (`segmentation`), only"

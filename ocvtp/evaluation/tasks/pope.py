@@ -12,7 +12,6 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from ocvtp.data.existence import (
     NEGATIVES,
@@ -33,7 +32,7 @@ from ocvtp.evaluation.tasks.question_files import (
     read_entries,
 )
 from ocvtp.evaluation.tasks.registry import register_task
-from ocvtp.images import turn_of
+from ocvtp.images import opened, turn_of
 from ocvtp.reporting.files import replacing
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -59,6 +58,7 @@ class PopeTask(ListedTask):
         instances: COCO `instances` file, for `masks`; they are known where each object of every
             image that is asked about has one.
         limit: use only the first `limit` images.
+        outside: whether images may lie outside of the folders, see `ListedTask`.
 
     Raises:
         ValueError: if a file or an image is missing, if an entry lacks a key or has another label
@@ -74,12 +74,13 @@ class PopeTask(ListedTask):
         suffix: str = "",
         instances: str | Path | None = None,
         limit: int | None = None,
+        outside: bool = False,
     ) -> None:
         splits = _by_split(files)
         asked = [
             _asked(split, entry) for split, path in splits.items() for entry in read_entries(path)
         ]
-        super().__init__(asked, images, suffix, limit)
+        super().__init__(asked, images, suffix, limit, outside)
         self.metrics = tuple(f"{group}/accuracy" for group in ("all", *splits))
         self._instances = None if instances is None else CocoInstances(instances)
         self._known = self._instances is not None and all(
@@ -100,6 +101,7 @@ class PopeTask(ListedTask):
         suffix: Annotated[str, "put after every question"] = "",
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
         seed: Annotated[int, "of the questions that are built"] = 0,
+        outside: Annotated[bool, "names and links may lead out of --images"] = False,
     ) -> PopeTask:
         files: Files
         if questions_file is None:
@@ -110,7 +112,7 @@ class PopeTask(ListedTask):
         else:
             files = questions_file
         folders = supplied.given("images", images, "the folders of the images")
-        return cls(files, folders, suffix, instances, num_images)
+        return cls(files, folders, suffix, instances, num_images, outside)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         return pope_ratios(self.items, self.answers(records))
@@ -124,7 +126,7 @@ class PopeTask(ListedTask):
         """[O, H, W] masks on the upright image, without crowds; None where not all are known."""
         if self._instances is None or not self._known:
             return None
-        with Image.open(self._paths[owner]) as image:
+        with opened(self._paths[owner]) as image:
             image.load()
             return self._instances.masks(self.image_names[owner], image.size, turn_of(image))
 

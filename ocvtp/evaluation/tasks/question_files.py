@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from ocvtp.data.image_names import inside
 from ocvtp.data.json_entries import Entry as Entry
 from ocvtp.data.json_entries import read_entries as read_entries
 from ocvtp.evaluation.tasks.base import Item, Record, Task
@@ -43,14 +44,20 @@ class ListedTask(Task):
             of 2017: `COCO_val2014_000000310196.jpg` is `000000310196.jpg`.
         suffix: put after every question.
         limit: use only the first `limit` images.
+        outside: whether images may lie outside of the folders, see `locate_images`.
 
     Raises:
-        ValueError: if there is no question, if two have one key, if an image is missing, or if
-            `limit` is below 1.
+        ValueError: if there is no question, if two have one key, if an image is missing or lies
+            outside, or if `limit` is below 1.
     """
 
     def __init__(
-        self, asked: Sequence[Asked], images: Folders, suffix: str = "", limit: int | None = None
+        self,
+        asked: Sequence[Asked],
+        images: Folders,
+        suffix: str = "",
+        limit: int | None = None,
+        outside: bool = False,
     ) -> None:
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit} leaves no image; pass at least 1, or None for all.")
@@ -68,7 +75,7 @@ class ListedTask(Task):
         self.items = sorted(items, key=lambda item: item.owner)
         self.image_names = order
         self.suffix = suffix
-        self._paths = locate_images([names[name] for name in order], images)
+        self._paths = locate_images([names[name] for name in order], images, outside)
 
     def image(self, owner: int) -> Image.Image:
         """The RGB image of that number, upright, see `open_image`.
@@ -112,11 +119,16 @@ def name_of_2017(name: str) -> str:
     return _OLD_NAME.sub("", name)
 
 
-def locate_images(names: Sequence[str], folders: Folders) -> list[Path]:
+def locate_images(names: Sequence[str], folders: Folders, outside: bool = False) -> list[Path]:
     """The files of images, each looked up by `name` and by `name_of_2017(name)`.
 
+    Args:
+        names: of the images, from any of the folders.
+        folders: of the images.
+        outside: whether they may lie outside, see `ocvtp.data.image_names.inside`.
+
     Raises:
-        ValueError: if a folder does not exist, or any image lies in none of them.
+        ValueError: if a folder does not exist, or any image lies in none of them, or outside.
     """
     places = [Path(f) for f in ([folders] if isinstance(folders, str | Path) else folders)]
     absent = [str(place) for place in places if not place.is_dir()]
@@ -127,7 +139,7 @@ def locate_images(names: Sequence[str], folders: Folders) -> list[Path]:
     found = {
         name: path
         for name in names
-        if (path := _first_file(p / n for p in places for n in (name, name_of_2017(name))))
+        if (path := _first_file(places, (name, name_of_2017(name)), outside))
     }
     missing = [name for name in names if name not in found]
     if missing:
@@ -139,7 +151,8 @@ def locate_images(names: Sequence[str], folders: Folders) -> list[Path]:
     return [found[name] for name in names]
 
 
-def _first_file(paths: Iterable[Path]) -> Path | None:
+def _first_file(places: Sequence[Path], names: Iterable[str], outside: bool) -> Path | None:
+    paths = (inside(place, name, outside) for place in places for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 

@@ -8,7 +8,13 @@ from typing import Annotated, ClassVar
 
 from ocvtp.evaluation.tasks.answers import vqa_accuracy, vqa_exact
 from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
-from ocvtp.evaluation.tasks.question_files import Asked, Entry, Folders, ListedTask, read_entries
+from ocvtp.evaluation.tasks.question_files import (
+    Asked,
+    Entry,
+    Folders,
+    ListedTask,
+    read_entries,
+)
 from ocvtp.evaluation.tasks.registry import register_task
 
 
@@ -26,6 +32,7 @@ class VqaTask(ListedTask):
         suffix: put after every question; LLaVA's own evaluation has a new line and "Answer the
             question using a single word or phrase.".
         limit: use only the first `limit` images.
+        outside: whether images may lie outside of the folders, see `ListedTask`.
 
     Raises:
         ValueError: if the file or an image is missing, or an entry lacks a key.
@@ -39,9 +46,11 @@ class VqaTask(ListedTask):
         images: Folders | None = None,
         suffix: str = "",
         limit: int | None = None,
+        outside: bool = False,
     ) -> None:
         asked = [_asked(entry, n) for n, entry in enumerate(read_entries(file), start=1)]
-        super().__init__(asked, Path(file).parent if images is None else images, suffix, limit)
+        folders = Path(file).parent if images is None else images
+        super().__init__(asked, folders, suffix, limit, outside)
         self.metrics = ("all/accuracy",)
 
     @classmethod
@@ -53,12 +62,13 @@ class VqaTask(ListedTask):
         images: Annotated[Sequence[str] | None, "folders of the images"] = None,
         suffix: Annotated[str, "put after every question"] = "",
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
+        outside: Annotated[bool, "names and links may lead out of --images"] = False,
     ) -> VqaTask:
         del supplied
         if len(questions_file) != 1:
             given = " ".join(questions_file)
             raise ValueError(f"--questions-file {given}: vqa reads one file; pass one.")
-        return cls(questions_file[0], images, suffix, num_images)
+        return cls(questions_file[0], images, suffix, num_images, outside)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         return vqa_ratios(self.items, self.answers(records))

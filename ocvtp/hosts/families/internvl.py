@@ -21,6 +21,8 @@ from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
 
+_ALIKE = 1e-6  # squared errors of normalised pixels that are no difference
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiled(Encoded):
@@ -229,6 +231,9 @@ def _runs(slots: Tensor) -> Tensor:
 def _arrangement(pixels: Tensor) -> tuple[int, int]:
     """Rows and columns in which the tiles of an image look most like the thumbnail after them.
 
+    Where several look the same, as of a blank image, it is the one nearest to a square of these: no
+    more can be told.
+
     Args:
         pixels: [T, 3, H, W]; nothing else tells how the image was cut.
     """
@@ -239,4 +244,5 @@ def _arrangement(pixels: Tensor) -> tuple[int, int]:
         whole = lines.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
         small = nn.functional.adaptive_avg_pool2d(whole, thumbnail.shape[-2:])
         found[rows, len(tiles) // rows] = float((small - thumbnail).square().mean())
-    return min(found, key=lambda arrangement: found[arrangement])
+    likely = [one for one, error in found.items() if error <= min(found.values()) + _ALIKE]
+    return min(likely, key=lambda one: max(one) / min(one))

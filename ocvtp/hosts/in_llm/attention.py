@@ -50,7 +50,12 @@ def turn_to_start(attention: Any, keys: Tensor, cos: Tensor, sin: Tensor) -> Ten
 
 
 def rows_of_attention(
-    queries: Tensor, keys: Tensor, scaling: float, mask: Tensor, query_columns: Tensor
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float,
+    mask: Tensor,
+    query_columns: Tensor,
+    heads_apart: bool = False,
 ) -> Tensor:
     """Attention of some rows to all columns up to their own, the mean over heads.
 
@@ -59,13 +64,16 @@ def rows_of_attention(
         scaling: of their products.
         mask: [I, S] bool, False on padding.
         query_columns: [I, R] where the rows are among the S.
+        heads_apart: whether each head's is returned.
 
     Returns:
-        [I, R, S] in fp32, rows sum to 1.
+        [I, R, S] in fp32, rows sum to 1; [I, R, S, H] of heads apart.
     """
     columns = torch.arange(keys.shape[2], device=keys.device)
     place = query_columns[:, :, None]
     seen = mask[:, None] & (columns <= place) | (columns == place)  # [I, R, S]
+    if heads_apart:
+        return _shares(queries, keys, scaling, seen).flatten(1, 2).movedim(1, -1)
     return _head_means(queries, keys, scaling, seen)
 
 
@@ -85,8 +93,13 @@ def among_each_other(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
 
 
 def _head_means(queries: Tensor, keys: Tensor, scaling: float, seen: Tensor | None) -> Tensor:
+    return _shares(queries, keys, scaling, seen).mean(dim=(1, 2))
+
+
+def _shares(queries: Tensor, keys: Tensor, scaling: float, seen: Tensor | None) -> Tensor:
+    """[I, H', H / H', R, S]."""
     grouped = queries.float().unflatten(1, (keys.shape[1], -1))  # [I, H', H / H', R, d]
     logits = grouped @ keys.float()[:, :, None].transpose(3, 4) * scaling
     if seen is not None:
         logits = logits.masked_fill(~seen[:, None, None], float("-inf"))
-    return logits.softmax(dim=-1).mean(dim=(1, 2))
+    return logits.softmax(dim=-1)

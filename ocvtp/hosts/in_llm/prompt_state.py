@@ -206,10 +206,11 @@ def _from_start(
 
 
 def _attention(current: Current, group: Group, place: Place, block: int, kind: str) -> Tensor:
-    """[I, N] the attention that a group's tokens get, see `AttentionKey`."""
+    """[I, N] the attention that a group's tokens get, or [I, N, H], see `AttentionKey`."""
     attention = place.model.layers[block].self_attn
     rows = group.rows[:, None]
-    asking = {"last": current.last[rows], "text": group.text, "visual": group.columns}[kind]
+    own = {"text": group.text, "visual": group.columns}
+    asking = own.get(kind, current.last[rows])
     if block == place.number:
         with on_device(place.layer):
             projected = attention.q_proj(place.layer.input_layernorm(place.hidden[rows, asking]))
@@ -227,6 +228,9 @@ def _attention(current: Current, group: Group, place: Place, block: int, kind: s
         return among_each_other(queries, keys.gather(2, index), attention.scaling)
     keys = keys[:, :, : current.mask.shape[1]]  # nothing of the prompt looks after it
     mask = current.mask[group.rows]
+    if kind == "last_heads":
+        apart = rows_of_attention(queries, keys, attention.scaling, mask, asking, True)[:, 0]
+        return take(apart, group.columns)
     shares = rows_of_attention(queries, keys, attention.scaling, mask, asking)  # [I, R, L']
     columns = group.columns[:, None].expand(-1, shares.shape[1], -1)
     shares = shares.gather(2, columns)  # [I, R, N]

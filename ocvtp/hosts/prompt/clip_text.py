@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.prompt.chat_template import find_tokenizer
-from ocvtp.shipped import find_folder
+from ocvtp.shipped import find_weights
 
 TextTower = Any  # a hub id or folder, a CLIPModel, or a pair of a CLIPModel and its tokenizer
 _VIT_L = {"hidden_size": 1024, "num_hidden_layers": 24, "intermediate_size": 4096, "patch_size": 14}
@@ -162,7 +162,7 @@ def _named(name: str, tower: Any) -> tuple[Any, Any]:
 
         return random_clip(name)
     try:
-        return _from_pretrained(find_folder(name), tower, local_files_only=False)
+        return _from_pretrained(find_weights(name), tower, local_files_only=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"text_tower={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); {_HOW}."

@@ -3,9 +3,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from ocvtp.pruners.base import AdaptivePruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selector_pruner import SelectorPruner
@@ -31,8 +28,6 @@ class Learned(SelectorPruner, AdaptivePruner):
     Deviations: unofficial: scorers and recipes are ours, after descriptions of others'.
     """
 
-    threshold: float | None = None
-
     title: ClassVar[str] = (
         "Learned: keep the tokens that a scorer, trained for a frozen language model, puts first."
     )
@@ -40,12 +35,8 @@ class Learned(SelectorPruner, AdaptivePruner):
     status: ClassVar[Status] = "unofficial"
 
     def __post_init__(self) -> None:
+        self._check_threshold()
         if self.threshold is not None:
-            if not 0 < self.threshold < 1:
-                raise ValueError(
-                    f"threshold={self.threshold!r}; pass a number between 0 and 1, which"
-                    " sigmoid(score) must exceed."
-                )
             self.adaptive = True
         elif self.adaptive:
             self.threshold = 0.5
@@ -67,11 +58,3 @@ class Learned(SelectorPruner, AdaptivePruner):
         if self.adaptive:
             tokens = replace(tokens, valid=self._passing(scores, tokens.real))
         return self._choice.select(scores, tokens, num_keep)
-
-    def _passing(self, scores: Tensor, real: Tensor) -> Tensor:
-        """[B, N] the tokens above the threshold, and the best."""
-        assert self.threshold is not None
-        number = torch.arange(scores.shape[1], device=scores.device)
-        best = scores.masked_fill(~real, float("-inf")).argmax(dim=1, keepdim=True)
-        passing: Tensor = real & ((scores.sigmoid() > self.threshold) | (number == best))
-        return passing

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from ocvtp.pruners.base import Status
-from ocvtp.pruners.layer_pruner import LayerNeeds, OneStagePruner
+from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, OneStagePruner
 from ocvtp.pruners.registry import register
-from ocvtp.pruners.selector_pruner import SelectorPruner, at_layer
+from ocvtp.pruners.selector_pruner import SelectorPruner, at_layer, check_inside
 from ocvtp.structures import Needs, Selection, VisualTokens
-
-_KINDS = ("last", "text", "visual")
 
 
 @register("learned_layers")
@@ -23,11 +21,13 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
     projected tokens there, and may read attention of the layer before and the tower's tokens.
 
     Args:
-        num_keep: tokens kept per image, on average over the layers.
+        num_keep: tokens kept per image, on average over the layers; with a threshold the most.
         checkpoint: folder or hub id of an exported scorer.
         network: one in memory, instead of `checkpoint`. It moves to the tokens' device.
         choice: `topk`, `restore`, `{"mmr": SHARE}` or `{"maxmin": SHARE}`; None for the network's.
         stages: `((layer, K),)` in place of an average.
+        threshold: every image keeps the tokens with `sigmoid(score)` above it, at least one; then
+            no budget is needed.
     Deviations: unofficial: scorers and recipes are ours, after descriptions of others'.
     """
 
@@ -49,14 +49,20 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
                 f"stages={self.stages!r}, and this network was trained to drop tokens before layer"
                 f" {layer}; pass (({layer}, K),)."
             )
-        needs = self.trained.scorer.needs
-        within = {(block, kind) for block in (layer - 1, layer) for kind in _KINDS}
-        if needs.keys or needs.cls or needs.clip or not within.issuperset(needs.attention):
-            raise ValueError(
-                f"scorer {self.trained.config.scorer!r} reads what there is not before layer"
-                f" {layer}: {needs}; it may read projected, text, hidden layers of the tower, and"
-                f" attention ({layer - 1} or {layer}, {' or '.join(_KINDS)})."
-            )
+        check_inside(self.trained.scorer, layer)
+
+    @property
+    def exact(self) -> bool:
+        return self.threshold is None
+
+    def _check_budget(self) -> None:
+        if self.exact or self.num_keep is not None or self.keep_ratio is not None:
+            super()._check_budget()
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        if self.num_keep is None and self.keep_ratio is None:  # as the threshold says
+            return (LayerStage(self.layer, num_tokens),)
+        return super()._schedule(num_layers, num_tokens)
 
     @property
     def positions(self) -> Literal["contiguous", "original"]:
@@ -86,4 +92,7 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         seen = at_layer(tokens, self.trained.scorer.needs)
-        return self._choice.select(self._scores(seen, num_keep), seen, num_keep)
+        scores = self._scores(seen, num_keep)
+        if self.threshold is not None:
+            seen = replace(seen, valid=self._passing(scores, seen.real))
+        return self._choice.select(scores, seen, num_keep)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.similarity import full
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.selectors.relaxations import Gates
 from ocvtp.selectors.schedules import Schedule, ScheduleValue, parse_schedule
@@ -42,7 +43,7 @@ class Step:
 
     Args:
         tokens: visual tokens, [B, N, ...].
-        num_keep: K.
+        num_keep: K, or [B] of every row.
         share: of the training's steps that are done, 0..1.
         scores: [B, N] fp32, finite.
         aux: what else the scorer returned.
@@ -58,10 +59,11 @@ class Step:
         has_objects: [B] bool, whether it is known which these are.
         reward: [B] of the drawn set of each row. groups: [B] int64, equal for the sets of one
             question.
+        most_kept: no row has a greater K, as far as that is known.
     """
 
     tokens: VisualTokens
-    num_keep: int
+    num_keep: NumKeep
     share: float
     scores: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
@@ -77,11 +79,19 @@ class Step:
     has_objects: Tensor | None = None
     reward: Tensor | None = None
     groups: Tensor | None = None
+    most_kept: int | None = None
 
     @property
     def real(self) -> Tensor:
         """[B, N] bool, False on padding."""
         return self.tokens.real
+
+    @property
+    def most(self) -> int:
+        """No row has a greater K, as far as that is known without waiting for the device."""
+        if isinstance(self.num_keep, int):
+            return self.num_keep
+        return self.tokens.num_tokens if self.most_kept is None else self.most_kept
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 
 from ocvtp.ops.ridge import WEIGHT_KINDS, ridge_slopes, token_weights, weight_attention
 from ocvtp.ops.similarity import full
+from ocvtp.selectors.budgets import by_row
 from ocvtp.selectors.losses.base import Loss, LossValue, Step, register_loss
 from ocvtp.selectors.parts import one_of, whole
 from ocvtp.selectors.schedules import ScheduleValue, number
@@ -76,11 +77,11 @@ class Kept(Loss):
                 tokens,
                 self.weights,  # type: ignore[arg-type]
                 self.weight_block,
-                step.num_keep,
+                by_row(step.num_keep),
                 self.weight_power,
             )
             first = gates.hard.to(torch.int8).sort(dim=1, descending=True, stable=True).indices
-            first = first[:, : step.num_keep]
+            first = first[:, : step.most]
             kept = take(targets, first) * gates.hard.gather(1, first)[:, :, None]
             error, slopes = ridge_slopes(targets, kept, weights, self.penalty)
         moved = gates.values - gates.values.detach()

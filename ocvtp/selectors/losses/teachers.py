@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.similarity import full
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.losses.base import Loss, LossValue, Step, mean_of_real, register_loss
 from ocvtp.selectors.parts import one_of, whole
 from ocvtp.selectors.relaxations import hard_top_k
@@ -123,7 +124,7 @@ class Rank(_TeacherLoss):
             values = 1 - correlation(ranks, hard_ranks(attention, real), real)
         return LossValue(values, tells)
 
-    def _hinge(self, scores: Tensor, attention: Tensor, real: Tensor, num_keep: int) -> Tensor:
+    def _hinge(self, scores: Tensor, attention: Tensor, real: Tensor, num_keep: NumKeep) -> Tensor:
         wanted = hard_top_k(attention, num_keep, real)
         augmented = scores + self.margin * ~wanted
         found = hard_top_k(augmented, num_keep, real)

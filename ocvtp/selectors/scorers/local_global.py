@@ -18,6 +18,7 @@ from ocvtp.selectors.blocks import (
     real_mean,
     standardised,
 )
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import VisualTokens
@@ -84,7 +85,7 @@ class LocalGlobal(Scorer):
             nn.Linear(self.dim // 4, 2),
         )
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         assert tokens.projected is not None
         given = standardised(self.inputs, tokens.projected, tokens.valid)
         hidden: Tensor = functional.gelu(self.reduce(self.norm(given)))

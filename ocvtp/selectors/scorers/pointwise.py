@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ocvtp.selectors.blocks import Budget, Film, check_budget, check_sizes, standardised
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import VisualTokens
@@ -40,7 +41,7 @@ class Pointwise(Scorer):
         self.film = Film(self.dim) if self.budget == "film" else None
         self.out = nn.Linear(self.dim, 1)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         assert tokens.projected is not None
         given = standardised(self.inputs, tokens.projected, tokens.valid)
         hidden: Tensor = functional.gelu(self.reduce(self.norm(given)))

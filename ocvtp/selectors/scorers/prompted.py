@@ -21,6 +21,7 @@ from ocvtp.selectors.blocks import (
     standardised,
     token_fractions,
 )
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import Needs, VisualTokens
@@ -100,7 +101,7 @@ class Prompted(Scorer):
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, 1)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         assert tokens.projected is not None
         image = self.reduce(standardised(self.inputs, tokens.projected, tokens.valid))
         image = image + self.kinds[0]

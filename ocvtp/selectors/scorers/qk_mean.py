@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ocvtp.selectors.blocks import check_sizes, real_mean
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.structures import VisualTokens
 
@@ -42,7 +43,7 @@ class QKMean(Scorer):
             nn.init.normal_(linear.weight, std=_SCALE)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         assert tokens.projected is not None
         given = tokens.projected.to(self.to_query.weight.dtype)
         if tokens.valid is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.attention import Truncation
 from ocvtp.slots.config import NetworkSizes, OCPrunerConfig
@@ -51,11 +52,17 @@ class Slots(Scorer):
         config = OCPrunerConfig(feature_dim=widths.tower, layer=self.layer, tower=None, **own)
         self.network = OCPruner(config)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         """See `Scorer.forward`; `aux` holds `slots` [B, S, C] and `attention` [B, S, N]."""
         features = tokens.hidden[self.layer].to(self.network.queries.mean.dtype)
         if tokens.valid is not None:
             features = features.masked_fill(~tokens.valid[:, :, None], 0.0)
+        if isinstance(num_keep, Tensor):
+            raise ValueError(
+                "scorer 'slots' makes as many slots as tokens are kept, the same number for all"
+                " images of a batch, and these differ in size; pass budgets in whole tokens in"
+                " place of shares."
+            )
         num_slots = num_keep or self.num_slots
         slots, attention = self.network.assign(features, num_slots, valid=tokens.valid)
         values = token_shares(attention).amax(dim=1)

@@ -16,6 +16,7 @@ from ocvtp.selectors.blocks import (
     standardised,
     token_fractions,
 )
+from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics, relative_log
 from ocvtp.structures import AttentionKey, AttentionKind, Needs, VisualTokens
@@ -72,8 +73,8 @@ def _turned(part: Tensor, places: Tensor) -> Tensor:
 class VIP(Scorer):
     """A row of attention through blocks of attention that compare what the tower saw.
 
-    Paper: https://arxiv.org/abs/2508.01548. The row is a mean over heads, as logarithms minus
-    their mean over the image; published are heads apart, of a learnt token.
+    Paper: https://arxiv.org/abs/2508.01548. The row is read as logarithms minus their mean over the
+    image. Published are heads apart (`last_heads`) of a learnt token; here it is the prompt's last.
 
     Args:
         block: whose attention is read: of the language model at stage `llm_layers`, else of the
@@ -125,26 +126,50 @@ class VIP(Scorer):
     def build(self, widths: Widths) -> None:
         self.inputs = nn.ModuleList(FeatureStatistics(widths.tower) for _ in self.hidden)
         self.see = nn.Linear(len(self.hidden) * widths.tower, self.condition)
-        self.attended = nn.Linear(1, self.dim)
+        self.attended = nn.Linear(self._rows(widths), self.dim)
         self.layers = nn.ModuleList(
             _Block(self.dim, self.condition, self.heads) for _ in range(self.blocks)
         )
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, 1)
 
-    def forward(self, tokens: VisualTokens, num_keep: int | None = None) -> Scores:
+    def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         seen = [
             standardised(statistics, tokens.hidden[layer], tokens.valid)
             for layer, statistics in self._measured()
         ]
         condition = self.see(torch.cat(seen, dim=2))
-        logs = relative_log(tokens.attention[self.key], tokens.valid)
-        known = self.attended(logs[:, :, None].to(condition.dtype))
+        attention = tokens.attention[self.key]
+        if attention.ndim == 2:
+            attention = attention[:, :, None]
+        if attention.shape[2] != self.attended.in_features:
+            raise ValueError(
+                f"attention {self.key} is of {attention.shape[2]} heads, and this scorer was"
+                f" trained on {self.attended.in_features}; pass a checkpoint that was trained in"
+                " this model."
+            )
+        logs = relative_log(attention, tokens.valid)
+        known = self.attended(logs.to(condition.dtype))
         places = token_fractions(tokens)
         for block in self.layers:
             known = block(known, condition, places, tokens.valid)
         values: Tensor = self.out(self.norm(known)).squeeze(2)
         return Scores(values.float())
+
+    def _rows(self, widths: Widths) -> int:
+        """H where heads are apart, else 1.
+
+        Raises:
+            ValueError: if nobody says how many there are.
+        """
+        if self.kind != "last_heads":
+            return 1
+        if widths.heads < 1:
+            raise ValueError(
+                "kind='last_heads' reads every attention head of the language model, and their"
+                " number is not known; pass Widths(..., heads=H), or kind='last'."
+            )
+        return widths.heads
 
     def _measured(self) -> list[tuple[int, FeatureStatistics]]:
         own = [module for module in self.inputs if isinstance(module, FeatureStatistics)]

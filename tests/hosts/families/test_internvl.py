@@ -327,6 +327,20 @@ def test_the_host_describes_itself(internvl: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 12])
+def test_tiles_of_a_blank_image_are_drawn_nearest_to_a_square(internvl: Any, count: int) -> None:
+    inputs = make_internvl([(2, IMG, 3)], tiles=[count + 1])
+    inputs["pixel_values"][:] = 0.3
+    host = find_host(internvl)
+    hooks = host.install(Needs())
+    encoded = look(host, Needs(), inputs).encoded
+    for hook in hooks:
+        hook.remove()
+    rows, columns = {2: (1, 2), 3: (1, 3), 4: (2, 2), 6: (2, 3), 12: (3, 4)}[count]
+    assert host.grids(encoded) == ((4, 4), (rows * 4, columns * 4))
+
+
+@torch.no_grad()
 @budgets
 def test_tiles_of_one_arrangement_are_drawn(internvl: Any, budget: Any) -> None:
     """Cells of the thumbnail come first, then those of all tiles put together."""

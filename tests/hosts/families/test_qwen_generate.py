@@ -89,6 +89,7 @@ def test_lengths_and_criteria_count_the_callers_prompt(qwen: Any) -> None:
     assert all(ids[:, :length].equal(inputs["input_ids"]) for ids in seen)
 
 
+@pytest.mark.slow
 def test_the_model_is_as_before(qwen: Any) -> None:
     inputs = make_batch(BATCH)
     with torch.no_grad():

@@ -90,7 +90,7 @@ def used(family: Family) -> Any:
 
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 def test_adapters_come_and_go_under_a_pruner(family: Family, name: str) -> None:
     inputs = family.make(BATCH, "left")
     plain, merged = used(family), used(family)

@@ -72,6 +72,24 @@ def test_every_loss_is_a_value_of_each_row_with_a_finite_gradient(name, given):
 
 
 @pytest.mark.parametrize(("name", "given"), CASES)
+@pytest.mark.parametrize("most", [3, None])
+def test_a_row_of_a_budget_of_its_own_is_as_where_all_have_it(name, given, most):
+    counts = torch.tensor([3, 2, 1])
+    loss, kind = one(name, given), relaxation_of(name)
+    step = draw(num_keep=counts, relaxation=kind, most_kept=most)
+    found = loss(step)
+    found.mean().backward()
+    for row, count in enumerate(counts.tolist()):
+        alike = draw(num_keep=count, relaxation=kind)
+        value = loss(alike)
+        assert_close(found.values[row], value.values[row])
+        value.mean().backward()
+        for own, other in zip(graded(step), graded(alike), strict=True):
+            if own.grad is not None and len(own) == len(counts):
+                assert_close(own.grad[row], other.grad[row])
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
 @pytest.mark.parametrize("case", ["equal", "all kept", "one kept", "huge", "nothing known"])
 def test_gradients_are_finite_at_the_edges(name, given, case):
     scores = {"equal": torch.zeros(3, 6), "huge": 1e4 * torch.ones(3, 6).cumsum(dim=1)}

@@ -1,0 +1,110 @@
+"""Two writers of one folder are told apart; who ended, however, is in nobody's way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from threading import Thread
+
+import pytest
+
+from ocvtp.cli import main
+from ocvtp.commands import bench, evaluate
+from ocvtp.reporting.folder_lock import claimed
+
+HOLDER = """
+import sys, time
+from ocvtp.reporting.folder_lock import claimed
+with claimed(sys.argv[1], "ocvtp evaluate"):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    """Another process that writes to `folder`."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "folder")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_writer_is_told_whose_the_folder_is(other, tmp_path):
+    message = rf"folder is being written to by ocvtp evaluate \(process {other.pid} on .+\); wait"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message), claimed(tmp_path / "folder", "ocvtp bench"):
+            raise AssertionError
+    with claimed(tmp_path / "folder", "ocvtp extract", "1-of-2"):  # a part of its own
+        assert len(list((tmp_path / "folder").iterdir())) == 2
+
+
+def test_a_writer_that_was_killed_is_in_nobodys_way(other, tmp_path):
+    os.kill(other.pid, signal.SIGKILL)
+    other.wait()
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == [".ocvtp.lock"]
+    with claimed(tmp_path / "folder", "ocvtp bench"):
+        (tmp_path / "folder/result").write_text("x")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["result"]
+
+
+def test_a_child_does_not_keep_the_folder(tmp_path):
+    with claimed(tmp_path / "folder", "ocvtp train"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with claimed(tmp_path / "folder", "ocvtp train"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_threads_are_told_apart_too(tmp_path):
+    refused = []
+
+    def second():
+        try:
+            with claimed(tmp_path / "folder", "ocvtp bench"):
+                pass
+        except ValueError as error:
+            refused.append(str(error))
+
+    with claimed(tmp_path / "folder", "ocvtp evaluate"):
+        thread = Thread(target=second)
+        thread.start()
+        thread.join()
+    assert "is being written to by this process" in refused[0]
+    second()
+    assert len(refused) == 1
+
+
+def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):
+    with pytest.raises(KeyError), claimed(tmp_path / "a/b/c", "ocvtp bench"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    with claimed(tmp_path / "there", "ocvtp bench"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+WORDS = {
+    "evaluate": ("--model", "random:tiny-llava", "--task", "scenes", "--num-keep", "8"),
+    "bench": ("--random-weights", "llava-mid", "--pruners", "uniform", "--num-keep", "8"),
+}
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_a_command_refuses_the_folder_of_another(command, other, tmp_path, capsys, monkeypatch):
+    for module in (bench, evaluate):
+        monkeypatch.setattr(module, "load_model", lambda *_: (None, None))
+    assert main([command, *WORDS[command], "--output", str(tmp_path / "folder")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"ocvtp: error: {tmp_path}/folder is being written to by ocvtp evaluate")
+    assert said.count("\n") == 1
