@@ -125,6 +125,12 @@ class _TrainCLI(LightningCLI):
             help="validate and keep a moving average of the weights with this decay, e.g. 0.999",
         )
         parser.add_argument(
+            "--whole_epochs",
+            type=bool,
+            default=False,
+            help="train on every image in every epoch, those too that do not fill its last batch",
+        )
+        parser.add_argument(
             "--matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
@@ -232,6 +238,8 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
             },
         )
     if command == "train":
+        if cli.config.whole_epochs:
+            cli.datamodule.whole_epochs = True
         cli.model.run_settings = run_settings(cli.config_dump)
         if cli.config.compile is not None:
             cli.model.compile_network(cli.config.compile)
