@@ -113,6 +113,11 @@ class _TrainCLI(LightningCLI):
             help="checkpoint to continue from; `last` or `best`: of the run's own folder",
         )
         parser.add_argument(
+            "--check",
+            action="store_true",
+            help="try a few steps and keep nothing: images/s, memory, hours and disk of the run",
+        )
+        parser.add_argument(
             "--compile",
             type=str | None,
             default=None,
