@@ -208,6 +208,8 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # They are the same in every process already.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|run)/")
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
         is_named = names_module(words)
