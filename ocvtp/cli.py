@@ -16,6 +16,7 @@ _COMMANDS = {
     "train": "train the network of a pruner (--config YAML [--resume CKPT])",
     "extract": "the tower of a training run, run once: features in files (--config YAML)",
     "teacher": "what a frozen model says of training questions, stored (--config YAML)",
+    "runs": "training runs side by side: settings, curves, best figures",
     "export": "checkpoint or official weights to an artifact",
     "resize": "a folder of images, pre-resized for training",
     "list": "every pruner: stage, needs, paper, status",

@@ -49,6 +49,21 @@ def resize(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def runs(parser: argparse.ArgumentParser) -> None:
+    """Folders of training runs, and what is shown of them."""
+    parser.add_argument(
+        "folders", nargs="+", metavar="DIR", help="--output of a run, or a folder of such folders"
+    )
+    parser.add_argument(
+        "--figures",
+        nargs="+",
+        metavar="NAME",
+        help="of the validation, e.g. loss coverage_residual",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="curves of all runs, a PNG or PDF")
+    options.add_json(parser)
+
+
 def answer(parser: argparse.ArgumentParser) -> None:
     """A model, a pruner, images and a question."""
     options.add_model(parser)
@@ -299,6 +314,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": export,
     "resize": resize,
     "list": options.add_json,
+    "runs": runs,
     "answer": answer,
     "show": show,
     "evaluate": evaluate,

@@ -92,7 +92,7 @@ def _train(words: Sequence[str]) -> int:
     from ocvtp.training.run import check, train
 
     if "--check" in words:
-        found = check([word for word in words if word != "--check"])
+        found = check(words)
         if found.is_main:
             output.emit({}, "\n".join(found.lines()), as_json=False)
         return 0

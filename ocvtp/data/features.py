@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ocvtp.data.coco import ImageTransform, stacked
+from ocvtp.data.coco import ImageTransform, collate, stacked
 from ocvtp.data.feature_files import (
     OF_IMAGES,
     OF_TOKENS,
@@ -293,7 +293,7 @@ class FeatureDataModule(ResumableDataModule):
         return FeatureSampler(train_set, self.seed, self.mixed_shards)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        return put_together(items, self.manifest.settings)
+        return put_together(items, self.manifest.settings) if items else collate(items)
 
 
 def _absent(needs: Needs, there: Mapping[str, Any]) -> Iterator[str]:

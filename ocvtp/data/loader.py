@@ -20,14 +20,18 @@ class StreamSampler(DistributedSampler[int]):
     """This process's share of each epoch's order, which depends on seed and epoch alone.
 
     A DistributedSampler, so that Lightning leaves it in place. Where the processes do not divide
-    the images, the last ones of an order are left out of its epoch.
+    the images, the last ones of an order are left out of its epoch, unless it is to be `whole`.
 
     Args:
         dataset: with a length.
         seed: of the orders, not negative.
+
+    Attributes:
+        whole: whether every image is in every epoch; shares may then differ by one.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int = 0) -> None:
+        self.whole = False
         together = distributed.is_available() and distributed.is_initialized()
         num_replicas = distributed.get_world_size() if together else 1
         rank = distributed.get_rank() if together else 0
@@ -46,11 +50,13 @@ class StreamSampler(DistributedSampler[int]):
     def layout(self) -> dict[str, int]:
         """What the orders and this process's share of them depend on, beside the epoch."""
         shares = {"num_images": self.num_images, "num_processes": self.num_replicas}
-        return {**shares, "seed": self.seed}
+        whole = {"whole": 1} if self.whole else {}
+        return {**shares, "seed": self.seed, **whole}
 
     def __iter__(self) -> Iterator[Any]:
         epoch, first = self._next
-        share = self.order(epoch)[: self.total_size][self.rank :: self.num_replicas]
+        end = self.num_images if self.whole else self.total_size
+        share = self.order(epoch)[:end][self.rank :: self.num_replicas]
         return iter(share[first:].tolist())
 
 
@@ -148,6 +154,8 @@ class ResumableLoader(DataLoader[Any]):
         batch_size: per process; what is left over at the end of an epoch is dropped.
         seed: of the orders, not negative.
         stream: of the dataset, with the orders; None for whole permutations by `seed`.
+        whole: whether what is left over is a last, smaller batch of all processes together: every
+            image is then in every epoch once, and a process may have none in that batch.
         options: of `torch.utils.data.DataLoader`.
 
     Raises:
@@ -160,9 +168,11 @@ class ResumableLoader(DataLoader[Any]):
         batch_size: int,
         seed: int = 0,
         stream: StreamSampler | None = None,
+        whole: bool = False,
         **options: Any,
     ) -> None:
         self.stream = StreamSampler(dataset, seed) if stream is None else stream
+        self.stream.whole = whole
         if not 1 <= batch_size <= len(self.stream):
             raise ValueError(
                 f"batch_size={batch_size} does not fit the {len(self.stream)} training images of a "
@@ -170,9 +180,15 @@ class ResumableLoader(DataLoader[Any]):
             )
         options.setdefault("sampler", self.stream)
         options.setdefault("generator", own_generator(seed))
-        super().__init__(dataset, batch_size, **{"drop_last": True, **options})
+        super().__init__(dataset, batch_size, **{"drop_last": not whole, **options})
         self._batches: int | None = None
         self._loaded = False
+
+    def __len__(self) -> int:
+        """Batches of an epoch, in every process."""
+        if not self.stream.whole:
+            return super().__len__()
+        return -(-self.stream.num_images // (self.stream.num_replicas * (self.batch_size or 1)))
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands, and what that number depends on."""
@@ -214,6 +230,10 @@ class ResumableLoader(DataLoader[Any]):
                 yield item
                 if not left:
                     break
+            if left and self._batches // len(self) == epoch:  # others have images left
+                self._batches += 1
+                left -= 1
+                yield self.collate_fn([])
 
 
 def own_generator(seed: int) -> torch.Generator:

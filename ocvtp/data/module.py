@@ -39,10 +39,14 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
 
     Attributes:
         train_set: open after `setup`. val_set: the same.
+        whole_epochs: whether the images that do not fill the last batch of an epoch are a smaller
+            one; else they are left out, other ones in every epoch.
 
     Raises:
         ValueError: if a number is out of range, or nothing loads ahead.
     """
+
+    whole_epochs = False
 
     def __init__(
         self,
@@ -87,7 +91,9 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
         options["persistent_workers"] = self.persistent_workers and self.num_workers > 0
         train_set = _opened(self.train_set)
         stream = self._stream(train_set)
-        self._loader = ResumableLoader(train_set, self.batch_size, self.seed, stream, **options)
+        self._loader = ResumableLoader(
+            train_set, self.batch_size, self.seed, stream, self.whole_epochs, **options
+        )
         if state:
             self._loader.load_state_dict(state)
         return self._loader

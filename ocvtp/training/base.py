@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -60,6 +61,7 @@ class NetworkModule(pl.LightningModule, ABC):
         self.warmup_fraction, self.min_lr = warmup_fraction, min_lr
         self.seed = seed
         self.run_settings: dict[str, Any] = {}
+        self.register_load_state_dict_pre_hook(_with_frozen)  # type: ignore[no-untyped-call]
         self.validated = Figures()
         self._warned: set[str] = set()
         self._bad_images = 0
@@ -90,10 +92,10 @@ class NetworkModule(pl.LightningModule, ABC):
     def look_at(self, figures: Mapping[str, float]) -> None:
         """Warn of figures of a validation, without `val/`, that show that something is wrong."""
 
-    def warn_once(self, text: str) -> None:
+    def warn_once(self, of: str, text: str) -> None:
         """By the first process."""
-        if self.trainer.is_global_zero and text[:20] not in self._warned:
-            self._warned.add(text[:20])
+        if self.trainer.is_global_zero and of not in self._warned:
+            self._warned.add(of)
             _LOG.warning("%s", text)
 
     def compile_network(self, backend: str) -> None:
@@ -154,10 +156,11 @@ class NetworkModule(pl.LightningModule, ABC):
         times = images / _USUAL_BATCH
         if times >= _MANY_TIMES and self.lr == _USUAL_RATE:
             self.warn_once(
+                "large steps",
                 f"a step sees {images} images, {times:.0f} times those that lr={self.lr} is usual"
                 f" for ({_USUAL_BATCH}), and an epoch has as many times fewer steps. With AdamW the"
                 f" rate is usually raised with the root of it, up to {self.lr * times**0.5:.2g}"
-                " here, with a longer warm-up: --model.lr, --model.warmup_fraction."
+                " here, with a longer warm-up: --model.lr, --model.warmup_fraction.",
             )
 
     def step_on(
@@ -206,7 +209,7 @@ class NetworkModule(pl.LightningModule, ABC):
             self.log(f"val/{name}", value, prog_bar=name == "loss", rank_zero_only=False)
         if is_shared():
             self._log_skipped()
-        if not self.trainer.sanity_checking:
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self.look_at(figures)
 
     def report(self, errors: list[str]) -> None:
@@ -276,20 +279,12 @@ class NetworkModule(pl.LightningModule, ABC):
         return warmup_cosine(steps_done(self.trainer), warmup, total, self.min_lr / self.lr)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The network alone: what is frozen is read from its own files."""
+        """The network alone: what is frozen is read from its own files, see `_with_frozen`."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         frozen = f"{kwargs.get('prefix', '')}{self.frozen}."
         for name in [name for name in state if name.startswith(frozen)]:
             del state[name]
         return state
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Strict: the checkpoint's network and what is frozen here."""
-        own = getattr(self, self.frozen).state_dict()
-        frozen = {f"{self.frozen}.{k}": v for k, v in own.items()}
-        return super().load_state_dict({**state_dict, **frozen}, strict=strict, assign=assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export and a resumed run need, in plain types."""
@@ -300,6 +295,12 @@ class NetworkModule(pl.LightningModule, ABC):
             "training": training_summary(self.trainer, settings, self.val_budget),
             "settings": self.run_settings,
         }
+
+
+def _with_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """What is frozen is as it is here, also where a callback reads a copy of the module."""
+    for name, value in getattr(module, module.frozen).state_dict().items():
+        state_dict[f"{prefix}{module.frozen}.{name}"] = value
 
 
 def _check_rates(lr: float, weight_decay: float, warmup_fraction: float, min_lr: float) -> None:

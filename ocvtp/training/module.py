@@ -135,15 +135,17 @@ class PrunerModule(NetworkModule):
         used, unique = figures.get("slots_in_use"), figures.get("unique_tokens")
         if used is not None and used < _FEW_SLOTS:
             self.warn_once(
+                "slots in use",
                 f"only {used:.0%} of the slots win a token in the validation (val/slots_in_use);"
                 " the others are dead. Look at the pictures of slots; a lower --model.lr, or fewer"
-                " slots (--model.num_slots), may help."
+                " slots (--model.num_slots), may help.",
             )
         if unique is not None and unique < _FEW_TOKENS * self.val_num_slots:
             self.warn_once(
+                "unique tokens",
                 f"{self.val_num_slots} slots want {unique:.1f} different tokens in the validation"
                 " (val/unique_tokens): they have collapsed onto the same ones, and a pruner would"
-                " fill up by another rule. Lower --model.lr, or train longer before you judge."
+                " fill up by another rule. Lower --model.lr, or train longer before you judge.",
             )
 
     def _origin(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ _LOG = logging.getLogger(__name__)
 
 _OF_A_RUN = (CHECKPOINT_KEY, "state_dict", "loops", "callbacks", "optimizer_states", "global_step")
 _TRAINER = ("precision", "accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm")
+_OF_THE_RUN = ("compile", "matmul_precision", "whole_epochs")
 _SILENT = (
     *("data.num_workers", "data.val_batch_size", "model.statistics_images", "model.load_tower"),
     *("data.persistent_workers", "data.pin_memory", "data.prefetch_factor", "data.verify"),
@@ -28,7 +29,7 @@ _SILENT = (
 _TOLD = (
     *("data.root", "data.batch_size", "data.on_error", "data.val_images", "data.val_annotations"),
     *("data.decoder", "data.num_val", "data.limit_val", *(f"trainer.{name}" for name in _TRAINER)),
-    *("compile", "matmul_precision"),
+    *_OF_THE_RUN,
 )
 """Settings that may change: where the data is, how it validates, how devices share a step."""
 
@@ -44,7 +45,7 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         data["init_args"] = {k: v for k, v in data["init_args"].items() if k != "transform"}
     trainer = {name: config["trainer"].get(name) for name in _TRAINER}
     parts = {"model": config["model"], "data": data, "trainer": trainer}
-    own = {name: config.get(name) for name in ("ema", "compile", "matmul_precision")}
+    own = {name: config.get(name) for name in ("ema", *_OF_THE_RUN)}
     return {name: _plain(part) for name, part in (parts | own).items()}
 
 

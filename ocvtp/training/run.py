@@ -113,6 +113,11 @@ class _TrainCLI(LightningCLI):
             help="checkpoint to continue from; `last` or `best`: of the run's own folder",
         )
         parser.add_argument(
+            "--check",
+            action="store_true",
+            help="try a few steps and keep nothing: images/s, memory, hours and disk of the run",
+        )
+        parser.add_argument(
             "--compile",
             type=str | None,
             default=None,
@@ -123,6 +128,12 @@ class _TrainCLI(LightningCLI):
             type=float | None,
             default=None,
             help="validate and keep a moving average of the weights with this decay, e.g. 0.999",
+        )
+        parser.add_argument(
+            "--whole_epochs",
+            type=bool,
+            default=False,
+            help="train on every image in every epoch, those too that do not fill its last batch",
         )
         parser.add_argument(
             "--matmul_precision",
@@ -197,6 +208,8 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # The frozen tower is meant to be in evaluation mode.
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+    # They are the same in every process already.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|run)/")
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
         is_named = names_module(words)
@@ -232,6 +245,8 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
             },
         )
     if command == "train":
+        if cli.config.whole_epochs:
+            cli.datamodule.whole_epochs = True
         cli.model.run_settings = run_settings(cli.config_dump)
         if cli.config.compile is not None:
             cli.model.compile_network(cli.config.compile)

@@ -44,6 +44,7 @@ from ocvtp.training.schedule import planned_steps, steps_done
 from ocvtp.training.teacher import Teacher, TeacherNeeds
 
 _MEASURED = 16  # questions at once
+_EARLY = 0.25  # of a run, after which a scorer should be better than chance
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,19 @@ class SelectorModule(NetworkModule):
 
     def count(self, batch: Mapping[str, Any]) -> int:
         return len(batch["keys"])
+
+    def look_at(self, figures: Mapping[str, float]) -> None:
+        """Say so where the scorer has learnt nothing in a quarter of the run."""
+        done = steps_done(self.trainer) / planned_steps(self.trainer)
+        pairs = [(figures.get(f"kl_{k}"), figures.get(f"kl_{k}_random")) for k in self.val_budgets]
+        known = [(own, random) for own, random in pairs if own is not None and random is not None]
+        if done >= _EARLY and known and all(own >= random for own, random in known):
+            self.warn_once(
+                "chance",
+                f"after {done:.0%} of the run answers with the scorer's tokens are no nearer to"
+                " those with all tokens than answers with random ones are (val/kl_K and"
+                " val/kl_K_random): lower --model.lr, or look at the losses' weights.",
+            )
 
     def trained(self) -> Iterator[torch.nn.Parameter]:
         return chain(self.network.parameters(), self.gate.parameters())

@@ -281,6 +281,23 @@ def test_other_batches_are_fine_between_epochs():
     assert read(other) == read(fresh)
 
 
+def test_whole_epochs_end_with_a_smaller_batch():
+    """And a run that was stopped goes on with what is left."""
+    loader = ResumableLoader(Numbers(10), 4, whole=True)
+    epochs = [read(loader) for _ in range(2)]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[4, 4, 2], [4, 4, 2]]
+    assert all(sorted(sum(epoch, [])) == list(range(10)) for epoch in epochs)
+    assert epochs[0][:2] == read(ResumableLoader(Numbers(10), 4))  # whole batches are the same
+    started = ResumableLoader(Numbers(10), 4, whole=True)
+    batches = iter(started)
+    assert [len(next(batches)), len(next(batches))] == [4, 4]
+    resumed = ResumableLoader(Numbers(10), 4, whole=True)
+    resumed.load_state_dict(started.state_dict())
+    assert read(resumed) == epochs[0][2:]
+    with pytest.raises(ValueError, match="inside an epoch"):
+        ResumableLoader(Numbers(10), 4).load_state_dict(started.state_dict())
+
+
 @pytest.mark.parametrize("batch_size", [0, 11])
 def test_batches_have_to_fit(batch_size):
     with pytest.raises(ValueError, match=rf"batch_size={batch_size} does not fit the 10 training"):

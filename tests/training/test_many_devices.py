@@ -26,7 +26,7 @@ import sys
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from ocvtp.data.loader import InOrder
+from ocvtp.data.loader import InOrder, ResumableLoader
 from ocvtp.training.figures import Figures, gathered, share_of_gradient
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
@@ -45,8 +45,13 @@ for step in steps:
     if len(own):
         figures.add({"loss": loss}, len(own))
         figures.add({f"only{rank}": 1.0 + rank}, 1)
+def two_epochs(images):
+    loader = ResumableLoader(range(images), 2, whole=True, collate_fn=list)
+    return [loader, loader]
+
 torch.save({
     "gradients": gradients, "pooled": figures.pooled(), "nothing": figures.pooled(),
+    "whole": [[list(batch) for batch in loader] for loader in two_epochs(9)],
     "parts": [list(InOrder(range(n))) for n in (7, 2, 1)], "ranks": gathered(rank),
 }, f"{folder}/rank{rank}.pt")
 """
@@ -74,6 +79,12 @@ def test_uneven_shares_count_by_their_images(tmp_path):
     assert [rank["nothing"] for rank in ranks] == [{}, {}]
     assert [rank["parts"] for rank in ranks] == [[[0, 1, 2], [0], [0]], [[3, 4, 5, 6], [1], [0]]]
     assert ranks[0]["ranks"] == [0, 1]
+    for epoch in (0, 1):  # nine images in steps of four: every one once, and one step of one image
+        shares = [rank["whole"][epoch] for rank in ranks]
+        assert [[len(batch) for batch in share] for share in shares] == [[2, 2, 1], [2, 2, 0]]
+        assert sorted(image for share in shares for batch in share for image in batch) == [
+            *range(9)
+        ]
 
 
 def test_figures_of_one_process():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_training import data, module, scenes, settings_file, trainer
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from test_training import checkpoints, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
 
 from ocvtp.cli import main
@@ -302,3 +303,35 @@ def test_collapsed_slots_and_large_steps_are_told_once(caplog):
     assert len(said) == 2
     assert "only 5% of the slots win a token" in said[0]
     assert "64 slots want 3.0 different tokens" in said[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "settings", "said"),
+    [(96, {}, "a step sees 96 images, 8 times those"), (48, {}, ""), (96, {"lr": 3e-3}, "")],
+)
+def test_many_images_a_step_at_the_usual_rate_are_told(caplog, images, settings, said):
+    model = module(**settings)
+    model._trainer = trainer(".", accumulate_grad_batches=2)
+    model.trainer.datamodule = data(".", model, batch_size=images // 2)
+    model._warn_of_large_steps()
+    found = [record.message for record in caplog.records if record.name.startswith("ocvtp")]
+    assert len(found) == bool(said)
+    assert not said or found[0].startswith(said)
+    assert not said or "up to 0.0028" in found[0]
+
+
+@pytest.mark.slow
+def test_averages_of_lightning_hold_the_network_alone_too(tmp_path, scenes):
+    """The callback copies the whole module; its checkpoint is continued."""
+
+    def fit(epochs, resume=None):
+        model = module()
+        saver = checkpoints(tmp_path, monitor=None, save_top_k=0)
+        average = EMAWeightAveraging(decay=0.9)
+        run = trainer(tmp_path, max_epochs=epochs, callbacks=[average, saver], limit_val_batches=0)
+        run.fit(model, data(scenes, model), ckpt_path=resume, weights_only=True)
+        return torch.load(tmp_path / "last.ckpt", weights_only=True)
+
+    kept = fit(1)
+    assert all(name.startswith("network.") for name in kept["state_dict"])
+    assert fit(2, tmp_path / "last.ckpt")["global_step"] == 12

@@ -7,6 +7,7 @@ import json
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -485,3 +486,23 @@ def test_every_command_takes_the_artifact(words, tmp_path, capsys):
     rows = {row["label"]: row for row in facts["rows"] if row["num_keep"] == 8}
     assert {"learned", "random", "untrained:learned"} <= rows.keys()
     assert all(row["figures"] for row in rows.values())
+
+
+def test_a_scorer_that_learns_nothing_is_told_of_once(monkeypatch, caplog):
+    module = SelectorModule.__new__(SelectorModule)
+    torch.nn.Module.__init__(module)
+    module.val_budgets, module._warned = [8, 16], set()
+    monkeypatch.setattr(SelectorModule, "trainer", SimpleNamespace(is_global_zero=True))
+    monkeypatch.setattr("ocvtp.training.selector.planned_steps", lambda trainer: 100)
+    worse = {"kl_8": 0.3, "kl_8_random": 0.2, "kl_16": 0.1, "kl_16_random": 0.1}
+    for done, figures in (
+        (20, worse),
+        (30, {**worse, "kl_8": 0.1}),
+        (30, {}),
+        (30, worse),
+        (40, worse),
+    ):
+        monkeypatch.setattr("ocvtp.training.selector.steps_done", lambda trainer, done=done: done)
+        module.look_at(figures)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("after 30% of the run answers with the scorer's tokens")
