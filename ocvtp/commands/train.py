@@ -57,7 +57,7 @@ the network (of the OC-pruner, of surprise, of a pruner of yours)
 a scorer with a frozen model in the loop (configs selector/NAME)
   --model.host.model NAME        the model: a folder or hub id
   --model.scorer.dim N           and other sizes of model.scorer.class_path
-  --model.budgets [N,...]        K; each step draws one
+  --model.budgets [N,...]        K, or shares as 0.11; each step draws one
   --model.warm_start DIR         artifact to begin from
   --model.teacher DIR            what `ocvtp teacher` stored
   --model.losses.NAME.weight X   of a loss

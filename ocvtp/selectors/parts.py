@@ -155,3 +155,16 @@ def whole(value: Any, name: str, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name}={value!r}; pass the number of {what}.")
     return value
+
+
+def flag(value: Any, name: str) -> bool:
+    """Yes or no; `true` and `false` as texts, too, which the command line passes.
+
+    Raises:
+        ValueError: for others.
+    """
+    texts = {"true": True, "false": False}
+    found = texts.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise ValueError(f"{name}={value!r}; pass true or false.")
+    return found

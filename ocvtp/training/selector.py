@@ -37,6 +37,7 @@ from ocvtp.slots.statistics import Moments
 from ocvtp.structures import LayerTokens, VisualTokens
 from ocvtp.training.base import NetworkModule, seed_of
 from ocvtp.training.callbacks import ScorePictures
+from ocvtp.training.deposition import Deposition
 from ocvtp.training.feature_statistics import at_equal_steps
 from ocvtp.training.object_masks import ObjectsOnTokens
 from ocvtp.training.prompts import PromptTransform
@@ -141,8 +142,7 @@ class SelectorModule(NetworkModule):
         median = sorted(self.budgets)[len(self.budgets) // 2]
         self.val_budgets = check_budgets("val_budgets", val_budgets, [median])
         self.choice, self.positions = parse_choice(choice or "topk"), positions
-        self.samples, self.recipe = samples, recipe
-        self.statistics_questions = statistics_questions
+        self.samples, self.statistics_questions, self.recipe = samples, statistics_questions, recipe
         self._check_numbers()
         model, self.processor = load_model(host.model, host.dtype)
         self.vlm = model.requires_grad_(False)
@@ -153,6 +153,7 @@ class SelectorModule(NetworkModule):
             self.network = SelectorNetwork.build(scorer, None, **origin)
             self.gate = gate or NoGate()
             self.gate.build(self.frozen_host)
+        self.deposition = Deposition(self.frozen_host, self.losses)
         if warm_start is not None:
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
@@ -326,7 +327,8 @@ class SelectorModule(NetworkModule):
         wanted = [(source, own, Moments()) for source, own in self.network.statistics()]
         wanted = [one for one in wanted if not int(one[1].num_tokens)]
         gate_wants = any(value.isnan().any() for value in self.gate.buffers())
-        if not wanted and not gate_wants:
+        place_wants = self.deposition.is_missing
+        if not wanted and not gate_wants and not place_wants:
             return
 
         def questions() -> Iterator[Asked]:
@@ -336,6 +338,8 @@ class SelectorModule(NetworkModule):
                     values = tokens.projected if source == "projected" else tokens.hidden[source]
                     assert values is not None
                     moments.add(values, tokens.valid)
+                if place_wants:
+                    self.deposition.add(asked)
                 yield asked
 
         if gate_wants:
@@ -345,6 +349,7 @@ class SelectorModule(NetworkModule):
                 pass
         for _, statistics, moments in wanted:
             statistics.measure(moments)
+        self.deposition.measure()
 
     def _some_questions(self) -> Iterator[Asked]:
         """Training questions at equal steps among all."""
@@ -426,6 +431,7 @@ class SelectorModule(NetworkModule):
             if "reward" in reads:
                 found["reward"] = self._reward(asked, gates)
         if reads & {"full", "states", "attention"}:
+            self.deposition.check(asked.tokens)
             stored = self._teacher if training else None
             found |= self._whole(batch, asked, reads, stored)
         if reads & {"pruned", "states"}:
@@ -438,6 +444,7 @@ class SelectorModule(NetworkModule):
         return Step(
             tokens=asked.tokens,
             num_keep=num_keep,
+            deposition=self.deposition.means(),
             most_kept=count_of(budget, asked.tokens.num_tokens),
             share=share,
             scores=values,

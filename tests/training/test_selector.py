@@ -19,6 +19,7 @@ from torch.testing import assert_close
 import ocvtp
 from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
+from ocvtp.hosts.asking import attention_rows
 from ocvtp.hosts.loading import load_model
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.network import SelectorNetwork
@@ -134,6 +135,32 @@ def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
         for keep in kept.values():
             assert keep.sum(dim=1).tolist() == wanted
             assert not (keep & ~valid).any()
+
+
+@pytest.mark.slow
+def test_deposition_is_the_mean_of_the_training_questions_and_part_of_a_checkpoint(words):
+    settings = ("--model.losses.attention.deposition=true", "--model.statistics_questions=24")
+    result = train(words("distil", *settings))
+    kept = torch.load(result.last, weights_only=True)["state_dict"]["deposition.layer0"]
+    module, _ = module_of(words("distil"))
+    data = build(words("distil")).datamodule
+    data.prepare_data()
+    data.transform = module.transform
+    data.setup("fit")
+    rows = []
+    for batch in data.train_dataloader():
+        found = attention_rows(module.frozen_host, module.ask(batch), [0])
+        rows.append(found[0])
+    assert len(torch.cat(rows)) == 24
+    assert_close(kept, torch.cat(rows).mean(dim=0))
+
+
+def test_deposition_is_of_one_grid(words):
+    settings = ("--model.host.model=random:tiny-llava-next",)
+    with pytest.raises(
+        ValueError, match=r"deposition: true, .*'llava_next' differ .*; leave it out"
+    ):
+        build(words("distil", *settings, "--model.losses.attention.deposition=true"))
 
 
 @pytest.mark.slow

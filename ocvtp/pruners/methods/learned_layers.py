@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-from ocvtp.pruners.base import Status
+from ocvtp.pruners.base import Budget, Status
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, OneStagePruner
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.selector_pruner import SelectorPruner, at_layer, check_inside
@@ -38,6 +38,7 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
     )
     reads: ClassVar[str] = "hidden states, and what the scorer reads: text, attention"
     status: ClassVar[Status] = "unofficial"
+    budgets: ClassVar[tuple[Budget, ...]] = ("average", "adaptive")
 
     def __post_init__(self) -> None:
         super().__post_init__()

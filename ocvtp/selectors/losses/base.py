@@ -55,6 +55,8 @@ class Step:
             gates.
         teacher: layer of the language model -> [B, N] its attention to each visual token, as it is,
             0 on padding.
+        deposition: layer -> [N] its mean at each position of the one grid of all images, over
+            training images; of layers whose losses divide by it.
         objects: [B, N] share 0..1 of each token's area that shows the question's objects.
         has_objects: [B] bool, whether it is known which these are.
         reward: [B] of the drawn set of each row. groups: [B] int64, equal for the sets of one
@@ -75,6 +77,7 @@ class Step:
     full_states: Tensor | None = None
     pruned_states: Tensor | None = None
     teacher: Mapping[int, Tensor] | None = None
+    deposition: Mapping[int, Tensor] = field(default_factory=dict)
     objects: Tensor | None = None
     has_objects: Tensor | None = None
     reward: Tensor | None = None
@@ -122,6 +125,8 @@ class Loss(Part):
     """
 
     reads: ClassVar[frozenset[str]]
+    deposition: bool = False
+    """Of `attention`: whether it is divided by its mean at each position."""
     rows: str | None = None
     """Of `attention`: whose rows of it are read, of the `text` or of the `last` token."""
 
@@ -179,6 +184,11 @@ class Loss(Part):
                 raise ValueError(
                     f"the loss {self.name!r} reads the attention of layer {layer}, and the step has"
                     f" that of {known}; pass one of these as its layer."
+                )
+            if self.deposition and layer not in step.deposition:
+                raise ValueError(
+                    f"the loss {self.name!r} divides the attention of layer {layer} by its mean at"
+                    " each position, which this step lacks; supply deposition."
                 )
         if absent := step.tokens.missing(self.needs):
             raise ValueError(

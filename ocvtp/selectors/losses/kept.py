@@ -10,7 +10,7 @@ from ocvtp.ops.ridge import WEIGHT_KINDS, ridge_slopes, token_weights, weight_at
 from ocvtp.ops.similarity import full
 from ocvtp.selectors.budgets import by_row
 from ocvtp.selectors.losses.base import Loss, LossValue, Step, register_loss
-from ocvtp.selectors.parts import one_of, whole
+from ocvtp.selectors.parts import flag, one_of, whole
 from ocvtp.selectors.schedules import ScheduleValue, number
 from ocvtp.slots.statistics import centred, standardized
 from ocvtp.structures import Needs, take
@@ -57,9 +57,7 @@ class Kept(Loss):
         self.weight_block = whole(weight_block, "weight_block", "a block of the vision tower")
         self.weight_power = number(weight_power, "weight_power", least=0)
         self.penalty = number(penalty, "penalty", above=0)
-        if not isinstance(standardize, bool):
-            raise ValueError(f"standardize={standardize!r}; pass true or false.")
-        self.standardize = standardize
+        self.standardize = flag(standardize, "standardize")
 
     @property
     def needs(self) -> Needs:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ocvtp.ops.similarity import full
 from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.losses.base import Loss, LossValue, Step, mean_of_real, register_loss
-from ocvtp.selectors.parts import one_of, whole
+from ocvtp.selectors.parts import flag, one_of, whole
 from ocvtp.selectors.relaxations import hard_top_k
 from ocvtp.selectors.schedules import ScheduleValue, number
 
@@ -22,8 +22,9 @@ _FAR = -1e30
 class _TeacherLoss(Loss):
     reads = frozenset({"attention"})
 
-    def __init__(self, weight: ScheduleValue, layer: int, rows: str) -> None:
+    def __init__(self, weight: ScheduleValue, layer: int, rows: str, deposition: bool) -> None:
         super().__init__(weight)
+        self.deposition = flag(deposition, "deposition")
         self.layer = whole(layer, "layer", "a layer of the language model")
         self.rows = one_of(rows, "rows", get_args(Rows))
 
@@ -35,6 +36,9 @@ class _TeacherLoss(Loss):
         """The attention [B, N], 0 on padding, and whether it tells tokens of an image apart [B]."""
         assert step.teacher is not None
         given = full(step.teacher[self.layer].detach()).masked_fill(~step.real, 0)
+        if self.deposition:
+            mean = step.deposition[self.layer].to(given)
+            given = given / mean.clamp(min=_FAINTEST * mean.mean())
         lowest = given.masked_fill(~step.real, float("inf")).amin(dim=1)
         return given, given.amax(dim=1) > lowest
 
@@ -53,6 +57,8 @@ class Attention(_TeacherLoss):
         rows: whose attention it is: the mean of the prompt's `text` tokens, or its `last` one's.
         temperature: T, of `ce`; above 1 it evens the target out.
         kind: `ce` or `mse`.
+        deposition: whether it is divided by its mean at each position over training images, which
+            takes away what a layer attends to whatever is there; of images of one grid.
     """
 
     def __init__(
@@ -62,8 +68,9 @@ class Attention(_TeacherLoss):
         rows: str = "text",
         temperature: float = 1.0,
         kind: str = "ce",
+        deposition: bool = False,
     ) -> None:
-        super().__init__(weight, layer, rows)
+        super().__init__(weight, layer, rows, deposition)
         self.temperature = number(temperature, "temperature", above=0)
         self.kind = one_of(kind, "kind", ("ce", "mse"))
 
@@ -95,6 +102,7 @@ class Rank(_TeacherLoss):
         kind: `hinge`, `spearman` or `listnet`.
         temperature: T, of the latter two.
         margin: of `hinge`.
+        deposition: see `Attention`.
     """
 
     def __init__(
@@ -105,8 +113,9 @@ class Rank(_TeacherLoss):
         kind: str = "hinge",
         temperature: float = 1.0,
         margin: float = 1.0,
+        deposition: bool = False,
     ) -> None:
-        super().__init__(weight, layer, rows)
+        super().__init__(weight, layer, rows, deposition)
         self.kind = one_of(kind, "kind", ("hinge", "spearman", "listnet"))
         self.temperature = number(temperature, "temperature", above=0)
         self.margin = number(margin, "margin", least=0)

@@ -71,6 +71,26 @@ def test_every_loss_is_a_value_of_each_row_with_a_finite_gradient(name, given):
     assert step.scores.grad is None or (step.scores.grad[~step.real] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["attention", "rank"])
+def test_what_attention_deposits_everywhere_is_divided_away(name):
+    """A factor of each position changes nothing, and without one it does."""
+    factor, kinds = torch.tensor([8.0, 1.0, 0.5, 3.0, 1.0, 0.1]), [{}, {"deposition": True}]
+    if name == "attention":
+        kinds.append({"deposition": True, "kind": "mse"})
+    for given in kinds:
+        loss, step = one(name, given), draw((6, 6, 6))
+        mean = step.teacher[0].mean(dim=0)
+        values = [
+            loss(replace(step, teacher={0: step.teacher[0] * f}, deposition={0: mean * f})).values
+            for f in (torch.ones(6), factor)
+        ]
+        assert torch.allclose(*values) == bool(given)
+    with pytest.raises(ValueError, match=rf"loss '{name}' divides .* layer 0 .*supply deposition"):
+        loss(step)
+    with pytest.raises(ValueError, match=r"deposition=1; pass true or false"):
+        one(name, {"deposition": 1})
+
+
 @pytest.mark.parametrize(("name", "given"), CASES)
 @pytest.mark.parametrize("most", [3, None])
 def test_a_row_of_a_budget_of_its_own_is_as_where_all_have_it(name, given, most):
@@ -342,3 +362,9 @@ def test_a_loss_that_returns_one_number_is_refused(registered):
     words = r"returned values of shape \(\) .* return one of each for every row: \(3,\)"
     with pytest.raises(ValueError, match=words):
         one("mine", {})(draw())
+
+
+@pytest.mark.parametrize(("given", "wanted"), [("true", True), ("False", False), (True, True)])
+def test_the_command_line_says_yes_and_no_as_texts(given, wanted):
+    assert one("kept", {"standardize": given}).standardize is wanted
+    assert one("rank", {"deposition": given}).deposition is wanted
