@@ -34,7 +34,7 @@ from ocvtp.training.resume import (
     refuse_another_run,
     run_settings,
 )
-from ocvtp.training.settings import names_module, settle
+from ocvtp.training.settings import names_module, refuse_bombs, settle
 from ocvtp.training.wrong_settings import explain
 
 Command = Literal["train", "extract", "teacher"]
@@ -173,6 +173,7 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
+        refuse_bombs(words)
         is_named = names_module(words)
         if is_named and command == "extract":
             raise ValueError(
