@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
+from ocvtp.reporting.plain_text import terminal
 
 _COMMANDS = {
     "train": "train the network of a pruner (--config YAML [--resume CKPT])",
@@ -42,7 +44,9 @@ _CONTINUES = ("evaluate", "bench", "extract", "teacher")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # ours says it
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         words = _before_command(words)
@@ -72,8 +76,20 @@ def _told(error: BaseException, words: Sequence[str]) -> int | None:
         return None
     sys.stdout.flush()
     problem = _of_a_file(error) if isinstance(error, OSError) else str(error)
-    sys.stderr.write(f"ocvtp: error: {problem}\n")
+    sys.stderr.write(f"ocvtp: error: {_shown(problem)}\n")
     return 2
+
+
+def _shown(problem: str) -> str:
+    """Without what a terminal would obey, and with a beginning alone of words that are no words."""
+    return re.sub(r"(\S{200})\S{200,}", r"\1...", terminal(problem))
+
+
+class _Plain(logging.Formatter):
+    """Names of files are in messages too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
 
 
 def _is_stop(error: BaseException | None) -> bool:

@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ocvtp.reporting.folder_lock import claimed
+from ocvtp.reporting.plain_text import one_line
 from ocvtp.training.base import NetworkModule
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.lifecycle import (
@@ -87,7 +88,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a class in the settings: the outer parser reports
             super().error(message, ex)
-        sys.stderr.write(f"ocvtp: error: {explain(self, message)}\n")
+        sys.stderr.write(f"ocvtp: error: {one_line(explain(self, message))}\n")
         self.exit(2)
 
 
