@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
@@ -48,15 +48,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(_Plain("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(words), words)
+
+
+def _run(words: list[str]) -> int:
+    words[:] = _before_command(words)
+    if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
+        command = importlib.import_module(f"ocvtp.commands.{words[0]}")
+        return int(command.run_words(words[1:]))
+    arguments = _parser(words).parse_args(words)
+    arguments.words = words
+    command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
+    return int(command.run(arguments))
+
+
+def guarded(work: Callable[[], int], words: Sequence[str] = ()) -> int:
+    """Do something as a command does it: what a user can mend is told in one line.
+
+    Args:
+        work: returns the exit status.
+        words: of the command line, which say what continues when it is repeated.
+    """
     try:
-        words = _before_command(words)
-        if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
-            command = importlib.import_module(f"ocvtp.commands.{words[0]}")
-            return int(command.run_words(words[1:]))
-        arguments = _parser(words).parse_args(words)
-        arguments.words = words
-        command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
-        return int(command.run(arguments))
+        return work()
     except (Exception, KeyboardInterrupt) as error:
         if (status := _told(error, words)) is None:
             raise
