@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ocvtp
+from benchmarks.reliability_table import GIB
 from ocvtp.cli import guarded, main
 from ocvtp.data.coco import CocoImages
 from ocvtp.data.coco_questions import CocoQuestionDataModule
@@ -48,7 +49,6 @@ from ocvtp.surprise.network import SurpriseNetwork, SurpriseSizes
 from ocvtp.training.resume import read_checkpoint
 from ocvtp.training.run import build
 
-GIB = 2**30
 ODD: list[Any] = [
     *(None, True, -1, 0, 1, 3, 10**6, 10**12, 2**63, -(2**70), 0.5, 1e308, float("nan")),
     *(
@@ -378,14 +378,6 @@ def fuzz(count: int, start: int = 0, shares: Mapping[str, float] | None = None) 
             for kind, one in found.items()
         },
     }
-
-
-def faults(found: Mapping[str, Any]) -> list[str]:
-    """All faults of `fuzz`, with their kinds."""
-    said = [f"{kind}: {fault}" for kind, one in found["kinds"].items() for fault in one["faults"]]
-    if found["memory_bytes"] > GIB:
-        said.append(f"memory grew by {found['memory_bytes']} bytes")
-    return said
 
 
 def _try(inputs: Inputs, kind: str, count: int, start: int, outcome: Outcome) -> None:
