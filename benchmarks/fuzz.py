@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -66,7 +66,7 @@ ODD: list[Any] = [
     *([], [[]], {}, {"a": 1}, [1] * 10, [-1, -1], [None], ["x"], [[0, 1], [2, 3]], [10**9, 10**9]),
 ]
 """Values that stand where others should."""
-CI_SHARES = {"config": 0.2}
+SHARES = {"config": 0.2}
 """Kinds that take long, by the share of inputs that they get of an equal part."""
 
 
@@ -343,23 +343,21 @@ def _done(work: Callable[[], Any]) -> int:
 # ---------------------------------------------------------------- running
 
 
-def fuzz(count: int, start: int = 0, shares: Mapping[str, float] | None = None) -> dict[str, Any]:
+def fuzz(count: int, start: int = 0) -> dict[str, Any]:
     """Try malformed inputs of all kinds.
 
     Args:
         count: of all of them.
         start: the seed.
-        shares: by kind, of its equal part, for kinds that take long.
 
     Returns:
         by kind what came of them, and the memory that was needed beside the start, in bytes.
     """
-    shares = shares or {}
     found: dict[str, Outcome] = {}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         inputs = Inputs(Path(folder))
-        weights = {kind: shares.get(kind, 1.0) for kind in inputs.kinds}
+        weights = {kind: SHARES.get(kind, 1.0) for kind in inputs.kinds}
         for kind in inputs.kinds:  # what is imported late does not count as memory of an input
             _try(inputs, kind, 1, start, Outcome())
         before = _peak()

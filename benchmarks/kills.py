@@ -193,17 +193,8 @@ def _prepare(root: Path) -> dict[str, Killed]:
         "--output",
     ]
     timed = ["bench", "--model", "random:tiny-llava", "--pruners", "uniform", "--num-keep", "8"]
-    timed += [
-        "--warmup",
-        "0",
-        "--repetitions",
-        "5",
-        "--savings",
-        "none",
-        "--text-length",
-        "24",
-        "32",
-    ]
+    timed += ["--warmup", "0", "--repetitions", "5", "--savings", "none"]
+    timed += ["--text-length", "24", "32"]
     timed += ["--new-tokens", "3", "--image-size", "96", "96", "--output"]
     return {
         "train": Killed(trained, _training, lambda f: [*trained(f), "--resume", "last"]),
