@@ -266,7 +266,9 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
 
 def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
     """No other run writes to its folder; the first process of a run stands for all."""
-    if trainer.fast_dev_run or not trainer.is_global_zero:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    places = (0, 0) if environment is None else (environment.node_rank(), environment.local_rank())
+    if trainer.fast_dev_run or any(places):  # its rank is not set yet where it starts the others
         return nullcontext()
     return claimed(output, "ocvtp train")
 
