@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_table, choosing_table
+from benchmarks.reliability_table import tables as reliability_tables
 from benchmarks.table import hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
 
@@ -19,6 +20,7 @@ def sections() -> dict[str, dict[str, str]]:
         "docs/choosing.md": {"choosing": choosing_table()},
         "docs/pruners.md": {"pruners": markdown_table()},
         "docs/hosts.md": {"hosts": hosts_tables()},
+        "docs/reliability.md": {"reliability": reliability_tables()},
         "docs/results.md": {
             "accuracy": accuracy_table(),
             "select": select_table(),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
+from ocvtp.reporting.plain_text import terminal
 
 _COMMANDS = {
     "train": "train the network of a pruner (--config YAML [--resume CKPT])",
@@ -43,17 +45,33 @@ _CONTINUES = ("evaluate", "bench", "extract", "teacher")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # ours says it
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Plain("%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _run(words), words)
+
+
+def _run(words: list[str]) -> int:
+    words[:] = _before_command(words)
+    if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
+        command = importlib.import_module(f"ocvtp.commands.{words[0]}")
+        return int(command.run_words(words[1:]))
+    arguments = _parser(words).parse_args(words)
+    arguments.words = words
+    command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
+    return int(command.run(arguments))
+
+
+def guarded(work: Callable[[], int], words: Sequence[str] = ()) -> int:
+    """Do something as a command does it: what a user can mend is told in one line.
+
+    Args:
+        work: returns the exit status.
+        words: of the command line, which say what continues when it is repeated.
+    """
     try:
-        words = _before_command(words)
-        if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
-            command = importlib.import_module(f"ocvtp.commands.{words[0]}")
-            return int(command.run_words(words[1:]))
-        arguments = _parser(words).parse_args(words)
-        arguments.words = words
-        command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
-        return int(command.run(arguments))
+        return work()
     except (Exception, KeyboardInterrupt) as error:
         if (status := _told(error, words)) is None:
             raise
@@ -73,8 +91,20 @@ def _told(error: BaseException, words: Sequence[str]) -> int | None:
         return None
     sys.stdout.flush()
     problem = _of_a_file(error) if isinstance(error, OSError) else str(error)
-    sys.stderr.write(f"ocvtp: error: {problem}\n")
+    sys.stderr.write(f"ocvtp: error: {_shown(problem)}\n")
     return 2
+
+
+def _shown(problem: str) -> str:
+    """Without what a terminal would obey, and with a beginning alone of words that are no words."""
+    return re.sub(r"(\S{200})\S{200,}", r"\1...", terminal(problem))
+
+
+class _Plain(logging.Formatter):
+    """Names of files are in messages too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
 
 
 def _is_stop(error: BaseException | None) -> bool:

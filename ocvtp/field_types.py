@@ -33,7 +33,7 @@ _MOST_VALUES = 100_000
 _DEEPEST = 64
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 _SHORT = Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 
 
 def shown(value: Any) -> str:

@@ -111,3 +111,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("network") and "network" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="needs the internet; run with -m network"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How many malformed inputs tests/fuzz tries."""
+    parser.addoption("--fuzz", type=int, default=500, help="malformed inputs (default: 500)")

@@ -18,7 +18,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 
 # From the bottom to the top: a file imports of its own part and of the lines above it.
 STOREYS = (
-    "lazy moved plugins choices field_types images shipped transformers_names structures",
+    "lazy moved plugins choices field_types shipped transformers_names structures",
+    "images plain_yaml",
     "reporting random_models",
     "ops towers data visualize",
     "encoders learning",

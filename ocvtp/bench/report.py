@@ -12,6 +12,9 @@ from ocvtp.bench import plots
 from ocvtp.bench.statistics import RESAMPLES
 from ocvtp.bench.summary import STAGES
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.plain_text import cell as cell_of
+from ocvtp.reporting.plain_text import markdown as markdown_of
+from ocvtp.reporting.plain_text import one_line
 from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
@@ -63,8 +66,8 @@ def write(results: Facts, folder: Path, accuracy: Facts | None = None) -> list[P
 
 def markdown(results: Facts) -> str:
     """The whole report."""
-    parts = [f"# Time and memory of {results['model']}", _summary(results)]
-    parts += [f"> Note. {remark}" for remark in results.get("remarks", ())]
+    parts = [f"# Time and memory of {markdown_of(results['model'])}", _summary(results)]
+    parts += [f"> Note. {markdown_of(remark)}" for remark in results.get("remarks", ())]
     for cell in results["cells"]:
         parts += [f"## {cell_name(cell)}", times_table(cell), "Stages, milliseconds (medians):"]
         parts += [_stages_table(cell), "The pruner's own time, and what it saves of the prefill:"]
@@ -96,6 +99,7 @@ def times_table(cell: Facts) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its columns padded so that it can be read in a terminal too."""
+    head, *rows = ([cell_of(markdown_of(text)) for text in row] for row in (head, *rows))
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -222,7 +226,7 @@ def _notes(cell: Facts) -> Iterator[str]:
         if labels:
             lines.append(f"- Choosing {where}: {', '.join(labels)}.")
     if lines:
-        yield "\n".join(lines)
+        yield "\n".join(f"- {markdown_of(line[2:])}" for line in lines)
 
 
 def _summary(results: Facts) -> str:
@@ -248,9 +252,9 @@ def _summary(results: Facts) -> str:
 def _origin(results: Facts) -> Iterator[str]:
     """The commands as code, then what else the figures depend on."""
     commands = [results["command"], *results.get("earlier_commands", ())]
-    yield "\n".join(f"    {command}" for command in commands)
+    yield "\n".join(f"    {one_line(command)}" for command in commands)
     known = {**results["settings"], **results["environment"]}
-    yield "\n".join(f"- {key}: {json.dumps(value)}" for key, value in known.items())
+    yield "\n".join(f"- {key}: {markdown_of(json.dumps(value))}" for key, value in known.items())
 
 
 def _lines(results: Facts) -> str:

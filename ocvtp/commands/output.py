@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ocvtp.reporting.plain_text import terminal
+
 
 def folder(path: str) -> Path:
     """A folder that results can be written to; nothing is made yet.
@@ -46,5 +48,5 @@ def command(arguments: argparse.Namespace) -> str:
 
 def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:
     """Print `facts` as one JSON object, or `text`, on stdout."""
-    sys.stdout.write((json.dumps(facts, default=str) if as_json else text) + "\n")
+    sys.stdout.write((json.dumps(facts, default=str) if as_json else terminal(text)) + "\n")
     sys.stdout.flush()  # here, where somebody learns that nobody reads it

@@ -19,6 +19,7 @@ from ocvtp.evaluation.logs import Log, headers
 from ocvtp.evaluation.report import RESULTS, Row
 from ocvtp.evaluation.tables import budget_text
 from ocvtp.evaluation.tasks.base import Record, Task
+from ocvtp.reporting.plain_text import code
 from ocvtp.reporting.results_files import read_results
 
 Key = tuple[str, float | None]
@@ -161,4 +162,4 @@ def _names(keys: Iterable[Key]) -> str:
     found: dict[str, list[str]] = {}
     for label, budget in keys:
         found.setdefault(label, []).append(budget_text(budget))
-    return "; ".join(f"`{label}` at {', '.join(budgets)}" for label, budgets in found.items())
+    return "; ".join(f"{code(label)} at {', '.join(budgets)}" for label, budgets in found.items())

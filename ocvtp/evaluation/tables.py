@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ocvtp.evaluation.intervals import RESAMPLES
+from ocvtp.reporting.plain_text import cell, code, markdown, one_line
 
 Facts = Mapping[str, Any]
 
@@ -26,17 +27,21 @@ _LEGEND = f"""\
 
 def full(facts: Facts) -> str:
     """The report: warnings, a table a metric and budget, how to read them, what they depend on."""
-    parts = [f"# {facts['task']} on {facts['model']}", *map(_warning, facts["warnings"])]
-    parts += [f"> Note. {remark}" for remark in facts.get("remarks", ())]
+    title = markdown(f"{facts['task']} on {facts['model']}")
+    parts = [f"# {title}", *map(_warning, facts["warnings"])]
+    parts += [f"> Note. {markdown(remark)}" for remark in facts.get("remarks", ())]
     for metric in facts["metrics"]:
         figure = next(row["figures"][metric] for row in facts["rows"] if metric in row["figures"])
         asked = f"{figure['n']} {facts['counts']} on {figure['images']} images."
-        parts += [f"## {metric}", asked]
+        parts += [f"## {markdown(metric)}", asked]
         for budget in budgets(facts):
             parts += [f"### {_heading(budget)}", _budget_table(facts, metric, budget)]
     noted = [row for row in facts["rows"] if row["note"]]
     if noted:
-        lines = [f"- {_name(row)} at {budget_text(row['budget'])}: {row['note']}" for row in noted]
+        lines = [
+            f"- {_name(row)} at {budget_text(row['budget'])}: {markdown(row['note'])}"
+            for row in noted
+        ]
         parts += ["## Notes", "\n".join(lines)]
     parts += ["## How to read this", _LEGEND, "## Settings and environment", *_origin(facts)]
     return "\n\n".join(parts) + "\n"
@@ -169,6 +174,7 @@ def has_figure(row: Facts, metric: str) -> bool:
 
 def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Markdown with padded columns, the first to the left and figures to the right."""
+    head, *cells = ([cell(text) for text in row] for row in (head, *cells))
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -184,7 +190,7 @@ def _name(row: Facts) -> str:
     seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else ""
     kind = "control" if row["control"] else "yours" if row.get("yours") else ""
     marks = ", ".join(filter(None, [kind, seeds]))
-    return f"`{row['label']}`" + (f" ({marks})" if marks else "")
+    return code(row["label"]) + (f" ({marks})" if marks else "")
 
 
 def _heading(budget: float | None) -> str:
@@ -231,15 +237,15 @@ def _value(row: Facts, metric: str, sign: int) -> float:
 
 def _warning(warning: Facts) -> str:
     sign = "**Warning.** " if warning["level"] == "loud" else "Note. "
-    return f"> {sign}{warning['text']}"
+    return f"> {sign}{markdown(warning['text'])}"
 
 
 def _origin(facts: Facts) -> Iterator[str]:
     """The command as code, then what else the figures depend on."""
     known = {**facts["settings"], **facts["environment"]}
     if "command" in known:
-        yield f"    {known.pop('command')}"
-    yield "\n".join(f"- {key}: {_value_text(value)}" for key, value in known.items())
+        yield f"    {one_line(known.pop('command'))}"
+    yield "\n".join(f"- {key}: {markdown(_value_text(value))}" for key, value in known.items())
 
 
 def _value_text(value: Any) -> str:

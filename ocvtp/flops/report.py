@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
+from ocvtp.reporting.plain_text import markdown
 from ocvtp.reporting.plot_style import INK, better, canvas, label, shortened
 
 Facts = Mapping[str, Any]
@@ -66,12 +67,12 @@ def to_markdown(facts: Facts) -> str:
     names = [f"`{name}`" for name in CONVENTIONS]
     head = ["pruner", "K", *names, "tower", "projector", "select", "total", "of unpruned"]
     body = [_cells(row, scale) for row in facts["rows"]]
-    title = f"# Operations of {facts['model']}, in {unit}FLOPs"
+    title = f"# Operations of {markdown(facts['model'])}, in {unit}FLOPs"
     parts = [title, _settings(facts["settings"]), table(head, body)]
     if stages := [line for row in facts["rows"] for line in _layers(row, unit, scale)]:
         parts += ["Layers that read different numbers of tokens:", "\n".join(stages)]
     if facts["notes"]:
-        parts.append("\n".join(f"- {note}" for note in facts["notes"]))
+        parts.append("\n".join(f"- {markdown(note)}" for note in facts["notes"]))
     meanings = [
         f"- `{name}`, of the language model alone: {text}" for name, text in MEANINGS.items()
     ]
@@ -118,7 +119,7 @@ def _cells(row: Facts, scale: float) -> list[str]:
     shares = [f"{row[key] / scale:.4f}" for key in ("tower", "projector", "select")]
     total = f"{row['total'] / scale:.2f}"
     share = f"{100 * row['of_unpruned']:.1f}%"
-    return [row["label"], str(row["num_keep"]), *conventions, *shares, total, share]
+    return [markdown(row["label"]), str(row["num_keep"]), *conventions, *shares, total, share]
 
 
 def _settings(settings: Facts) -> str:
@@ -143,7 +144,7 @@ def _layers(row: Facts, unit: str, scale: float) -> Iterator[str]:
         parts.append(f"{first} to {last - 1}: {tokens} visual tokens, {operations:.3f} {unit}")
         first = last
     mean = sum(row["visual"]) / len(row["visual"])
-    yield f"- {_name(row)}: layers {'; '.join(parts)}; {mean:.1f} tokens on average."
+    yield f"- {markdown(_name(row))}: layers {'; '.join(parts)}; {mean:.1f} tokens on average."
 
 
 def _name(row: Facts) -> str:

@@ -7,10 +7,12 @@ from dataclasses import fields
 from difflib import get_close_matches
 from math import isnan
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ocvtp import plugins
+from ocvtp.field_types import shown
 from ocvtp.pruners.base import Pruner
 from ocvtp.structures import Stage
 
@@ -54,7 +56,9 @@ def pruner_class(name: str) -> type[Pruner]:
     if name not in _REGISTRY:
         close = get_close_matches(name, _REGISTRY, n=3)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see `ocvtp list`."
-        raise ValueError(f"unknown pruner {name!r}; {hint} Known: {', '.join(list_pruners())}.")
+        raise ValueError(
+            f"unknown pruner {shown(name)}; {hint} Known: {', '.join(list_pruners())}."
+        )
     return _REGISTRY[name]
 
 
@@ -78,7 +82,8 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
             close = get_close_matches(setting, known, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"pruner {name!r} has no setting {setting!r}{hint} It takes {', '.join(known)}."
+                f"pruner {name!r} has no setting {shown(setting)}{hint} It takes"
+                f" {', '.join(known)}."
             )
     _check_kinds(cls, settings)
     return cls(**settings)
@@ -102,10 +107,13 @@ def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:
         options = _options(kinds[name])
         if not _is_of(settings[name], options):
             wanted = " or ".join(_KINDS.get(option, "None") for option in options)
-            raise ValueError(f"pruner {cls.name!r} got {name}={settings[name]!r}; pass {wanted}.")
+            raise ValueError(
+                f"pruner {cls.name!r} got {name}={shown(settings[name])}; pass {wanted}."
+            )
 
 
 _KINDS: dict[Any, str] = {bool: "True or False", int: "a whole number", float: "a number"}
+_KINDS |= {str: "a text"}
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -113,11 +121,13 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _is_of(value: Any, options: tuple[Any, ...]) -> bool:
-    """Whether a value is of a kind of number; of other kinds all are."""
+    """Whether a value is of a kind of number, or a text; of other kinds all are."""
     if not all(option in _KINDS or option is NoneType for option in options):
         return True
     if value is None or isinstance(value, bool):
         return type(value) in options
+    if isinstance(value, str | PathLike):
+        return str in options
     if isinstance(value, Integral):
         return int in options or float in options
     return float in options and isinstance(value, Real) and not isnan(value)
@@ -140,7 +150,7 @@ def _with_named(cls: type[Pruner], setting: Any = None, **given: Any) -> dict[st
         )
     if not isinstance(setting, str) or setting not in known:
         raise ValueError(
-            f"pruner {cls.name!r} has no published setting {setting!r}; pass one of"
+            f"pruner {cls.name!r} has no published setting {shown(setting)}; pass one of"
             f" {', '.join(known)}, or num_keep or keep_ratio."
         )
     named = dict(known[setting])

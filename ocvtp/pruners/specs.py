@@ -6,21 +6,13 @@ import dataclasses
 import re
 from typing import Any
 
-import yaml
-
+from ocvtp.field_types import shown
+from ocvtp.plain_yaml import read_value
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
 _BUDGET = re.compile(r"\bK\b")
-_POWER_OF_TEN = re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
-
-
-class _Values(yaml.SafeLoader):
-    """YAML, whose version 1.1 takes `1e-4` for a text, as it has no dot."""
-
-
-_Values.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, [*"-+.0123456789"])
 
 
 def known_settings(spec: str) -> set[str]:
@@ -49,13 +41,15 @@ def parse_spec(spec: str, kind: str = "pruner") -> tuple[str, dict[str, Any]]:
     for pair in filter(None, re.split(r",(?=\s*\w+=)", text)):
         key, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"{kind} {spec!r}: {pair!r} is no KEY=VALUE; write NAME:KEY=VALUE.")
-        try:
-            settings[key.strip()] = yaml.load(value, _Values)  # noqa: S506 - a safe loader
-        except yaml.YAMLError as error:
             raise ValueError(
-                f"{kind} {spec!r}: {value!r} is no value; write numbers, words or lists, e.g."
-                " stages=[[2,64]]."
+                f"{kind} {shown(spec)}: {shown(pair)} is no KEY=VALUE; write NAME:KEY=VALUE."
+            )
+        try:
+            settings[key.strip()] = read_value(value)
+        except ValueError as error:
+            given = shown(spec)
+            raise ValueError(
+                f"{kind} {given}: {error}; write numbers, words or lists, e.g. stages=[[2,64]]."
             ) from error
     return name, settings
 
@@ -92,7 +86,7 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
     """
     if names_budget(spec):
         if shared.get("num_keep") is None:
-            raise ValueError(f"pruner {spec!r} has a K, which stands for num_keep; pass that.")
+            raise ValueError(f"pruner {shown(spec)} has a K, which stands for num_keep; pass that.")
         spec = with_budget(spec, shared["num_keep"])
     name, settings = parse_spec(spec)
     known = known_settings(spec)

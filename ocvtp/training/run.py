@@ -19,6 +19,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ocvtp.reporting.folder_lock import claimed
+from ocvtp.reporting.plain_text import one_line
 from ocvtp.training.averaging import NetworkAverage
 from ocvtp.training.base import NetworkModule
 from ocvtp.training.check import Check
@@ -35,7 +36,7 @@ from ocvtp.training.resume import (
     requeued_checkpoint,
     run_settings,
 )
-from ocvtp.training.settings import names_module, settle
+from ocvtp.training.settings import names_module, refuse_bombs, settle
 from ocvtp.training.wrong_settings import explain
 
 Command = Literal["train", "extract", "teacher"]
@@ -91,7 +92,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # of a class in the settings: the outer parser reports
             super().error(message, ex)
-        sys.stderr.write(f"ocvtp: error: {explain(self, message)}\n")
+        sys.stderr.write(f"ocvtp: error: {one_line(explain(self, message))}\n")
         self.exit(2)
 
 
@@ -212,6 +213,7 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|run)/")
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
+        refuse_bombs(words)
         is_named = names_module(words)
         if is_named and command == "extract":
             raise ValueError(
@@ -311,7 +313,9 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
 
 def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
     """No other run writes to its folder; the first process of a run stands for all."""
-    if trainer.fast_dev_run or not trainer.is_global_zero:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    places = (0, 0) if environment is None else (environment.node_rank(), environment.local_rank())
+    if trainer.fast_dev_run or any(places):  # its rank is not set yet where it starts the others
         return nullcontext()
     return claimed(output, "ocvtp train")
 

@@ -13,6 +13,8 @@ import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
+from ocvtp.field_types import shown
+from ocvtp.plain_yaml import refuse_bomb
 from ocvtp.training.wrong_settings import parameters
 
 SEED = ("seed_everything", "model.seed", "model.init_args.seed", "data.init_args.seed")
@@ -20,6 +22,7 @@ _NETWORK = "model.network"
 OUTPUT = ("output", "trainer.default_root_dir")
 _DEFAULT_OUTPUT = "outputs/train"
 _LOGGERS = {"CSVLogger": "csv", "TensorBoardLogger": "tensorboard"}
+_MOST_BYTES = 4 * 1024**2
 _FOLDERS = ("save_dir", "dirpath", "log_dir", "root_dir", "dir")
 """Settings of loggers, callbacks and profilers that name a folder to write to."""
 
@@ -49,6 +52,39 @@ def names_module(words: Sequence[str]) -> bool:
         words: of the command line.
     """
     return any("class_path" in model for model in _given_models(words))
+
+
+def refuse_bombs(words: Sequence[str]) -> None:
+    """Refuse settings, in files and on the command line, that stand for far more than they say.
+
+    Args:
+        words: of the command line.
+
+    Raises:
+        ValueError: names the file or the flag.
+    """
+    for word, after in zip_longest(words, words[1:]):
+        flag, is_one_word, value = word.partition("=")
+        value = value if is_one_word else after
+        if value is None or not flag.startswith("-"):
+            continue
+        try:
+            refuse_bomb(_text_of(value))
+        except ValueError as error:
+            raise ValueError(f"{flag} {shown(value)} is refused: {error}.") from error
+
+
+def _text_of(value: str) -> str:
+    """What a file of settings holds, where it names one; else itself."""
+    path = Path(value)
+    try:
+        if path.suffix not in (".yaml", ".yml", ".json") or not path.is_file():
+            return value
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):  # which the parser says
+        return ""
 
 
 def _refuse_two_networks(words: Sequence[str], config: Namespace) -> None:

@@ -1,0 +1,53 @@
+"""Text of others where it is shown: it shows itself, and does nothing else.
+
+Names of models, files, pruners and images, and what models say, come from elsewhere. A terminal
+obeys control characters, Markdown makes pages, links and HTML of marks.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SHOWN = "\n\t"
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+_MARKS = str.maketrans({"<": "&lt;", ">": "&gt;"})
+
+
+def terminal(text: str) -> str:
+    """Text for a terminal or a log: control characters are spelled, lines and tabs stay."""
+    return "".join(c if c in _SHOWN or not _controls(c) else _spelled(c) for c in text)
+
+
+def one_line(text: str) -> str:
+    """The same in one line."""
+    return " ".join(terminal(text).split())
+
+
+def markdown(text: str) -> str:
+    """Text for Markdown, in one line: no HTML, links or pictures come of it. Code stays code."""
+    parts = re.split(r"(`[^`]*`)", one_line(text))  # every other one is code
+    return "".join(
+        part if number % 2 else re.sub(r"\]([(\[])", r"]\\\1", part.translate(_MARKS))
+        for number, part in enumerate(parts)
+    )
+
+
+def code(text: str) -> str:
+    """Text as code in Markdown, in one line."""
+    return "`" + one_line(text).replace("`", "'") + "`"
+
+
+def cell(text: str) -> str:
+    """What is Markdown already, for a cell of a table."""
+    return re.sub(r"(?<!\\)\|", r"\\|", text.replace("\n", " "))
+
+
+def _controls(character: str) -> bool:
+    """Whether it commands a terminal, ends a line, or turns the direction of what follows."""
+    kind = unicodedata.category(character)
+    return kind in ("Cc", "Cs", "Zl", "Zp") or character in _TURNS
+
+
+def _spelled(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
