@@ -146,6 +146,7 @@ def ridge(tokens: VisualTokens, num_keep: int) -> Tensor:
     """Each step deflates the matrix of all pairs, and reads all of it again."""
     weights = token_weights(tokens, "cls", -1, num_keep, 4.0)
     targets, images = standardized(tokens.features, None), torch.arange(tokens.batch_size)
+    weights = weights.to(targets)
     gram = targets @ targets.mT
     floor = 0.3 * (weights * targets.square().sum(dim=2)).sum(dim=1, keepdim=True)
     taken = torch.zeros_like(weights, dtype=torch.bool)
