@@ -165,6 +165,7 @@ def training(
     dtype: Any = "float32",
     objective: str = "slots",
     tower: str = TOWER,
+    rounds: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """One full training step: tower, network, decoder, backward, AdamW. S = 64.
 
@@ -174,6 +175,7 @@ def training(
         dtype: of the tower; if not float32, the step runs under autocast to it.
         objective: `slots` or `kept`.
         tower: whose tokens it reads.
+        rounds: that count, and before them; None for enough of the device.
 
     Returns:
         among others images a second, with the tower and with features that were extracted before.
@@ -203,9 +205,9 @@ def training(
         optimizer.step()
         synchronize(place)
 
-    rounds, warmups = (30, 5) if on_gpu else (3, 1)
+    num_rounds, warmups = rounds or ((30, 5) if on_gpu else (3, 1))
     steps = {"tower": encode, "network, decoder, AdamW": learn}
-    medians = medians_ms(interleaved(steps, rounds, warmups))
+    medians = medians_ms(interleaved(steps, num_rounds, warmups))
     learning = medians["network, decoder, AdamW"]
     return {
         "objective": objective,
