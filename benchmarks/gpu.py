@@ -1,141 +1,134 @@
-"""What is measured on a GPU, in one go, with random weights: nothing is downloaded.
+"""What is worth knowing of a GPU that is there for minutes; random weights, no download.
 
-    python -m benchmarks.gpu                                 # hours; goes on where it was stopped
-    python -m benchmarks.gpu --only llava-1.5-7b --warmup 3 --repetitions 12
-    python -m benchmarks.gpu --list                          # the commands alone
+    python -m benchmarks.gpu --minutes 8 --output docs/results/gpu/DEVICE
+    python -m benchmarks.gpu --plan                     # the cells, and what each should take
+    python -m benchmarks.gpu --smoke --output DIR       # the same code on a CPU, with tiny models
 
-Writes docs/results/gpu/DEVICE/: a folder of results.json, report.md and plots for each run, the
-training step in training.json, and goals.md.
+Cells come in the order of their worth. Each is written to DIR/cells when it ends, and none begins
+that would not end in time; another run does what is missing. A cell that fails is written down with
+its error, and the others go on. report.md and plots are made of whatever is there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.timing import write
+from benchmarks.gpu_cells import BUILD, CELLS, FULL, SMOKE, Job, Place, Setting
+from benchmarks.gpu_report import write_report
+from benchmarks.timing import environment
+from ocvtp.reporting.files import replacing
 
-PRUNERS = ("ocvtp", "fopru", "visionzip", "divprune", "fastv", "random")
-RUNS: dict[str, tuple[str, ...]] = {
-    "llava-1.5-7b": (
-        *("--random-weights", "llava-1.5-7b", "--pruners", *PRUNERS),
-        *("--num-keep", "32", "64", "128", "192", "576", "--batch-size", "1", "8", "32"),
-    ),
-    "llava-next-7b": (
-        *("--random-weights", "llava-next-7b", "--pruners", *PRUNERS),
-        *("--num-keep", "160", "320", "640", "2880", "--batch-size", "1", "8"),
-    ),
-    "savings": (
-        *("--random-weights", "llava-1.5-7b", "--pruners", "ocvtp", "ocvtp:early=true", "fopru"),
-        *("--num-keep", "64", "--batch-size", "1", "8", "--savings", "each"),
-    ),
-    "prompts": (
-        *("--random-weights", "llava-1.5-7b", "--pruners", "ocvtp", "fopru", "--num-keep", "64"),
-        *("--batch-size", "8", "--text-length", "64", "512", "--images-per-prompt", "1", "4"),
-    ),
-}
-TRAINING = ((12, "float32"), (64, "float32"), (64, "bfloat16"))
-"""Batches and dtypes of the training step; the first is that of configs/train/clip_l14_336.yaml."""
-COCO_IMAGES, EPOCHS = 118_287, 30
-SHARE_GOAL, SPEED_GOAL = 0.03, 0.85
-RESULTS = Path(__file__).parents[1] / "docs" / "results" / "gpu"
-WORK = Path("outputs") / "gpu"
+START_SECONDS = 25  # imports and the first call of a device
+SPARE_SECONDS = 10  # for the report
+Clock = Callable[[], float]
 
 
-def command(name: str, warmup: int, repetitions: int) -> list[str]:
-    """The words of `ocvtp bench` of a run."""
-    words = ["bench", *RUNS[name], "--dtype", "bfloat16", "--device", "cuda", "--skip-unfit"]
-    words += ["--warmup", str(warmup), "--repetitions", str(repetitions)]
-    return [*words, "--output", str(WORK / name)]
+def check_folder(folder: Path, place: dict[str, Any]) -> None:
+    """Refuse a folder with the cells of another device, or of tiny models beside others."""
+    path = folder / "place.json"
+    if path.is_file() and (known := json.loads(path.read_text())) != place:
+        raise SystemExit(
+            f"--output {folder} holds cells of {known}, this is {place}; pass another folder"
+        )
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(place) + "\n")
 
 
-def training_command(batch: int, dtype: str) -> list[str]:
-    """The training step, in a process of its own, whose peak memory is its alone."""
-    words = ["--only", "training", "--device", "cuda", "--batch-size", str(batch)]
-    return [sys.executable, "-m", "benchmarks.road", *words, "--dtype", dtype]
+def result_of(folder: Path, job: Job) -> dict[str, Any] | None:
+    """What an earlier run wrote of a cell."""
+    path = folder / "cells" / f"{job.name}.json"
+    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return found
 
 
-def training(batch: int, dtype: str) -> dict[str, Any]:
-    """The training step, and the hours that the paper's run takes at its pace."""
-    run = subprocess.run(
-        training_command(batch, dtype), capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise SystemExit(f"the training step failed:\n{run.stderr[-3000:]}")
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
-    seconds = EPOCHS * COCO_IMAGES / found["images per second"]
-    return found | {f"hours of {EPOCHS} epochs of {COCO_IMAGES} images": round(seconds / 3600, 2)}
+def do(job: Job, place: Place, clock: Clock) -> dict[str, Any]:
+    """Run a cell and write it, whatever becomes of it."""
+    start = clock()
+    found: dict[str, Any] = {"cell": job.name, "what": job.what, "estimate": job.seconds}
+    try:
+        found |= {"state": "done", "found": job.run(place)}
+    except Exception as error:  # whatever it is, the other cells go on
+        print(traceback.format_exc(), file=sys.stderr)
+        found |= {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+    found["seconds"] = round(clock() - start, 1)
+    with replacing(place.folder / "cells" / f"{job.name}.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
-def goals(results: dict[str, Any]) -> Iterator[str]:
-    """What is asked of batch 8, row by row: the pruner's own time, the speed-up of the prefill."""
-    for cell in results["cells"]:
-        if cell["batch_size"] != 8:
+def run(jobs: Sequence[Job], place: Place, seconds: float, clock: Clock) -> list[str]:
+    """Do what is missing and ends in time; returns the names of what is left out.
+
+    Where cells take longer than they should, the next are expected to as well.
+    """
+    deadline, slowness, left = clock() + seconds, 1.0, []
+    for job in jobs:
+        known = result_of(place.folder, job)
+        if known is not None and known["state"] == "done":
             continue
-        for row in cell["rows"][1:]:
-            left, ratio = row["operations_left"]["prefill"], row["figures"]["prefill"]["ratio"]
-            if left < 1:
-                reached = left / ratio["value"]
-                yield _line(row["key"], "prefill speed-up / possible", reached, SPEED_GOAL, True)
-            if row["label"] == "ocvtp":
-                share = row["select_share_of_ttft"]
-                yield _line(row["key"], "select / TTFT", share, SHARE_GOAL, False)
+        seconds = place.seconds(job)
+        if clock() + slowness * seconds > deadline:
+            left.append(job.name)
+            continue
+        print(f"{job.name}: {job.what} (about {slowness * seconds:.0f} s)", flush=True)
+        found = do(job, place, clock)
+        print(f"  {found['state']} in {found['seconds']} s", flush=True)
+        if found["state"] == "done":
+            slowness = max(slowness, found["seconds"] / seconds)
+    return left
 
 
-def _line(row: str, what: str, value: float, goal: float, at_least: bool) -> str:
-    met = value >= goal if at_least else value <= goal
-    sign = ">=" if at_least else "<="
-    return f"- {'met' if met else 'NOT met'}: {row}, {what} {value:.3f} ({sign} {goal})"
+def plan_lines(jobs: Sequence[Job]) -> list[str]:
+    """The cells with their seconds, one by one and in sum."""
+    lines, total, built = [f"{'start':22s} {START_SECONDS:5.0f} s"], float(START_SECONDS), {""}
+    for job in jobs:
+        seconds = job.seconds + (0 if job.model in built else BUILD)
+        built.add(job.model)
+        total += seconds
+        lines.append(f"{job.name:22s} {seconds:5.0f} s  {total / 60:5.1f} min  {job.what}")
+    return lines
 
 
-def main() -> None:
-    """Run all, or one."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Print the plan, or run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=[*RUNS, "training"])
-    parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--repetitions", type=int, default=50)
-    parser.add_argument("--list", action="store_true", help="print the commands and stop")
-    arguments = parser.parse_args()
-    chosen = [arguments.only] if arguments.only else [*RUNS, "training"]
-    benches = {
-        name: command(name, arguments.warmup, arguments.repetitions)
-        for name in chosen
-        if name != "training"
-    }
-    if arguments.list:
-        for words in benches.values():
-            print(shlex.join(["ocvtp", *words]))
-        if "training" in chosen:
-            for step in TRAINING:
-                print(shlex.join(training_command(*step)))
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all, the start included")
+    parser.add_argument("--output", type=Path, help="folder of the results; goes on with them")
+    parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
+    arguments = parser.parse_args(words)
+    setting: Setting = SMOKE if arguments.smoke else FULL
+    jobs = [make(setting) for make in CELLS]
+    if arguments.plan:
+        print("\n".join(plan_lines(jobs)))
         return
-    if not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: this measures a GPU; `--list` prints the commands.")
-    device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    folder = RESULTS / device
-    if "training" in chosen:  # first: it is short
-        steps = [training(*step) for step in TRAINING]
-        write(folder / "training.json", {"device": device, "steps": steps})
-    for name, words in benches.items():
-        subprocess.run([sys.executable, "-m", "ocvtp.cli", *words], check=True)
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for path in (WORK / name).glob("*.*"):
-            shutil.copy(path, folder / name / path.name)
-        lines = list(goals(json.loads((WORK / name / "results.json").read_text())))
-        if lines:
-            (folder / name / "goals.md").write_text(
-                "\n".join([f"# Goals, {device}", "", *lines, ""])
-            )
+    if arguments.output is None:
+        parser.error("pass --output DIR, or --plan")
+    if not arguments.minutes > 0:
+        parser.error(f"--minutes {arguments.minutes}; pass a number above 0")
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device; pass --smoke for a CPU, or --plan")
+    place = Place(setting, arguments.output)
+    facts = environment() | {"command": f"python -m benchmarks.gpu --minutes {arguments.minutes:g}"}
+    if setting.device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    seconds = 60 * arguments.minutes - SPARE_SECONDS - START_SECONDS * (not arguments.smoke)
+    check_folder(arguments.output, {"device": facts["device"], "smoke": arguments.smoke})
+    left = run(jobs, place, seconds, time.monotonic)
+    done = [found for job in jobs if (found := result_of(place.folder, job)) is not None]
+    paths = write_report(facts | {"left out": left}, done, place.folder)
+    print(f"wrote {', '.join(str(path) for path in paths)}")
+    if left:
+        print(f"left out, for another run with the same --output: {', '.join(left)}")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from ocvtp.bench.timeline import synchronize
 from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.hosts.loading import load_model
 from ocvtp.random_models.clip_config import random_tower, vision_config
-from ocvtp.slots import OCPruner
+from ocvtp.slots import OCPruner, OCPrunerConfig
+from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.objectives import SlotsObjective
 from ocvtp.structures import Needs, VisualTokens
 
@@ -144,20 +145,49 @@ def attached() -> dict[str, Any]:
     return {"ms": medians_ms(seconds), **ratios, "goal": {"keep all / bare": 1.03}}
 
 
-def training(batch: int = 4, device: str = "cpu", dtype: Any = "float32") -> dict[str, Any]:
+def learner(name: str, tower: str) -> tuple[SlotsObjective | KeptObjective, OCPrunerConfig]:
+    """An objective, and the network that its recipe in configs/train has for a tower."""
+    sizes = vision_config(tower)
+    side = sizes.image_size // sizes.patch_size
+    layer = min(LAYER, sizes.num_hidden_layers // 2)
+    config = OCPrunerConfig(feature_dim=sizes.hidden_size, grid_hw=(side, side), layer=layer)
+    if name == "slots":
+        objective = SlotsObjective()
+        return objective, replace(config, decoder=objective.decoder)
+    kept = KeptObjective(target_layer=-2, weights="cls", penalty=0.3, teacher=0.1)
+    config = replace(config, objective=name, target_layer=-2, choice="one_to_one")
+    return kept, replace(config, truncation="none", frozen_queries=True, standardize=True)
+
+
+def training(
+    batch: int = 4,
+    device: str = "cpu",
+    dtype: Any = "float32",
+    objective: str = "slots",
+    tower: str = TOWER,
+    rounds: tuple[int, int] | None = None,
+) -> dict[str, Any]:
     """One full training step: tower, network, decoder, backward, AdamW. S = 64.
 
     Args:
         batch: images; configs/train/clip_l14_336.yaml has 12, and fp32.
         device: e.g. cuda.
         dtype: of the tower; if not float32, the step runs under autocast to it.
+        objective: `slots` or `kept`.
+        tower: whose tokens it reads.
+        rounds: that count, and before them; None for enough of the device.
+
+    Returns:
+        among others images a second, with the tower and with features that were extracted before.
     """
     on_gpu, kind = device != "cpu", getattr(torch, dtype)
-    encoder = CLIPEncoder(TOWER, layer=LAYER, dtype=dtype).load(Needs(hidden=(LAYER,))).to(device)
-    objective = SlotsObjective()
-    network = OCPruner(replace(OCPruner().config, decoder=objective.decoder)).train().to(device)
+    made, config = learner(objective, tower)
+    layer = config.layer
+    encoder = CLIPEncoder(tower, layer=layer, dtype=dtype).load(made.needs(layer)).to(device)
+    network = OCPruner(config).train().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
-    pixels = torch.randn(batch, 3, 336, 336, device=device, dtype=kind)
+    side = vision_config(tower).image_size
+    pixels = torch.randn(batch, 3, side, side, device=device, dtype=kind)
     before, place = _peak_gib(device), torch.device(device)
     parts: dict[str, Any] = {}
 
@@ -168,21 +198,24 @@ def training(batch: int = 4, device: str = "cpu", dtype: Any = "float32") -> dic
 
     def learn() -> None:
         with torch.autocast(place.type, kind, enabled=dtype != "float32"):
-            loss = objective(network, parts["tokens"], 64).loss
+            loss = made(network, parts["tokens"], 64).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         synchronize(place)
 
-    rounds, warmups = (30, 5) if on_gpu else (3, 1)
+    num_rounds, warmups = rounds or ((30, 5) if on_gpu else (3, 1))
     steps = {"tower": encode, "network, decoder, AdamW": learn}
-    medians = medians_ms(interleaved(steps, rounds, warmups))
+    medians = medians_ms(interleaved(steps, num_rounds, warmups))
+    learning = medians["network, decoder, AdamW"]
     return {
+        "objective": objective,
         "batch": batch,
         "dtype": dtype,
         "ms": medians,
         "images per second": round(1e3 * batch / sum(medians.values()), 3),
+        "images per second from extracted features": round(1e3 * batch / learning, 3),
         f"peak {'allocated' if on_gpu else 'resident'} GiB": round(_peak_gib(device), 2),
         "of which before the first step GiB": round(before, 2),
     }

@@ -1,4 +1,4 @@
-"""Greedy choices: K steps over all images at once, each reading one row of the kernel."""
+"""Greedy choices: K steps over all images of a call, each reading one row of the kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ocvtp.ops.similarity import row
+from ocvtp.ops.similarity import cosine_pairs, full, pairs_pay, row, unit
+from ocvtp.structures import take
 
 _OUTSIDE = 1e30  # more similar than any candidate, less than a chosen token
 
@@ -77,19 +78,35 @@ def spread_from(
     return torch.stack(picks, dim=1) if picks else chosen[:, :0]
 
 
-def cosine(directions: Tensor) -> Kernel:
-    """The kernel of cosines between tokens [B, N, D] of length 1, a row at a time."""
-    return partial(row, directions)
+def cosine(x: Tensor, num: int) -> Kernel:
+    """The kernel of cosines between tokens, in the cheaper form, see `ocvtp.ops.similarity`.
+
+    Args:
+        x: [B, N, D] of any length.
+        num: of rows that will be read.
+    """
+    if pairs_pay(x.shape[1], num):
+        return rows_of(cosine_pairs(x))
+    return partial(row, unit(x))
 
 
-def dpp_map(directions: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tensor:
+def rows_of(pairs: Tensor) -> Kernel:
+    """The kernel that a matrix [B, N, N] holds."""
+
+    def kernel(pick: Tensor) -> Tensor:
+        return take(pairs, pick[:, None]).squeeze(1)
+
+    return kernel
+
+
+def dpp_map(x: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tensor:
     """Greedy MAP of the determinantal point process L_ij = q_i cos_ij q_j.
 
     Chen et al. 2018 (https://arxiv.org/abs/1709.05135), Alg. 1: Cholesky rows, one a step. Where
     the kernel's rank is used up, the rest is chosen by quality.
 
     Args:
-        directions: [B, N, D] of length 1.
+        x: [B, N, D] of any length.
         quality: [B, N], not negative.
         num: of picks.
         valid: [B, N] bool; padding is picked last.
@@ -97,27 +114,26 @@ def dpp_map(directions: Tensor, quality: Tensor, num: int, valid: Tensor | None)
     Returns:
         [B, num] token numbers in the order of picking, unique.
     """
-    gain = quality.square() * directions.square().sum(dim=2)  # [B, N], the diagonal
+    blank = torch.linalg.vector_norm(full(x), dim=2) == 0
+    gain = quality.square().masked_fill(blank, 0.0)  # [B, N], the diagonal
     floor = 10 * torch.finfo(gain.dtype).eps * gain.amax(dim=1, keepdim=True)  # [B, 1]
     late = quality / quality.amax(dim=1, keepdim=True).clamp(min=1e-30) - 2  # in [-2, -1]
     if valid is not None:
         late = late.masked_fill(~valid, -3.0)
         gain = gain.masked_fill(~valid, 0.0)
-    taken = torch.zeros_like(gain, dtype=torch.bool)
     basis = gain.new_zeros(len(gain), num, gain.shape[1])  # [B, num, N]
+    kernel = cosine(x, num)
     picks = []
     for step in range(num):
-        score = torch.where(gain > floor, gain, late).masked_fill(taken, float("-inf"))
-        pick = score.argmax(dim=1, keepdim=True)  # [B, 1]
+        pick = torch.where(gain > floor, gain, late).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
-        taken = taken.scatter(1, pick, True)
-        kernel = quality * quality.gather(1, pick) * row(directions, pick[:, 0])
+        alike = kernel(pick[:, 0]) * quality * quality.gather(1, pick)
         done = basis[:, :step]
         at_pick = done.gather(2, pick[:, None].expand(-1, step, 1))  # [B, step, 1]
-        explained = (at_pick * done).sum(dim=1)
         left = gain.gather(1, pick)
-        new = (kernel - explained) / left.clamp(min=1e-30).sqrt()
-        new = torch.where(left > floor, new, 0.0)
+        scale = left.masked_fill(left <= floor, float("inf")).rsqrt()  # 0 where nothing is left
+        new = (alike - (at_pick * done).sum(dim=1)) * scale
         basis[:, step] = new
-        gain = gain - new.square()
+        gain = gain.addcmul(new, new, value=-1).scatter_(1, pick, float("-inf"))
+        late = late.scatter(1, pick, float("-inf"))
     return torch.cat(picks, dim=1)

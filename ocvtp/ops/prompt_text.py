@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ocvtp.ops.similarity import full
+from ocvtp.ops.similarity import by_image, full
 from ocvtp.structures import VisualTokens, take
 
 
@@ -18,10 +18,14 @@ def _weights(tokens: VisualTokens) -> Tensor:
     return real / real.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
 def text_mean(tokens: VisualTokens) -> Tensor:
     """[B, D'] the mean embedding of the prompt."""
     assert tokens.text is not None
-    return (_weights(tokens)[:, None] @ full(tokens.text)).squeeze(1)
+    return by_image(_times, _weights(tokens)[:, None], full(tokens.text)).squeeze(1)
 
 
 def mean_squared_distance(tokens: VisualTokens) -> Tensor:
@@ -33,8 +37,9 @@ def mean_squared_distance(tokens: VisualTokens) -> Tensor:
     assert tokens.projected is not None
     visual = full(tokens.projected)
     lengths = (_weights(tokens) * full(tokens.text).square().sum(dim=2)).sum(dim=1, keepdim=True)
-    dots = (visual @ text_mean(tokens)[:, :, None]).squeeze(2)
-    return visual.square().sum(dim=2) - 2 * dots + lengths
+    dots = by_image(_times, visual, text_mean(tokens)[:, :, None]).squeeze(2)
+    squared: Tensor = torch.linalg.vector_norm(visual, dim=2).square()
+    return squared - 2 * dots + lengths
 
 
 def clip_parts(tokens: VisualTokens) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.similarity import all_pairs
 from ocvtp.structures import AttentionKey, VisualTokens, take
 
 WeightKind = Literal["cls", "received", "none"]
@@ -189,7 +190,7 @@ class RidgeSteps:
     """
 
     def __init__(self, targets: Tensor, weights: Tensor, num: int, penalty: float) -> None:
-        self._gram = targets @ targets.mT  # [B, N, N], of Y; what was deflated is in `_done`
+        self._gram = all_pairs(targets)  # [B, N, N], of Y; what was deflated is in `_done`
         self._weights = weights
         self._floor = penalty * mean_energy(targets, weights)  # [B, 1]
         self.energy = self._gram.diagonal(dim1=1, dim2=2).clone()

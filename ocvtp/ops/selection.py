@@ -26,6 +26,15 @@ def ascending(indices: Tensor, valid: Tensor | None, num_tokens: int) -> Selecti
     return Selection(key % num_tokens, valid=key < num_tokens)
 
 
+def together(made: list[Selection]) -> Selection:
+    """What was chosen of parts of a batch, as many tokens of each, as one selection."""
+    if len(made) == 1:
+        return made[0]
+    names = [name for name, values in vars(made[0]).items() if values is not None]
+    parts = {name: torch.cat([getattr(one, name) for one in made]) for name in names}
+    return Selection(**parts)
+
+
 def top_k(scores: Tensor, num_keep: int, valid: Tensor | None = None) -> Selection:
     """The K tokens of the highest score.
 

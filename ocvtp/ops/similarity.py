@@ -1,6 +1,15 @@
-"""Cosine similarities, one row of the kernel at a time."""
+"""Similarities of tokens: a row at a time, or of all pairs.
+
+A row reads all N D values of an image for as many products: memory is its limit. One matrix of all
+pairs takes N / 2 times as many, but reads the values few times. So whoever needs R rows takes them
+from a matrix where 10 R >= N and N <= 8192 (256 MiB an image), and else asks for them one by one
+(`pairs_pay`). D and the number of images B change nothing: the cost of both grows with them alike.
+An image therefore takes the same way in every batch of images of its size.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -9,6 +18,8 @@ from torch.nn import functional
 from ocvtp.structures import take
 
 _BLOCK = 128  # measured: the fastest of 96 to 720 at 576 tokens of width 1024 and 4096
+_ROWS_FOR_ALL = 10  # that share of the rows takes as long as all pairs: measured on a CPU
+_MOST_TOKENS = 8192  # 256 MiB a matrix
 
 
 def full(x: Tensor) -> Tensor:
@@ -32,6 +43,91 @@ def row(directions: Tensor, pick: Tensor) -> Tensor:
         [B, N].
     """
     return (directions @ take(directions, pick[:, None]).transpose(1, 2)).squeeze(2)
+
+
+def pairs_pay(num_tokens: int, num_rows: int) -> bool:
+    """Whether `num_rows` rows are cheaper from one matrix of all pairs than one by one."""
+    return num_rows * _ROWS_FOR_ALL >= num_tokens and pairs_fit(num_tokens)
+
+
+def pairs_fit(num_tokens: int) -> bool:
+    """Whether a matrix of all pairs of an image's tokens may be held."""
+    return num_tokens <= _MOST_TOKENS
+
+
+@torch.no_grad()
+def all_pairs(x: Tensor) -> Tensor:
+    """Products of every two tokens of an image, each computed once.
+
+    Args:
+        x: [B, N, D].
+
+    Returns:
+        [B, N, N], symmetric to the last bit outside of blocks on the diagonal.
+    """
+    batch, count, _ = x.shape
+    products = x.new_empty(batch, count, count)
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        products[:, start:stop, start:] = x[:, start:stop] @ x[:, start:].mT
+        products[:, stop:, start:stop] = products[:, start:stop, stop:].mT
+    return products
+
+
+def by_image(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """`function(*values)` [B, ...], on a CPU of one image after the other.
+
+    What it reads then stays in the cache, and does not depend on other images to the last bit.
+    """
+    if values[0].device.type != "cpu" or len(values[0]) < 2:
+        return function(*values)
+    images = zip(*(part.split(1) for part in values), strict=True)
+    return torch.cat([function(*image) for image in images])
+
+
+def cosine_pairs(x: Tensor) -> Tensor:
+    """Cosines [B, N, N] of every two tokens of [B, N, D]."""
+    return by_image(lambda own: all_pairs(unit(own)), x)
+
+
+# Cosines without `unit(x)`, which takes as much memory as x.
+
+
+def cosine_to(x: Tensor, direction: Tensor) -> Tensor:
+    """Cosine of tokens [B, N, D] to one direction [B, D] of length 1 of every image: [B, N]."""
+    return by_image(
+        lambda own, to: (full(own) @ to.mT).squeeze(2), x, direction[:, None]
+    ) / _lengths(x)
+
+
+def cosine_to_sum(x: Tensor, chosen: Tensor) -> Tensor:
+    """[B, N] of each token the sum of its cosines to those that the mask [B, N] chooses."""
+    lengths = _lengths(x)
+
+    def products(own: Tensor, shares: Tensor) -> Tensor:
+        return (full(own) @ (shares @ full(own)).mT).squeeze(2)
+
+    return by_image(products, x, (chosen / lengths)[:, None]) / lengths
+
+
+def nearest_of(x: Tensor, directions: Tensor) -> Tensor:
+    """[B, N] the largest cosine of each token to directions [B, K, D] of length 1."""
+    return by_image(lambda own, to: (to @ full(own).mT).amax(dim=1), x, directions) / _lengths(x)
+
+
+def _lengths(x: Tensor) -> Tensor:
+    """Above 0, so that a blank token is like nothing: [B, N]."""
+    lengths: Tensor = torch.linalg.vector_norm(full(x), dim=2)
+    return lengths.clamp(min=1e-12)
+
+
+def nearest_in(pairs: Tensor, valid: Tensor | None) -> Tensor:
+    """`nearest_other` of cosines [B, N, N], whose diagonal becomes -inf."""
+    pairs.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
+    if valid is None:
+        return pairs.amax(dim=2)
+    real = valid[:, None] & valid[:, :, None]
+    return pairs.masked_fill(~real, float("-inf")).amax(dim=2)
 
 
 def nearest_other(directions: Tensor, valid: Tensor | None) -> Tensor:

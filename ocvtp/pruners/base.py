@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from inspect import cleandoc
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from ocvtp.lazy import bound
 from ocvtp.ops.merging import keep_all, keep_short_images
+from ocvtp.ops.selection import together
 from ocvtp.pruners.budgets import check_count, check_share
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
@@ -128,7 +131,8 @@ class Pruner(ABC):
             )
         if self.spares(tokens.num_tokens):
             return keep_all(tokens)
-        selection = self._select(tokens, self.budget(tokens.num_tokens))
+        num_keep = self.budget(tokens.num_tokens)
+        selection = together([self._select(part, num_keep) for part in self._parts_of(tokens)])
         if tokens.valid is not None and self.merging and self.exact:
             return keep_short_images(selection, tokens)
         return selection
@@ -136,6 +140,23 @@ class Pruner(ABC):
     @abstractmethod
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         """The method itself; `num_keep` is K, 1 <= K <= N."""
+
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        """Whether a CPU chooses from one image after the other; other devices never do.
+
+        What every step of the method reads then stays in the cache.
+        """
+        del num_tokens, num_keep
+        return False
+
+    def _parts_of(self, tokens: VisualTokens) -> list[VisualTokens]:
+        """The images that are chosen from at once; a compiled graph takes all."""
+        on_cpu = tokens.features.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not (on_cpu and tokens.batch_size > 1 and self.batch_invariant):
+            return [tokens]
+        if not self._takes_turns(tokens.num_tokens, self.budget(tokens.num_tokens)):
+            return [tokens]
+        return [tokens.map(partial(_image, number=b)) for b in range(tokens.batch_size)]
 
     def budget(self, num_tokens: int) -> int:
         """K for an image of N tokens: all of them where `num_keep` is more."""
@@ -236,3 +257,7 @@ class AdaptivePruner(Pruner):
         if self.num_keep is None and self.keep_ratio is None:
             return num_tokens
         return super().budget(num_tokens)
+
+
+def _image(values: Tensor, number: int) -> Tensor:
+    return values[number : number + 1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ocvtp.ops.diversity import cosine, spread_from
 from ocvtp.ops.ridge import greedy_ridge
 from ocvtp.ops.selection import ascending, descending, top_k
-from ocvtp.ops.similarity import full, row, unit
+from ocvtp.ops.similarity import full, nearest_of, unit
 from ocvtp.slots.statistics import standardized
 from ocvtp.structures import Selection, VisualTokens, take
 
@@ -82,19 +82,20 @@ class MMR(_Shared):
     name: ClassVar[str] = "mmr"
 
     def select(self, scores: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
-        real, directions = tokens.real, _directions(tokens)
+        real = tokens.real
         low = scores.masked_fill(~real, float("inf")).amin(dim=1, keepdim=True)
         high = scores.masked_fill(~real, float("-inf")).amax(dim=1, keepdim=True)
         score = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
         left = score.masked_fill(~real, _LAST)  # of those that are not taken
         nearest = torch.full_like(score, -1.0)
+        kernel = cosine(_compared(tokens), num_keep)
         value, picks = left, []
         for step in range(num_keep):
             pick = value.argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
             if step + 1 < num_keep:
                 left = left.scatter(1, pick, float("-inf"))
-                nearest = nearest.maximum(row(directions, pick[:, 0]).to(nearest.dtype))
+                nearest = nearest.maximum(kernel(pick[:, 0]).to(nearest.dtype))
                 value = torch.where(
                     left > _LAST, self.share * score - (1 - self.share) * nearest, left
                 )
@@ -114,10 +115,10 @@ class MaxMin(_Shared):
     def select(self, scores: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
         best = descending(scores, tokens.valid)[:, : max(1, round(self.share * num_keep))]
         if (more := num_keep - best.shape[1]) > 0:
-            directions = _directions(tokens)
+            values = _compared(tokens)
             # The largest cosine to those that are there; where padding is, all real tokens are.
-            alike = (directions @ take(directions, best).mT).amax(dim=2)
-            far = spread_from(cosine(directions), alike, best, more, tokens.valid)
+            alike = nearest_of(values, unit(take(values, best)))
+            far = spread_from(cosine(values, more), alike, best, more, tokens.valid)
             best = torch.cat([best, far], dim=1)
         return ascending(best, tokens.valid, tokens.num_tokens)
 
@@ -176,9 +177,9 @@ def parse_choice(value: Any) -> Choice:
     return CHOICES[name](float(share))  # type: ignore[call-arg, arg-type]
 
 
-def _directions(tokens: VisualTokens) -> Tensor:
-    """[B, N, D'] at length 1, zeros on padding."""
+def _compared(tokens: VisualTokens) -> Tensor:
+    """[B, N, D'], zeros on padding."""
     values = tokens.features if tokens.projected is None else tokens.projected
     if tokens.valid is not None:
         values = values.masked_fill(~tokens.valid[:, :, None], 0.0)
-    return unit(values)
+    return values

@@ -8,7 +8,7 @@ from torch import Tensor
 from ocvtp.ops.diversity import dpp_map
 from ocvtp.ops.prompt_text import clip_parts
 from ocvtp.ops.selection import ascending
-from ocvtp.ops.similarity import unit
+from ocvtp.ops.similarity import pairs_pay, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -43,10 +43,13 @@ class CDPruner(Pruner):
     def needs(self) -> Needs:
         return Needs(projected=True, clip=True)
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_pay(num_tokens, num_keep)
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
         relevance = _relevance(tokens, self.nearest)
-        picks = dpp_map(unit(tokens.projected), relevance, num_keep, tokens.valid)
+        picks = dpp_map(tokens.projected, relevance, num_keep, tokens.valid)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-from ocvtp.ops.diversity import cosine, spread
+from ocvtp.ops.diversity import rows_of, spread
 from ocvtp.ops.selection import ascending
-from ocvtp.ops.similarity import nearest_other, unit
+from ocvtp.ops.similarity import cosine_pairs, nearest_in, nearest_other, pairs_fit, row, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -35,11 +36,18 @@ class DivPrune(Pruner):
     def needs(self) -> Needs:
         return Needs(projected=True)
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_fit(num_tokens)
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        directions = unit(tokens.projected)
-        lonely = nearest_other(directions, tokens.valid)
+        if pairs_fit(tokens.num_tokens):  # the first pick compares all pairs: whatever K is
+            pairs = cosine_pairs(tokens.projected)
+            lonely, kernel = nearest_in(pairs, tokens.valid), rows_of(pairs)
+        else:
+            directions = unit(tokens.projected)
+            lonely, kernel = nearest_other(directions, tokens.valid), partial(row, directions)
         if tokens.valid is not None:
             lonely = lonely.masked_fill(~tokens.valid, float("inf"))
-        picks = spread(cosine(directions), lonely.argmin(dim=1), num_keep, tokens.valid)
+        picks = spread(kernel, lonely.argmin(dim=1), num_keep, tokens.valid)
         return ascending(picks, tokens.valid, tokens.num_tokens)

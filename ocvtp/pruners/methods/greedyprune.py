@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ocvtp.ops.diversity import Kernel, cosine
 from ocvtp.ops.prompt_text import last_text
 from ocvtp.ops.selection import ascending, descending, ranks
-from ocvtp.ops.similarity import row, unit
+from ocvtp.ops.similarity import cosine_to, pairs_pay, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -48,17 +49,19 @@ class GreedyPrune(Pruner):
     def needs(self) -> Needs:
         return Needs(projected=True, text=True)
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_pay(num_tokens, num_keep)
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        directions = unit(tokens.projected)
-        saliency = (directions @ unit(last_text(tokens))[:, :, None]).squeeze(2)  # [B, N]
+        saliency = cosine_to(tokens.projected, unit(last_text(tokens)))
         rank = ranks(descending(saliency, tokens.valid))
         if tokens.valid is not None:  # after all repetitions too
             rank = rank + 2 * tokens.num_tokens * ~tokens.valid
-        picks = self._suppress(rank, directions, num_keep)
+        picks = self._suppress(rank, cosine(tokens.projected, num_keep), num_keep)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
-    def _suppress(self, rank: Tensor, directions: Tensor, num_keep: int) -> Tensor:
+    def _suppress(self, rank: Tensor, kernel: Kernel, num_keep: int) -> Tensor:
         """[B, K] by rank [B, N], repetitions of what is kept N ranks later."""
         num_tokens = rank.shape[1]
         repeats = torch.zeros_like(rank, dtype=torch.bool)
@@ -67,6 +70,6 @@ class GreedyPrune(Pruner):
         for _ in range(num_keep):
             pick = (rank + num_tokens * repeats + 4 * num_tokens * taken).argmin(dim=1)
             picks.append(pick)
-            repeats = repeats | (row(directions, pick) > self.tau)
+            repeats = repeats | (kernel(pick) > self.tau)
             taken = taken.scatter(1, pick[:, None], True)
         return torch.stack(picks, dim=1)

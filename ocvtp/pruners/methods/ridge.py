@@ -74,6 +74,9 @@ class Ridge(Pruner):
     def needs(self) -> Needs:
         return Needs(attention=weight_attention(self.weights, self.block))
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return True
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         weights = token_weights(tokens, self.weights, self.block, num_keep, self.power)
         targets = self._targets(tokens)

@@ -44,6 +44,9 @@ class SCOPE(Pruner):
     def needs(self) -> Needs:
         return Needs(attention=((self.block, "cls"),))
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return True
+
     @torch.no_grad()
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         directions = unit(tokens.features)

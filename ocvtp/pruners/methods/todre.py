@@ -7,7 +7,7 @@ import torch
 
 from ocvtp.ops.diversity import cosine, spread
 from ocvtp.ops.selection import ascending, descending
-from ocvtp.ops.similarity import unit
+from ocvtp.ops.similarity import pairs_pay
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.pruners.registry import register
@@ -59,12 +59,14 @@ class ToDRE(Pruner):
     def needs(self) -> Needs:
         return Needs(attention=((self.block, "cls"),), projected=True)
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_pay(num_tokens, num_keep)
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
         pivot = descending(tokens.attention[self.block, "cls"], tokens.valid)[:, 0]
-        picks = spread(
-            cosine(unit(tokens.projected)), pivot, num_keep, tokens.valid, accumulate=torch.add
-        )
+        kernel = cosine(tokens.projected, num_keep)
+        picks = spread(kernel, pivot, num_keep, tokens.valid, accumulate=torch.add)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ocvtp.ops.diversity import cosine, spread
 from ocvtp.ops.prompt_text import mean_squared_distance
 from ocvtp.ops.selection import ascending, descending, ranks
-from ocvtp.ops.similarity import unit
+from ocvtp.ops.similarity import cosine_to_sum, pairs_pay
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -49,15 +49,17 @@ class TrimTokenator(Pruner):
     def needs(self) -> Needs:
         return Needs(projected=True, text=True)
 
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_pay(num_tokens, num_keep)
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
         close = descending(-mean_squared_distance(tokens), tokens.valid)
         candidates = ranks(close) < self._stay(tokens, num_keep)
-        directions = unit(tokens.projected)
-        total = candidates.to(directions.dtype)[:, None] @ directions  # [B, 1, D']
-        alike = (directions @ total.transpose(1, 2)).squeeze(2)
+        alike = cosine_to_sum(tokens.projected, candidates)
         alike = alike.masked_fill(~candidates, float("inf"))
-        picks = spread(cosine(directions), alike.argmin(dim=1), num_keep, candidates, torch.add)
+        kernel = cosine(tokens.projected, num_keep)
+        picks = spread(kernel, alike.argmin(dim=1), num_keep, candidates, torch.add)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
     def _stay(self, tokens: VisualTokens, num_keep: int) -> Tensor | int:

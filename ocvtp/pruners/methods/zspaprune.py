@@ -8,7 +8,7 @@ import torch
 from ocvtp.ops.diversity import cosine, spread_from
 from ocvtp.ops.prompt_text import text_mean
 from ocvtp.ops.selection import ascending, descending
-from ocvtp.ops.similarity import unit
+from ocvtp.ops.similarity import cosine_to, nearest_of, pairs_pay, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens, take
@@ -46,14 +46,20 @@ class ZSPAPrune(Pruner):
     def needs(self) -> Needs:
         return Needs(projected=True, text=True)
 
+    def _core(self, num_keep: int) -> int:
+        return max(1, int(num_keep * self.core_ratio))
+
+    def _takes_turns(self, num_tokens: int, num_keep: int) -> bool:
+        return not pairs_pay(num_tokens, num_keep - self._core(num_keep))
+
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        directions = unit(tokens.projected)
-        prompt = unit(text_mean(tokens))  # [B, D']
-        close = descending((directions @ prompt[:, :, None]).squeeze(2), tokens.valid)
-        num_core = max(1, int(num_keep * self.core_ratio))
-        core = close[:, :num_core]
-        nearest = (take(directions, core) @ directions.transpose(1, 2)).amax(dim=1)  # [B, N]
-        rest = spread_from(cosine(directions), nearest, core, num_keep - num_core, tokens.valid)
+        visual = tokens.projected
+        close = descending(cosine_to(visual, unit(text_mean(tokens))), tokens.valid)
+        num_core = self._core(num_keep)
+        core, num_rest = close[:, :num_core], num_keep - num_core
+        nearest = nearest_of(visual, unit(take(visual, core)))
+        kernel = cosine(visual, num_rest)
+        rest = spread_from(kernel, nearest, core, num_rest, tokens.valid)
         picks = torch.cat([core, rest], dim=1)
         return ascending(picks, tokens.valid, tokens.num_tokens)

@@ -1,0 +1,149 @@
+"""What is measured on a GPU of minutes: in time, one cell after the other, whatever fails."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu_cells import CELLS, FULL, LLAVA, SMOKE, Job, Place, request_seconds
+from benchmarks.gpu_report import goals
+
+
+class Clock:
+    """Time that passes only when cells say so."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def make_jobs(clock, **seconds):
+    """Cells that should take as long as the first number says and take as long as the second."""
+
+    def job(name, planned, taken):
+        def run(place):
+            clock.now += taken
+            if taken < 0:
+                raise RuntimeError(f"{name} broke")
+            return {"value": taken}
+
+        return Job(name, f"what {name} is", planned, run)
+
+    return [job(name, *times) for name, times in seconds.items()]
+
+
+def states(folder):
+    found = [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
+    return {cell["cell"]: cell["state"] for cell in found}
+
+
+def test_none_begins_that_would_not_end_and_another_run_goes_on(tmp_path):
+    clock, place = Clock(), Place(SMOKE, tmp_path)
+    jobs = make_jobs(clock, a=(10, 10), long=(60, 60), b=(10, 10))
+    assert gpu.run(jobs, place, 50, clock) == ["long"]
+    assert states(tmp_path) == {"a": "done", "b": "done"}
+    assert gpu.run(jobs, place, 65, clock) == []
+    assert clock.now == 100 + 10 + 10 + 60, "a cell that is done was run again"
+
+
+def test_where_cells_take_longer_the_next_are_expected_to(tmp_path):
+    clock = Clock()
+    jobs = make_jobs(clock, a=(10, 30), b=(20, 20), c=(5, 5))
+    assert gpu.run(jobs, Place(SMOKE, tmp_path), 80, clock) == ["b"]
+
+
+def test_a_cell_that_fails_is_written_and_tried_again(tmp_path):
+    clock, place = Clock(), Place(SMOKE, tmp_path)
+    assert gpu.run(make_jobs(clock, a=(10, -1), b=(10, 10)), place, 50, clock) == []
+    assert states(tmp_path) == {"a": "failed", "b": "done"}
+    assert "RuntimeError: a broke" in (tmp_path / "cells" / "a.json").read_text()
+    gpu.run(make_jobs(clock, a=(10, 10), b=(10, -1)), place, 50, clock)
+    assert states(tmp_path) == {"a": "done", "b": "done"}
+
+
+def test_a_model_that_must_be_built_takes_time(tmp_path):
+    place = Place(FULL, tmp_path)
+    job = replace(make_jobs(Clock(), a=(10, 10))[0], model=LLAVA)
+    assert place.seconds(job) == 10 + gpu.BUILD
+    place.subjects[LLAVA] = None
+    assert place.seconds(job) == 10
+
+
+@pytest.mark.slow
+def test_seconds_follow_operations():
+    whole, pruned, more = (
+        request_seconds(LLAVA, batch, keep, "bfloat16")
+        for batch, keep in ((8, None), (8, 64), (16, None))
+    )
+    assert pruned < whole < more < 2 * whole
+
+
+@pytest.mark.slow
+def test_the_plan_of_eight_minutes_reaches_the_tests(capsys):
+    gpu.main(["--plan"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [make(SMOKE).name for make in CELLS]
+    assert float(next(line for line in lines if line.startswith("tests")).split()[3]) < 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "pass --output DIR, or --plan"),
+        (["--output", "x", "--minutes", "0"], "pass a number above 0"),
+    ],
+)
+def test_wrong_words(words, said, capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(words)
+    assert said in capsys.readouterr().err
+
+
+def test_cells_of_another_device_are_refused(tmp_path):
+    gpu.check_folder(tmp_path, {"device": "one", "smoke": False})
+    gpu.check_folder(tmp_path, {"device": "one", "smoke": False})
+    with pytest.raises(SystemExit, match="holds cells of .*'one'.*pass another folder"):
+        gpu.check_folder(tmp_path, {"device": "two", "smoke": False})
+
+
+def test_goals_are_judged():
+    def row(key, reached, share, speed):
+        return {
+            "key": key, "label": key.split()[0], "prefill speed-up / possible": reached,
+            "select / TTFT": share, "ttft speed-up": speed,
+        }  # fmt: skip
+
+    rows = [row("ocvtp K=160", 0.95, 0.05, 4.5), row("fopru K=160", 0.633, 0.01, 4)]
+    cells = [
+        {"cell": "llava-b8-k64", "found": {"batch": 8, "rows": rows}},
+        {"cell": "next-b1", "found": {"batch": 1, "rows": rows}},
+        {"cell": "train", "found": {"images per second from extracted features": 1200.0}},
+        {"cell": "broken"},
+    ]
+    assert list(goals(cells)) == [
+        "- met: llava-b8-k64, ocvtp K=160, prefill speed-up / possible 0.95 (>= 0.85)",
+        "- NOT met: llava-b8-k64, ocvtp K=160, select / TTFT 0.05 (<= 0.03)",
+        "- NOT met: llava-b8-k64, fopru K=160, prefill speed-up / possible 0.633 (>= 0.85)",
+        "- met: next-b1, ocvtp K=160, TTFT speed-up 4.5 (>= 4)",
+        "- met: train, images a second, extracted features 1.2e+03 (>= 1,000)",
+    ]
+
+
+@pytest.mark.slow
+def test_all_cells_run_on_a_cpu(tmp_path):
+    gpu.main(["--smoke", "--minutes", "20", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [(cell["cell"], cell["state"]) for cell in results["cells"]] == [
+        (make(SMOKE).name, "done") for make in CELLS
+    ]
+    said = {name: check["said"] for name, check in results["cells"][0]["found"]["checks"].items()}
+    assert set(said.values()) == {"holds"}, said
+    report = (tmp_path / "report.md").read_text()
+    assert "| ridge K=16 |" in report
+    assert "Unmeasured" not in report
+    assert (tmp_path / "ttft.png").stat().st_size > 10_000
