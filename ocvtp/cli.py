@@ -23,6 +23,7 @@ _COMMANDS = {
     "evaluate": "accuracy against budget, of any pruners on any task",
     "lmms-task": "a task of evaluate, written for lmms-eval",
     "bench": "time and memory of pruners, side by side with the bare model",
+    "table": "a table for a paper, of what evaluate and bench wrote: Markdown, LaTeX or CSV",
     "compare": "two benchmarks, and what changed beyond noise",
     "flops": "operations of a prompt, by three conventions, with any pruner",
     "probe": "whether soft gates in a model stand in for dropping, by how far they are open",

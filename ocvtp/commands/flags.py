@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from ocvtp import choices
-from ocvtp.commands import options
+from ocvtp.commands import options, publishing
 from ocvtp.shipped import config_names
 
 
@@ -308,5 +308,6 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "flops": flops,
     "probe": probe,
     "demo-vlm": demo_vlm,
+    "table": publishing.table,
 }
 """All commands but `train` and `extract`, whose settings Lightning parses."""

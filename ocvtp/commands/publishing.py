@@ -1,0 +1,54 @@
+"""The flags of commands that make results and networks ready for others; as `flags`, light."""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from ocvtp import choices
+from ocvtp.commands import options
+
+
+def table(parser: argparse.ArgumentParser) -> None:
+    """Files, and what of them is shown."""
+    _add_files(parser)
+    parser.add_argument(
+        "--format",
+        choices=get_args(choices.TableFormat),
+        default="markdown",
+        help="(default: %(default)s); LaTeX needs booktabs; CSV has all digits",
+    )
+    parser.add_argument(
+        "--bold",
+        choices=get_args(choices.Bold),
+        default="best",
+        help="the best of a column, with `ci` all that cannot be told from it too (default:"
+        " %(default)s)",
+    )
+    parser.add_argument("--with-interval", action="store_true", help="show 95%% intervals")
+    parser.add_argument("--digits", type=int, help="after the decimal point")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--num-keep", type=int, nargs="+", default=[], help="budgets to show")
+    budget.add_argument("--keep-ratio", type=float, nargs="+", default=[], help="the same, shares")
+    parser.add_argument("--output", help="file to write instead of printing the table")
+    options.add_json(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "results", nargs="+", help="results.json of `ocvtp evaluate` or `ocvtp bench`"
+    )
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        default=[],
+        help="e.g. hard/all; of bench ttft, tpot, request, prefill, tower, or one of these with"
+        " /unpruned after it (default: the first)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="LABEL",
+        help="pruners to show, with spaces or commas between them; the unpruned model always is",
+    )
