@@ -9,7 +9,7 @@ from typing import Any
 
 from ocvtp.bench import statistics
 from ocvtp.bench.report import cell_name
-from ocvtp.bench.summary import METRICS, series
+from ocvtp.bench.summary import METRICS, label_of, series
 from ocvtp.choices import Bold
 from ocvtp.pruners import list_pruners, pruner_class
 from ocvtp.reporting.chosen import Chosen
@@ -32,11 +32,6 @@ def metrics_of(facts: Facts) -> list[str]:
 def labels_of(facts: Facts) -> list[str]:
     """Names of the lines, as plots have them."""
     return list(dict.fromkeys(label_of(row) for cell in facts["cells"] for row in cell["rows"]))
-
-
-def label_of(row: Facts) -> str:
-    """A pruner, and what was changed of its savings."""
-    return f"{row['label']} [{row['changed']}]" if row["changed"] else str(row["label"])
 
 
 def columns(
