@@ -24,6 +24,8 @@ _COMMANDS = {
     "lmms-task": "a task of evaluate, written for lmms-eval",
     "bench": "time and memory of pruners, side by side with the bare model",
     "table": "a table for a paper, of what evaluate and bench wrote: Markdown, LaTeX or CSV",
+    "plot": "their plots again, as wide as a column, of the pruners that are named",
+    "merge": "two evaluations of one task and model, as one",
     "compare": "two benchmarks, and what changed beyond noise",
     "flops": "operations of a prompt, by three conventions, with any pruner",
     "probe": "whether soft gates in a model stand in for dropping, by how far they are open",

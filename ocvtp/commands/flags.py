@@ -309,5 +309,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "probe": probe,
     "demo-vlm": demo_vlm,
     "table": publishing.table,
+    "plot": publishing.plot,
+    "merge": publishing.merge,
 }
 """All commands but `train` and `extract`, whose settings Lightning parses."""

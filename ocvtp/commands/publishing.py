@@ -34,6 +34,46 @@ def table(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def plot(parser: argparse.ArgumentParser) -> None:
+    """Files, what of them is shown, and how wide."""
+    _add_files(parser)
+    parser.add_argument(
+        "--plots",
+        nargs="+",
+        choices=get_args(choices.PlotKind),
+        help="what is drawn (default: all that the files have)",
+    )
+    parser.add_argument(
+        "--width",
+        type=float,
+        default=3.3,
+        help="inches (default: %(default)s, a column of a paper; 7.2 is what evaluate draws)",
+    )
+    parser.add_argument("--pdf", action="store_true", help="PDF instead of PNG")
+    parser.add_argument("--dpi", type=int, default=200, help="of a PNG (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="outputs/plot", help="folder to write (default: %(default)s)"
+    )
+    options.add_json(parser)
+
+
+def merge(parser: argparse.ArgumentParser) -> None:
+    """Two evaluations, and where both go."""
+    for name in ("a", "b"):
+        parser.add_argument(
+            name, help="folder or results.json of `ocvtp evaluate`, of one task and model"
+        )
+    parser.add_argument(
+        "--prefer",
+        choices=get_args(choices.Preferred),
+        help="whose rows to take where the two differ (default: they are refused)",
+    )
+    parser.add_argument(
+        "--output", required=True, help="folder of results.json, report.md and plots"
+    )
+    options.add_json(parser)
+
+
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", nargs="+", help="results.json of `ocvtp evaluate` or `ocvtp bench`"
