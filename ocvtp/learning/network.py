@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ocvtp.learning import artifact
+from ocvtp.learning.card import CARD_NAME, WRITTEN, About, model_card
 from ocvtp.structures import Layout, Needs, VisualTokens
-
-_MODEL_CARD = """---
-{{ card_data }}
----
-
-# The network of a visual-token pruner
-
-Trained with ocvtp. `config.json` names its format, the vision tower, the layer it reads, the
-preprocessing, how images became tokens and the training run; `model.safetensors` holds the weights.
-
-```python
-import ocvtp
-
-pruner = ocvtp.build_pruner(NAME, num_keep=64, checkpoint="THIS_FOLDER_OR_HUB_ID")
-with pruner(model):  # a transformers VLM whose tower config.json names
-    model.generate(**inputs)
-```
-
-`NAME` is the pruner whose networks have that format.
-"""
 
 
 class Sizes:
@@ -78,7 +60,6 @@ class PrunerNetwork(
     PyTorchModelHubMixin,
     library_name="ocvtp",
     tags=["visual-token-pruning"],
-    model_card_template=_MODEL_CARD,
 ):
     """A network that learns which tokens to keep.
 
@@ -99,6 +80,8 @@ class PrunerNetwork(
     """What messages call it; by default `a` and the name of the class."""
     sizes_class: ClassVar[type[Any]]
     """Its `Sizes`."""
+    pruner: ClassVar[str] = ""
+    """Name of the pruner that it is of, for its model card; an export knows it anyway."""
     config: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -220,6 +203,24 @@ class PrunerNetwork(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.write(save_directory, self.state_dict(), asdict(self.config), self.format)
+        card = save_directory / CARD_NAME
+        if card.is_file() and WRITTEN in card.read_text(encoding="utf-8", errors="replace"):
+            card.unlink()  # it is of other weights, and is written after this
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card, from its config.
+
+        Args:
+            args: none. kwargs: fields of `ocvtp.learning.card.About`.
+        """
+        del args
+        info = self._hub_mixin_info
+        about = {"pruner": self.pruner, "paper": info.paper_url, **kwargs}
+        about.setdefault("weights", sha256(artifact.weights_file(self.state_dict())).hexdigest())
+        about.setdefault("parameters", sum(p.numel() for p in self.parameters()))
+        header = {"format": self.format, "format_version": artifact.FORMAT_VERSION}
+        tags = info.model_card_data.tags or ()
+        return ModelCard(model_card(header | asdict(self.config), About(**about), tags))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
