@@ -16,6 +16,8 @@ _COMMANDS = {
     "extract": "the tower of a training run, run once: features in files (--config YAML)",
     "teacher": "what a frozen model says of training questions, stored (--config YAML)",
     "export": "checkpoint or official weights to an artifact",
+    "card": "the model card of an exported network",
+    "push": "an exported network and its card to the Hugging Face Hub",
     "resize": "a folder of images, pre-resized for training",
     "list": "every pruner: stage, needs, paper, status",
     "answer": "one answer, tokens before and after",

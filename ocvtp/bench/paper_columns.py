@@ -163,6 +163,6 @@ def _alike(
     name, new_tokens = metric.removesuffix(RATIO), facts["settings"]["new_tokens"]
     own, other = (series(row["samples"], name, new_tokens).tolist() for row in rows)
     if min(own) <= 0 or min(other) <= 0:
-        return own == other
+        return bool(own == other)
     found = statistics.ratio(own, other, cell["block"])
     return found.low <= 1 <= found.high

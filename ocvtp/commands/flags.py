@@ -311,5 +311,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "table": publishing.table,
     "plot": publishing.plot,
     "merge": publishing.merge,
+    "card": publishing.card,
+    "push": publishing.push,
 }
 """All commands but `train` and `extract`, whose settings Lightning parses."""

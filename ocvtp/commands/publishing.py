@@ -74,6 +74,28 @@ def merge(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def card(parser: argparse.ArgumentParser) -> None:
+    """An artifact, and what it does not say itself."""
+    parser.add_argument("artifact", help="folder of an exported network")
+    _add_card(parser)
+    parser.add_argument(
+        "--output", help="file to write, e.g. ARTIFACT/README.md, instead of printing"
+    )
+    options.add_json(parser)
+
+
+def push(parser: argparse.ArgumentParser) -> None:
+    """An artifact, and where it goes."""
+    parser.add_argument("--artifact", required=True, help="folder of an exported network")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="of the hub")
+    _add_card(parser)
+    parser.add_argument("--private", action="store_true", help="make the repository private")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the files and the card, and send nothing"
+    )
+    options.add_json(parser)
+
+
 def _add_files(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", nargs="+", help="results.json of `ocvtp evaluate` or `ocvtp bench`"
@@ -91,4 +113,14 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="LABEL",
         help="pruners to show, with spaces or commas between them; the unpruned model always is",
+    )
+
+
+def _add_card(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="what it was trained on, where its config.json does not say")
+    parser.add_argument("--license", help="of the weights, as the hub names it, e.g. apache-2.0")
+    parser.add_argument(
+        "--results",
+        help="results.json of `ocvtp evaluate` of this network, for its figures beside untrained"
+        " and random ones",
     )

@@ -33,7 +33,9 @@ class ResultsFile:
     @property
     def metrics(self) -> list[str]:
         """All that it has."""
-        return (of_times if self.is_bench else of_figures).metrics_of(self.facts)
+        if self.is_bench:
+            return of_times.metrics_of(self.facts)
+        return of_figures.metrics_of(self.facts)
 
     @property
     def labels(self) -> list[str]:

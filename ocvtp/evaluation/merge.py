@@ -8,7 +8,7 @@ taken over, and differences only where they are to a row that is still there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import Any
 
@@ -227,8 +227,7 @@ def _both(a: Facts, b: Facts) -> dict[str, Any]:
 
 def _report(facts: Facts, chosen: Mapping[Key, _Side], a: Facts) -> Report:
     """The report of all rows, from their scores."""
-    names = ("label", "pruner", "budget", "num_keep", "seeds", "control", "visual_tokens")
-    names += ("note", "trained", "yours")
+    names = [field.name for field in fields(Row) if field.name != "figures"]
     rows = [
         Row(
             **{name: side.rows[key][name] for name in names if name in side.rows[key]},
@@ -280,7 +279,7 @@ def _spliced(facts: Facts, chosen: Mapping[Key, _Side], sides: Sequence[_Side]) 
 
 def _answers(sides: Sequence[_Side], chosen: Mapping[Key, _Side]) -> dict[str, Any]:
     """What was said under the conditions of the rows."""
-    items = next((one for s in sides if (one := s.answers.get("items"))), [])
+    items: Any = next((one for s in sides if (one := s.answers.get("items"))), [])
     conditions: dict[str, Any] = {}
     for key, side in chosen.items():
         known = side.answers.get("conditions") or {}
