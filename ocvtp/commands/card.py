@@ -8,11 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 
 from ocvtp.commands import output
-from ocvtp.evaluation.conditions import RANDOM, UNTRAINED
+from ocvtp.evaluation.conditions import RANDOM, untrained_labels
 from ocvtp.evaluation.paper_columns import columns, notes
 from ocvtp.evaluation.report import RESULTS
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME, config_of
 from ocvtp.learning.card import About, model_card
+from ocvtp.learning.network import PrunerNetwork
 from ocvtp.pruners import trainable
 from ocvtp.pruners.catalog import entry
 from ocvtp.reporting.chosen import Chosen
@@ -27,12 +28,12 @@ class Artifact:
     """An exported network that was read whole.
 
     Args:
-        folder: that holds it. pruner: that takes it. parameters: how many there are.
+        folder: that holds it. pruner: that takes it. network: what was read.
     """
 
     folder: Path
     pruner: str
-    parameters: int
+    network: PrunerNetwork
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,14 +63,14 @@ def checked(given: str) -> Artifact:
     config = config_of(folder)
     kind = trainable.of_name(names[0]) if names else trainable.of_format(config.get("format") or "")
     network = kind.network_class.from_pretrained(folder)
-    return Artifact(folder, kind.name, sum(p.numel() for p in network.parameters()))
+    return Artifact(folder, kind.name, network)
 
 
 def card_of(artifact: Artifact, arguments: argparse.Namespace) -> str:
     """The card, with what the flags add to its config.json."""
     about = entry(artifact.pruner)
     weights = sha256((artifact.folder / WEIGHTS_NAME).read_bytes()).hexdigest()
-    figures = "" if arguments.results is None else _figures(artifact.pruner, arguments.results)
+    figures = "" if arguments.results is None else _figures(artifact, arguments.results)
     said = About(
         pruner=about.name,
         title=about.title,
@@ -77,15 +78,15 @@ def card_of(artifact: Artifact, arguments: argparse.Namespace) -> str:
         data=arguments.data,
         license=arguments.license,
         weights=weights,
-        parameters=artifact.parameters,
+        parameters=sum(p.numel() for p in artifact.network.parameters()),
         figures=figures,
     )
     return model_card(config_of(artifact.folder), said)
 
 
-def _figures(pruner: str, given: str) -> str:
+def _figures(artifact: Artifact, given: str) -> str:
     """A table of the pruner and what it is compared with, of each metric of an evaluation."""
-    path = Path(given)
+    path, pruner = Path(given), artifact.pruner
     path = path / RESULTS if path.is_dir() else path
     facts = read_results(path)
     own = [row["label"] for row in facts["rows"] if row["pruner"] == pruner and row["trained"]]
@@ -94,16 +95,16 @@ def _figures(pruner: str, given: str) -> str:
             f"--results {given} has no row of pruner {pruner!r} with a checkpoint; pass results of"
             f" `ocvtp evaluate --pruners {pruner} --checkpoint ...`."
         )
-    controls = [
-        row["label"]
-        for row in facts["rows"]
-        if row["label"] == RANDOM or row["label"].partition(":")[0] == UNTRAINED
-    ]
-    chosen = Chosen([*own, *controls], facts["metrics"])
-    table = PaperTable(
-        columns(facts, None, chosen, "none"), list(notes(facts, None, chosen, "none")), True
-    )
-    return f"Beside controls of the same run:\n\n{markdown(table).rstrip()}"
+    untrained = untrained_labels(trainable.of_name(pruner), artifact.network.config)
+    known = {row["label"] for row in facts["rows"]}
+    labels = [*own, *(label for label in (*untrained, RANDOM) if label in known)]
+    parts = ["Beside controls of the same run:"]
+    for metric in facts["metrics"]:
+        chosen = Chosen(labels, [metric])
+        said = list(notes(facts, None, chosen, "none"))
+        table = PaperTable(columns(facts, None, chosen, "none"), said, True)
+        parts.append(markdown(table).rstrip())
+    return "\n\n".join(parts)
 
 
 FILES = (CONFIG_NAME, WEIGHTS_NAME)
