@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
 
 install: $(STAMP)
 
@@ -299,6 +299,15 @@ hosts: install $(OLDEST)/.installed
 # The plots of docs/results, from the results beside them.
 plots: install
 	$(BIN)/python -m benchmarks.plots
+
+# The model cards of what is shipped, from their config.json and docs/results.
+CARD = $(BIN)/ocvtp card $(1) --results docs/results/$(2) --data $(3) --license apache-2.0 --output $(1)/README.md
+
+cards: install
+	for seed in 0 1 2; do \
+		$(call CARD,checkpoints/demo-pruner/$$seed,demo-vlm,"3000 drawn scenes (configs/train/demo_kept.yaml)") && \
+		$(call CARD,checkpoints/photo-pruner/$$seed,photos,"650 photographs without labels (docs/photographs.md)") || exit 1; \
+	done
 
 # The README's picture, of the demo VLM.
 pictures: export OMP_NUM_THREADS := 1

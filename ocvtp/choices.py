@@ -37,6 +37,17 @@ FullSizeModel = Literal[
 SavingRows = Literal["default", "all", "none", "each"]
 """Which savings of hosts `ocvtp bench` measures."""
 
+TableFormat = Literal["markdown", "latex", "csv"]
+"""Of `ocvtp table`."""
+Bold = Literal["best", "ci", "none"]
+"""What a table sets off: the best figure of a column, all that cannot be told from it, or none."""
+
+PlotKind = Literal["accuracy", "differences", "ttft", "stages", "tradeoff"]
+"""What `ocvtp plot` draws: two of an evaluation, two of a benchmark, and one of both."""
+
+Preferred = Literal["first", "second"]
+"""Whose rows `ocvtp merge` takes where two files differ."""
+
 TOLERANCE = 0.03
 """Of `ocvtp compare`. Changes below are not flagged: what a new process changes, where memory lies
 and how fast the clock runs, is in the interval of no single run."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -34,6 +34,9 @@ _HIDDEN = 190  # the grey in the place of an image
 _ENDS = {".png": b"IEND\xaeB`\x82", ".pdf": b"%%EOF\n"}
 _METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
 """Suffixes `save_figure` writes, and what it leaves out so that equal figures are equal files."""
+
+_TEXT_OF_PDF = {"pdf.fonttype": 42}
+"""TrueType: the system of many a journal refuses matplotlib's own choice, Type 3."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +231,7 @@ def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
     path, suffix = Path(path), Path(path).suffix.lower()
     if suffix not in _METADATA:
         raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
-    with replacing(path) as temporary:
+    with replacing(path) as temporary, rc_context(_TEXT_OF_PDF):
         drawing.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
         refuse_cut(temporary, _ENDS[suffix])
     return path

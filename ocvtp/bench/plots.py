@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from ocvtp.bench.summary import label_of as _label
 from ocvtp.reporting.plot_style import (
     COLOURS,
     INK,
     MARKERS,
+    WIDTH,
     Name,
+    bars_height,
     beside,
     better,
     canvas,
@@ -21,8 +24,10 @@ from ocvtp.reporting.plot_style import (
     height_for,
     label,
     limits,
+    look,
     name_ends,
-    shortened,
+    name_places,
+    name_rows,
 )
 
 Facts = Mapping[str, Any]
@@ -64,31 +69,33 @@ class _Line:
     def yours(self) -> bool:
         return any(row.get("yours") for row in self.rows)
 
-    @property
-    def style(self) -> dict[str, Any]:
-        width = 2.2 if self.yours else 1.2
-        return {"color": self.colour, "marker": self.marker, "ms": 5, "lw": width}
+    def style(self, panel: Any) -> dict[str, Any]:
+        size = look(panel.figure.get_figwidth()).size
+        width = (2.2 if self.yours else 1.2) * size
+        return {"color": self.colour, "marker": self.marker, "ms": 5 * size, "lw": width}
 
-    def end(self, x: float, y: float) -> Name:
-        return Name(self.name, x, y, self.colour, self.yours)
+    def end(self, x: float, y: float, drawn: Any) -> Name:
+        return Name(self.name, x, y, self.colour, self.yours, drawn)
 
 
-def ttft(results: Facts, accuracy: Facts | None = None) -> Figure:
+def ttft(results: Facts, accuracy: Facts | None = None, width: float = WIDTH) -> Figure:
     """TTFT against the tokens kept, or accuracy against TTFT; a panel a cell.
 
     Args:
         results: of `ocvtp bench`.
         accuracy: results.json of `ocvtp evaluate`: its first metric is drawn, of the pruners and
             budgets that both have.
+        width: inches.
 
     Raises:
         ValueError: if they have none in common.
     """
     cells = [_on_one_clock(cell) for cell in results["cells"]]
-    if accuracy is not None and not any(_shown(cell, _accuracies(accuracy)) for cell in cells):
+    if accuracy is not None and not in_common(results, accuracy):
         raise ValueError(NOTHING_IN_COMMON)
-    heights = [height_for(len(_lines(cell)) + 1, least=3.6) for cell in cells]
-    drawing, panels = canvas(heights)
+    names = [["unpruned", *(line.name for line in _lines(cell))] for cell in cells]
+    heights = [height_for(one, least=3.6, width=width) for one in names]
+    drawing, panels = canvas(heights, width)
     for panel, cell, height in zip(panels, cells, heights, strict=True):
         if accuracy is None:
             _against_tokens(panel, cell, height)
@@ -97,10 +104,26 @@ def ttft(results: Facts, accuracy: Facts | None = None) -> Figure:
     return drawing
 
 
-def stages(results: Facts) -> Figure:
-    """The time to the first token, cut into stages; a panel a cell."""
+def in_common(results: Facts, accuracy: Facts) -> bool:
+    """Whether a pruner at a budget has both a time and an accuracy."""
+    known = _accuracies(accuracy)
+    return any(_shown(cell, known) for cell in results["cells"])
+
+
+def narrowed(results: Facts, labels: Collection[str]) -> Facts:
+    """What of the results is to be drawn: these lines, and the bare model."""
+    cells = [
+        {**cell, "rows": [cell["rows"][0], *(r for r in cell["rows"][1:] if _label(r) in labels)]}
+        for cell in results["cells"]
+    ]
+    return {**results, "cells": cells}
+
+
+def stages(results: Facts, width: float = WIDTH) -> Figure:
+    """The time to the first token, cut into stages; a panel a cell, of so many inches."""
     cells = [_on_one_clock(cell) for cell in results["cells"]]
-    drawing, panels = canvas([1.4 + 0.24 * len(cell["rows"]) for cell in cells])
+    heights = [bars_height(len(cell["rows"]), 1.4, 0.24, width) for cell in cells]
+    drawing, panels = canvas(heights, width)
     for panel, cell in zip(panels, cells, strict=True):
         rows = cell["rows"]
         left = [0.0] * len(rows)
@@ -108,15 +131,19 @@ def stages(results: Facts) -> Figure:
             times = [_stage(row, name) for row in rows]
             panel.barh(range(len(rows)), times, left=left, color=colour, label=name, height=0.72)
             left = [before + time for before, time in zip(left, times, strict=True)]
-        panel.set_yticks(range(len(rows)), [shortened(row["key"]) for row in rows])
+        name_rows(panel, [row["key"] for row in rows])
         for tick, row in zip(panel.get_yticklabels(), rows, strict=True):
             tick.set_fontweight("bold" if row.get("yours") else "normal")
         panel.set_ylim(len(rows) - 0.4, -0.6)  # the bare model on top
         x = better("ms to the first token, medians of the stages", lower=True)
         label(panel, _title(cell), x, grid="x")
     handles, labels = panels[0].get_legend_handles_labels()
-    drawing.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8,
-                   frameon=False)  # fmt: skip
+    own = look(width)
+    drawing.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), fontsize=own.text,
+        frameon=False, columnspacing=2 * own.size, handlelength=2 * own.size,
+        handletextpad=0.8 * own.size,
+    )  # fmt: skip
     return drawing
 
 
@@ -125,29 +152,50 @@ def _against_tokens(panel: Any, cell: Facts, inches: float) -> None:
     lines = _lines(cell)
     counts = sorted({_tokens(row) for line in lines for row in line.rows})
     gaps = np.diff(np.log(counts)) if len(counts) > 1 else [np.log(2)]
-    ends, shown = [], list[float]()
-    for line in lines:
-        figures = [row["figures"]["ttft"] for row in line.rows]
-        middle = [figure["median"] for figure in figures]
-        low, high = ([figure.get(key, figure["median"]) for figure in figures]
-                     for key in ("low", "high"))  # fmt: skip
-        spread = [np.maximum(np.subtract(middle, low), 0), np.maximum(np.subtract(high, middle), 0)]
-        x = [_tokens(row) * beside(line.number, line.of, 0.6 * min(gaps)) for row in line.rows]
-        panel.errorbar(x, middle, yerr=spread, capsize=2, **line.style)
-        ends.append(line.end(x[-1], middle[-1]))
-        shown += [*middle, *low, *high]
     bare = cell["rows"][0]["figures"]["ttft"]
-    panel.axhline(bare["median"], color=INK, lw=1, ls=":")
-    panel.axhspan(bare["low"], bare["high"], color=INK, alpha=0.08, lw=0)
-    shown += [bare["low"], bare["high"]]
+    times = [[_times(row) for row in line.rows] for line in lines]
+    shown = [time for own in (*times, [_times(cell["rows"][0])]) for three in own for time in three]
     panel.set_ylim(limits(shown, _LEAST * max(shown), floor=0.0))
+    places = list(range(len(lines)))
+    if len(counts) == 1:
+        last = [own[-1][0] for own in times]
+        places = _fan(last, bare["median"], panel.get_ylim(), inches)
+    ends = []
+    for line, own, place in zip(lines, times, places, strict=True):
+        middle, low, high = np.array(own).T
+        spread = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
+        x = [_tokens(row) * beside(place, line.of, 0.6 * min(gaps)) for row in line.rows]
+        drawn = panel.errorbar(x, middle, yerr=spread, capsize=2, **line.style(panel))
+        ends.append(line.end(x[-1], float(middle[-1]), drawn.lines[0]))
+    level = panel.axhline(bare["median"], color=INK, lw=1, ls=":")
+    panel.axhspan(bare["low"], bare["high"], color=INK, alpha=0.08, lw=0)
     label(panel, _title(cell), "visual tokens kept of an image (log scale)", _TTFT, grid="both")
     if counts:
         counts_axis(panel, counts, [f"{count:.4g}" for count in counts])
         margin = float(np.exp(0.5 * min(gaps)))
         panel.set_xlim(counts[0] / margin, counts[-1] * margin)
-    ends.append(Name("unpruned", panel.get_xlim()[1], bare["median"], INK))
+    ends.append(Name("unpruned", panel.get_xlim()[1], bare["median"], INK, drawn=level))
     name_ends(panel, ends, inches)
+
+
+def _fan(ends: Sequence[float], bare: float, span: tuple[float, float], inches: float) -> list[int]:
+    """Of dots at one budget the places from left to right: lines to their names do not cross.
+
+    The farther a name is from its dot, the farther left is the dot.
+    """
+    order = sorted(range(len(ends)), key=lambda number: ends[number])
+    values = sorted([*ends, bare])
+    moved = [abs(p - v) for p, v in zip(name_places(values, span, inches), values, strict=True)]
+    del moved[values.index(bare)]
+    ranked = sorted(zip(moved, order, strict=True), reverse=True)
+    places = {number: place for place, (_, number) in enumerate(ranked)}
+    return [places[number] for number in range(len(ends))]
+
+
+def _times(row: Facts) -> tuple[float, float, float]:
+    """Median, low and high, in ms."""
+    figure = row["figures"]["ttft"]
+    return (figure["median"], *(figure.get(key, figure["median"]) for key in ("low", "high")))
 
 
 def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -> None:
@@ -158,8 +206,8 @@ def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -
     bare = cell["rows"][0]
     if (value := known.get((bare["label"], None))) is not None:
         points.append((bare["figures"]["ttft"]["median"], scale * value))
-        panel.plot(*points[0], "*", color=INK, ms=9)
-        ends.append(Name(bare["label"], *points[0], INK))
+        (star,) = panel.plot(*points[0], "*", color=INK, ms=9)
+        ends.append(Name(bare["label"], *points[0], INK, drawn=star))
     for line in _lines(cell):
         own = [
             (row["figures"]["ttft"]["median"], scale * known[row["label"], row["num_keep"]])
@@ -167,8 +215,8 @@ def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -
             if (row["label"], row["num_keep"]) in known
         ]
         if own:
-            panel.plot(*zip(*own, strict=True), **line.style)
-            ends.append(line.end(*own[-1]))
+            (drawn,) = panel.plot(*zip(*own, strict=True), **line.style(panel))
+            ends.append(line.end(*own[-1], drawn))
         points += own
     times, values = zip(*points, strict=True) if points else ([0.0, 1.0], [0.0, 1.0])
     bounded = min(values) >= 0 and max(values) <= scale
@@ -221,12 +269,6 @@ def _shown(cell: Facts, known: Mapping[Any, float]) -> bool:
     return any(
         (row["label"], row["num_keep"]) in known for row in cell["rows"] if row["kept"] is not None
     )
-
-
-def _label(row: Facts) -> str:
-    """Which line a row is a point of."""
-    changed = f" [{row['changed']}]" if row["changed"] else ""
-    return f"{row['label']}{changed}"
 
 
 def _tokens(row: Facts) -> float:

@@ -48,6 +48,11 @@ def series(samples: Mapping[str, Sequence[float]], metric: str, new_tokens: int)
     return found
 
 
+def label_of(row: Facts) -> str:
+    """A pruner, and what was changed of its savings: which line of a plot a row is a point of."""
+    return f"{row['label']} [{row['changed']}]" if row["changed"] else str(row["label"])
+
+
 def cell(found: Facts, new_tokens: int) -> dict[str, Any]:
     """One cell of results.json.
 

@@ -14,6 +14,7 @@ from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.report import results, short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.scores import SCORES
 from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.evaluation.tasks.registry import task_class
 from ocvtp.evaluation.towers import TowerSubject, refuse_questions
@@ -58,7 +59,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     said = [*found["remarks"], *(warning["text"] for warning in found["warnings"])]
     warnings = "".join(f"{text}\n" for text in said)
     wrote = ", ".join(str(path) for path in paths)
-    output.emit(found, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
+    told = {name: value for name, value in found.items() if name != SCORES}
+    output.emit(told, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import get_args
 
 from ocvtp import choices
-from ocvtp.commands import options
+from ocvtp.commands import options, publishing
 from ocvtp.shipped import config_names
 
 
@@ -324,5 +324,10 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "flops": flops,
     "probe": probe,
     "demo-vlm": demo_vlm,
+    "table": publishing.table,
+    "plot": publishing.plot,
+    "merge": publishing.merge,
+    "card": publishing.card,
+    "push": publishing.push,
 }
 """All commands but `train` and `extract`, whose settings Lightning parses."""

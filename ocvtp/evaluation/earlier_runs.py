@@ -55,10 +55,10 @@ class Earlier:
         """What a reader must know of them."""
         found = []
         if self.rows:
-            names = _names(map(_key, self.rows))
+            names = names_of(map(_key, self.rows))
             found.append(f"kept from earlier runs in this folder: {names}.")
         if self.lost:
-            names = _names(self.lost)
+            names = names_of(self.lost)
             found.append(f"not kept, as their answers are gone or of other settings: {names}.")
         return found
 
@@ -104,7 +104,7 @@ def kept(
     for row in found["rows"]:
         if (row["label"], row["budget"]) in asked:
             continue
-        keys = _keys(row, logs)[: row["seeds"]]
+        keys = keys_of(row, logs)[: row["seeds"]]
         records = {key: Log(answers, key, logs[key]).records for key in keys}
         records = {key: some for key, some in records.items() if len(some) == len(task.items)}
         if row["figures"] and not records:
@@ -127,8 +127,8 @@ def _logs(answers: Path, shared: Mapping[str, Any]) -> Iterator[tuple[str, dict[
             yield key, header
 
 
-def _keys(row: Mapping[str, Any], logs: Collection[str]) -> list[str]:
-    """Keys of a row's conditions, a seed each."""
+def keys_of(row: Mapping[str, Any], logs: Collection[str]) -> list[str]:
+    """Keys of a row's conditions, a seed each, of those that are known."""
     budget = None
     if row["num_keep"] is not None:
         budget = Budget(num_keep=row["num_keep"])
@@ -157,8 +157,8 @@ def _key(row: Row) -> Key:
     return row.label, row.budget
 
 
-def _names(keys: Iterable[Key]) -> str:
-    """`random` at 25%, 12.5%; ..."""
+def names_of(keys: Iterable[Key]) -> str:
+    """Rows in words: `random` at 25%, 12.5%; ..."""
     found: dict[str, list[str]] = {}
     for label, budget in keys:
         found.setdefault(label, []).append(budget_text(budget))

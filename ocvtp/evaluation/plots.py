@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -26,7 +27,9 @@ from ocvtp.reporting.plot_style import (
     GREY,
     INK,
     MARKERS,
+    WIDTH,
     Name,
+    bars_height,
     beside,
     better,
     canvas,
@@ -34,8 +37,9 @@ from ocvtp.reporting.plot_style import (
     height_for,
     label,
     limits,
+    look,
     name_ends,
-    shortened,
+    name_rows,
 )
 from ocvtp.reporting.plot_style import spread as spread
 
@@ -43,7 +47,7 @@ _LEAST = 0.1  # of an axis of shares
 _ALONE = 0.7  # of the logarithms of a single budget's dots
 
 
-def accuracy(facts: Facts) -> Figure | None:
+def accuracy(facts: Facts, width: float = WIDTH) -> Figure | None:
     """Every metric against the share of tokens kept, a panel each; fewer tokens to the right.
 
     Methods of the user's own and the best others at the smallest budget but one have colours, the
@@ -51,6 +55,7 @@ def accuracy(facts: Facts) -> Figure | None:
 
     Args:
         facts: see `ocvtp.evaluation.report.results`.
+        width: inches.
 
     Returns:
         None where no budget is below 1.
@@ -59,19 +64,26 @@ def accuracy(facts: Facts) -> Figure | None:
         return None
     colours, yours = _colours(facts), _yours(facts)
     names = [_best_first(facts, metric) for metric in facts["metrics"]]
-    named = [sum(name in colours or c for name, c in one.items()) + 1 for one in names]
-    heights = [height_for(count, least=4.4) for count in named]
-    drawing, panels = canvas(heights)
+    named = [[UNPRUNED, *(n for n, c in one.items() if n in colours or c)] for one in names]
+    heights = [height_for(one, least=4.4, width=width) for one in named]
+    drawing, panels = canvas(heights, width)
     for panel, metric, height in zip(panels, facts["metrics"], heights, strict=True):
         _draw_lines(panel, facts, metric, colours, yours, height)
     return drawing
 
 
-def differences(facts: Facts) -> Figure | None:
+def narrowed(facts: Facts, labels: Collection[str], metrics: Sequence[str]) -> Facts:
+    """What of the facts is to be drawn: these labels and the unpruned model, and these metrics."""
+    rows = [row for row in facts["rows"] if row["label"] in labels or row["label"] == UNPRUNED]
+    return {**facts, "rows": rows, "metrics": list(metrics)}
+
+
+def differences(facts: Facts, width: float = WIDTH) -> Figure | None:
     """Paired differences to random at the smallest budget but one, with intervals, best on top.
 
     Args:
         facts: see `ocvtp.evaluation.report.results`.
+        width: inches.
 
     Returns:
         None where there are none.
@@ -89,7 +101,8 @@ def differences(facts: Facts) -> Figure | None:
     }
     if not any(rows.values()):
         return None
-    drawing, panels = canvas([1.2 + 0.2 * max(len(shown), 1) for shown in rows.values()])
+    heights = [bars_height(max(len(shown), 1), 1.2, 0.2, width) for shown in rows.values()]
+    drawing, panels = canvas(heights, width)
     for panel, (metric, shown) in zip(panels, rows.items(), strict=True):
         _draw_dots(panel, facts, metric, shown)
     return drawing
@@ -125,25 +138,32 @@ def _draw_lines(
     control = _best_first(facts, metric)
     lines = {name: _line(facts, metric, name) for name in control}
     columns, scale = pruned_budgets(facts), _scale(facts)
-    ends, shown = [], [point for line in lines.values() for point in line[:, 1]]
+    own = look(axis.figure.get_figwidth())
+    ends, shown, controls = [], [point for line in lines.values() for point in line[:, 1]], 0
     for place, (name, line) in enumerate(reversed(lines.items())):  # the best on top
         x, value, low, high = line.T
         if len(columns) == 1:  # dots and no lines: equal ones would hide each other
             x = x / beside(place, len(lines), _ALONE)
         number = colours.get(name)
         colour = GREY if control[name] else FAINT
-        style = {"ls": "--" if control[name] else "-", "lw": 1.0}
+        style = {"ls": "--" if control[name] else "-", "lw": own.size}
         if number is not None:
             colour = COLOURS[number]
-            style |= {"lw": 2.4 if name in yours else 1.6, "marker": MARKERS[number], "ms": 5}
+            width = 2.4 if name in yours else 1.6
+            style |= {"lw": width * own.size, "marker": MARKERS[number], "ms": 5 * own.size}
             axis.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
             shown += [*low, *high]
         elif control[name]:
             style |= {"marker": ".", "ms": 5}
+            if not own.beside:  # a legend must tell them apart
+                style |= {"marker": MARKERS[controls % len(MARKERS)], "mfc": "white", "ms": 3.5}
+                style |= {"ls": "--" if controls < len(MARKERS) else "-."}
+                controls += 1
+        (drawn,) = axis.plot(x, value, color=colour, **style)
         if number is not None or control[name]:
-            style |= {"zorder": 2.5}  # above faint ones
-            ends.append(Name(name, float(x[-1]), float(value[-1]), colour, name in yours))
-        axis.plot(x, value, color=colour, **style)
+            drawn.set_zorder(2.5)  # above faint ones
+            end = float(x[-1]), float(value[-1])
+            ends.append(Name(name, *end, colour, name in yours, drawn))
     faint = len(lines) - len(ends)
     margin = 1.08 if len(columns) > 1 else 1.08 * beside(1, 2, _ALONE)
     ends += _draw_unpruned(axis, facts, metric, columns[-1] / margin)
@@ -155,9 +175,8 @@ def _draw_lines(
     label(axis, metric, "share of visual tokens kept (log scale)", unit)
     counts_axis(axis, columns, [budget_text(budget) for budget in columns])
     axis.set_xlim(columns[0] * margin, columns[-1] / margin)
-    name_ends(axis, ends, inches)
-    legend = "dashed: controls" + (f"; faint: {faint} more pruners" if faint else "")
-    axis.text(1, 1.02, legend, transform=axis.transAxes, fontsize=7.5, color=GREY, ha="right")
+    note = "dashed: controls" + (f"; faint: {faint} more pruners" if faint else "")
+    name_ends(axis, ends, inches, note)
 
 
 def _line(facts: Facts, metric: str, name: str) -> NDArray[np.float64]:
@@ -179,15 +198,16 @@ def _draw_unpruned(axis: Any, facts: Facts, metric: str, last: float) -> list[Na
         if row["label"] == UNPRUNED and has_figure(row, metric):
             value, low, high = _scaled(row["figures"][metric], _scale(facts))
             text = f"{UNPRUNED} {number_text(row['figures'][metric]['value'], facts['percent'])}"
-            axis.axhline(value, color=INK, lw=1)
+            drawn = axis.axhline(value, color=INK, lw=1)
             axis.axhspan(low, high, color=INK, alpha=0.06, lw=0)
-            names.append(Name(text, last, value, INK))
+            names.append(Name(text, last, value, INK, drawn=drawn))
     return names
 
 
 def _draw_dots(axis: Any, facts: Facts, metric: str, rows: list[Facts]) -> None:
     """One metric's differences to random."""
     scale, shown = _scale(facts), [0.0]
+    size = look(axis.figure.get_figwidth()).size
     axis.axvline(0, color=INK, lw=0.8)
     for place, row in enumerate(rows):
         minus = row["figures"][metric]["minus_random"]
@@ -195,10 +215,12 @@ def _draw_dots(axis: Any, facts: Facts, metric: str, rows: list[Facts]) -> None:
         shown += [value, low, high]
         sure = excludes_zero(minus)
         colour = GREY if row["control"] else COLOURS[1 if row.get("yours") else 0]
-        axis.plot([low, high], [place, place], color=colour, lw=1.4, alpha=1 if sure else 0.6)
+        axis.plot(
+            [low, high], [place, place], color=colour, lw=1.4 * size, alpha=1 if sure else 0.6
+        )
         face = colour if sure else "white"
-        axis.plot([value], [place], "o", color=colour, mfc=face, ms=5)
-    axis.set_yticks(range(len(rows)), [shortened(row["label"]) for row in rows])
+        axis.plot([value], [place], "o", color=colour, mfc=face, ms=5 * size)
+    name_rows(axis, [row["label"] for row in rows])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
         tick.set_color(GREY if row["control"] else COLOURS[1] if row.get("yours") else INK)
         tick.set_fontweight("bold" if row.get("yours") else "normal")

@@ -17,6 +17,7 @@ from typing import Any
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.scores import SCORES, packed
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import SCHEMA
@@ -112,7 +113,7 @@ class Report:
 
 @lru_cache(maxsize=1)
 def results(report: Report) -> dict[str, Any]:
-    """All figures with their intervals, and what to be warned of, as JSON.
+    """All figures with their intervals, what to be warned of, and each item's scores, as JSON.
 
     Figures of `unpruned`, and of `random` at the same budget, are subtracted, paired. The sums take
     seconds and are done once a report: leave what is returned as it is.
@@ -127,12 +128,14 @@ def results(report: Report) -> dict[str, Any]:
         "metrics": list(report.metrics),
         "percent": report.percent,
         "lower_is_better": list(report.lower_is_better),
+        "not_judged": list(report.not_judged),
         "counts": report.counts,
         "settings": dict(report.settings),
         "environment": dict(report.environment),
         "rows": rows,
         "remarks": list(report.remarks),
         "warnings": [text for metric in report.metrics for text in _warnings(report, metric)],
+        SCORES: packed([row.figures for row in report.rows], [row.seeds for row in report.rows]),
     }
     plain: dict[str, Any] = _plain(facts)
     return plain
@@ -159,9 +162,13 @@ def write(report: Report, folder: Path, answers: Mapping[str, Any]) -> list[Path
         What was written: no accuracy.png without a budget below 1, no differences.png without
         `random` beside another row there.
     """
-    found = results(report)
+    return write_facts(results(report), folder, answers)
+
+
+def write_facts(found: Mapping[str, Any], folder: Path, answers: Mapping[str, Any]) -> list[Path]:
+    """The same, of what `results` returned."""
     paths = [folder / RESULTS, folder / "report.md"]
-    texts = [_lines(found | {"answers": _plain(answers)}) + "\n", tables.full(found)]
+    texts = [_lines({**found, "answers": _plain(answers)}) + "\n", tables.full(found)]
     for path, text in zip(paths, texts, strict=True):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -113,7 +113,7 @@ def _settings(
     shared: Mapping[str, Any], seeds: Sequence[int], checkpoints: Sequence[str]
 ) -> dict[str, Any]:
     """Those of the task first; what the report says of the model or tower elsewhere is left out."""
-    told = {"task", "batch_size", "model", "model_weights", "tower_weights", "dtype"}
+    told = {"task", "batch_size", "model", "dtype"}
     return {
         "task": shared["task"],
         "batch_size": shared["batch_size"],

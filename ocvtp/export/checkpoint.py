@@ -11,6 +11,7 @@ from ocvtp.learning import artifact
 from ocvtp.learning.artifact import explained
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.pruners import trainable
+from ocvtp.pruners.catalog import entry
 from ocvtp.slots.tensor_file import load_tensors
 
 _PREFIX = "network."
@@ -52,5 +53,7 @@ def export_checkpoint(
 def save(network: NetworkT, output: str | Path, with_decoder: bool) -> NetworkT:
     """Write the artifact, by default without what only trains; returns what was written."""
     network = network.eval() if with_decoder else network.eval().for_inference()
-    network.save_pretrained(output)
+    about = entry(trainable.of_network(network).name)
+    said = {"pruner": about.name, "title": about.title, "paper": about.paper}
+    network.save_pretrained(output, model_card_kwargs=said)
     return network

@@ -12,7 +12,7 @@ from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
 from ocvtp.reporting.plain_text import markdown
-from ocvtp.reporting.plot_style import INK, better, canvas, label, shortened
+from ocvtp.reporting.plot_style import INK, better, canvas, label, name_rows
 
 Facts = Mapping[str, Any]
 
@@ -92,7 +92,7 @@ def bars(facts: Facts) -> Figure:
     for place, (row, end) in enumerate(zip(rows, left, strict=True)):
         text = f" {end:.2f}  ({row['of_unpruned']:.0%})"
         axis.text(end, place, text, va="center", fontsize=8, color=INK)
-    axis.set_yticks(range(len(rows)), [shortened(_name(row)) for row in rows])
+    name_rows(axis, [_name(row) for row in rows])
     axis.set_ylim(len(rows) - 0.4, -0.6)  # the unpruned one on top
     axis.set_xlim(0, 1.25 * max(left))
     x = better(f"{unit}FLOPs until the first token, true count", lower=True)

@@ -37,10 +37,8 @@ def write(folder: Path, weights: dict[str, Tensor], config: dict[str, Any], form
     """Write both files into `folder`."""
     header = {"format": format, "format_version": FORMAT_VERSION}
     text = json.dumps(header | config, indent=2, allow_nan=False) + "\n"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    data = save(tensors, metadata={"format": "pt"})
     with replacing(folder / WEIGHTS_NAME) as temporary:
-        temporary.write_bytes(data)
+        temporary.write_bytes(weights_file(weights))
     with replacing(folder / CONFIG_NAME) as temporary:
         temporary.write_text(text)
 
@@ -86,6 +84,12 @@ class Weights:
         return cls(
             shapes, sum(t.numel() * t.element_size() for t in tensors.values()), lambda: tensors
         )
+
+
+def weights_file(weights: dict[str, Tensor]) -> bytes:
+    """The content of model.safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    return save(tensors, metadata={"format": "pt"})
 
 
 def read(

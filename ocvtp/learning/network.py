@@ -4,36 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from ocvtp.field_types import PROVENANCE_RANGES, Ranges, checked, read_fields
 from ocvtp.learning import artifact
+from ocvtp.learning.card import CARD_NAME, WRITTEN, About, model_card
 from ocvtp.structures import Layout, Needs, VisualTokens
-
-_MODEL_CARD = """---
-{{ card_data }}
----
-
-# The network of a visual-token pruner
-
-Trained with ocvtp. `config.json` names its format, the vision tower, the layer it reads, the
-preprocessing, how images became tokens and the training run; `model.safetensors` holds the weights.
-
-```python
-import ocvtp
-
-pruner = ocvtp.build_pruner(NAME, num_keep=64, checkpoint="THIS_FOLDER_OR_HUB_ID")
-with pruner(model):  # a transformers VLM whose tower config.json names
-    model.generate(**inputs)
-```
-
-`NAME` is the pruner whose networks have that format.
-"""
 
 
 class Sizes:
@@ -84,7 +66,6 @@ class PrunerNetwork(
     PyTorchModelHubMixin,
     library_name="ocvtp",
     tags=["visual-token-pruning"],
-    model_card_template=_MODEL_CARD,
 ):
     """A network that learns which tokens to keep.
 
@@ -107,6 +88,8 @@ class PrunerNetwork(
     """Its `Sizes`."""
     compiled: ClassVar[tuple[str, ...]] = ("forward",)
     """Methods that an objective calls, which `ocvtp train --compile` compiles."""
+    pruner: ClassVar[str] = ""
+    """Name of the pruner that it is of, for its model card; an export knows it anyway."""
     config: Any
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -225,6 +208,24 @@ class PrunerNetwork(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         artifact.write(save_directory, self.state_dict(), asdict(self.config), self.format)
+        card = save_directory / CARD_NAME
+        if card.is_file() and WRITTEN in card.read_text(encoding="utf-8", errors="replace"):
+            card.unlink()  # it is of other weights, and is written after this
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The card, from its config.
+
+        Args:
+            args: none. kwargs: fields of `ocvtp.learning.card.About`.
+        """
+        del args
+        info = self._hub_mixin_info
+        about = {"pruner": self.pruner, "paper": info.paper_url, **kwargs}
+        about.setdefault("weights", sha256(artifact.weights_file(self.state_dict())).hexdigest())
+        about.setdefault("parameters", sum(p.numel() for p in self.parameters()))
+        header = {"format": self.format, "format_version": artifact.FORMAT_VERSION}
+        tags = info.model_card_data.tags or ()
+        return ModelCard(model_card(header | asdict(self.config), About(**about), tags))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -32,7 +32,7 @@ def plot_runs(runs: Sequence[Run], figures: Sequence[str]) -> Figure:
         figures: by their names in the logs.
     """
     shown = [name for name in (_TRAIN, *figures) if any(run.curves.get(name) for run in runs)]
-    height = height_for(len(runs), 2.0)
+    height = height_for([run.name for run in runs], 2.0)
     drawing, axes = canvas([height] * max(1, len(shown)))
     for axis, figure in zip(axes, shown, strict=False):
         ends = []

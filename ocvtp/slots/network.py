@@ -23,32 +23,12 @@ from ocvtp.slots.statistics import FeatureStatistics
 from ocvtp.structures import VisualTokens
 
 _LAYER_SHARE = 9 / 24  # the paper's layer of its tower
-_MODEL_CARD = """---
-{{ card_data }}
----
-
-# OC-pruner
-
-A visual-token pruner for vision-language models, trained with ocvtp after "Object-Centric Vision
-Token Pruning" ({{ paper_url }}). `config.json` names the vision tower, the layer it reads, the
-preprocessing, how images became tokens, the slot counts and the training run; `model.safetensors`
-holds the weights and the table of query noise.
-
-```python
-import ocvtp
-
-pruner = ocvtp.build_pruner("ocvtp", num_keep=64, checkpoint="THIS_FOLDER_OR_HUB_ID")
-with pruner(model):  # a transformers VLM whose tower config.json names
-    model.generate(**inputs)
-```
-"""
 
 
 class OCPruner(
     PrunerNetwork,
     tags=["slot-attention"],
     paper_url="https://arxiv.org/abs/2511.20439",
-    model_card_template=_MODEL_CARD,
 ):
     """The network of "Object-Centric Vision Token Pruning".
 
@@ -68,6 +48,7 @@ class OCPruner(
 
     format: ClassVar[str] = "ocvtp.oc-pruner"
     called: ClassVar[str] = "an OC-pruner"
+    pruner: ClassVar[str] = "ocvtp"
     sizes_class: ClassVar[type[Any]] = NetworkSizes
     compiled: ClassVar[tuple[str, ...]] = ("assign", "decode")
     config: OCPrunerConfig

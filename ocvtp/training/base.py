@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.training.figures import Figures, gathered, is_shared, share_of_gradient
 from ocvtp.training.schedule import count_whole_epoch, planned_steps, steps_done, warmup_cosine
-from ocvtp.training.summary import training_summary
+from ocvtp.training.summary import Curve, data_of, training_summary, validation_figures
 
 _LOG = logging.getLogger(__name__)
 CHECKPOINT_KEY = "ocvtp"
@@ -65,6 +65,7 @@ class NetworkModule(pl.LightningModule, ABC):
         self.validated = Figures()
         self._warned: set[str] = set()
         self._bad_images = 0
+        self._curve = Curve()
 
     @property
     @abstractmethod
@@ -289,12 +290,20 @@ class NetworkModule(pl.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what an export and a resumed run need, in plain types."""
         settings = {"lr": self.lr, "weight_decay": self.weight_decay, "seed": self.seed}
+        self._curve.add(self.trainer.global_step, validation_figures(self.trainer))
+        told = {"data": data_of(self.run_settings), "curve": list(self._curve.points)}
+        summary = training_summary(self.trainer, settings, self.val_budget)
         checkpoint[CHECKPOINT_KEY] = {
             "format": self.network.format,
             "config": asdict(self.network.config),
-            "training": training_summary(self.trainer, settings, self.val_budget),
+            "training": summary | {name: value for name, value in told.items() if value},
             "settings": self.run_settings,
         }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the curve of the run."""
+        kept = checkpoint.get(CHECKPOINT_KEY) or {}
+        self._curve.points = list((kept.get("training") or {}).get("curve") or ())
 
 
 def _with_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 
 from ocvtp.training.schedule import epochs_done
+
+_MOST = 64  # points of a curve
 
 
 def training_summary(
@@ -21,11 +24,6 @@ def training_summary(
         settings: of the module, taken over as they are.
         val_num_slots: slot count, or budget, of the validation.
     """
-    figures = {
-        name.removeprefix("val/"): round(float(value), 6)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith("val/") and math.isfinite(float(value))
-    }
     data = getattr(trainer, "datamodule", None)
     loader = trainer.train_dataloader
     return {
@@ -36,12 +34,59 @@ def training_summary(
         "devices": trainer.world_size,
         "precision": str(trainer.precision),
         **settings,
-        "validation": {"num_slots": val_num_slots, **figures},
+        "validation": {"num_slots": val_num_slots, **validation_figures(trainer)},
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("ocvtp", "torch", "transformers", "pytorch-lightning")
         },
     }
+
+
+def validation_figures(trainer: Any) -> dict[str, float]:
+    """Those of the last validation, without `val/` before their names."""
+    return {
+        name.removeprefix("val/"): round(float(value), 6)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/") and math.isfinite(float(value))
+    }
+
+
+def data_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run was trained on.
+
+    Args:
+        settings: of the run, see `ocvtp.training.resume.run_settings`.
+
+    Returns:
+        `class` of the data, and all of its settings that are not null; empty where none are known.
+    """
+    data = dict(settings.get("data") or {})
+    own = data.pop("init_args", None) or {}
+    name = data.pop("class_path", "").rpartition(".")[2]
+    found = {**({"class": name} if name else {}), **data, **own}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class Curve:
+    """The figures of all validations of a run so far, or every second of them where there are many.
+
+    Attributes:
+        points: of each `step` and the figures.
+    """
+
+    def __init__(self) -> None:
+        self.points: list[dict[str, Any]] = []
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
+        """Those of the last validation, if they are new."""
+        last = self.points[-1] if self.points else {}
+        if not figures or {**last, "step": 0} == {**figures, "step": 0}:
+            return
+        if last.get("step") == step:
+            self.points.pop()
+        self.points.append({"step": step, **figures})
+        if len(self.points) > _MOST:
+            del self.points[1:-1:2]
 
 
 def epochs_run(trainer: Any) -> int | float:

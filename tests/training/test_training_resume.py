@@ -62,7 +62,17 @@ def test_the_same_settings_continue(run, again, tmp_path):
     assert status == 0, said
     last = torch.load(tmp_path / "out/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 12
-    assert last["ocvtp"]["training"]["epochs"] == 2
+    training = last["ocvtp"]["training"]
+    assert training["epochs"] == 2
+    assert [point["step"] for point in training["curve"]] == [
+        6,
+        12,
+    ]  # of the first run, and of this
+    known = {
+        name: training["curve"][-1][name] for name in training["validation"] if name != "num_slots"
+    }
+    assert known == {k: v for k, v in training["validation"].items() if k != "num_slots"}
+    assert training["data"]["batch_size"] == 4
 
 
 @pytest.mark.parametrize(
