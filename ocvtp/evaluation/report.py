@@ -16,6 +16,7 @@ from typing import Any
 
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
+from ocvtp.evaluation.hard_questions import hard_questions
 from ocvtp.evaluation.intervals import difference, estimate
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.files import replacing
@@ -76,6 +77,7 @@ class Report:
         not_judged: metrics by which the oracle need not win.
         counts: what items are called.
         remarks: what a reader must know of the rows.
+        asks: whether items are questions with right answers, see `hard_questions`.
 
     Raises:
         ValueError: if there is no metric, no row has one of them, or rows double.
@@ -92,6 +94,7 @@ class Report:
     not_judged: Sequence[str] = ()
     counts: str = "questions"
     remarks: Sequence[str] = ()
+    asks: bool = True
 
     def __post_init__(self) -> None:
         known = sorted({name for row in self.rows for name in row.figures})
@@ -120,6 +123,7 @@ def results(report: Report) -> dict[str, Any]:
     unpruned = next((row for row in report.rows if row.label == UNPRUNED), None)
     random = {row.budget: row for row in report.rows if row.label == RANDOM}
     rows = [_row(row, unpruned, random.get(row.budget)) for row in report.rows]
+    ratios = [(row.label, row.budget, row.figures) for row in report.rows if report.asks]
     facts = {
         "schema": SCHEMA,
         "task": report.task,
@@ -131,6 +135,7 @@ def results(report: Report) -> dict[str, Any]:
         "settings": dict(report.settings),
         "environment": dict(report.environment),
         "rows": rows,
+        "where_downsampling_fails": hard_questions(ratios, report.metrics),
         "remarks": list(report.remarks),
         "warnings": [text for metric in report.metrics for text in _warnings(report, metric)],
     }

@@ -107,6 +107,7 @@ def evaluate(
         lower_is_better=task.lower_is_better,
         not_judged=task.not_judged,
         counts=task.counts,
+        asks=not isinstance(task, TokenTask),
         remarks=[*filter(None, [remark, instead]), *kept.remarks()],
     )
     return report, {**kept.records, **records}
