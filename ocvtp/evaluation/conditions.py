@@ -109,6 +109,10 @@ class Condition:
         return f"{self.label}{budget} # {self.seed}"
 
 
+UNPRUNED_KEY = f"{UNPRUNED} # 0"
+"""Of the unpruned model, see `Condition.key`."""
+
+
 def unpruned_conditions() -> list[Condition]:
     """All tokens, of the right image and of a wrong one."""
     none = build_pruner("none")

@@ -95,7 +95,8 @@ def evaluate(
     records = run(subject, task, fit, answers, batch_size)
     rows = _rows(task, found, records, num_tokens, notes, unfit)
     shared = shared_settings(subject, task, batch_size)
-    kept = earlier_runs.kept(before, task, answers, shared, rows)
+    unpruned = records.get(made.UNPRUNED_KEY, [])
+    kept = earlier_runs.kept(before, task, answers, shared, rows, unpruned)
     report = Report(
         task=task.name,
         model=subject.name,
@@ -108,7 +109,7 @@ def evaluate(
         not_judged=task.not_judged,
         counts=task.counts,
         asks=not isinstance(task, TokenTask),
-        remarks=[*filter(None, [remark, instead]), *kept.remarks()],
+        remarks=[*task.remarks, *filter(None, [remark, instead]), *kept.remarks()],
     )
     return report, {**kept.records, **records}
 
@@ -285,7 +286,8 @@ def _rows(
         figures, kept, note = {}, None, unfit.get((label, budget))
         if note is None:
             note = notes[label, budget]
-            of_seeds = [task.ratios(records[condition.key]) for condition in group]
+            unpruned = records.get(made.UNPRUNED_KEY, [])
+            of_seeds = [task.compared(records[condition.key], unpruned) for condition in group]
             figures = {name: average([one[name] for one in of_seeds]) for name in of_seeds[0]}
             counts = [record["kept"] for condition in group for record in records[condition.key]]
             kept = float(np.mean(counts))
