@@ -17,10 +17,10 @@ from ocvtp.evaluation.tasks.registry import register_task
 class VqaTask(ListedTask):
     """A list of `{"image": .., "question": .., "answers": [..]}`, or of `"answer": ".."`.
 
-    An optional `"kind"` groups questions. A list in which no entry has answers is judged by
-    agreement with the unpruned model, `all/agreement`. Else figures are `all/accuracy`, the soft accuracy of VQA v2
+    An optional `"kind"` groups questions. Figures are `all/accuracy`, the soft accuracy of VQA v2
     (`answers.vqa_accuracy`), `all/exact`, whether the answer is any of the right ones, and the same
-    of every kind.
+    of every kind. A list in which no entry has answers is judged by agreement with the unpruned
+    model, `all/agreement`.
 
     Args:
         file: a JSON list, or JSON lines.
@@ -105,8 +105,8 @@ def _refuse_mixed(entries: Sequence[Entry], asked: Sequence[Asked]) -> None:
     if 0 < len(lacking) < len(asked):
         have = f"{len(asked) - len(lacking)} of {len(asked)} entries"
         raise ValueError(
-            f"{lacking[0].where} lacks 'answers' (or 'answer'), which {have} have; add what is right, or leave all answers out to judge by"
-            " agreement with the unpruned model."
+            f"{lacking[0].where} lacks 'answers' (or 'answer'), which {have} have; add what is"
+            " right, or leave all answers out to judge by agreement with the unpruned model."
         )
 
 
