@@ -32,6 +32,7 @@ STOREYS = (
     "evaluation",
     "flops",
     "bench serving",
+    "recommend",
     "commands",
     "cli __init__",
 )
