@@ -116,6 +116,51 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def recommend(parser: argparse.ArgumentParser) -> None:
+    """A model, what may be lost, and what is looked at; cli.py adds the task."""
+    options.add_model(parser)
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        help="points of accuracy that may be lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metric",
+        help="figure of the task to choose by, e.g. all/exact; or agreement, with what the unpruned"
+        " model says (default: that of all questions)",
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list --model M` (default: some without training that the model can run)",
+    )
+    parser.add_argument(
+        "--num-keep",
+        type=int,
+        nargs="+",
+        help="tokens kept of an image (default: 50%%, 25%%, 11%% and 5.6%% of them)",
+    )
+    parser.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
+    options.add_text_tower(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time")
+    times = parser.add_argument_group("times; the request is a typical one of the task")
+    times.add_argument("--bench-batch-size", type=int, default=1, help="requests (default: 1)")
+    times.add_argument("--warmup", type=int, default=3, help="rounds (default: 3)")
+    times.add_argument("--repetitions", type=int, default=20, help="rounds (default: 20)")
+    options.add_skip_unfit(parser)
+    parser.add_argument(
+        "--output",
+        help="folder of recommendation.json, recommendation.md, pareto.png, and of accuracy and"
+        " speed, which the same command continues (default: outputs/recommend/TASK)",
+    )
+    options.add_json(parser)
+
+
 def lmms_task(parser: argparse.ArgumentParser) -> None:
     """Where a task goes; cli.py adds the task."""
     parser.add_argument(
@@ -302,6 +347,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "answer": answer,
     "show": show,
     "evaluate": evaluate,
+    "recommend": recommend,
     "lmms-task": lmms_task,
     "bench": bench,
     "compare": compare,

@@ -134,6 +134,19 @@ def add_skip_unfit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1 of what is counted, a flag or a list of it.
+
+    Raises:
+        ValueError: for the first.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        for count in value if isinstance(value, list) else [value]:
+            if count is not None and count < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {count}; pass at least 1.")
+
+
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """What `bench` measures: the sizes of a request, and how often."""
     sizes = parser.add_argument_group("sizes; lists make a grid of cells")
