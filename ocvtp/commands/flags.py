@@ -15,6 +15,12 @@ from ocvtp.commands import options
 from ocvtp.shipped import config_names
 
 
+def list_(parser: argparse.ArgumentParser) -> None:
+    """A model, if any."""
+    options.add_optional_model(parser)
+    options.add_json(parser)
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     """A checkpoint or official weights, and where the artifact goes."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -343,7 +349,7 @@ def demo_vlm(parser: argparse.ArgumentParser) -> None:
 FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": export,
     "resize": resize,
-    "list": options.add_json,
+    "list": list_,
     "answer": answer,
     "show": show,
     "evaluate": evaluate,
