@@ -10,14 +10,23 @@ from typing import Any
 from ocvtp.bench import report as speed_report
 from ocvtp.bench.run import Plan, bench
 from ocvtp.evaluation import report as accuracy_report
-from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, Budget
+from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, UNPRUNED, Budget
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.base import Task
 from ocvtp.pruners import trainable
-from ocvtp.recommend.choice import choose, doubts, facts_of, front, metric_of, options, sentence
+from ocvtp.recommend.choice import (
+    Option,
+    choose,
+    doubts,
+    facts_of,
+    front,
+    metric_of,
+    options,
+    sentence,
+)
 from ocvtp.recommend.code import lines
-from ocvtp.recommend.typical import typical
+from ocvtp.recommend.typical import Typical, typical
 
 KIND, SCHEMA = "ocvtp recommend", 1
 ACCURACY, SPEED = "accuracy", "speed"
@@ -106,37 +115,42 @@ def recommend(
     accuracy = _accuracy(subject, task, wanted, counts, folder / ACCURACY, command)
     metric = metric_of(accuracy, wanted.metric, len(task.items))
     specs = _that_run(subject, wanted.specs, accuracy)
-    cell = usual.cell(wanted.bench_batch_size)
-    plan = Plan(
-        pruners=specs,
-        num_keep=counts,
-        cells=[cell],
-        new_tokens=_NEW_TOKENS,
-        warmup=wanted.warmup,
-        repetitions=wanted.repetitions,
-        image_size=usual.image_size,
-        checkpoint=wanted.checkpoint,
-        skip_unfit=True,
-    )
-    speed = bench(subject, plan, folder / SPEED, command)
+    speed = _speed(subject, wanted, specs, counts, usual, folder / SPEED, command)
     speed_report.write(speed, folder / SPEED, accuracy)
-    sizes = vars(cell)
-    timed = next(one for one in speed["cells"] if sizes.items() <= one.items())
-    found = options(accuracy, timed, metric)
+    sizes = vars(usual.cell(wanted.bench_batch_size))
+    cell = next(one for one in speed["cells"] if sizes.items() <= one.items())
+    found = options(accuracy, cell, metric)
     if not found:
         raise ValueError(
             f"nothing was both answered and timed on {subject.name}; see {folder / ACCURACY} and"
             f" {folder / SPEED}, and pass other --pruners or a smaller --num-keep."
         )
-    chosen, of_front = choose(found, wanted.max_drop), front(found)
-    unpruned = next(row for row in accuracy["rows"] if metric in row["figures"])
-    figure = unpruned["figures"][metric]
-    questions = f"these {figure['n']} {accuracy['counts']} on {figure['images']} images"
     return {
         "kind": KIND,
         "schema": SCHEMA,
         "model": subject.name,
         "task": accuracy["task"],
+        **_chosen(accuracy, found, metric, wanted, subject.text_tower),
+        "remarks": [*accuracy["remarks"], *(one["text"] for one in accuracy["warnings"])],
+        "left_out": _left_out(accuracy, cell),
+        "request": {**sizes, "image_size": list(usual.image_size), "tokens": usual.num_tokens},
+        "command": command,
+        "environment": speed["environment"],
+    }
+
+
+def _chosen(
+    accuracy: Mapping[str, Any],
+    found: Sequence[Option],
+    metric: str,
+    wanted: Wanted,
+    text_tower: Any,
+) -> dict[str, Any]:
+    """What is chosen of the options, by which figure, and what to know about it."""
+    chosen = choose(found, wanted.max_drop)
+    figure = next(r["figures"][metric] for r in accuracy["rows"] if r["label"] == UNPRUNED)
+    questions = f"these {figure['n']} {accuracy['counts']} on {figure['images']} images"
+    return {
         "metric": metric,
         "max_drop": wanted.max_drop,
         "n": figure["n"],
@@ -144,14 +158,32 @@ def recommend(
         "unpruned": {name: figure[name] for name in ("value", "low", "high")},
         "sentence": sentence(found, chosen, wanted.max_drop, metric),
         "doubts": doubts(found, chosen, wanted.max_drop, questions),
-        "remarks": [*accuracy["remarks"], *(one["text"] for one in accuracy["warnings"])],
-        "python": [] if chosen is None else lines(chosen, wanted.checkpoint, subject.text_tower),
-        "rows": facts_of(found, of_front, chosen),
-        "left_out": _left_out(accuracy, timed),
-        "request": {**sizes, "image_size": list(usual.image_size), "tokens": usual.num_tokens},
-        "command": command,
-        "environment": speed["environment"],
+        "python": [] if chosen is None else lines(chosen, wanted.checkpoint, text_tower),
+        "rows": facts_of(found, front(found), chosen),
     }
+
+
+def _speed(
+    subject: Subject,
+    wanted: Wanted,
+    specs: Sequence[str],
+    counts: Sequence[int],
+    usual: Typical,
+    folder: Path,
+    command: str,
+) -> dict[str, Any]:
+    plan = Plan(
+        pruners=specs,
+        num_keep=counts,
+        cells=[usual.cell(wanted.bench_batch_size)],
+        new_tokens=_NEW_TOKENS,
+        warmup=wanted.warmup,
+        repetitions=wanted.repetitions,
+        image_size=usual.image_size,
+        checkpoint=wanted.checkpoint,
+        skip_unfit=True,
+    )
+    return bench(subject, plan, folder, command)
 
 
 def _accuracy(
