@@ -19,6 +19,7 @@ from ocvtp.reporting.plot_style import (
     label,
     limits,
     shortened,
+    spread,
 )
 
 Facts = Mapping[str, Any]
@@ -26,6 +27,7 @@ Facts = Mapping[str, Any]
 _LEAST = 4.6  # inches
 _SEEN = 8.0  # times the points that may be lost: how far down rows are drawn at least
 _NARROWEST = 2.0  # points and percent of an axis
+_BELOW, _BESIDE, _GAP = 0.025, 0.02, 0.036  # of the axes: where names are, and between them
 
 
 def pareto(found: Facts) -> Figure:
@@ -49,7 +51,7 @@ def pareto(found: Facts) -> Figure:
         if row["chosen"]:
             place = (row["ttft"]["value"], min(-row["points"]["value"], top))
             panel.plot(*place, "o", mfc="none", mec=INK, mew=1.4, ms=14, zorder=5)
-    panel.plot(100, 0, "*", color=INK, ms=10, zorder=4, clip_on=False)
+    panel.plot(100, 0, "*", color=INK, mec="white", ms=13, zorder=7, clip_on=False)
     beyond = any(-row["points"]["value"] > top for row in rows)
     _legend(panel, names, any(row["chosen"] for row in rows), beyond)
     return drawing
@@ -76,7 +78,7 @@ def _draw_axes(panel: Any, found: Facts) -> float:
     panel.axhspan(panel.get_ylim()[0], most, color=COLOURS[2], alpha=0.07, lw=0)
     panel.axhline(most, color=COLOURS[2], lw=1, ls="--")
     title = f"{found['task']} on {shortened(found['model'])}: {found['metric']}"
-    unit = f"points of {found['metric']} lost, 95% interval (lower is better)"
+    unit = f"points lost ({found['metric']}), 95% interval (lower is better)"
     label(panel, title, "time to the first token, % of the unpruned model (lower is better)", unit,
           grid="both")  # fmt: skip
     return float(top)
@@ -99,18 +101,23 @@ def _draw_row(panel: Any, row: Facts, colour: str, marker: str, top: float) -> N
 
 
 def _draw_front(panel: Any, rows: Sequence[Facts], top: float) -> None:
-    """The front as steps: at every time, the least that is lost by then; each corner has its K."""
+    """The front as steps: at every time, the least that is lost by then; each corner is named."""
     rows = [row for row in rows if -row["points"]["value"] <= top]
     x = [row["ttft"]["value"] for row in rows]
     y = [-row["points"]["value"] for row in rows]
-    panel.step(x, y, where="post", color=GREY, lw=1.2, zorder=1)
-    for row, right, up in zip(rows, x, y, strict=True):
-        count = row["num_keep"]
-        text = shortened(row["label"]) + ("" if count is None else f" {count}")
+    panel.step(x, y, where="post", color=INK, lw=1.8, alpha=0.75, zorder=3.5)
+    (left, right), (low, high) = panel.get_xlim(), panel.get_ylim()
+    order = sorted(range(len(rows)), key=lambda number: y[number])
+    places = spread([y[number] - _BELOW * (high - low) for number in order], _GAP * (high - low))
+    for number, place in zip(order, places, strict=True):
+        row = rows[number]
+        count = "" if row["num_keep"] is None else f" {row['num_keep']}"
         panel.annotate(
-            text, (right, up), xytext=(5, -9), textcoords="offset points", fontsize=7.5,
-            color=INK, weight="bold" if row["chosen"] else "normal", zorder=6,
-            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.7},
+            shortened(row["label"]) + count, (x[number], y[number]),
+            xytext=(x[number] + _BESIDE * (right - left), place), fontsize=7.5, color=INK,
+            va="center", weight="bold" if row["chosen"] else "normal", zorder=6,
+            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
+            arrowprops={"arrowstyle": "-", "lw": 0.5, "color": INK, "relpos": (0, 0.5)},
         )  # fmt: skip
 
 
@@ -125,7 +132,7 @@ def _legend(panel: Any, names: Sequence[str], chosen: bool, beyond: bool) -> Non
         for number, name in enumerate(names)
     ]
     handles.append(mark("*", INK, "unpruned"))
-    handles.append(Line2D([], [], color=GREY, lw=1.2, label="Pareto front"))
+    handles.append(Line2D([], [], color=INK, lw=1.8, alpha=0.75, label="Pareto front"))
     handles.append(Line2D([], [], color=COLOURS[2], lw=1, ls="--", label="may be lost"))
     if beyond:
         handles.append(mark("^", GREY, "loses more"))

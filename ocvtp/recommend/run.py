@@ -224,10 +224,16 @@ def _that_run(subject: Subject, specs: Sequence[str], accuracy: Mapping[str, Any
 
 
 def _left_out(accuracy: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, str]:
-    """Why pruners have no row, by what they are called."""
-    found = {
-        row["label"] + ("" if row["num_keep"] is None else f" K={row['num_keep']}"): row["note"]
-        for row in accuracy["rows"]
-        if row["note"] and not row["figures"] and not row["control"]
-    }
-    return {**found, **cell["unfit"]}
+    """Why pruners have no row, by what they are called; budgets of one reason side by side."""
+    unanswered = [row for row in accuracy["rows"] if row["note"] and not row["figures"]]
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for row in unanswered:
+        if not row["control"]:
+            groups.setdefault((row["label"], row["note"]), []).append(row["num_keep"])
+    found = {}
+    for (label, why), counts in groups.items():
+        some = ", ".join(str(count) for count in counts if count is not None)
+        found[f"{label} at K={some}" if some else label] = why
+    known = {f"{row['label']} K={row['num_keep']}" for row in unanswered}
+    untimed = {name: why for name, why in cell["unfit"].items() if name not in known}
+    return {**found, **untimed}

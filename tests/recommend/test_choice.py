@@ -20,6 +20,8 @@ from ocvtp.recommend.choice import (
 def test_the_front_is_what_none_beats_in_both():
     names = [(o.label, o.num_keep) for o in front(FOUND)]
     assert names == [("fopru", 32), ("fopru", 96), ("tome", 96), ("todre", 64)]
+    no_gain = [option("fopru", 96, -0.8, 57), option("fps", 96, -0.1, 101)]
+    assert front(no_gain) == no_gain[:1]  # the unpruned model is faster and loses nothing
     rng = np.random.default_rng(0)
     many = [option("p", n, *rng.normal(size=2)) for n in range(50)]
     for one in many:

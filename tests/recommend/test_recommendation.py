@@ -15,7 +15,7 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.recommend.choice import choose, facts_of, front
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.report import markdown, short, write
-from ocvtp.recommend.run import Wanted
+from ocvtp.recommend.run import Wanted, _left_out
 from ocvtp.recommend.typical import typical
 
 DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
@@ -198,3 +198,24 @@ def test_its_figures_are_those_of_evaluate_and_bench_run_apart(tmp_path, capsys)
         )
         time = next(r["figures"]["ttft"]["ratio"] for r in cell["rows"] if r["label"] == key[0])
         assert row["ttft"]["value"] == pytest.approx(100 * time["value"], rel=0.5)
+
+
+def test_what_is_left_out_is_said_once_with_its_budgets():
+    def row(label, num_keep, note="", control=False, figures=()):
+        facts = {"label": label, "num_keep": num_keep, "note": note, "control": control}
+        return {**facts, "figures": dict.fromkeys(figures)}
+
+    rows = [row("hiprune", count, "no block 8") for count in (72, 36)]
+    rows += [
+        row("tome", 8, "too few"),
+        row("vprune", None, "no pixels"),
+        row("oracle", 8, "x", True),
+    ]
+    rows += [row("fopru", 8, "of a note", figures=["all"])]
+    cell = {"unfit": {"tome K=8": "too few", "fopru K=8": "out of memory"}}
+    assert _left_out({"rows": rows}, cell) == {
+        "hiprune at K=72, 36": "no block 8",
+        "tome at K=8": "too few",
+        "vprune": "no pixels",
+        "fopru K=8": "out of memory",
+    }
