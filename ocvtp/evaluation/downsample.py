@@ -77,7 +77,10 @@ class Sizer:
         if _ABOUT * most <= made <= most:
             return
         if made == whole:
-            raise ValueError(f"this model makes {whole} tokens of an image of any size")
+            raise ValueError(
+                f"this model makes {whole} tokens of an image of {size[0]} x {size[1]} pixels, and"
+                " as many at any smaller size"
+            )
         raise ValueError(
             f"of an image of {size[0]} x {size[1]} pixels this model makes {made} tokens at the"
             f" size that comes nearest, not {most}"

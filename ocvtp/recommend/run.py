@@ -131,7 +131,7 @@ def recommend(
         "model": subject.name,
         "task": accuracy["task"],
         **_chosen(accuracy, found, metric, wanted, subject.text_tower),
-        "remarks": [*accuracy["remarks"], *(one["text"] for one in accuracy["warnings"])],
+        "remarks": [*accuracy["remarks"], *_warnings(accuracy, "mild")],
         "left_out": _left_out(accuracy, cell),
         "request": {**sizes, "image_size": list(usual.image_size), "tokens": usual.num_tokens},
         "command": command,
@@ -157,10 +157,17 @@ def _chosen(
         "images": figure["images"],
         "unpruned": {name: figure[name] for name in ("value", "low", "high")},
         "sentence": sentence(found, chosen, wanted.max_drop, metric),
-        "doubts": doubts(found, chosen, wanted.max_drop, questions),
+        "doubts": [
+            *_warnings(accuracy, "loud"),
+            *doubts(found, chosen, wanted.max_drop, questions),
+        ],
         "python": [] if chosen is None else lines(chosen, wanted.checkpoint, text_tower),
         "rows": facts_of(found, front(found), chosen),
     }
+
+
+def _warnings(accuracy: Mapping[str, Any], level: str) -> list[str]:
+    return [one["text"] for one in accuracy["warnings"] if one["level"] == level]
 
 
 def _speed(

@@ -86,7 +86,7 @@ def test_a_tower_of_one_size_has_pooling_in_its_place(tmp_path):
         )
         assert DOWNSAMPLE not in {row.label for row in report.rows}
         (remark,) = report.remarks
-        assert "144 tokens of an image of any size" in remark
+        assert "144 tokens of an image of 48 x 48 pixels, and as many at any smaller size" in remark
         assert ("`pool`" in remark) is (number == 0)
 
 

@@ -15,7 +15,7 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.recommend.choice import choose, facts_of, front
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.report import markdown, short, write
-from ocvtp.recommend.run import Wanted, _left_out
+from ocvtp.recommend.run import Wanted, _chosen, _left_out
 from ocvtp.recommend.typical import typical
 
 DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
@@ -198,6 +198,18 @@ def test_its_figures_are_those_of_evaluate_and_bench_run_apart(tmp_path, capsys)
         )
         time = next(r["figures"]["ttft"]["ratio"] for r in cell["rows"] if r["label"] == key[0])
         assert row["ttft"]["value"] == pytest.approx(100 * time["value"], rel=0.5)
+
+
+def test_what_makes_all_figures_doubtful_is_said_first():
+    figure = {"n": 300, "images": 60, "value": 0.7, "low": 0.6, "high": 0.8}
+    warnings = [{"level": level, "text": level} for level in ("mild", "loud")]
+    rows = [{"label": "unpruned", "figures": {"all": figure}}]
+    accuracy = {"rows": rows, "warnings": warnings, "counts": "questions"}
+    found = _chosen(accuracy, FOUND, "all", Wanted(), None)
+    assert found["doubts"][0] == "loud"
+    assert found["doubts"][1].endswith("not excluded by these 300 questions on 60 images.")
+    assert "mild" not in found["doubts"]
+    assert found["python"][1] == "pruner = ocvtp.build_pruner('fopru', num_keep=96)"
 
 
 def test_what_is_left_out_is_said_once_with_its_budgets():
