@@ -43,7 +43,7 @@ class Option:
         points: minus the unpruned model, on the same questions.
         beyond_random: points above as many random tokens; None where these were not asked.
         ttft: time to the first token, in percent of the unpruned model's.
-        control: whether it only serves to compare.
+        control: whether it is a yardstick; one that was asked for may be chosen like any other.
     """
 
     label: str
@@ -116,7 +116,7 @@ def metric_of(accuracy: Facts, wanted: str | None, num_items: int) -> str:
 
 
 def front(found: Sequence[Option]) -> list[Option]:
-    """Those that none beats in both time and points, fastest first; controls are left out.
+    """Those that none beats in both time and points, fastest first.
 
     The unpruned model, which loses nothing in 100% of the time, beats what is no faster and no
     better.
@@ -125,7 +125,7 @@ def front(found: Sequence[Option]) -> list[Option]:
     for option in sorted(found, key=_fastest_first):
         if option.ttft.value >= _WHOLE:
             best = max(best, 0.0)
-        if not option.control and option.points.value > best:
+        if option.points.value > best:
             best = option.points.value
             kept.append(option)
     return kept
@@ -141,9 +141,8 @@ def sentence(found: Sequence[Option], chosen: Option | None, max_drop: float, me
     """What to use, or why there is nothing."""
     if chosen is not None:
         return f"{_told(chosen, metric)}."
-    pruners = [option for option in found if not option.control]
     if not (faster := _faster(found)):
-        fastest = min(pruners, key=_fastest_first)
+        fastest = min(found, key=_fastest_first)
         return (
             "Nothing is faster than the unpruned model here. The fastest is"
             f" {_told(fastest, metric)}."
@@ -179,10 +178,9 @@ def doubts(
         )
     if chosen.ttft.high is not None and chosen.ttft.high >= _WHOLE:
         texts.append("That it is faster is not certain: time it again on a quiet machine.")
-    count = sum(not option.control for option in found)
-    if count > 1:
+    if len(found) > 1:
         texts.append(
-            f"It was chosen among {count} rows on these questions, which flatters it: expect a"
+            f"It was chosen among {len(found)} rows on these questions, which flatters it: expect a"
             " little more loss on others, and confirm it on questions that were not asked here."
         )
     return texts
@@ -199,7 +197,7 @@ def facts_of(
 
 
 def _faster(found: Sequence[Option]) -> list[Option]:
-    return [option for option in found if not option.control and option.ttft.value < _WHOLE]
+    return [option for option in found if option.ttft.value < _WHOLE]
 
 
 def _fastest_first(option: Option) -> tuple[float, float]:

@@ -63,7 +63,7 @@ class Wanted:
         skip_unfit: whether named pruners that cannot run are left out, too.
 
     Raises:
-        ValueError: for a `max_drop` below 0.
+        ValueError: for a `max_drop` below 0, and shares that are none.
     """
 
     pruners: Sequence[str] = ()
@@ -82,6 +82,8 @@ class Wanted:
     def __post_init__(self) -> None:
         if not self.max_drop >= 0:
             raise ValueError(f"max_drop={self.max_drop}; pass the points that may be lost, 0 up.")
+        if wrong := [share for share in self.shares if not 0 < share <= 1]:
+            raise ValueError(f"keep_ratio={wrong[0]}; pass shares above 0, up to 1.")
 
     @property
     def specs(self) -> list[str]:

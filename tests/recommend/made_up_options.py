@@ -14,6 +14,6 @@ FOUND = [
     option("fopru", 32, -4.0, 40),
     option("tome", 96, -0.5, 90),
     option("divprune", 96, -0.9, 60),
-    option("uniform", 96, 0.0, 50, control=True),
+    option("uniform", 96, -6.0, 50, control=True),
     option("todre", 64, +0.5, 104),
 ]

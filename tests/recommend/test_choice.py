@@ -42,6 +42,11 @@ def test_the_choice_is_the_fastest_within_what_may_be_lost(most, expected):
     assert chosen in front(FOUND)
 
 
+def test_a_control_that_was_asked_for_may_be_the_best():
+    uniform = option("uniform", 96, -0.2, 50, control=True)
+    assert choose([*FOUND, uniform], 1.0) is uniform
+
+
 def test_the_sentence():
     chosen = choose(FOUND, 1.0)
     assert sentence(FOUND, chosen, 1.0, "all") == (
@@ -59,7 +64,7 @@ def test_nothing_is_recommended_that_loses_more_or_gains_no_time():
     assert sentence(FOUND, None, 0.3, "all").startswith(
         "Nothing that is faster loses at most 0.3 points. The closest is tome at K=96: -0.5"
     )
-    slow = [option("fopru", 96, 0.0, 101), option("uniform", 96, 0.0, 50, control=True)]
+    slow = [option("fopru", 96, 0.0, 101), option("tome", 96, 0.0, 105)]
     assert choose(slow, 1.0) is None
     text = sentence(slow, None, 1.0, "all")
     assert text.startswith("Nothing is faster than the unpruned model here. The fastest is fopru")
@@ -70,7 +75,7 @@ def test_what_to_doubt():
     chosen = choose(FOUND, 1.0)
     first, second = doubts(FOUND, chosen, 1.0, "these 300 questions")
     assert first == "A loss of up to 1.9 points is not excluded by these 300 questions."
-    assert "chosen among 5 rows" in second
+    assert "chosen among 6 rows" in second
     assert not any("excluded" in text for text in doubts(FOUND, chosen, 2.0, "these"))
     near = option("fopru", 96, -0.8, 99.5, random=Span(0.2, -0.5, 0.9))
     (_, random, time) = doubts([near], near, 1.0, "these 300 questions")
