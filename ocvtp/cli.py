@@ -27,6 +27,7 @@ _COMMANDS = {
     "answer": "one answer, tokens before and after",
     "show": "draw kept tokens and slot masks",
     "evaluate": "accuracy against budget, of any pruners on any task",
+    "recommend": "which pruner at which budget, for a model and a task of evaluate",
     "lmms-task": "a task of evaluate, written for lmms-eval",
     "bench": "time and memory of pruners, side by side with the bare model",
     "table": "a table for a paper, of what evaluate and bench wrote: Markdown, LaTeX or CSV",
@@ -39,11 +40,11 @@ _COMMANDS = {
 }
 
 
-_ASKS_A_TASK = {"evaluate": False, "lmms-task": True}
+_ASKS_A_TASK = {"evaluate": False, "recommend": False, "lmms-task": True}
 """Whether lmms-eval is to ask it."""
 _SETTINGS_OF_TRAINING = ("train", "extract", "teacher")
 """Commands that take the settings of a training run."""
-_CONTINUES = ("evaluate", "bench", "extract", "teacher")
+_CONTINUES = ("evaluate", "recommend", "bench", "extract", "teacher")
 """Commands that write down what is done as they go."""
 
 

@@ -33,6 +33,7 @@ STOREYS = (
     "evaluation",
     "flops",
     "bench serving",
+    "recommend",
     "commands",
     "cli __init__",
 )

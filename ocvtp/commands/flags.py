@@ -15,6 +15,12 @@ from ocvtp.commands import options, publishing
 from ocvtp.shipped import config_names
 
 
+def list_(parser: argparse.ArgumentParser) -> None:
+    """A model, if any."""
+    options.add_optional_model(parser)
+    options.add_json(parser)
+
+
 def export(parser: argparse.ArgumentParser) -> None:
     """A checkpoint or official weights, and where the artifact goes."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -127,6 +133,51 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         "--output",
         help="folder of results.json, report.md, plots and answers; the same command continues what"
         " it holds, another one of the same task adds to it (default: outputs/evaluate/TASK)",
+    )
+    options.add_json(parser)
+
+
+def recommend(parser: argparse.ArgumentParser) -> None:
+    """A model, what may be lost, and what is looked at; cli.py adds the task."""
+    options.add_model(parser)
+    parser.add_argument(
+        "--max-drop",
+        type=float,
+        default=1.0,
+        help="points of accuracy that may be lost (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metric",
+        help="figure of the task to choose by, e.g. all/exact; or agreement, with what the unpruned"
+        " model says (default: that of all questions)",
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        default=[],
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list --model M` (default: some without training that the model can run)",
+    )
+    parser.add_argument(
+        "--num-keep",
+        type=int,
+        nargs="+",
+        help="tokens kept of an image (default: 50%%, 25%%, 11%% and 5.6%% of them)",
+    )
+    parser.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
+    options.add_text_tower(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="of what is random (default: 3)")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions at a time")
+    times = parser.add_argument_group("times; the request is a typical one of the task")
+    times.add_argument("--bench-batch-size", type=int, default=1, help="requests (default: 1)")
+    times.add_argument("--warmup", type=int, default=3, help="rounds (default: 3)")
+    times.add_argument("--repetitions", type=int, default=20, help="rounds (default: 20)")
+    options.add_skip_unfit(parser)
+    parser.add_argument(
+        "--output",
+        help="folder of recommendation.json, recommendation.md, pareto.png, and of accuracy and"
+        " speed, which the same command continues (default: outputs/recommend/TASK)",
     )
     options.add_json(parser)
 
@@ -313,11 +364,12 @@ def demo_vlm(parser: argparse.ArgumentParser) -> None:
 FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "export": export,
     "resize": resize,
-    "list": options.add_json,
+    "list": list_,
     "runs": runs,
     "answer": answer,
     "show": show,
     "evaluate": evaluate,
+    "recommend": recommend,
     "lmms-task": lmms_task,
     "bench": bench,
     "compare": compare,

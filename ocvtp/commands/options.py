@@ -134,6 +134,42 @@ def add_skip_unfit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_optional_model(parser: argparse.ArgumentParser) -> None:
+    """A model that need not be; `refuse_without_model` says whose the other flags are."""
+    parser.add_argument(
+        "--model",
+        help="folder or hub id of a VLM: which pruners run on it, and what others would need;"
+        " random weights: " + ", ".join(choices.TINY_MODELS),
+    )
+    add_place(parser)
+    add_text_tower(parser)
+
+
+def refuse_without_model(arguments: argparse.Namespace) -> None:
+    """Refuse flags of a model where there is none.
+
+    Raises:
+        ValueError: for the first that was given.
+    """
+    for name, plain in (("dtype", "auto"), ("device", "cpu"), ("text_tower", None)):
+        if (value := getattr(arguments, name)) != plain:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} {value} is of a model; pass --model too, or leave it out.")
+
+
+def check_counts(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse numbers below 1 of what is counted, a flag or a list of it.
+
+    Raises:
+        ValueError: for the first.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        for count in value if isinstance(value, list) else [value]:
+            if count is not None and count < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {count}; pass at least 1.")
+
+
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """What `bench` measures: the sizes of a request, and how often."""
     sizes = parser.add_argument_group("sizes; lists make a grid of cells")

@@ -24,14 +24,16 @@ from ocvtp.pruners.specs import (
     with_budget,
 )
 
-UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED = (
+UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED, POOL, DOWNSAMPLE = (
     "unpruned",
     "shuffled",
     "random",
     "oracle",
     "untrained",
+    "pool",
+    "downsample",
 )
-CONTROLS = (RANDOM, "uniform", "pool", "fill_only", UNTRAINED, ORACLE)
+CONTROLS = (RANDOM, "uniform", POOL, DOWNSAMPLE, "fill_only", UNTRAINED, ORACLE)
 """What runs besides all pruners, at every budget."""
 
 _SEED_STEP = 1_000_003  # more than there are items
@@ -85,7 +87,8 @@ class Condition:
         settings: what answers depend on, as JSON.
         control: whether it only serves to compare. yours: whether it is a method of the user's.
         seed: of what is random, or number of the checkpoint.
-        image: `own`, or `other`: that of the next item that has another.
+        image: `own`; `other`: that of the next item that has another; or `smaller`: the own one
+            at the size of which the model makes about `budget` tokens.
         trained: whether it learned from data.
     """
 
@@ -95,7 +98,7 @@ class Condition:
     settings: dict[str, Any]
     control: bool = False
     seed: int = 0
-    image: Literal["own", "other"] = "own"
+    image: Literal["own", "other", "smaller"] = "own"
     trained: bool = False
     yours: bool = False
 
@@ -106,12 +109,25 @@ class Condition:
         return f"{self.label}{budget} # {self.seed}"
 
 
+UNPRUNED_KEY = f"{UNPRUNED} # 0"
+"""Of the unpruned model, see `Condition.key`."""
+
+
 def unpruned_conditions() -> list[Condition]:
     """All tokens, of the right image and of a wrong one."""
     none = build_pruner("none")
     return [
         Condition(UNPRUNED, None, lambda place: none, {}, True),
         Condition(SHUFFLED, None, lambda place: none, {}, True, image="other"),
+    ]
+
+
+def downsample_conditions(budgets: Sequence[Budget]) -> list[Condition]:
+    """All tokens of an image that was made smaller."""
+    none = build_pruner("none")
+    return [
+        Condition(DOWNSAMPLE, b, _always(none), b.settings(), True, image="smaller")
+        for b in budgets
     ]
 
 

@@ -87,6 +87,7 @@ def kept(
     answers: Path,
     shared: Mapping[str, Any],
     rows: Sequence[Row],
+    unpruned: Sequence[Record],
 ) -> Earlier:
     """The rows of an earlier run of which this one has no figures.
 
@@ -95,7 +96,7 @@ def kept(
         task: what is asked.
         answers: folder of the logs.
         shared: the settings that all conditions of a run share.
-        rows: of this run.
+        rows: of this run. unpruned: its records of the unpruned model.
     """
     if found is None:
         return Earlier()
@@ -110,7 +111,7 @@ def kept(
         if row["figures"] and not records:
             earlier.lost.append((row["label"], row["budget"]))
             continue
-        earlier.rows.append(_row(row, task, records))
+        earlier.rows.append(_row(row, task, records, unpruned))
         earlier.records.update(records)
     settings = found["settings"]
     if earlier.rows:
@@ -139,9 +140,14 @@ def keys_of(row: Mapping[str, Any], logs: Collection[str]) -> list[str]:
     return sorted(found, key=lambda key: int(key.rpartition(" # ")[2]))
 
 
-def _row(row: Mapping[str, Any], task: Task, records: Mapping[str, list[Record]]) -> Row:
+def _row(
+    row: Mapping[str, Any],
+    task: Task,
+    records: Mapping[str, list[Record]],
+    unpruned: Sequence[Record],
+) -> Row:
     """A row again; without records what was said about it."""
-    ratios = [task.ratios(some) for some in records.values()]
+    ratios = [task.compared(some, unpruned) for some in records.values()]
     counts = [record["kept"] for some in records.values() for record in some]
     names = ("label", "pruner", "budget", "num_keep", "control", "note", "trained")
     return Row(

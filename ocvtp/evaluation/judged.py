@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ocvtp.evaluation.downsample import Sizer
 from ocvtp.evaluation.tasks.base import Item, Record, Task
 from ocvtp.pruners import Compose, Pruner
 
@@ -37,6 +38,11 @@ class Judged(ABC):
     @abstractmethod
     def num_tower_blocks(self) -> int:
         """Blocks of the vision tower."""
+
+    @property
+    def sizer(self) -> Sizer | None:
+        """What finds the sizes of images that give fewer tokens; None where all have one size."""
+        return None
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:

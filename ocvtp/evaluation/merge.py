@@ -239,6 +239,7 @@ def _report(facts: Facts, chosen: Mapping[Key, _Side], a: Facts) -> Report:
         rows=rows,
         **{name: a[name] for name in _OF_TASK},
         not_judged=a.get("not_judged", ()),
+        asks=a.get("asks", True),
         **facts,
     )
 

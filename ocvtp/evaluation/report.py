@@ -16,6 +16,7 @@ from typing import Any
 
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
+from ocvtp.evaluation.hard_questions import hard_questions
 from ocvtp.evaluation.intervals import difference, estimate
 from ocvtp.evaluation.scores import SCORES, packed
 from ocvtp.evaluation.tasks.base import Ratio
@@ -77,6 +78,7 @@ class Report:
         not_judged: metrics by which the oracle need not win.
         counts: what items are called.
         remarks: what a reader must know of the rows.
+        asks: whether items are questions with right answers, see `hard_questions`.
 
     Raises:
         ValueError: if there is no metric, no row has one of them, or rows double.
@@ -93,6 +95,7 @@ class Report:
     not_judged: Sequence[str] = ()
     counts: str = "questions"
     remarks: Sequence[str] = ()
+    asks: bool = True
 
     def __post_init__(self) -> None:
         known = sorted({name for row in self.rows for name in row.figures})
@@ -121,6 +124,7 @@ def results(report: Report) -> dict[str, Any]:
     unpruned = next((row for row in report.rows if row.label == UNPRUNED), None)
     random = {row.budget: row for row in report.rows if row.label == RANDOM}
     rows = [_row(row, unpruned, random.get(row.budget)) for row in report.rows]
+    ratios = [(row.label, row.budget, row.figures) for row in report.rows if report.asks]
     facts = {
         "schema": SCHEMA,
         "task": report.task,
@@ -130,9 +134,11 @@ def results(report: Report) -> dict[str, Any]:
         "lower_is_better": list(report.lower_is_better),
         "not_judged": list(report.not_judged),
         "counts": report.counts,
+        "asks": report.asks,
         "settings": dict(report.settings),
         "environment": dict(report.environment),
         "rows": rows,
+        "where_downsampling_fails": hard_questions(ratios, report.metrics),
         "remarks": list(report.remarks),
         "warnings": [text for metric in report.metrics for text in _warnings(report, metric)],
         SCORES: packed([row.figures for row in report.rows], [row.seeds for row in report.rows]),

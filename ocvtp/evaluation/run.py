@@ -14,7 +14,9 @@ from ocvtp.evaluation import earlier_runs
 from ocvtp.evaluation.checkpoint_groups import grouped
 from ocvtp.evaluation.conditions import (
     CONTROLS,
+    DOWNSAMPLE,
     ORACLE,
+    POOL,
     UNTRAINED,
     Budget,
     Condition,
@@ -85,6 +87,7 @@ def evaluate(
         subject, task, num_tokens, grid, chosen, budgets, seeds, checkpoints, controls
     )
     unfit, notes = _tried(subject, task, found, batch_size)
+    found, instead = _without_downsampling(found, unfit)
     if not skip_unfit:
         _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
@@ -92,7 +95,8 @@ def evaluate(
     records = run(subject, task, fit, answers, batch_size)
     rows = _rows(task, found, records, num_tokens, notes, unfit)
     shared = shared_settings(subject, task, batch_size)
-    kept = earlier_runs.kept(before, task, answers, shared, rows)
+    unpruned = records.get(made.UNPRUNED_KEY, [])
+    kept = earlier_runs.kept(before, task, answers, shared, rows, unpruned)
     report = Report(
         task=task.name,
         model=subject.name,
@@ -104,7 +108,8 @@ def evaluate(
         lower_is_better=task.lower_is_better,
         not_judged=task.not_judged,
         counts=task.counts,
-        remarks=[*filter(None, [remark]), *kept.remarks()],
+        asks=not isinstance(task, TokenTask),
+        remarks=[*task.remarks, *filter(None, [remark, instead]), *kept.remarks()],
     )
     return report, {**kept.records, **records}
 
@@ -159,11 +164,13 @@ def _conditions(
     found = made.unpruned_conditions()
     if isinstance(task, TokenTask):  # those of a wrong image are no question about this one
         found = [condition for condition in found if condition.image == "own"]
-    plain = [name for name in controls if name not in (UNTRAINED, ORACLE)]
+    plain = [name for name in controls if name not in (UNTRAINED, ORACLE, DOWNSAMPLE)]
     known = {label for label, _, _ in pruners}
     controlled = [(name, name, checkpoints) for name in plain if name not in known]
     for label, spec, own in [*pruners, *controlled]:
         found += made.pruner_conditions(spec, budgets, seeds, own, num_tokens, label)
+    if DOWNSAMPLE in controls and not isinstance(task, TokenTask):
+        found += made.downsample_conditions(budgets)
     if UNTRAINED in controls:
         found += _untrained(subject, task, budgets, seeds, checkpoints)
     one_grid = num_tokens == np.prod(grid)
@@ -216,11 +223,37 @@ def _tried(
     problems, notes = {}, {}
     for condition, pruner in zip(found, pruners, strict=True):
         try:
-            subject.attempt(pruner, inputs, shared)
+            if condition.image == "smaller":
+                _check_size(subject, task, condition.budget)
+            else:
+                subject.attempt(pruner, inputs, shared)
             notes[condition.label, condition.budget] = subject.note(pruner)
         except ValueError as error:
             problems[condition.label, condition.budget] = str(error)
     return problems, notes
+
+
+def _check_size(subject: Judged, task: Task, budget: Budget | None) -> None:
+    """Refuse a budget that no size of the first image comes near to."""
+    assert budget is not None
+    if subject.sizer is None:
+        raise ValueError("a tower alone sees images in one size")
+    subject.sizer.check(task.image(task.items[0].owner).size, budget)
+
+
+def _without_downsampling(
+    found: Sequence[Condition], unfit: Words
+) -> tuple[list[Condition], str | None]:
+    """The conditions without smaller images where no budget has them, and a remark on that."""
+    own = {(c.label, c.budget) for c in found if c.image == "smaller"}
+    if not own or not own <= unfit.keys():
+        return list(found), None
+    why = unfit[next(iter(own))]
+    left = [condition for condition in found if condition.image != "smaller"]
+    instead = "nothing stands for it"
+    if any(condition.label == POOL for condition in left):
+        instead = f"`{POOL}`, which averages neighbouring tokens, stands for it"
+    return left, f"no `{DOWNSAMPLE}`: {why}; {instead}."
 
 
 def _refuse(subject: Judged, problems: Words) -> None:
@@ -253,7 +286,8 @@ def _rows(
         figures, kept, note = {}, None, unfit.get((label, budget))
         if note is None:
             note = notes[label, budget]
-            of_seeds = [task.ratios(records[condition.key]) for condition in group]
+            unpruned = records.get(made.UNPRUNED_KEY, [])
+            of_seeds = [task.compared(records[condition.key], unpruned) for condition in group]
             figures = {name: average([one[name] for one in of_seeds]) for name in of_seeds[0]}
             counts = [record["kept"] for condition in group for record in records[condition.key]]
             kept = float(np.mean(counts))

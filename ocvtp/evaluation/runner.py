@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.conditions import Condition, Place, content_hash
+from ocvtp.evaluation.conditions import Budget, Condition, Place, content_hash
+from ocvtp.evaluation.downsample import Downsampled, Sizer
 from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
@@ -67,6 +68,10 @@ class Subject(Judged):
     def _sight(self) -> Sight:
         images = getattr(self.processor, "image_processor", self.processor)
         return sight_of_host(find_host(self.model), images)
+
+    @cached_property
+    def sizer(self) -> Sizer:
+        return Sizer(self.processor, find_host(self.model).image_token_id)
 
     def settings(self) -> dict[str, Any]:
         return {
@@ -218,15 +223,17 @@ def _observe(
     shared: Any,
 ) -> Iterator[tuple[Condition, list[Record]]]:
     """What each condition makes of one batch."""
-    for image in ("own", "other"):
-        group = [condition for condition in conditions if condition.image == image]
-        if not group:
-            continue
+    for (image, budget), group in _by_view(conditions).items():
+        shown = task
+        if image == "smaller":
+            assert subject.sizer is not None
+            assert budget is not None
+            shown = Downsampled(task, subject.sizer, budget)
         owners = [item.owner for item in items]
         if image == "other":
             last = task.items[-1].owner
             owners = [(owner + 1) % (last + 1) for owner in owners]
-        inputs = subject.inputs(task, items, owners)
+        inputs = subject.inputs(shown, items, owners)
         place = Place(start, partial(_seen, subject, task, owners))
         pruners = [condition.make(place) for condition in group]
         for condition, pruner in zip(group, pruners, strict=True):
@@ -236,6 +243,17 @@ def _observe(
                 error.add_note(f"while {condition.key!r} ran on items {start} and following")
                 raise
             yield condition, found
+
+
+def _by_view(
+    conditions: Sequence[Condition],
+) -> dict[tuple[str, Budget | None], list[Condition]]:
+    """Those that see the same images together: of which item, and for `smaller` of what size."""
+    found: dict[tuple[str, Budget | None], list[Condition]] = {}
+    for one in conditions:
+        budget = one.budget if one.image == "smaller" else None
+        found.setdefault((one.image, budget), []).append(one)
+    return found
 
 
 @torch.no_grad()

@@ -16,8 +16,11 @@ from ocvtp.reporting.plain_text import cell, code, markdown, one_line
 
 Facts = Mapping[str, Any]
 
+_FEW = 100  # questions below which a table comes with a note
+
 _LEGEND = f"""\
-- In brackets: 95% intervals, from {RESAMPLES} resamples of the images.
+- In brackets: 95% intervals, from {RESAMPLES} resamples of the images (a bootstrap over clusters);
+  standard errors clustered by image, as lmms-eval has them, are another estimate of the same.
 - Differences are paired: both sides answer the same questions. A star marks an interval without 0.
   Of many pruners that are no better than random, one in twenty earns a star by chance.
 - Controls are there to be compared with. `random` keeps tokens at random, `shuffled` asks about
@@ -36,6 +39,7 @@ def full(facts: Facts) -> str:
         parts += [f"## {markdown(metric)}", asked]
         for budget in budgets(facts):
             parts += [f"### {_heading(budget)}", _budget_table(facts, metric, budget)]
+    parts += hard_questions(facts)
     noted = [row for row in facts["rows"] if row["note"]]
     if noted:
         lines = [
@@ -45,6 +49,25 @@ def full(facts: Facts) -> str:
         parts += ["## Notes", "\n".join(lines)]
     parts += ["## How to read this", _LEGEND, "## Settings and environment", *_origin(facts)]
     return "\n\n".join(parts) + "\n"
+
+
+def hard_questions(facts: Facts) -> list[str]:
+    """What a smaller image fails: a table a metric, a column a budget; none where nobody asked."""
+    found, texts = facts.get("where_downsampling_fails") or [], list[str]()
+    for metric in dict.fromkeys(part["metric"] for part in found):
+        parts = [part for part in found if part["metric"] == metric]
+        names = " or ".join(f"`{by}`" for by in dict.fromkeys(part["by"] for part in parts))
+        counts = ", ".join(f"{part['n']} at {budget_text(part['budget'])}" for part in parts)
+        texts += [
+            f"## {metric}, on the {facts['counts']} that {names} fails",
+            f"{counts}. They are chosen by the answers of {names} at the same budget, which has"
+            " next to nothing here by that choice; chance lifts the others a little.",
+        ]
+        if (least := min(part["n"] for part in parts)) < _FEW:
+            few = f"As few as {least} {facts['counts']}: these intervals rank little."
+            texts.append(f"> Note. {few}")
+        texts.append(_hard_table(parts, facts["percent"]))
+    return texts
 
 
 def short(facts: Facts) -> str:
@@ -125,6 +148,18 @@ def _budget_table(facts: Facts, metric: str, budget: float | None) -> str:
         line += [_starred(figure.get(name), percent) for name in minus]
         cells.append(line + [number_text(_get(row, name, "value"), percent) for name in others])
     return table(head, cells)
+
+
+def _hard_table(parts: Sequence[Facts], percent: bool) -> str:
+    """A row a condition, a column a budget; the best at the smallest budget on top."""
+    at = {(row["label"], part["budget"]): row for part in parts for row in part["rows"]}
+    last = sorted(parts[-1]["rows"], key=lambda row: -(row["value"] or 0))
+    labels = dict.fromkeys([*(row["label"] for row in last), *(label for label, _ in at)])
+    cells = [
+        [f"`{label}`"] + [estimate_text(at.get((label, part["budget"])), percent) for part in parts]
+        for label in labels
+    ]
+    return table(["pruner", *(budget_text(part["budget"]) for part in parts)], cells)
 
 
 def _short_table(facts: Facts, metric: str) -> str:

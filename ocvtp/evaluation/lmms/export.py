@@ -41,12 +41,18 @@ def export_task(task: Task, folder: str | Path) -> Path:
         the YAML file.
 
     Raises:
-        ValueError: if lmms-eval has no such task.
+        ValueError: if lmms-eval has no such task, or its questions have no answers.
     """
     if task.lmms not in shipped_tasks():
         raise ValueError(
             f"task {task.name!r} is none that lmms-eval can ask; pass one of"
             f" {', '.join(shipped_tasks())}."
+        )
+    if not all(item.answers for item in task.items):
+        raise ValueError(
+            f"task {task.name!r} has questions without right answers, which lmms-eval scores by;"
+            " add them, or ask with `ocvtp evaluate`, which judges by agreement with the unpruned"
+            " model."
         )
     folder = Path(folder).absolute()
     images: dict[int, str] = {}

@@ -122,6 +122,8 @@ class Task(ABC):
     """Metrics by which keeping the objects need not win."""
     counts: ClassVar[str] = "questions"
     """What items are called."""
+    remarks: Sequence[str] = ()
+    """What a reader of every report must know."""
     lmms: ClassVar[str | None] = None
     """Who scores the answers where lmms-eval asks: `scenes`, `pope` or `vqa`, see
     `ocvtp/evaluation/lmms/tasks`; None where it cannot ask."""
@@ -151,6 +153,15 @@ class Task(ABC):
         Args:
             records: of all `items`, in their order.
         """
+
+    def compared(self, records: Sequence[Record], unpruned: Sequence[Record]) -> dict[str, Ratio]:
+        """The figures where they depend on what the unpruned model says; `ratios`, for most.
+
+        Args:
+            records: as for `ratios`. unpruned: the same under the unpruned model.
+        """
+        del unpruned
+        return self.ratios(records)
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

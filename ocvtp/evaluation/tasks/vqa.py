@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+from ocvtp.evaluation.tasks.agreement import AGREEMENT, REMARK, agreement
 from ocvtp.evaluation.tasks.answers import vqa_accuracy, vqa_exact
 from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
 from ocvtp.evaluation.tasks.question_files import (
@@ -24,7 +25,8 @@ class VqaTask(ListedTask):
 
     An optional `"kind"` groups questions. Figures are `all/accuracy`, the soft accuracy of VQA v2
     (`answers.vqa_accuracy`), `all/exact`, whether the answer is any of the right ones, and the same
-    of every kind.
+    of every kind. A list in which no entry has answers is judged by agreement with the unpruned
+    model, `all/agreement`.
 
     Args:
         file: a JSON list, or JSON lines.
@@ -48,17 +50,26 @@ class VqaTask(ListedTask):
         limit: int | None = None,
         outside: bool = False,
     ) -> None:
-        asked = [_asked(entry, n) for n, entry in enumerate(read_entries(file), start=1)]
+        entries = read_entries(file)
+        asked = [_asked(entry, n) for n, entry in enumerate(entries, start=1)]
+        _refuse_mixed(entries, asked)
         folders = Path(file).parent if images is None else images
         super().__init__(asked, folders, suffix, limit, outside)
         self.metrics = ("all/accuracy",)
+        self._answered = any(item.answers for item in self.items)
+        if not self._answered:
+            self.metrics, self.remarks = (f"all/{AGREEMENT}",), (REMARK,)
 
     @classmethod
     def from_command(
         cls,
         supplied: Supplied,
         *,
-        questions_file: Annotated[Sequence[str], "a JSON list of {image, question, answers}"],
+        questions_file: Annotated[
+            Sequence[str],
+            "a JSON list of {image, question, answers}; without any answers, figures are agreement"
+            " with the unpruned model",
+        ],
         images: Annotated[Sequence[str] | None, "folders of the images"] = None,
         suffix: Annotated[str, "put after every question"] = "",
         num_images: Annotated[int | None, "the first ones (default: all)"] = None,
@@ -71,7 +82,17 @@ class VqaTask(ListedTask):
         return cls(questions_file[0], images, suffix, num_images, outside)
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
+        if not self._answered:
+            raise ValueError(
+                "these questions have no right answers; call `compared` with what the unpruned"
+                " model says to them."
+            )
         return vqa_ratios(self.items, self.answers(records))
+
+    def compared(self, records: Sequence[Record], unpruned: Sequence[Record]) -> dict[str, Ratio]:
+        if not self._answered:
+            return agreement(self.items, records, unpruned)
+        return self.ratios(records)
 
 
 def vqa_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio]:
@@ -88,6 +109,17 @@ def vqa_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio
     }
 
 
+def _refuse_mixed(entries: Sequence[Entry], asked: Sequence[Asked]) -> None:
+    """Refuse a list of which some entries have answers alone."""
+    lacking = [entry for entry, one in zip(entries, asked, strict=True) if not one.answers]
+    if 0 < len(lacking) < len(asked):
+        have = f"{len(asked) - len(lacking)} of {len(asked)} entries"
+        raise ValueError(
+            f"{lacking[0].where} lacks 'answers' (or 'answer'), which {have} have; add what is"
+            " right, or leave all answers out to judge by agreement with the unpruned model."
+        )
+
+
 def _asked(entry: Entry, number: int) -> Asked:
     if "answers" in entry.content:
         answers = entry.content["answers"]
@@ -98,7 +130,7 @@ def _asked(entry: Entry, number: int) -> Asked:
     elif "answer" in entry.content:
         answers = [entry.text("answer")]
     else:
-        raise ValueError(f"{entry.where} lacks 'answers' (or 'answer'); add what is right.")
+        answers = []
     kind = entry.text("kind") if "kind" in entry.content else ""
     if kind.split("/")[-1] == "all":
         raise ValueError(f"{entry.where} has the kind {kind!r}; 'all' is the sum: rename it.")

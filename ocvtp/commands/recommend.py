@@ -1,0 +1,49 @@
+"""`ocvtp recommend`: one pruner at one budget for a model and a task, from accuracy and time."""
+
+from __future__ import annotations
+
+import argparse
+
+from ocvtp.commands import options, output
+from ocvtp.commands.tasks import make_task, task_settings
+from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.tasks.agreement import AGREEMENT, Agreement
+from ocvtp.evaluation.tasks.base import Supplied
+from ocvtp.hosts.loading import load_model
+from ocvtp.pruners.specs import known_settings
+from ocvtp.recommend.report import short, write
+from ocvtp.recommend.run import Wanted, recommend
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, choose, write and print."""
+    folder = output.folder(arguments.output or f"outputs/recommend/{arguments.task}")
+    options.check_counts(arguments, "seeds", "batch_size", "bench_batch_size", "num_keep")
+    by_agreement = arguments.metric == AGREEMENT
+    wanted = Wanted(
+        pruners=arguments.pruners,
+        num_keep=arguments.num_keep or (),
+        shares=arguments.keep_ratio or (),
+        max_drop=arguments.max_drop,
+        metric=None if by_agreement else arguments.metric,
+        checkpoint=arguments.checkpoint,
+        seeds=arguments.seeds,
+        batch_size=arguments.batch_size,
+        bench_batch_size=arguments.bench_batch_size,
+        warmup=arguments.warmup,
+        repetitions=arguments.repetitions,
+        skip_unfit=arguments.skip_unfit,
+    )
+    for spec in wanted.specs:
+        known_settings(spec)  # refuses what is unknown before anything is loaded
+    settings = task_settings(arguments)
+    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
+    task = make_task(Supplied(arguments.task, folder, lambda: processor), settings)
+    if by_agreement:
+        task = Agreement(task)
+    subject = Subject(model, processor, arguments.model, arguments.text_tower)
+    found = recommend(subject, task, wanted, folder, output.command(arguments))
+    wrote = ", ".join(str(path) for path in write(found, folder))
+    remarks = "".join(f"{text}\n" for text in found["remarks"])
+    output.emit(found, f"{remarks}{short(found)}\n\nwrote {wrote}", arguments.json)
+    return 0
