@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks.accuracy import accuracy_table, choosing_table
-from benchmarks.table import hosts_tables, select_table, stages_table, table
+from benchmarks.table import forms_table, hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,7 @@ def sections() -> dict[str, dict[str, str]]:
         "docs/results.md": {
             "accuracy": accuracy_table(),
             "select": select_table(),
+            "select-official": forms_table(),
             "measured": table(),
             "stages": stages_table(),
         },

@@ -1,6 +1,6 @@
 """What every pruner's `select` costs beside the vision tower, on one CPU thread.
 
-    python benchmarks/select.py                        # about 15 minutes
+    python benchmarks/select.py                        # about 20 minutes
     python benchmarks/select.py --rounds 2 --no-tower  # a glance
     python benchmarks/select.py --forms                # greedy methods beside official forms alone
 
