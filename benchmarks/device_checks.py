@@ -5,6 +5,8 @@ Tests run them on both, and `benchmarks.gpu` before it measures, on a machine th
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -135,8 +137,8 @@ def select_waits_for_nothing(device: str) -> None:
 
 
 @torch.no_grad()
-def pruned_calls_wait_for_nothing_before_the_language_model(device: str) -> None:
-    """Choosing for a prompt inside an attached model."""
+def choosing_in_an_attached_model_waits_for_nothing(device: str) -> None:
+    """What surrounds the choice may wait: `waits` says where."""
     model, inputs = _demo(device)
     pruner, caught = ocvtp.build_pruner("divprune", num_keep=NUM_KEEP), []
     plain = pruner.select
@@ -162,6 +164,25 @@ def a_device_keeps_what_a_cpu_keeps(device: str) -> None:
         assert kept.equal(form(here, NUM_KEEP).sort(dim=1).values), name
 
 
+@torch.no_grad()
+def waits(device: str, name: str, num_keep: int, model: Any, inputs: Any) -> dict[str, int]:
+    """How often the lines of a pruned call's prompt wait for a device; none do on a CPU."""
+    pruner = ocvtp.build_pruner(name, num_keep=num_keep)
+    with warnings.catch_warnings(record=True) as caught, pruner(model):
+        warnings.simplefilter("always")
+        model(**inputs, logits_to_keep=1)
+        caught.clear()
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            model(**inputs, logits_to_keep=1)
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    lines = (f"{one.filename}:{one.lineno}" for one in caught if "sync" in str(one.message))
+    return dict(Counter(lines))
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     check.__name__: check
     for check in (
@@ -169,7 +190,7 @@ CHECKS: dict[str, Callable[[str], None]] = {
         pruned_logits_are_those_of_a_short_prompt,
         projecting_the_kept_alone_only_rounds,
         select_waits_for_nothing,
-        pruned_calls_wait_for_nothing_before_the_language_model,
+        choosing_in_an_attached_model_waits_for_nothing,
         a_device_keeps_what_a_cpu_keeps,
         a_graph_of_select_keeps_the_same,
     )

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks import road
-from benchmarks.device_checks import CHECKS
+from benchmarks.device_checks import CHECKS, waits
 from benchmarks.select import build, make_tokens
 from benchmarks.timing import write
 from ocvtp.bench.run import Plan, bench
-from ocvtp.bench.workload import Cell
+from ocvtp.bench.workload import Cell, make_request
 from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import count
 from ocvtp.hosts.loading import load_model
@@ -33,6 +33,7 @@ from ocvtp.random_models.full_size import config_of
 COCO_IMAGES, EPOCHS = 118_287, 30
 LLAVA, NEXT, QWEN = "llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b"
 PRUNERS = ("ocvtp", "fopru", "visionzip", "divprune", "fastv:stages=[[2,K]]", "ridge", "random")
+WAITS = ("divprune", "fopru", "random")
 GREEDY = ("divprune", "cdpruner", "zspaprune", "todre", "trimtokenator", "greedyprune", "ridge")
 TESTS = (
     "tests/bench/test_device_checks.py",
@@ -314,9 +315,17 @@ def selects(setting: Setting) -> Job:
                     if device == "cuda":
                         row |= _as_graph(choose, device)
                 found[f"{name}, B={batch}"] = row
-        return {"select": found}
+        subject, side = place.subject(LLAVA), place.setting.sizes[LLAVA]
+        request = make_request(Cell(1, 64), subject.processor, (side, side))
+        inputs = request.prepare(subject.processor, subject.model)
+        keep = setting.budget(64)
+        lines = {
+            f"{name} waits": waits(device, name, keep, subject.model, inputs) for name in WAITS
+        }
+        return {"select": found, "waits": lines}
 
-    return Job("select", "select of greedy methods", 25 if setting.estimates else 1.0, run)
+    what = "select of greedy methods, and where pruned calls wait for the device"
+    return Job("select", what, 30 if setting.estimates else 1.0, run, LLAVA)
 
 
 def _as_graph(choose: Callable[[], Any], device: str) -> dict[str, Any]:

@@ -115,9 +115,8 @@ def _tables(found: Facts) -> Iterator[str]:
 def _items(group: Any) -> list[tuple[str, str]]:
     if not isinstance(group, Mapping):
         return [("", str(group))]
-    return [
-        (name, ", ".join(f"{k} {v}" for k, v in facts.items())) for name, facts in group.items()
-    ]
+    rows = {name: ", ".join(f"{k} {v}" for k, v in facts.items()) for name, facts in group.items()}
+    return [(name, said or "nothing") for name, said in rows.items()]
 
 
 def _text(value: Any) -> str:

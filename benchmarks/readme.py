@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.accuracy import accuracy_table, choosing_table
 from benchmarks.reliability_table import tables as reliability_tables
-from benchmarks.table import hosts_tables, select_table, stages_table, table
+from benchmarks.table import forms_table, hosts_tables, select_table, stages_table, table
 from ocvtp.pruners.catalog import markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +24,7 @@ def sections() -> dict[str, dict[str, str]]:
         "docs/results.md": {
             "accuracy": accuracy_table(),
             "select": select_table(),
+            "select-official": forms_table(),
             "measured": table(),
             "stages": stages_table(),
         },

@@ -1,11 +1,15 @@
 """What every pruner's `select` costs beside the vision tower, on one CPU thread.
 
-    python benchmarks/select.py                        # about 15 minutes
+    python benchmarks/select.py                        # about 20 minutes
     python benchmarks/select.py --rounds 2 --no-tower  # a glance
+    python benchmarks/select.py --forms                # greedy methods beside official forms alone
 
 Inputs are random and of LLaVA-1.5-7B's sizes: features of width 1024, projected tokens of width
 4096. Methods that read projected tokens are measured at width 1024 too, where the goals of the
-greedy ones stand. Every round runs every pruner and the tower once.
+greedy ones stand. Every round runs every pruner and the tower once. Beside greedy methods and SCOPE
+stand the same picks as the official code computes them (`benchmarks.official_forms`), and the bare
+matrix product that these cannot do without; the clock is the thread's own there, so that the turns
+of other programs do not count.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ if __name__ == "__main__":  # the standard library has a `select` too: look in t
     sys.path[0] = __file__.removesuffix("benchmarks/select.py") or "."
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +28,8 @@ from typing import Any
 import torch
 
 import ocvtp
-from benchmarks.timing import environment, interleaved, medians_ms, write
+from benchmarks.official_forms import FORMS
+from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
 from ocvtp.pruners import Pruner
 from ocvtp.random_models.clip_config import random_tower, vision_config
 from ocvtp.slots import OCPruner
@@ -38,6 +44,11 @@ CASES: dict[str, dict[str, Any]] = {
     "N=576, K=64, B=8": {"grid_hw": (24, 24), "num_keep": 64, "batch": 8, "crops": 1},
     "N=2880, K=160, B=1": {"grid_hw": (120, 24), "num_keep": 160, "batch": 1, "crops": 5},
 }
+FORMS_CASES: dict[str, dict[str, Any]] = {
+    "N=576, K=128, B=1": {"grid_hw": (24, 24), "num_keep": 128, "batch": 1},
+    "N=576, K=128, B=8": {"grid_hw": (24, 24), "num_keep": 128, "batch": 8},
+}
+FORMS_OUTPUT = DEFAULT_OUTPUT.with_name("select-official-cpu.json")
 GOALS_MS = {
     "N=576, K=64, B=1": {
         "fastervlm": 3, "fopru": 3, "hiprune": 3, "uniform": 3, "visionzip": 4, "trim": 12,
@@ -103,6 +114,38 @@ def measure(case: dict[str, Any], rounds: int, tower: Any) -> dict[str, Any]:
         return medians_ms(interleaved(runs, rounds=rounds))
 
 
+def beside_forms(case: dict[str, Any], rounds: int, width: int) -> dict[str, Any]:
+    """Milliseconds of greedy methods and of their official forms, and how they compare."""
+    tokens, num_keep = make_tokens(case["batch"], case["grid_hw"], width), case["num_keep"]
+    found = {}
+    for name, form in FORMS.items():
+        pruner = build(name, num_keep)
+        read = tokens.projected if pruner.needs.projected else tokens.features
+        assert read is not None
+        runs: dict[str, Callable[[], Any]] = {
+            "ours": lambda p=pruner: p.select(tokens),
+            "official": lambda f=form: f(tokens, num_keep),
+            "product": lambda x=read: x @ x.mT,
+        }
+        with torch.inference_mode():
+            seconds = interleaved(runs, rounds, clock=time.thread_time)
+        found[name] = {
+            "width": read.shape[2],
+            "ms": medians_ms(seconds),
+            "official / ours": ratio(seconds, "official", "ours"),
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def measure_forms(rounds: int, output: Path) -> None:
+    """Greedy methods beside official forms, in every case: written after each."""
+    found: dict[str, Any] = {}
+    for name, case in (FORMS_CASES | CASES).items():
+        found[name] = beside_forms(case, rounds, 4096)
+        write(output, environment() | {"clock": "of the thread", "cases": found})
+
+
 def against_goals(results: dict[str, Any]) -> dict[str, Any]:
     """Each goal next to what was measured, at both widths where there are two."""
     found: dict[str, Any] = {}
@@ -121,8 +164,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-tower", action="store_true")
+    parser.add_argument("--forms", action="store_true", help="greedy methods beside official forms")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    measure_forms(arguments.rounds, FORMS_OUTPUT)
+    if arguments.forms:
+        return
     tower = None if arguments.no_tower else random_tower(vision_config(TOWER), 0).eval()
     results: dict[str, Any] = {}
     for name, case in CASES.items():

@@ -93,6 +93,33 @@ def select_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def forms_table() -> str:
+    """Greedy methods beside the same picks as official code computes them."""
+    results = json.loads((RESULTS / "select-official-cpu.json").read_text())
+    cases: dict[str, dict[str, Any]] = results["cases"]
+    lines = [
+        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; milliseconds"
+        " of the official form / of `select`, medians of rounds in turns; their ratio (quartiles).",
+        "",
+        f"| | {' | '.join(cases)} |",
+        "|---|" + "---|" * len(cases),
+    ]
+    for name in next(iter(cases.values())):
+        cells = []
+        for case in cases.values():
+            ms, times = case[name]["ms"], case[name]["official / ours"]
+            spread = f"{times['q25']:.2f} to {times['q75']:.2f}"
+            cells.append(
+                f"{_ms(ms['official'])} / {_ms(ms['ours'])} = {times['of_medians']:.2f} ({spread})"
+            )
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    for width in (1024, 4096):
+        same = [[one for one in case.values() if one["width"] == width] for case in cases.values()]
+        cells = [_ms(min(one["ms"]["product"] for one in found)) for found in same]
+        lines.append(f"| the product of all pairs alone, width {width} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _notes(outcomes: list[tuple[str, str]], numbers: dict[str, int]) -> str:
     """One cell of the versions' outcomes, whose reasons get numbers."""
     said = [f"transformers {name}: {outcome}" for name, outcome in outcomes if outcome != "yes"]

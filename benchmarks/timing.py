@@ -15,15 +15,18 @@ import transformers
 
 
 def interleaved(
-    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 1
+    candidates: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmups: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round, after the warm-ups."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(warmups + rounds):
         for name, run in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            elapsed = time.perf_counter() - start
+            elapsed = clock() - start
             if index >= warmups:
                 seconds[name].append(elapsed)
     return seconds
