@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +363,7 @@ def fuzz(count: int, start: int = 0) -> dict[str, Any]:
             _try(inputs, kind, 1, start, Outcome())
         before = _peak()
         for kind, weight in weights.items():
-            number = max(1, round(count * weight / sum(weights.values())))
+            number = ceil(count * weight / sum(weights.values()))
             found[kind] = Outcome()
             with no_more_than(GIB):
                 _try(inputs, kind, number, start, found[kind])

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ class Killed:
     again: Callable[[Path], list[str]] | None = None
 
 
-def kills(commands: Sequence[str], points: int, root: Path, start: int = 0) -> dict[str, Any]:
+def kills(
+    commands: Sequence[str], points: int, root: Path, start: int = 0
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Kill each command at random moments of its run, repeat it, and compare what it leaves.
 
     Args:
@@ -48,16 +50,18 @@ def kills(commands: Sequence[str], points: int, root: Path, start: int = 0) -> d
         root: folder to work in.
         start: seed of the moments.
 
-    Returns:
-        by command the points, how many ended as the run that was not killed, after how many the
-        first checkpoint was there, and what differed.
+    Yields:
+        after each point, the command, and of it the points so far, how many ended as the run that
+        was not killed, how many found something to continue from, and what differed.
     """
     prepared = _prepare(root)
     moments = random.Random(start)
-    return {name: _of(prepared[name], points, root / name, moments) for name in commands}
+    for name in commands:
+        for found in _of(prepared[name], points, root / name, moments):
+            yield name, found
 
 
-def _of(one: Killed, points: int, root: Path, moments: random.Random) -> dict[str, Any]:
+def _of(one: Killed, points: int, root: Path, moments: random.Random) -> Iterator[dict[str, Any]]:
     shutil.rmtree(root, ignore_errors=True)
     whole = root / "whole"
     began = time.monotonic()
@@ -66,7 +70,7 @@ def _of(one: Killed, points: int, root: Path, moments: random.Random) -> dict[st
         raise ValueError(f"{one.words(whole)} ended with {status}; see {root / 'whole.log'}.")
     seconds = time.monotonic() - began
     wanted = one.result(whole)
-    found: dict[str, Any] = {"points": points, "alike": 0, "hit": 0, "seconds": seconds}
+    found: dict[str, Any] = {"points": 0, "alike": 0, "hit": 0, "seconds": seconds}
     found |= {"continued": 0, "faults": []}
     for point in range(points):
         folder = root / str(point)
@@ -87,7 +91,8 @@ def _of(one: Killed, points: int, root: Path, moments: random.Random) -> dict[st
         else:
             found["alike"] += 1
             shutil.rmtree(folder)
-    return found
+        found["points"] += 1
+        yield found
 
 
 def _forked(words: Sequence[str], kill_after: float | None, log: Path) -> int:

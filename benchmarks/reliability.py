@@ -186,7 +186,7 @@ def main(words: Sequence[str] | None = None) -> int:
     found = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {}
     found["environment"] = environment()
     work: dict[str, Callable[[], dict[str, Any]]] = {
-        "kills": lambda: {**found.get("kills", {}), **_killed(arguments)},  # before threads start
+        "kills": lambda: _killed(arguments, found),  # before threads start
         "fuzz": lambda: fuzz(arguments.inputs, arguments.seed),
         "exceptions": lambda: exceptions(1000, arguments.seed),
         "threads": lambda: threads(8, 25),
@@ -204,9 +204,15 @@ def main(words: Sequence[str] | None = None) -> int:
     return bool(wrong)
 
 
-def _killed(arguments: argparse.Namespace) -> dict[str, Any]:
+def _killed(arguments: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]:
+    """Written after each point: all of them take long."""
+    own = found.setdefault("kills", {})
     with tempfile.TemporaryDirectory() as folder:
-        return kills(arguments.commands, arguments.points, Path(folder), arguments.seed)
+        killed = kills(arguments.commands, arguments.points, Path(folder), arguments.seed)
+        for name, one in killed:
+            own[name] = one
+            write(arguments.output, found)
+    return dict(own)
 
 
 def _import_all() -> None:

@@ -27,6 +27,8 @@ def made(name: str) -> PrunerNetwork:
         sizes = {"hidden_dim": 16, "slot_dim": 4, "ffn_dim": 8, "noise_rows": 32}
         decoder = DecoderConfig(num_layers=1, num_heads=2, ffn_dim=8)
         return OCPruner(OCPrunerConfig(**sizes, feature_dim=8, layer=3, decoder=decoder)).eval()
+    if name == "slots":
+        return small_networks.selector("llm_input", 8, "slots")
     return small_networks.network_setting(name, 8)["network"]
 
 
@@ -55,7 +57,7 @@ def saved(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("name", ["decoder", *small_networks.TRAINED])
+@pytest.mark.parametrize("name", ["decoder", "slots", *small_networks.TRAINED])
 def test_what_was_not_changed_is_read(saved, name):
     kind, folder = saved(name, {})
     network = kind.from_pretrained(folder)
@@ -114,12 +116,17 @@ OF_ONE = {
         "host": ["x"],
     },
 }
+OF_ONE["slots"] = {
+    "sizes.layer": [999, "3"],
+    "sizes.num_slots": [0, -1, 2.5],
+    "sizes.num_iterations": [10**9, 0, True],
+    "sizes.noise_rows": [10**12, 10**6],
+}
 CASES = [
     (kind, field, value)
     for kind in OF_ONE
     for field, values in {**ALL, **OF_ONE[kind]}.items()
     for value in values
-    if not (kind == "learned" and field == "layer" and value == 999)
 ]
 
 

@@ -15,8 +15,8 @@ from benchmarks.reliability import exceptions, memory, threads
 
 @pytest.mark.slow
 def test_killed_commands_end_alike(tmp_path):
-    """Of a process of its own, which has no threads: it forks. `evaluate` and `bench` take long."""
-    words = ["--only", "kills", "--commands", "train", "extract", "resize", "--points", "2"]
+    """Of a process of its own, which has no threads: it forks. The other commands take long."""
+    words = ["--only", "kills", "--commands", "train", "resize", "--points", "2"]
     output = tmp_path / "reliability.json"
     run = subprocess.run(
         [sys.executable, "-m", "benchmarks.reliability", *words, "--output", str(output)],
@@ -24,9 +24,9 @@ def test_killed_commands_end_alike(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    for one in json.loads(output.read_text())["kills"].values():
-        assert one["alike"] == one["points"] == 2
-        assert one["hit"] > 0
+    found = json.loads(output.read_text())["kills"].values()
+    assert [(one["points"], one["alike"]) for one in found] == [(2, 2), (2, 2)]
+    assert sum(one["hit"] for one in found) > 0
 
 
 def test_what_differs_is_told():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ocvtp.field_types import LAYERS, Ranges
 from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.attention import Truncation
@@ -29,6 +30,8 @@ class Slots(Scorer):
         num_slots: S where no budget is told.
         hidden_dim: see `ocvtp.slots.config.NetworkSizes`, as all that follow.
     """
+
+    ranges: ClassVar[Ranges] = {**NetworkSizes.ranges, "layer": LAYERS, "num_slots": (1, 2**20)}
 
     layer: int = 9
     num_slots: int = 64
