@@ -218,7 +218,8 @@ class PrunerModule(NetworkModule):
         objects = object_shares(batch, tokens) if self.objective.reads_objects else None
         outcome = self.objective(self.network, tokens, num_slots, objects)
         read = (*tokens.hidden.values(), *tokens.attention.values())
-        self.refuse_nan(outcome.loss, read, batch["paths"])
+        names = [str(name) for name in batch.get("paths", batch["image_ids"])]
+        self.refuse_nan(outcome.loss, read, names)
         return tokens, outcome
 
     def _score_masks(self, masks: list[Tensor], instances: Tensor | list[Tensor]) -> None:

@@ -48,6 +48,46 @@ _DESCRIPTION = (
 )
 
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "output": {
+        "type": str | None,
+        "default": None,
+        "help": "folder of all that the run writes: checkpoints, logs, pictures; another name of"
+        " trainer.default_root_dir",
+    },
+    "resume": {
+        "type": str | None,
+        "default": None,
+        "help": "checkpoint to continue from; `last` or `best`: of the run's own folder",
+    },
+    "check": {
+        "action": "store_true",
+        "help": "try a few steps and keep nothing: images/s, memory, hours and disk of the run",
+    },
+    "compile": {
+        "type": str | None,
+        "default": None,
+        "help": "compile the network by this backend of torch.compile, e.g. inductor",
+    },
+    "ema": {
+        "type": float | None,
+        "default": None,
+        "help": "validate and keep a moving average of the weights with this decay, e.g. 0.999",
+    },
+    "whole_epochs": {
+        "type": bool,
+        "default": False,
+        "help": "train on every image in every epoch, those too that do not fill its last batch",
+    },
+    "matmul_precision": {
+        "type": Literal["highest", "high", "medium"],
+        "default": "highest",
+        "help": "of fp32 matrix products on a GPU: high uses TF32, which is several times as fast",
+    },
+}
+"""Settings of a run that are neither of its model, its data nor Lightning's trainer."""
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """Where the run left its files.
@@ -97,51 +137,11 @@ class _Parser(LightningArgumentParser):
 
 
 class _TrainCLI(LightningCLI):
-    """The command line of `train`: LightningCLI's, with --output and --resume."""
+    """The command line of `train`: LightningCLI's, with settings of a run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument(
-            "--output",
-            type=str | None,
-            default=None,
-            help="folder of all that the run writes: checkpoints, logs, pictures; another name of"
-            " trainer.default_root_dir",
-        )
-        parser.add_argument(
-            "--resume",
-            type=str | None,
-            default=None,
-            help="checkpoint to continue from; `last` or `best`: of the run's own folder",
-        )
-        parser.add_argument(
-            "--check",
-            action="store_true",
-            help="try a few steps and keep nothing: images/s, memory, hours and disk of the run",
-        )
-        parser.add_argument(
-            "--compile",
-            type=str | None,
-            default=None,
-            help="compile the network by this backend of torch.compile, e.g. inductor",
-        )
-        parser.add_argument(
-            "--ema",
-            type=float | None,
-            default=None,
-            help="validate and keep a moving average of the weights with this decay, e.g. 0.999",
-        )
-        parser.add_argument(
-            "--whole_epochs",
-            type=bool,
-            default=False,
-            help="train on every image in every epoch, those too that do not fill its last batch",
-        )
-        parser.add_argument(
-            "--matmul_precision",
-            type=Literal["highest", "high", "medium"],
-            default="highest",
-            help="of fp32 matrix products on a GPU: high uses TF32, which is several times as fast",
-        )
+        for name, options in _OPTIONS.items():
+            parser.add_argument(f"--{name}", **options)
         parser.link_arguments(
             "model", "data.init_args.transform", compute_fn=_transform, apply_on="instantiate"
         )
