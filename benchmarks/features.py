@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -221,7 +222,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, Any] = {
         "command": "python -m benchmarks.features FOLDER",
-        "environment": environment(),
+        "environment": environment() | {"load of the machine": round(os.getloadavg()[0], 1)},
         "measured": measured(arguments.folder, arguments.images),
         "counted, not measured": {},
     }

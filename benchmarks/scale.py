@@ -314,7 +314,7 @@ def main() -> None:
     for name in MEASURED:
         results[name] = measure(arguments.folder, name, arguments.batches)
         print(f"{name}: {json.dumps(results[name])}", flush=True)
-        results["load of the machine"] = round(os.getloadavg()[0], 1)
+        results["environment"]["load of the machine"] = round(os.getloadavg()[0], 1)
     results["goals"] = reached(results)
     write(arguments.output, results)
     print(json.dumps(results["goals"], indent=2))

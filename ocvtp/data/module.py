@@ -16,6 +16,7 @@ from ocvtp.data.loader import (
     InOrder,
     ResumableLoader,
     StreamSampler,
+    keep_memory_small,
     own_generator,
 )
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
@@ -113,9 +114,13 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         return collate(items)
 
+    def _batch(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        keep_memory_small()
+        return self._collate(items)
+
     def _options(self) -> dict[str, Any]:
         return {
-            "collate_fn": self._collate,
+            "collate_fn": self._batch,
             "num_workers": self.num_workers,
             "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             "prefetch_factor": self.prefetch_factor,

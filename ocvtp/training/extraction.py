@@ -31,6 +31,7 @@ from ocvtp.data.feature_files import (
     shard_name,
     weights_hash,
 )
+from ocvtp.data.loader import keep_memory_small
 from ocvtp.reporting.progress import progress_bar
 from ocvtp.structures import VisualTokens
 from ocvtp.training.features import stored_rows
@@ -420,6 +421,7 @@ def _opened(data: Any, windows: Sequence[tuple[float, float]]) -> dict[str, _See
 
 def _collate(items: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A batch of the images as they are, and one of every crop."""
+    keep_memory_small()
     return [collate(view) for view in zip(*items, strict=True)]
 
 

@@ -1,5 +1,6 @@
 import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -479,3 +480,34 @@ def test_images_are_decoded_where_the_settings_say(root, monkeypatch):
     workers = data_module(root, decoder="cuda", num_workers=1, pin_memory=False)
     workers.setup()
     assert workers.train_dataloader().multiprocessing_context.get_start_method() == "spawn"
+
+
+class Large(Dataset):
+    """Sixteen megabytes in a batch of four."""
+
+    names = ()
+
+    def __len__(self):
+        return 400
+
+    def __getitem__(self, index):
+        item = {"image_id": int(index), "image_size": (8, 8), "file_name": "x"}
+        return {**item, "pixel_values": torch.full((3, 590, 590), float(index))}
+
+
+@pytest.mark.slow
+def test_a_loading_process_does_not_grow_with_its_batches(root):
+    data = data_module(root, num_workers=1)
+    data.setup()
+    data.train_set = Large()
+    data._batch([data.train_set[0]])  # also where the training process made a batch before
+    loader = data.train_dataloader()
+    grown = []
+    for number, _ in enumerate(loader):
+        if number in (10, 40):
+            (worker,) = loader._iterator._workers
+            status = Path(f"/proc/{worker.pid}/status").read_text().split("RssAnon:")[1]
+            grown.append(int(status.split()[0]) / 1024)
+        if number == 40:
+            break
+    assert grown[1] < grown[0] + 100  # 30 batches are 480 MB
