@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, ClassVar, Generic, TypeVar
 
+import yaml
+
 from ocvtp import plugins
 from ocvtp.selectors.schedules import Schedule
 
@@ -132,7 +134,7 @@ class Parts(Generic[PartT]):
         needed = [p.name for p in parameters.values() if p.default is p.empty]
         if missing := [setting for setting in needed if setting not in settings]:
             raise ValueError(f"{self._kind} {name!r} needs {', '.join(missing)}; pass it by name.")
-        return cls(**settings)
+        return cls(**{setting: spoken(value) for setting, value in settings.items()})
 
 
 def one_of(value: Any, name: str, allowed: tuple[str, ...]) -> str:
@@ -158,13 +160,32 @@ def whole(value: Any, name: str, what: str) -> int:
 
 
 def flag(value: Any, name: str) -> bool:
-    """Yes or no; `true` and `false` as texts, too, which the command line passes.
+    """Yes or no.
 
     Raises:
         ValueError: for others.
     """
-    texts = {"true": True, "false": False}
-    found = texts.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(found, bool):
+    if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r}; pass true or false.")
-    return found
+    return value
+
+
+def spoken(value: Any) -> Any:
+    """What a text of the command line says, where it is a number, a list or the like.
+
+    A single setting of a loss (`--model.losses.ce.weight 0.5`) comes as a text, as no type of it is
+    known there.
+    """
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    if value.lower() not in ("true", "false", "null") and value[:1] not in ("{", "["):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value

@@ -31,6 +31,7 @@ from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.losses import Loss, Step, build_losses
 from ocvtp.selectors.losses.base import mean_of_rows
 from ocvtp.selectors.network import SelectorNetwork
+from ocvtp.selectors.parts import spoken
 from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer
 from ocvtp.slots.statistics import Moments
@@ -223,7 +224,10 @@ class SelectorModule(NetworkModule):
             "positions": self.positions,
             "relaxation": _named(self.relaxation),
             "gate": _named(gate),
-            "losses": {name: dict(settings or {}) for name, settings in losses.items()},
+            "losses": {
+                name: {setting: spoken(value) for setting, value in (settings or {}).items()}
+                for name, settings in losses.items()
+            },
             "num_slots": tuple(self.budgets),
             "objective": self.recipe,
         }

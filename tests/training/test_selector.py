@@ -141,7 +141,9 @@ def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
 def test_deposition_is_the_mean_of_the_training_questions_and_part_of_a_checkpoint(words):
     settings = ("--model.losses.attention.deposition=true", "--model.statistics_questions=24")
     result = train(words("distil", *settings))
-    kept = torch.load(result.last, weights_only=True)["state_dict"]["deposition.layer0"]
+    content = torch.load(result.last, weights_only=True)
+    assert content["ocvtp"]["config"]["losses"]["attention"] == {"deposition": True}
+    kept = content["state_dict"]["deposition.layer0"]
     module, _ = module_of(words("distil"))
     data = build(words("distil")).datamodule
     data.prepare_data()

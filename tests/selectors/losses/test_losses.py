@@ -364,7 +364,27 @@ def test_a_loss_that_returns_one_number_is_refused(registered):
         one("mine", {})(draw())
 
 
-@pytest.mark.parametrize(("given", "wanted"), [("true", True), ("False", False), (True, True)])
-def test_the_command_line_says_yes_and_no_as_texts(given, wanted):
-    assert one("kept", {"standardize": given}).standardize is wanted
-    assert one("rank", {"deposition": given}).deposition is wanted
+@pytest.mark.parametrize(
+    ("name", "setting", "given", "wanted"),
+    [
+        ("kept", "standardize", "false", False),
+        ("rank", "deposition", "True", True),
+        ("rank", "layer", "2", 2),
+        ("rank", "kind", "spearman", "spearman"),
+        ("kept", "penalty", "1e-4", 1e-4),
+        ("mask", "threshold", "null", None),
+        ("mask", "threshold", "0.5", 0.5),
+    ],
+)
+def test_the_command_line_says_settings_as_texts(name, setting, given, wanted):
+    found = getattr(one(name, {setting: given}), setting)
+    assert found == wanted
+    assert type(found) is type(wanted)
+
+
+@pytest.mark.parametrize(("given", "at"), [("0", 0.0), ("{linear: [0.2, 2]}", 1.1), ("1e-1", 0.1)])
+def test_so_it_does_weights(given, at):
+    settings = {"ce": {"weight": given}, "kl": {}}
+    assert build_losses(settings)[0].weight.at(0.5) == pytest.approx(at)
+    with pytest.raises(ValueError, match="weight='heavy'; pass a number"):
+        build_losses({"ce": {"weight": "heavy"}})
