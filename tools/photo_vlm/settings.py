@@ -44,14 +44,14 @@ def default_stages(scale: float = 1.0) -> list[PhotoStage]:
         PhotoStage(
             "terse", steps["terse"], warmup=warmup, spotlight=160, fresh_attention=True, **asked
         ),
-        PhotoStage("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.7, **asked),
+        PhotoStage("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.85, **asked),
         PhotoStage(
             "english",
             steps["english"],
             warmup=warmup,
             learning_rate=1e-3,
             prompts="english",
-            drop=0.7,
+            drop=0.85,
             **asked,
         ),
     ]
@@ -65,7 +65,7 @@ class ReaderSettings:
         text_dim: its width. text_layers: its depth. num_heads: of its attention.
     """
 
-    text_dim: int = 128
+    text_dim: int = 160
     text_layers: int = 3
     num_heads: int = 4
 
