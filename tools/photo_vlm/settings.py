@@ -8,8 +8,8 @@ from typing import Any
 from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.cutouts import CutoutRule
 
-_STEPS = {"words": 600, "terse": 1200, "drop": 500, "english": 600}
-_WARMUP = 100
+_STEPS = {"words": 600, "terse": 2400, "drop": 1000, "english": 1200}
+_WARMUP = 200
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def default_stages(scale: float = 1.0) -> list[PhotoStage]:
     """
     if not scale > 0:
         raise ValueError(f"scale={scale} trains nothing; pass a number above 0.")
-    asked: dict[str, Any] = {"align": 0.3, "answer": 1.0, "questions": 16}
+    asked: dict[str, Any] = {"batch_size": 8, "align": 0.3, "answer": 1.0, "questions": 16}
     steps = {name: max(1, round(scale * n)) for name, n in _STEPS.items()}
     warmup = max(1, round(scale * _WARMUP))
     return [
