@@ -29,7 +29,7 @@ def default_stages(scale: float = 1.0) -> list[PhotoStage]:
 
     Args:
         scale: of the numbers of steps, above 0; in those of 1 every composite of a training of
-            usual size is read some ten times.
+            usual size is read some eight times.
 
     Raises:
         ValueError: if it is not above 0.
