@@ -274,6 +274,7 @@ PHOTO_VLM := outputs/photo-vlm
 PHOTO_VLM_RESULTS := docs/results/photo-vlm
 PHOTO_VLM_PRUNERS := $(filter-out ocvtp trim trim:% cdpruner cdpruner:%,$(PRUNERS:hiprune:%=hiprune:object_block=5))
 PHOTO_IMAGES := 100
+PHOTO_QUESTIONS := 4
 TOWER ?= $(PHOTO_WORK)/tower
 
 photo-vlm: export OMP_NUM_THREADS := 2
@@ -286,8 +287,9 @@ photo-accuracy: export OMP_NUM_THREADS := 2
 photo-accuracy: install
 	mkdir -p $(PHOTO_VLM_RESULTS)
 	$(BIN)/ocvtp --import tools/photo_vlm/task.py evaluate --model $(PHOTO_VLM) --dtype float32 --task composites \
-		--composites $(PHOTO_VLM)/composites --num-images $(PHOTO_IMAGES) --pruners $(PHOTO_VLM_PRUNERS) \
-		--num-keep 288 144 64 32 --batch-size 16 --skip-unfit --output outputs/photo-accuracy --json \
+		--composites $(PHOTO_VLM)/composites --num-images $(PHOTO_IMAGES) --questions $(PHOTO_QUESTIONS) \
+		--pruners surprise $(PHOTO_VLM_PRUNERS) --num-keep 288 144 64 32 --batch-size 16 --skip-unfit \
+		--checkpoint $(wildcard $(PHOTO_PRUNERS)/[0-9]*) --output outputs/photo-accuracy --json \
 		> outputs/photo-accuracy.json
 	cp outputs/photo-accuracy.json $(PHOTO_VLM_RESULTS)/results.json
 	cp outputs/photo-accuracy/report.md outputs/photo-accuracy/*.png $(PHOTO_VLM_RESULTS)/

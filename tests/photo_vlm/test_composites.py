@@ -58,8 +58,24 @@ def test_a_category_needs_enough_in_both_splits(inputs, tmp_path):
     assert found["train"].categories == found["test"].categories == before[1:]
 
 
+def test_cutouts_of_one_image_count_once(inputs, tmp_path):
+    """A category whose cut-outs, as many as before, are all of one image is not used."""
+    copytree(inputs["coco"], tmp_path / "coco")
+    path = tmp_path / "coco/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    category = content["categories"][0]["id"]
+    own = [e for e in content["annotations"] if e["category_id"] == category]
+    one = [e for e in own if e["image_id"] == own[0]["image_id"]]
+    others = [e for e in content["annotations"] if e["category_id"] != category]
+    again = [{**one[0], "id": 10**6 + n} for n in range(len(own))]
+    path.write_text(json.dumps({**content, "annotations": others + again}))
+    found = cut_out(tmp_path / "coco", RULE)
+    before = cut_out(inputs["coco"], RULE)["train"].categories
+    assert found["train"].categories == before[1:]
+
+
 def test_too_few_categories_are_refused(inputs):
-    with pytest.raises(ValueError, match="has 0 categories of 999 cut-outs"):
+    with pytest.raises(ValueError, match="has 0 categories with cut-outs from 999 images of"):
         cut_out(inputs["coco"], replace(RULE, least_train=999))
 
 

@@ -21,7 +21,7 @@ from ocvtp.images import open_image
 from tools.photo_vlm.cutouts import Cutout, Cutouts
 
 MOST_OBJECTS = 6
-LEAST_EXTENT, MOST_EXTENT = 1 / 12, 1 / 2
+LEAST_EXTENT, MOST_EXTENT = 1 / 6, 1 / 2
 LEAST_VISIBLE = 0.5
 TRAIN_SHARE = 7 / 8
 

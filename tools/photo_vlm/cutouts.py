@@ -5,6 +5,7 @@ C are the categories.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,21 +27,22 @@ class CutoutRule:
     """Which objects are cut out, and which categories are used.
 
     An object is cut out if it is no crowd, is as large as this, and fills so much of its box.
+    What counts for a category are images: the cut-outs of one are near copies of each other.
 
     Args:
         least_side: pixels of the longer side of its box.
         least_area: pixels of its mask.
         least_fill: part of its box.
-        least_train: cut-outs of a category in train2017 that it is used from.
+        least_train: images of train2017 with cut-outs of a category that it is used from.
         least_test: the same in val2017.
         most: cut-outs of each category that are used; the first ones of the file.
         most_side: pixels of the longer side that a cut-out is stored with.
     """
 
-    least_side: int = 32
-    least_area: int = 500
+    least_side: int = 48
+    least_area: int = 1000
     least_fill: float = 0.3
-    least_train: int = 5
+    least_train: int = 7
     least_test: int = 1
     most: int = 50
     most_side: int = 256
@@ -93,17 +95,20 @@ def cut_out(root: str | Path, rule: CutoutRule) -> dict[str, Cutouts]:
         ValueError: if a file is missing or broken, or less than two categories have enough.
     """
     files = {split: _annotations(root, name) for split, name in SPLITS.items()}
-    found = {s: _cut(Path(root) / name, files[s], rule) for s, name in SPLITS.items()}
+    found, shown = {}, {}
+    for split, name in SPLITS.items():
+        found[split], shown[split] = _cut(Path(root) / name, files[split], rule)
     least = {"train": rule.least_train, "test": rule.least_test}
     names = [
         name
         for name in files["train"].categories.values()
-        if all(len(found[split].get(name, ())) >= least[split] for split in SPLITS)
+        if all(shown[split][name] >= least[split] for split in SPLITS)
     ]
     if len(names) < 2:
         raise ValueError(
-            f"{root} has {len(names)} categories of {rule.least_train} cut-outs in train2017 and"
-            f" {rule.least_test} in val2017; pass a larger part of COCO, or a laxer rule."
+            f"{root} has {len(names)} categories with cut-outs from {rule.least_train} images of"
+            f" train2017 and {rule.least_test} of val2017; pass a larger part of COCO, or a laxer"
+            " rule."
         )
     together = _counts_together(files["train"], names)
     return {
@@ -116,10 +121,15 @@ def _annotations(root: str | Path, name: str) -> CocoFile:
     return CocoFile(Path(root) / "annotations" / f"instances_{name}.json", with_categories=True)
 
 
-def _cut(images: Path, file: CocoFile, rule: CutoutRule) -> dict[str, list[Cutout]]:
+def _cut(
+    images: Path, file: CocoFile, rule: CutoutRule
+) -> tuple[dict[str, list[Cutout]], Counter[str]]:
+    """By category: the cut-outs, and how many images they are from."""
     found: dict[str, list[Cutout]] = {name: [] for name in file.categories.values()}
+    shown: Counter[str] = Counter()
     for number, entry in file.images.items():
         image: NDArray[np.uint8] | None = None
+        before = {name: len(cutouts) for name, cutouts in found.items()}
         for annotation in file.masked(number):
             cutouts = found[file.categories[annotation["category_id"]]]
             if len(cutouts) >= rule.most:
@@ -132,7 +142,8 @@ def _cut(images: Path, file: CocoFile, rule: CutoutRule) -> dict[str, list[Cutou
                 image = _read(images / entry["file_name"], file, number)
             name = file.categories[annotation["category_id"]]
             cutouts.append(_shrunk(Cutout(name, image[box], mask[box]), rule.most_side))
-    return found
+        shown.update(name for name, cutouts in found.items() if len(cutouts) > before[name])
+    return found, shown
 
 
 def _read(path: Path, file: CocoFile, number: int) -> NDArray[np.uint8]:

@@ -157,10 +157,11 @@ class Asker:
         return _existence(absent[int(rng.integers(len(absent)))], False)
 
     def _beside(self, there: Sequence[str], absent: Sequence[str]) -> list[str]:
-        """Those that COCO shows most often with one of those that are there."""
+        """The half, or fewer, that COCO shows most often with one of those that are there."""
         place = {name: number for number, name in enumerate(self.categories)}
         rows = self.together[[place[name] for name in there]].max(0)
-        return sorted(absent, key=lambda name: -rows[place[name]])[:_NEAREST]
+        num = min(_NEAREST, -(-len(absent) // 2))
+        return sorted(absent, key=lambda name: -rows[place[name]])[:num]
 
     def _counted(self, objects: Sequence[Thing], rng: np.random.Generator) -> Question:
         """Every number that the composite has is as likely as the others, none too."""

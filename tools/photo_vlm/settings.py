@@ -8,8 +8,8 @@ from typing import Any
 from tools.demo_vlm.settings import StageSettings
 from tools.photo_vlm.cutouts import CutoutRule
 
-_STEPS = {"words": 600, "terse": 1200, "drop": 500, "english": 600}
-_WARMUP = 100
+_STEPS = {"words": 600, "terse": 2400, "drop": 1000, "english": 1200}
+_WARMUP = 200
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ def default_stages(scale: float = 1.0) -> list[PhotoStage]:
 
     Args:
         scale: of the numbers of steps, above 0; in those of 1 every composite of a training of
-            usual size is read some ten times.
+            usual size is read some eight times.
 
     Raises:
         ValueError: if it is not above 0.
     """
     if not scale > 0:
         raise ValueError(f"scale={scale} trains nothing; pass a number above 0.")
-    asked: dict[str, Any] = {"align": 0.3, "answer": 1.0, "questions": 16}
+    asked: dict[str, Any] = {"batch_size": 8, "align": 0.3, "answer": 1.0, "questions": 16}
     steps = {name: max(1, round(scale * n)) for name, n in _STEPS.items()}
     warmup = max(1, round(scale * _WARMUP))
     return [
@@ -44,14 +44,14 @@ def default_stages(scale: float = 1.0) -> list[PhotoStage]:
         PhotoStage(
             "terse", steps["terse"], warmup=warmup, spotlight=160, fresh_attention=True, **asked
         ),
-        PhotoStage("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.7, **asked),
+        PhotoStage("drop", steps["drop"], warmup=warmup, learning_rate=1e-3, drop=0.85, **asked),
         PhotoStage(
             "english",
             steps["english"],
             warmup=warmup,
             learning_rate=1e-3,
             prompts="english",
-            drop=0.7,
+            drop=0.85,
             **asked,
         ),
     ]
@@ -65,7 +65,7 @@ class ReaderSettings:
         text_dim: its width. text_layers: its depth. num_heads: of its attention.
     """
 
-    text_dim: int = 128
+    text_dim: int = 160
     text_layers: int = 3
     num_heads: int = 4
 
