@@ -41,14 +41,14 @@ _CONTINUES = ("evaluate", "bench", "extract", "teacher")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = words = list(sys.argv[1:] if argv is None else argv)
     try:
         words = _import_files(words)
         if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
             command = importlib.import_module(f"ocvtp.commands.{words[0]}")
             return int(command.run_words(words[1:]))
         arguments = _parser(words).parse_args(words)
-        arguments.words = words
+        arguments.words = given
         command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
         return int(command.run(arguments))
     except (Exception, KeyboardInterrupt) as error:
