@@ -198,6 +198,7 @@ def test_a_task_without_answers(tmp_path, capsys):
     more = ["--size", "96", "--shade", "white", "--twice", "--json"]
     assert main(words(file, tmp_path / "out", *more, task="middle")) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert facts["settings"]["command"].startswith(f"ocvtp --import {file} evaluate --model ")
     assert facts["settings"]["task"] == {
         "name": "middle", "size": 96, "shade": "white", "twice": True,
     }  # fmt: skip
