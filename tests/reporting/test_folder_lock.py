@@ -11,7 +11,7 @@ from threading import Thread
 import pytest
 
 from ocvtp.cli import main
-from ocvtp.commands import bench, evaluate
+from ocvtp.commands import bench, evaluate, recommend
 from ocvtp.reporting.folder_lock import claimed
 
 HOLDER = """
@@ -97,14 +97,26 @@ def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):
 WORDS = {
     "evaluate": ("--model", "random:tiny-llava", "--task", "scenes", "--num-keep", "8"),
     "bench": ("--random-weights", "llava-mid", "--pruners", "uniform", "--num-keep", "8"),
+    "recommend": ("--model", "random:tiny-llava", "--task", "scenes"),
 }
 
 
 @pytest.mark.parametrize("command", WORDS)
 def test_a_command_refuses_the_folder_of_another(command, other, tmp_path, capsys, monkeypatch):
-    for module in (bench, evaluate):
+    for module in (bench, evaluate, recommend):
         monkeypatch.setattr(module, "load_model", lambda *_: (None, None))
     assert main([command, *WORDS[command], "--output", str(tmp_path / "folder")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"ocvtp: error: {tmp_path}/folder is being written to by ocvtp evaluate")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["accuracy", "speed"])
+def test_what_is_recommended_is_measured_by_one_command_at_a_time(part, tmp_path, capsys):
+    words = ["recommend", *WORDS["recommend"], "--output", str(tmp_path / "folder")]
+    with claimed(tmp_path / "folder" / part, "ocvtp evaluate"):
+        assert main(words) == 2
+    assert (
+        f"{tmp_path}/folder/{part} is being written to by this process" in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []
