@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import signal
 import subprocess
@@ -82,6 +84,20 @@ def test_threads_are_told_apart_too(tmp_path):
     assert "is being written to by this process" in refused[0]
     second()
     assert len(refused) == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    number, tmp_path, monkeypatch, caplog
+):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("ocvtp.reporting.folder_lock.fcntl.lockf", lockf)
+    with caplog.at_level(logging.WARNING), claimed(tmp_path / "folder", "ocvtp train"):
+        (tmp_path / "folder/result").write_text("x")
+    assert "folder knows no locks" in caplog.text
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["result"]
 
 
 def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):
