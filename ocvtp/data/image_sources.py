@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ocvtp.data.coco import IMAGE_SUFFIXES, ImageTransform
+from ocvtp.data.image_names import inside
 from ocvtp.data.loader import ends
 from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
 from ocvtp.images import IMAGE_ERRORS, decode_image
@@ -228,6 +229,8 @@ class TableImages(SourceImages):
         split: of a folder of several, or the beginning of the names of parquet files.
         column: with the images.
         on_error: see `SourceImages`.
+        outside: whether rows that name a file in place of its bytes may name one outside of the
+            table's folder.
 
     Raises:
         ValueError: if `datasets` is not installed, or there is no such table, split or column.
@@ -240,9 +243,10 @@ class TableImages(SourceImages):
         split: str = "train",
         column: str = "image",
         on_error: Literal["raise", "skip"] = "raise",
+        outside: bool = False,
     ) -> None:
         super().__init__(transform, on_error)
-        self.path, self.column = Path(path), column
+        self.path, self.column, self.outside = Path(path), column, outside
         table = _table(self.path, split)
         if column not in table.column_names:
             raise ValueError(
@@ -262,10 +266,18 @@ class TableImages(SourceImages):
         found = self._table[index][self.column]
         data, path = (found.get("bytes"), found.get("path")) if found else (None, None)
         if data is None and path is not None:
-            return Path(path).read_bytes()
+            return self._file(path).read_bytes()
         if data is None:
             raise ValueError("the row has no image")
         return cast(bytes, data)
+
+    def _file(self, name: str) -> Path:
+        """The file that a row names, from the table's folder or by its whole path."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        whole = folder.absolute()
+        if Path(name).is_relative_to(whole):
+            name = str(Path(name).relative_to(whole))
+        return inside(folder, name, self.outside)
 
 
 def _table(path: Path, split: str) -> _Table:

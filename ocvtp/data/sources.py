@@ -162,6 +162,7 @@ class TableDataModule(SourceDataModule):
         column: with the images.
         train_split: of the training images. val_split: of the validation, which is in `root` too
             where there is no `val_root`; None for none.
+        outside: see `ocvtp.data.image_sources.TableImages`.
         options: of `SourceDataModule`.
     """
 
@@ -171,15 +172,18 @@ class TableDataModule(SourceDataModule):
         column: str = "image",
         train_split: str = "train",
         val_split: str | None = None,
+        outside: bool = False,
         **options: Any,
     ) -> None:
         if val_split is not None and options.get("val_root") is None:
             options["val_root"] = root
         super().__init__(root, **options)
-        self.column = column
+        self.column, self.outside = column, outside
         self._names = {"train": train_split, "val": val_split or train_split}
 
     def images(self, root: str, split: Literal["train", "val"]) -> TableImages:
         assert self.transform is not None
         name = self._names[split]
-        return TableImages(Path(root), self.transform, name, self.column, self.on_error)
+        return TableImages(
+            Path(root), self.transform, name, self.column, self.on_error, self.outside
+        )

@@ -290,6 +290,33 @@ def test_tables_that_name_files(tmp_path, datasets):
     assert reds([found[0], found[2]]) == [0, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("in/1.png", True),
+        ("{folder}/in/1.png", True),
+        ("{folder}/../2.png", False),
+        ("../2.png", False),
+        ("in/link.png", False),
+    ],
+)
+def test_rows_that_name_a_file_stay_inside_of_the_tables_folder(tmp_path, datasets, name, found):
+    folder = tmp_path / "table"
+    (folder / "in").mkdir(parents=True)
+    (folder / "in/1.png").write_bytes(picture(1))
+    (tmp_path / "2.png").write_bytes(picture(2))
+    (folder / "in/link.png").symlink_to(tmp_path / "2.png")
+    row = {"bytes": None, "path": name.format(folder=folder)}
+    datasets.Dataset.from_list([{"image": row}]).to_parquet(folder / "a.parquet")
+    own = TableImages(folder, Identity())
+    if found:
+        assert reds([own[0]]) == [1]
+        return
+    with pytest.raises(ValueError, match="out of its folder|inside of its folder"):
+        own[0]
+    assert reds([TableImages(folder, Identity(), outside=True)[0]]) == [2]
+
+
 def test_tables_that_cannot_be_read_are_refused(tmp_path, datasets):
     table(datasets, 2).save_to_disk(tmp_path / "x")
     (tmp_path / "none").mkdir()
