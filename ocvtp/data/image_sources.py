@@ -36,12 +36,14 @@ class SourceImages(Dataset[dict[str, Any]], ABC):
 
     Attributes:
         starts: [shards + 1] number of the first image of every file, and of all.
+        files: that they are read from.
 
     Raises:
         ValueError: for another `on_error`.
     """
 
     starts: NDArray[np.int64]
+    files: frozenset[Path] = frozenset()
 
     def __init__(self, transform: ImageTransform, on_error: Literal["raise", "skip"]) -> None:
         if on_error not in ("raise", "skip"):
@@ -114,6 +116,7 @@ class TarImages(SourceImages):
     ) -> None:
         super().__init__(transform, on_error)
         self.paths = list(paths)
+        self.files = frozenset(path.resolve() for path in self.paths)
         self._members = [_members(path) for path in self.paths]
         self._names = [TextArray.named(found, "names") for found in self._members]
         self.starts = ends([len(names) for names in self._names])
@@ -247,7 +250,8 @@ class TableImages(SourceImages):
     ) -> None:
         super().__init__(transform, on_error)
         self.path, self.column, self.outside = Path(path), column, outside
-        table = _table(self.path, split)
+        table, files = _table(self.path, split)
+        self.files = frozenset(Path(file).resolve() for file in files)
         if column not in table.column_names:
             raise ValueError(
                 f"{path} has no column {column!r}, but {', '.join(table.column_names)}; pass column"
@@ -280,8 +284,8 @@ class TableImages(SourceImages):
         return inside(folder, name, self.outside)
 
 
-def _table(path: Path, split: str) -> _Table:
-    """The rows of a split."""
+def _table(path: Path, split: str) -> tuple[_Table, list[str]]:
+    """The rows of a split, and the files that they are in."""
     try:
         import datasets
     except ImportError as error:
@@ -289,6 +293,7 @@ def _table(path: Path, split: str) -> _Table:
             f"tables of images are read with the library datasets, which is not here ({error});"
             f" run {_EXTRA}."
         ) from error
+    names: list[str] = []
     try:
         if path.is_dir() and not (found := _parquet(path, split)):
             loaded = datasets.load_from_disk(str(path))
@@ -305,7 +310,8 @@ def _table(path: Path, split: str) -> _Table:
         if split not in loaded:
             raise ValueError(f"{path} has no split {split!r}, but {', '.join(loaded)}; pass one.")
         loaded = loaded[split]
-    return cast(_Table, loaded)
+    files = names or [file["filename"] for file in loaded.cache_files]
+    return cast(_Table, loaded), files
 
 
 def _parquet(folder: Path, split: str) -> list[Path]:

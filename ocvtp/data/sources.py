@@ -94,7 +94,8 @@ class SourceDataModule(ResumableDataModule):
         """Open the images: for `fit` both sets, for `validate` one; None for both.
 
         Raises:
-            ValueError: if there is no transform, no image, or too few to hold out.
+            ValueError: if there is no transform, no image, too few to hold out, or a file of both
+                sets.
         """
         if self.transform is None:
             raise ValueError(
@@ -118,7 +119,18 @@ class SourceDataModule(ResumableDataModule):
             self.train_set = _part(images, np.arange(len(images))[: self._limits[0]])
         if validates and self.val_root is not None:
             images = self.images(self.val_root, "val")
+            if fits:
+                self._refuse_shared(images)
             self.val_set = _part(images, np.arange(len(images))[: self._limits[1]])
+
+    def _refuse_shared(self, val: SourceImages) -> None:
+        assert isinstance(self.train_set, Subset)
+        train: Any = self.train_set.dataset
+        if shared := sorted(train.files & val.files):
+            raise ValueError(
+                f"{len(shared)} of the {len(val.files)} files of the validation are trained on,"
+                f" {shared[0]} first; pass others, or num_val."
+            )
 
     def _stream(self, train_set: Dataset[Any]) -> StreamSampler:
         assert isinstance(train_set, Subset)

@@ -235,6 +235,13 @@ def test_images_are_held_out_or_elsewhere(tmp_path):
             opened(TarDataModule, root, **options)
 
 
+def test_no_tar_file_is_of_both_sets(tmp_path):
+    root = shards(tmp_path / "a", [3])
+    shards(root / "val", [2, 2])
+    with pytest.raises(ValueError, match=r"2 of the 2 files of the validation .*a/val/shard-000"):
+        opened(TarDataModule, root, val_root=str(root / "val"))
+
+
 # ------------------------------------------------------------------ tables
 
 
@@ -279,6 +286,21 @@ def test_tables_in_parquet(tmp_path, datasets):
     assert (reds(data.train_set), reds(data.val_set)) == (list(range(7)), [90, 91])
     one = opened(TableDataModule, tmp_path / "train-1.parquet", column="picture")
     assert reds(one.train_set) == [4, 5, 6]
+
+
+def test_no_file_of_a_table_is_of_both_sets(tmp_path, datasets):
+    (tmp_path / "parquet").mkdir()
+    table(datasets, 4).to_parquet(tmp_path / "parquet/train-0.parquet")
+    table(datasets, 2, 90).to_parquet(tmp_path / "parquet/validation-0.parquet")
+    table(datasets, 4).save_to_disk(tmp_path / "disk")
+    for root, options in (
+        ("parquet/train-0.parquet", {"val_split": "validation"}),
+        ("parquet", {"val_split": "test"}),  # no name begins so: all files are meant
+        ("parquet", {"train_split": "trian", "val_split": "validation"}),
+        ("disk", {"val_split": "validation"}),
+    ):
+        with pytest.raises(ValueError, match="files of the validation are trained on"):
+            opened(TableDataModule, tmp_path / root, column="picture", **options)
 
 
 def test_tables_that_name_files(tmp_path, datasets):
