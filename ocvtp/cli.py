@@ -59,13 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    given = list(words)
+    typed = list(words)
     words[:] = _before_command(words)
     if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
         command = importlib.import_module(f"ocvtp.commands.{words[0]}")
         return int(command.run_words(words[1:]))
     arguments = _parser(words).parse_args(words)
-    arguments.words = given
+    arguments.words = typed
     command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
     return int(command.run(arguments))
 

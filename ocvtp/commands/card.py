@@ -11,7 +11,7 @@ from ocvtp.commands import output
 from ocvtp.evaluation.conditions import RANDOM, untrained_labels
 from ocvtp.evaluation.paper_columns import columns, notes
 from ocvtp.evaluation.report import RESULTS
-from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME, config_of
+from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME, config_of, explained
 from ocvtp.learning.card import About, model_card
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.pruners import trainable
@@ -81,7 +81,10 @@ def card_of(artifact: Artifact, arguments: argparse.Namespace) -> str:
         parameters=sum(p.numel() for p in artifact.network.parameters()),
         figures=figures,
     )
-    return model_card(config_of(artifact.folder), said)
+    with explained(
+        f"{artifact.folder} has no card, as its {CONFIG_NAME} is not as exports write it"
+    ):
+        return model_card(config_of(artifact.folder), said)
 
 
 def _figures(artifact: Artifact, given: str) -> str:

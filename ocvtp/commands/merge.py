@@ -10,6 +10,7 @@ from ocvtp.evaluation.merge import merge
 from ocvtp.evaluation.report import RESULTS, write_facts
 from ocvtp.evaluation.scores import SCORES
 from ocvtp.evaluation.tables import short
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.results_files import read_results
 
 
@@ -29,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.prefer,
         output.command(arguments),
     )
-    wrote = ", ".join(map(str, write_facts(found, folder, answers)))
+    with claimed(folder, "ocvtp merge"):
+        wrote = ", ".join(map(str, write_facts(found, folder, answers)))
     said = "".join(f"{text}\n" for text in found["remarks"])
     told = {name: value for name, value in found.items() if name != SCORES}
     output.emit(told, f"{said}{short(found)}\nwrote {wrote}", arguments.json)

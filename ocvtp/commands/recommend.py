@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
+from pathlib import Path
 
 from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
@@ -12,12 +14,20 @@ from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
 from ocvtp.recommend.report import short, write
-from ocvtp.recommend.run import Wanted, recommend
+from ocvtp.recommend.run import ACCURACY, SPEED, Wanted, recommend
+from ocvtp.reporting.folder_lock import claimed
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, choose, write and print."""
     folder = output.folder(arguments.output or f"outputs/recommend/{arguments.task}")
+    with ExitStack() as claims:
+        for place in (folder, folder / ACCURACY, folder / SPEED):  # others may write to one alone
+            claims.enter_context(claimed(place, "ocvtp recommend"))
+        return _run(arguments, folder)
+
+
+def _run(arguments: argparse.Namespace, folder: Path) -> int:
     options.check_counts(arguments, "seeds", "batch_size", "bench_batch_size", "num_keep")
     by_agreement = arguments.metric == AGREEMENT
     wanted = Wanted(

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ocvtp.commands import output
+from ocvtp.reporting.plain_text import terminal
 from ocvtp.reporting.training_plots import plot_runs
 from ocvtp.reporting.training_runs import Run, differing, figures_of, find_runs, is_higher_better
 from ocvtp.visualize import save_figure
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.width = 200
     console.print(_table(runs, settings, figures))
     for note in notes:
-        console.print(escape(note), soft_wrap=True, highlight=False)
+        console.print(_plain(note), soft_wrap=True, highlight=False)
     return 0
 
 
@@ -65,7 +66,7 @@ def _table(runs: Sequence[Run], settings: dict[str, list[Any]], figures: Sequenc
     table.add_column("steps", justify="right")
     for name in figures:
         way = "highest" if is_higher_better(name) else "lowest"
-        table.add_column(f"{escape(name)}\n{way} @ step", justify="right")
+        table.add_column(f"{_plain(name)}\n{way} @ step", justify="right")
     table.add_column("settings that differ", overflow="fold")
     table.add_column("checkpoints", overflow="fold")
     best = {name: _best_of_all(runs, name) for name in figures}
@@ -80,9 +81,14 @@ def _table(runs: Sequence[Run], settings: dict[str, list[Any]], figures: Sequenc
         kept = ", ".join(name.removesuffix(".ckpt") for name in one.checkpoints) or "none"
         said = "".join(f"\n({note})" for note in one.notes)
         table.add_row(
-            escape(one.name), str(one.steps), *cells, escape("\n".join(told)), escape(kept + said)
+            _plain(one.name), str(one.steps), *cells, _plain("\n".join(told)), _plain(kept + said)
         )
     return table
+
+
+def _plain(text: str) -> str:
+    """Text of others, which neither rich nor a terminal obeys."""
+    return escape(terminal(text))
 
 
 def _best_of_all(runs: Sequence[Run], figure: str) -> float | None:

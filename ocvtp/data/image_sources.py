@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from ocvtp.data.coco import IMAGE_SUFFIXES, ImageTransform
+from ocvtp.data.image_names import inside
 from ocvtp.data.loader import ends
 from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
 from ocvtp.images import IMAGE_ERRORS, decode_image
@@ -35,12 +36,14 @@ class SourceImages(Dataset[dict[str, Any]], ABC):
 
     Attributes:
         starts: [shards + 1] number of the first image of every file, and of all.
+        files: that they are read from.
 
     Raises:
         ValueError: for another `on_error`.
     """
 
     starts: NDArray[np.int64]
+    files: frozenset[Path] = frozenset()
 
     def __init__(self, transform: ImageTransform, on_error: Literal["raise", "skip"]) -> None:
         if on_error not in ("raise", "skip"):
@@ -113,6 +116,7 @@ class TarImages(SourceImages):
     ) -> None:
         super().__init__(transform, on_error)
         self.paths = list(paths)
+        self.files = frozenset(path.resolve() for path in self.paths)
         self._members = [_members(path) for path in self.paths]
         self._names = [TextArray.named(found, "names") for found in self._members]
         self.starts = ends([len(names) for names in self._names])
@@ -228,6 +232,8 @@ class TableImages(SourceImages):
         split: of a folder of several, or the beginning of the names of parquet files.
         column: with the images.
         on_error: see `SourceImages`.
+        outside: whether rows that name a file in place of its bytes may name one outside of the
+            table's folder.
 
     Raises:
         ValueError: if `datasets` is not installed, or there is no such table, split or column.
@@ -240,10 +246,12 @@ class TableImages(SourceImages):
         split: str = "train",
         column: str = "image",
         on_error: Literal["raise", "skip"] = "raise",
+        outside: bool = False,
     ) -> None:
         super().__init__(transform, on_error)
-        self.path, self.column = Path(path), column
-        table = _table(self.path, split)
+        self.path, self.column, self.outside = Path(path), column, outside
+        table, files = _table(self.path, split)
+        self.files = frozenset(Path(file).resolve() for file in files)
         if column not in table.column_names:
             raise ValueError(
                 f"{path} has no column {column!r}, but {', '.join(table.column_names)}; pass column"
@@ -262,14 +270,22 @@ class TableImages(SourceImages):
         found = self._table[index][self.column]
         data, path = (found.get("bytes"), found.get("path")) if found else (None, None)
         if data is None and path is not None:
-            return Path(path).read_bytes()
+            return self._file(path).read_bytes()
         if data is None:
             raise ValueError("the row has no image")
         return cast(bytes, data)
 
+    def _file(self, name: str) -> Path:
+        """The file that a row names, from the table's folder or by its whole path."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        whole = folder.absolute()
+        if Path(name).is_relative_to(whole):
+            name = str(Path(name).relative_to(whole))
+        return inside(folder, name, self.outside)
 
-def _table(path: Path, split: str) -> _Table:
-    """The rows of a split."""
+
+def _table(path: Path, split: str) -> tuple[_Table, list[str]]:
+    """The rows of a split, and the files that they are in."""
     try:
         import datasets
     except ImportError as error:
@@ -277,6 +293,7 @@ def _table(path: Path, split: str) -> _Table:
             f"tables of images are read with the library datasets, which is not here ({error});"
             f" run {_EXTRA}."
         ) from error
+    names: list[str] = []
     try:
         if path.is_dir() and not (found := _parquet(path, split)):
             loaded = datasets.load_from_disk(str(path))
@@ -293,7 +310,8 @@ def _table(path: Path, split: str) -> _Table:
         if split not in loaded:
             raise ValueError(f"{path} has no split {split!r}, but {', '.join(loaded)}; pass one.")
         loaded = loaded[split]
-    return cast(_Table, loaded)
+    files = names or [file["filename"] for file in loaded.cache_files]
+    return cast(_Table, loaded), files
 
 
 def _parquet(folder: Path, split: str) -> list[Path]:

@@ -167,12 +167,16 @@ def _current(path: Path, stamp: str) -> MappedArrays | None:
     return found if made_of == stamp else None
 
 
-def _places(source: Path, kind: str) -> tuple[Path, Path]:
-    """Beside the file, and in the user's cache."""
+def _places(source: Path, kind: str) -> list[Path]:
+    """Beside the file, and in the cache of a user who has a home."""
     whole = source.resolve()
     name = f"{whole.name}.{kind}.index"
     folder = hashlib.sha256(str(whole.parent).encode()).hexdigest()[:16]
-    return whole.with_name(name), Path.home() / ".cache" / "ocvtp" / folder / name
+    beside = whole.with_name(name)
+    try:
+        return [beside, Path.home() / ".cache" / "ocvtp" / folder / name]
+    except RuntimeError:  # a number without a name, as containers run programs
+        return [beside]
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
+from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from ocvtp.data.loader import (
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
 from ocvtp.data.scenes import Level, Split, write_scenes
+from ocvtp.images import limit_pixels, most_pixels
 
 
 class ResumableDataModule(pl.LightningDataModule, ABC):
@@ -125,7 +128,16 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
             "pin_memory": torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             "prefetch_factor": self.prefetch_factor,
             "multiprocessing_context": self.worker_context if self.num_workers else None,
+            "worker_init_fn": self._worker_start,
         }
+
+    @property
+    def _worker_start(self) -> Any:
+        """Tells a process that is not forked what this one knows; None for forked ones."""
+        usual = get_start_method(allow_none=True) or get_all_start_methods()[0]
+        if not self.num_workers or (self.worker_context or usual) == "fork":
+            return None
+        return partial(_start, most_pixels())
 
     @property
     def worker_context(self) -> str | None:
@@ -142,6 +154,11 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """What the next training loader starts from."""
         self._loader, self._state = None, state
+
+
+def _start(most: int, worker: int) -> None:
+    del worker
+    limit_pixels(most)
 
 
 def _opened(dataset: Dataset[Any] | None) -> Dataset[Any]:

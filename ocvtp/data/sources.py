@@ -94,7 +94,8 @@ class SourceDataModule(ResumableDataModule):
         """Open the images: for `fit` both sets, for `validate` one; None for both.
 
         Raises:
-            ValueError: if there is no transform, no image, or too few to hold out.
+            ValueError: if there is no transform, no image, too few to hold out, or a file of both
+                sets.
         """
         if self.transform is None:
             raise ValueError(
@@ -118,7 +119,18 @@ class SourceDataModule(ResumableDataModule):
             self.train_set = _part(images, np.arange(len(images))[: self._limits[0]])
         if validates and self.val_root is not None:
             images = self.images(self.val_root, "val")
+            if fits:
+                self._refuse_shared(images)
             self.val_set = _part(images, np.arange(len(images))[: self._limits[1]])
+
+    def _refuse_shared(self, val: SourceImages) -> None:
+        assert isinstance(self.train_set, Subset)
+        train: Any = self.train_set.dataset
+        if shared := sorted(train.files & val.files):
+            raise ValueError(
+                f"{len(shared)} of the {len(val.files)} files of the validation are trained on,"
+                f" {shared[0]} first; pass others, or num_val."
+            )
 
     def _stream(self, train_set: Dataset[Any]) -> StreamSampler:
         assert isinstance(train_set, Subset)
@@ -162,6 +174,7 @@ class TableDataModule(SourceDataModule):
         column: with the images.
         train_split: of the training images. val_split: of the validation, which is in `root` too
             where there is no `val_root`; None for none.
+        outside: see `ocvtp.data.image_sources.TableImages`.
         options: of `SourceDataModule`.
     """
 
@@ -171,15 +184,18 @@ class TableDataModule(SourceDataModule):
         column: str = "image",
         train_split: str = "train",
         val_split: str | None = None,
+        outside: bool = False,
         **options: Any,
     ) -> None:
         if val_split is not None and options.get("val_root") is None:
             options["val_root"] = root
         super().__init__(root, **options)
-        self.column = column
+        self.column, self.outside = column, outside
         self._names = {"train": train_split, "val": val_split or train_split}
 
     def images(self, root: str, split: Literal["train", "val"]) -> TableImages:
         assert self.transform is not None
         name = self._names[split]
-        return TableImages(Path(root), self.transform, name, self.column, self.on_error)
+        return TableImages(
+            Path(root), self.transform, name, self.column, self.on_error, self.outside
+        )

@@ -59,7 +59,7 @@ def hard_questions(facts: Facts) -> list[str]:
         names = " or ".join(f"`{by}`" for by in dict.fromkeys(part["by"] for part in parts))
         counts = ", ".join(f"{part['n']} at {budget_text(part['budget'])}" for part in parts)
         texts += [
-            f"## {metric}, on the {facts['counts']} that {names} fails",
+            f"## {markdown(metric)}, on the {facts['counts']} that {names} fails",
             f"{counts}. They are chosen by the answers of {names} at the same budget, which has"
             " next to nothing here by that choice; chance lifts the others a little.",
         ]
@@ -156,7 +156,7 @@ def _hard_table(parts: Sequence[Facts], percent: bool) -> str:
     last = sorted(parts[-1]["rows"], key=lambda row: -(row["value"] or 0))
     labels = dict.fromkeys([*(row["label"] for row in last), *(label for label, _ in at)])
     cells = [
-        [f"`{label}`"] + [estimate_text(at.get((label, part["budget"])), percent) for part in parts]
+        [code(label)] + [estimate_text(at.get((label, part["budget"])), percent) for part in parts]
         for label in labels
     ]
     return table(["pruner", *(budget_text(part["budget"]) for part in parts)], cells)

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ocvtp.reporting.plain_text import cell, markdown, one_line
+
 Facts = Mapping[str, Any]
 CARD_NAME = "README.md"
 WRITTEN = "<!-- Written by ocvtp from config.json. -->"
@@ -94,13 +96,16 @@ def _header(about: About, tags: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _usage(name: str, budgets: Sequence[int]) -> str:
-    count = budgets[len(budgets) // 2] if budgets else 64
+def _usage(name: str, budgets: Sequence[float]) -> str:
+    counts = [budget for budget in budgets if isinstance(budget, int)]
+    budget = f"num_keep={counts[len(counts) // 2] if counts else 64}"
+    if budgets and not counts:
+        budget = f"keep_ratio={budgets[len(budgets) // 2]}"
     text = f"""\
 ```python
 import ocvtp
 
-pruner = ocvtp.build_pruner("{name}", num_keep={count}, checkpoint="THIS_FOLDER_OR_HUB_ID")
+pruner = ocvtp.build_pruner("{name}", {budget}, checkpoint="THIS_FOLDER_OR_HUB_ID")
 with pruner(model):  # a transformers VLM with the tower below
     model.generate(**inputs)
 ```"""
@@ -109,7 +114,7 @@ with pruner(model):  # a transformers VLM with the tower below
     return text
 
 
-def _reads(config: Facts, budgets: Sequence[int]) -> Iterator[tuple[str, Any]]:
+def _reads(config: Facts, budgets: Sequence[float]) -> Iterator[tuple[str, Any]]:
     yield "format", config.get("format")
     yield "vision tower", config.get("tower")
     yield "language model", (config.get("host") or {}).get("model")
@@ -153,7 +158,8 @@ def _figures(validation: Facts, about: About, name: str) -> Iterator[str]:
     plain = [k for k in figures if not k.endswith(tuple(f"_{e}" for e in _ENDINGS))]
     known = [e for e in _ENDINGS if any(f"{k}_{e}" in figures for k in plain)]
     if plain:
-        budget = f", with {validation['num_slots']} tokens" if "num_slots" in validation else ""
+        count = validation.get("num_slots")
+        budget = "" if count is None else f", with {markdown(str(count))} tokens"
         yield f"The last validation of the run{budget}:"
         rows = [
             [k, _number(figures[k]), *(_number(figures.get(f"{k}_{e}")) for e in known)]
@@ -193,7 +199,7 @@ def _citation(about: About, version: str | None) -> str:
     lines = [
         "@software{ocvtp,",
         "  title = {ocvtp: train, export, plug in and measure visual-token pruners},",
-        *([f"  version = {{{version}}},"] if version else []),
+        *([f"  version = {{{one_line(str(version)).replace('`', '')}}},"] if version else []),
         "}",
     ]
     return f"{method}The software:\n\n" + "\n".join(["```bibtex", *lines, "```"])
@@ -201,12 +207,14 @@ def _citation(about: About, version: str | None) -> str:
 
 def _list(pairs: Iterator[tuple[str, Any]]) -> str:
     """Those that are known."""
-    return "\n".join(f"- {name}: {value}" for name, value in pairs if value not in (None, "", {}))
+    known = ((name, value) for name, value in pairs if value not in (None, "", {}))
+    return "\n".join(f"- {name}: {markdown(str(value))}" for name, value in known)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    shown = ([cell(markdown(text)) for text in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
 
 
 def _number(value: Any) -> str:

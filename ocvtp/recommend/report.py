@@ -12,6 +12,8 @@ from ocvtp.recommend.choice import Span, ends_text, percent_text, points_text
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.run import ACCURACY, SPEED
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.plain_text import code, one_line
+from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
@@ -36,16 +38,16 @@ def write(found: Facts, folder: Path) -> list[Path]:
 def markdown(found: Facts) -> str:
     """The sentence, what to doubt about it, how to apply it, all rows, and where they are from."""
     parts = [
-        f"# {found['task']} on {found['model']}: which pruner, which K",
-        f"**{found['sentence']}**",
-        *(f"> {text}" for text in found["doubts"]),
+        f"# {markdown_of(found['task'])} on {markdown_of(found['model'])}: which pruner, which K",
+        f"**{markdown_of(found['sentence'])}**",
+        *(f"> {markdown_of(text)}" for text in found["doubts"]),
     ]
     if found["python"]:
         parts += ["## To use it", "\n".join(f"    {line}" for line in found["python"])]
         parts.append("`model` and `processor` are yours, as transformers loads them.")
     parts += ["## All that was measured", "![accuracy lost against time](pareto.png)"]
     parts += [rows_table(found), *_left_out(found), "## How to read this", _legend(found)]
-    parts += [f"> Note. {text}" for text in found["remarks"]]
+    parts += [f"> Note. {markdown_of(text)}" for text in found["remarks"]]
     parts += ["## Where this is from", *_origin(found)]
     return "\n\n".join(parts) + "\n"
 
@@ -63,7 +65,7 @@ def rows_table(found: Facts) -> str:
     head = ["pruner", "K", "points", "95% interval", "first token, %", "95% interval", "front"]
     cells = []
     for row in found["rows"]:
-        name = f"`{row['label']}`" + (" (control)" if row["control"] else "")
+        name = code(row["label"]) + (" (control)" if row["control"] else "")
         count = "own" if row["num_keep"] is None else str(row["num_keep"])
         mark = "**chosen**" if row["chosen"] else "yes" if row["on_front"] else ""
         points, time = Span(**row["points"]), Span(**row["ttft"])
@@ -78,14 +80,16 @@ def rows_table(found: Facts) -> str:
 def _left_out(found: Facts) -> Iterator[str]:
     if found["left_out"]:
         yield "Left out:"
-        yield "\n".join(f"- {name}: {why}" for name, why in found["left_out"].items())
+        yield "\n".join(
+            f"- {markdown_of(name)}: {markdown_of(why)}" for name, why in found["left_out"].items()
+        )
 
 
 def _legend(found: Facts) -> str:
-    value = found["unpruned"]["value"]
+    metric, value = markdown_of(found["metric"]), found["unpruned"]["value"]
     whole = "nothing" if value is None else f"{100 * value:.1f}%"
     return f"""\
-- points: {found["metric"]} in percent, minus that of the unpruned model ({whole}) on the same
+- points: {metric} in percent, minus that of the unpruned model ({whole}) on the same
   {found["n"]} items of {found["images"]} images. Intervals are from resamples of the images.
 - first token: time from tensors on the device to the first token, with the tower and the pruner, in
   percent of the unpruned model's in the same round; on this machine, for this request.
@@ -98,7 +102,7 @@ def _origin(found: Facts) -> Iterator[str]:
     request = found["request"]
     width, height = request["image_size"]
     if found["command"]:
-        yield f"    {found['command']}"
+        yield f"    {one_line(found['command'])}"
     yield "\n".join(
         [
             f"- accuracy, with controls: [{ACCURACY}/report.md]({ACCURACY}/report.md)",

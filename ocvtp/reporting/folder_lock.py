@@ -6,6 +6,8 @@ were started by it do not keep it.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ try:
 except ImportError:  # Windows, where nothing tells two writers apart
     fcntl = None  # type: ignore[assignment]
 
+_LOG = logging.getLogger(__name__)
+_UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems say that know no locks: some of clusters and of object stores."""
 _own: set[Path] = set()
 """What this process has claimed: the system tells processes apart, not threads."""
 _changing = Lock()
@@ -82,7 +87,7 @@ def _of_the_system(path: Path, folder: Path) -> int:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_file(file, folder)
             if _is_still(path, file):
                 os.ftruncate(file, 0)
                 return file
@@ -91,6 +96,20 @@ def _of_the_system(path: Path, folder: Path) -> int:
             who = os.read(file, 500).decode(errors="replace") or "another process"
             os.close(file)
             raise ValueError(_told(folder, who)) from error
+
+
+def _lock_file(file: int, folder: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        _LOG.warning(
+            "the file system of %s knows no locks (%s), so nothing tells a second writer apart:"
+            " start no other command that writes to it",
+            folder,
+            error.strerror,
+        )
 
 
 def _told(folder: Path, who: str) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ocvtp.plain_yaml import read_value
 
 _MOST = 1_000_000  # bytes of settings
-_ALIAS, _ALIASES = re.compile(r"(?:^|[\s\[{,])\*\w"), 8  # few enough that nothing grows large
 _PLACES = ("output", "resume", "config", "default_root_dir", "dirpath", "save_dir")
 _PLAIN = ("trainer.logger", "trainer.callbacks")
 _LENGTHS = tuple(f"trainer.{n}" for n in ("max_epochs", "max_steps", "max_time", "devices"))
@@ -162,11 +161,8 @@ def _read_settings(path: Path, run: Run) -> None:
     try:
         if path.stat().st_size > _MOST:
             raise ValueError("it is too large for settings")
-        text = path.read_text(encoding="utf-8")
-        if len(_ALIAS.findall(text)) > _ALIASES:
-            raise ValueError("it repeats its parts by more names than settings do")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        content = read_value(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         run.notes.append(f"{path.name} cannot be read: {' '.join(str(error).split())[:120]}")
         return
     if not isinstance(content, Mapping) or not {"model", "trainer"} <= content.keys():

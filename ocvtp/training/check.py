@@ -84,8 +84,11 @@ class _Probe(Pace):
     Attributes:
         start_s: until the first step. seconds: of a batch after the first ones.
         found: see `Pace.figures`. loss: of the last one.
-        planned: steps of the whole run. batches: of the whole run. epoch: batches of one.
+        planned: steps of the whole run; 0 before one was taken. batches: of the whole run. epoch:
+            batches of one.
     """
+
+    planned = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         self._asked = time.monotonic()
@@ -122,6 +125,9 @@ def check(trainer: Any, module: NetworkModule, data: Any, output: str) -> Check:
     Args:
         trainer: of the run. module: its network. data: its images.
         output: folder that the run would write to.
+
+    Raises:
+        ValueError: for a run without a step.
     """
     probe = _Probe()
     stay = (ProgressBar, ModelSummary, NetworkAverage)
@@ -130,6 +136,12 @@ def check(trainer: Any, module: NetworkModule, data: Any, output: str) -> Check:
     validates = trainer.limit_val_batches and getattr(data, "has_validation", True)
     with suppress(Interrupted):
         trainer.fit(module, data)
+    if not probe.planned:
+        raise ValueError(
+            f"such a run takes no step (max_epochs={trainer.max_epochs},"
+            f" max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches});"
+            " pass more of them."
+        )
     validated, seconds = 0, 0.0
     if validates:
         loader = data.val_dataloader()

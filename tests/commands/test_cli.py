@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,8 +19,10 @@ from PIL import Image
 import ocvtp
 from ocvtp import Needs, Pruner, Selection, VisualTokens
 from ocvtp.cli import main
+from ocvtp.commands import output
 from ocvtp.data.scenes import write_scenes
 from ocvtp.hosts.loading import load_model
+from ocvtp.images import most_pixels
 from ocvtp.pruners import registry
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
@@ -508,6 +511,16 @@ def test_files_of_pruners_come_before_the_command(capsys, tmp_path):
         with pytest.raises(SystemExit):
             main(words)
         assert "ocvtp: error: " in capsys.readouterr().err
+
+
+def test_the_command_of_a_report_has_what_came_before_it(monkeypatch):
+    typed = []
+    monkeypatch.setattr(
+        "ocvtp.commands.merge.run", lambda given: typed.append(output.command(given)) or 0
+    )
+    words = ["--max-pixels", str(most_pixels()), "merge", "a", "b c", "--output", "d"]
+    assert main(words) == 0
+    assert typed == [shlex.join(["ocvtp", *words])]
 
 
 def test_help_names_every_command(capsys):

@@ -48,6 +48,18 @@ def test_they_are_made_once(source):
     assert make.count == 2
 
 
+def test_who_has_no_home_keeps_them_beside_the_file(source, monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    make = Made(source)
+    assert [kept_arrays(source, "codes", make)["codes"].tolist() for _ in range(2)] == [
+        [97, 98, 99]
+    ] * 2
+    assert make.count == 1
+
+
 def test_small_files_are_not_kept(source, monkeypatch):
     monkeypatch.setattr(mapped_arrays, "KEPT_FROM", 4)
     assert kept_arrays(source, "letters", Made(source)).path is None

@@ -1,5 +1,6 @@
 import json
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from ocvtp.data.loader import ResumableLoader, StreamSampler
 from ocvtp.data.module import CocoDataModule, SceneDataModule
 from ocvtp.data.scenes import write_scenes
-from ocvtp.images import read_jpeg_on
+from ocvtp.images import limit_pixels, most_pixels, read_jpeg_on
 
 NUM_TRAIN, BATCH = 23, 4
 BATCHES = NUM_TRAIN // BATCH
@@ -511,3 +512,20 @@ def test_a_loading_process_does_not_grow_with_its_batches(root):
         if number == 40:
             break
     assert grown[1] < grown[0] + 100  # 30 batches are 480 MB
+
+
+def test_a_process_that_is_not_forked_is_told_how_many_pixels_an_image_may_have(root, monkeypatch):
+    forked = data_module(root, num_workers=1)
+    forked.setup()
+    assert forked.train_dataloader().worker_init_fn is None
+    monkeypatch.setattr(CocoDataModule, "worker_context", "spawn")
+    data = data_module(root, num_workers=1)
+    data.setup()
+    limit_pixels(1000)
+    start = ForkingPickler.dumps(data.train_dataloader().worker_init_fn)
+    limit_pixels()
+    try:
+        ForkingPickler.loads(start)(0)
+        assert most_pixels() == 1000
+    finally:
+        limit_pixels()

@@ -235,6 +235,13 @@ def test_images_are_held_out_or_elsewhere(tmp_path):
             opened(TarDataModule, root, **options)
 
 
+def test_no_tar_file_is_of_both_sets(tmp_path):
+    root = shards(tmp_path / "a", [3])
+    shards(root / "val", [2, 2])
+    with pytest.raises(ValueError, match=r"2 of the 2 files of the validation .*a/val/shard-000"):
+        opened(TarDataModule, root, val_root=str(root / "val"))
+
+
 # ------------------------------------------------------------------ tables
 
 
@@ -281,6 +288,21 @@ def test_tables_in_parquet(tmp_path, datasets):
     assert reds(one.train_set) == [4, 5, 6]
 
 
+def test_no_file_of_a_table_is_of_both_sets(tmp_path, datasets):
+    (tmp_path / "parquet").mkdir()
+    table(datasets, 4).to_parquet(tmp_path / "parquet/train-0.parquet")
+    table(datasets, 2, 90).to_parquet(tmp_path / "parquet/validation-0.parquet")
+    table(datasets, 4).save_to_disk(tmp_path / "disk")
+    for root, options in (
+        ("parquet/train-0.parquet", {"val_split": "validation"}),
+        ("parquet", {"val_split": "test"}),  # no name begins so: all files are meant
+        ("parquet", {"train_split": "trian", "val_split": "validation"}),
+        ("disk", {"val_split": "validation"}),
+    ):
+        with pytest.raises(ValueError, match="files of the validation are trained on"):
+            opened(TableDataModule, tmp_path / root, column="picture", **options)
+
+
 def test_tables_that_name_files(tmp_path, datasets):
     table(datasets, 3, as_files=tmp_path / "files").save_to_disk(tmp_path / "x")
     (tmp_path / "files" / "1.png").unlink(missing_ok=True)
@@ -288,6 +310,33 @@ def test_tables_that_name_files(tmp_path, datasets):
     found = [images[n] for n in range(3)]
     assert len(found) == 3  # whether the library kept the bytes or the name
     assert reds([found[0], found[2]]) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("in/1.png", True),
+        ("{folder}/in/1.png", True),
+        ("{folder}/../2.png", False),
+        ("../2.png", False),
+        ("in/link.png", False),
+    ],
+)
+def test_rows_that_name_a_file_stay_inside_of_the_tables_folder(tmp_path, datasets, name, found):
+    folder = tmp_path / "table"
+    (folder / "in").mkdir(parents=True)
+    (folder / "in/1.png").write_bytes(picture(1))
+    (tmp_path / "2.png").write_bytes(picture(2))
+    (folder / "in/link.png").symlink_to(tmp_path / "2.png")
+    row = {"bytes": None, "path": name.format(folder=folder)}
+    datasets.Dataset.from_list([{"image": row}]).to_parquet(folder / "a.parquet")
+    own = TableImages(folder, Identity())
+    if found:
+        assert reds([own[0]]) == [1]
+        return
+    with pytest.raises(ValueError, match="out of its folder|inside of its folder"):
+        own[0]
+    assert reds([TableImages(folder, Identity(), outside=True)[0]]) == [2]
 
 
 def test_tables_that_cannot_be_read_are_refused(tmp_path, datasets):

@@ -11,6 +11,7 @@ from made_up_report import report, row
 from ocvtp.cli import main
 from ocvtp.evaluation.merge import merge
 from ocvtp.evaluation.report import results
+from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.results_files import read_results
 
 SETTINGS = {
@@ -188,6 +189,9 @@ def store(found, folder):
 def test_the_command_writes_a_report(capsys, tmp_path):
     a, b = store(evaluated(*A), tmp_path / "a"), store(evaluated(*B), tmp_path / "b")
     words = ["merge", a, f"{b}/results.json", "--output", str(tmp_path / "both")]
+    with claimed(tmp_path / "both", "ocvtp evaluate"):
+        assert main(words) == 2
+    assert "is being written to" in capsys.readouterr().err
     assert main(words) == 0
     out, err = capsys.readouterr()
     assert err == ""

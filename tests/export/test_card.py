@@ -13,6 +13,7 @@ import yaml
 
 from ocvtp.cli import main
 from ocvtp.export.checkpoint import save
+from ocvtp.learning.card import About, model_card
 from ocvtp.training.summary import Curve, data_of
 
 RESULTS = Path(__file__).parents[2] / "docs/results/demo-vlm/results.json"
@@ -228,3 +229,37 @@ def test_the_data_of_a_run_are_its_settings():
     assert data_of(settings) == {"class": "FolderDataModule", "root": "photos", "num_val": 50}
     assert data_of({"data": {"root": "photos"}}) == {"root": "photos"}
     assert data_of({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "words"),
+    [((0.11, 0.25, 8, 64), "num_keep=64"), ((0.11, 0.25), "keep_ratio=0.25"), ((), "num_keep=64")],
+)
+def test_a_card_asks_for_a_budget_of_the_training(budgets, words):
+    assert f'build_pruner("learned", {words}, ' in model_card(
+        {"num_slots": budgets}, About("learned")
+    )
+
+
+def test_words_of_a_config_do_nothing_on_a_card():
+    words = "[a](https://b.example) <img src=x>\n## Licence\n\nMIT"
+    said = {"data": words, "versions": {"ocvtp": "1\n```\n# Mine"}}
+    said["curve"] = [{"step": step, "a|b": 1.0} for step in (1, 2)]
+    card = model_card({"tower": words, "training": said}, About("learned"))
+    assert "- vision tower: [a]\\(https://b.example) &lt;img src=x&gt; ## Licence MIT\n" in card
+    assert "| step | a\\|b |" in card
+    assert card.count("\n```") == 4
+    assert [line for line in card.splitlines() if line.startswith("# ")] == [
+        "# The network of a visual-token pruner"
+    ]
+    assert card.count("\n## Licence\n") == 1
+
+
+def test_a_config_that_no_card_can_be_made_of_is_one_error(artifact, capsys):
+    path = artifact / "config.json"
+    config = json.loads(path.read_text())
+    config["training"]["curve"] = 5
+    path.write_text(json.dumps(config))
+    status, _, err = run(capsys, "card", artifact)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "has no card, as its config.json" in err

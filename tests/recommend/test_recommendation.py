@@ -53,6 +53,17 @@ def made_up(found=FOUND, max_drop=1.0):
     }
 
 
+def test_words_of_others_do_nothing_in_the_report():
+    words = "<img src=x> [a](https://b.example)\n# Mine"
+    shown = "&lt;img src=x&gt; [a]\\(https://b.example) # Mine"
+    found = made_up() | dict.fromkeys(("model", "task", "sentence", "metric", "command"), words)
+    found |= {"doubts": [words], "remarks": [words], "left_out": {words: words}}
+    text = markdown(found)
+    assert text.count(shown) == 8
+    assert "\n# Mine" not in text
+    assert f"    {words[:10]}" in text  # code is shown as it is
+
+
 def test_the_report_says_it_first_and_then_shows_all(tmp_path):
     paths = write(made_up(), tmp_path)
     assert [path.name for path in paths] == [

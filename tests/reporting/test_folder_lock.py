@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +13,7 @@ from threading import Thread
 import pytest
 
 from ocvtp.cli import main
-from ocvtp.commands import bench, evaluate
+from ocvtp.commands import bench, evaluate, recommend
 from ocvtp.reporting.folder_lock import claimed
 
 HOLDER = """
@@ -84,6 +86,20 @@ def test_threads_are_told_apart_too(tmp_path):
     assert len(refused) == 1
 
 
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_to_with_a_warning(
+    number, tmp_path, monkeypatch, caplog
+):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("ocvtp.reporting.folder_lock.fcntl.lockf", lockf)
+    with caplog.at_level(logging.WARNING), claimed(tmp_path / "folder", "ocvtp train"):
+        (tmp_path / "folder/result").write_text("x")
+    assert "folder knows no locks" in caplog.text
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["result"]
+
+
 def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):
     with pytest.raises(KeyError), claimed(tmp_path / "a/b/c", "ocvtp bench"):
         raise KeyError
@@ -97,14 +113,26 @@ def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):
 WORDS = {
     "evaluate": ("--model", "random:tiny-llava", "--task", "scenes", "--num-keep", "8"),
     "bench": ("--random-weights", "llava-mid", "--pruners", "uniform", "--num-keep", "8"),
+    "recommend": ("--model", "random:tiny-llava", "--task", "scenes"),
 }
 
 
 @pytest.mark.parametrize("command", WORDS)
 def test_a_command_refuses_the_folder_of_another(command, other, tmp_path, capsys, monkeypatch):
-    for module in (bench, evaluate):
+    for module in (bench, evaluate, recommend):
         monkeypatch.setattr(module, "load_model", lambda *_: (None, None))
     assert main([command, *WORDS[command], "--output", str(tmp_path / "folder")]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"ocvtp: error: {tmp_path}/folder is being written to by ocvtp evaluate")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("part", ["accuracy", "speed"])
+def test_what_is_recommended_is_measured_by_one_command_at_a_time(part, tmp_path, capsys):
+    words = ["recommend", *WORDS["recommend"], "--output", str(tmp_path / "folder")]
+    with claimed(tmp_path / "folder" / part, "ocvtp evaluate"):
+        assert main(words) == 2
+    assert (
+        f"{tmp_path}/folder/{part} is being written to by this process" in capsys.readouterr().err
+    )
+    assert list(tmp_path.iterdir()) == []

@@ -89,7 +89,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
     [
         ({"config.yaml": "a: 1\n"}, "config.yaml is not of `ocvtp train`"),
         ({"config.yaml": "a: [\n"}, "config.yaml cannot be read: "),
-        ({"config.yaml": BOMB}, "config.yaml cannot be read: it repeats its parts"),
+        ({"config.yaml": BOMB}, "config.yaml cannot be read: it stands for more"),
         ({"config.yaml": "x" * 2_000_000}, "config.yaml cannot be read: it is too large"),
         ({"metrics.csv": "\0\1\2"}, "metrics.csv is no log of a run"),
         ({"metrics.csv": ""}, "metrics.csv is no log of a run"),
@@ -165,3 +165,14 @@ def test_a_panel_for_each_figure_that_there_is(runs):
     assert is_higher_better("val/accuracy_16_random")
     assert not is_higher_better("val/kl_16")
     assert len(plot_runs([], []).axes) == 1
+
+
+def test_no_terminal_obeys_what_a_run_says(runs, capsys):
+    config = runs / "a/csv/version_0/config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["lr"] = "\x1b]0;mine\x07[red]"
+    config.write_text(yaml.safe_dump(settings))
+    assert main(["runs", str(runs)]) == 0
+    out = capsys.readouterr().out
+    assert r"model.lr=\x1b]0;mine\x07[red]" in out
+    assert "\x1b" not in out

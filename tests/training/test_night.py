@@ -288,6 +288,12 @@ def test_check_tries_a_run_and_keeps_nothing(tmp_path, scenes, capsys):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["settings.yaml"]
 
 
+@pytest.mark.slow
+def test_check_refuses_a_run_without_a_step(tmp_path, scenes, capsys):
+    assert main(["train", *quick(tmp_path / "run", scenes, max_epochs=0), "--check"]) == 2
+    assert "such a run takes no step (max_epochs=0, max_steps=-1" in capsys.readouterr().err
+
+
 def _learnt(words):
     return sum(p.numel() for p in build(words).model.trained())
 
