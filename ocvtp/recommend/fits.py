@@ -17,7 +17,7 @@ from ocvtp.pruners.specs import build_spec, known_settings
 Status = Literal["runs", "needs", "cannot"]
 _PIXELS = 224  # along a side of the picture that they are tried on
 _KEEP = 0.25
-_STAGES = "stages=[[1,K]]"
+_NETWORK = "a trained network: pass --checkpoint, see `ocvtp train`."
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def fits(subject: Subject) -> list[Fit]:
 
 
 def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
-    pruner, lacks_network = None, bool(lacking_network([name], None))
+    pruner, network, lacks_network = None, None, bool(lacking_network([name], None))
     try:
         network = network_for(subject, inputs, name) if lacks_network else None
         pruner = build_spec(name, num_keep=num_keep, network=network)
@@ -59,17 +59,20 @@ def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
         why = " ".join(str(error).split())
         if _lacks_text_tower(subject, pruner):
             return Fit(name, "needs", why)
-        if "stages" in known_settings(name) and _runs(subject, f"{name}:{_STAGES}", inputs):
-            return Fit(name, "needs", f"stages: pass e.g. {name}:{_STAGES}. Without: {why}")
+        if "stages" in known_settings(name):
+            spec = f"{name}:stages=[[{1 if network is None else network.config.layer},K]]"
+            if _runs(subject, spec, inputs, network):
+                what = f"stages: pass e.g. {spec}. Without: {why}"
+                return Fit(name, "needs", f"{_NETWORK} And {what}" if lacks_network else what)
         return Fit(name, "cannot", why)
     if lacks_network:
-        return Fit(name, "needs", "a trained network: pass --checkpoint, see `ocvtp train`.")
+        return Fit(name, "needs", _NETWORK)
     return Fit(name, "runs")
 
 
-def _runs(subject: Subject, spec: str, inputs: Any) -> bool:
+def _runs(subject: Subject, spec: str, inputs: Any, network: Any) -> bool:
     try:
-        pruner = build_spec(spec, num_keep=1)
+        pruner = build_spec(spec, num_keep=1, network=network)
         subject.attempt(pruner, inputs, subject.sharing([pruner]))
     except ValueError:
         return False

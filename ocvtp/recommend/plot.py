@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 from ocvtp.reporting.plot_style import (
     COLOURS,
@@ -96,9 +97,11 @@ def _draw_row(panel: Any, row: Facts, colour: str, marker: str, top: float) -> N
     left, right = _ends(row["ttft"])
     panel.errorbar(
         x, y, xerr=[[max(x - left, 0)], [max(right - x, 0)]],
-        yerr=[[max(y + high, 0)], [max(-low - y, 0)]], fmt=marker, ms=6 if loud else 4.5,
-        lw=1.1 if loud else 0.6, mec="white", mew=0.5, **style,
+        yerr=[[max(y + high, 0)], [max(-low - y, 0)]], fmt="none",
+        lw=1.1 if loud else 0.6, **style,
     )  # fmt: skip
+    style["zorder"] = 6.5 if loud else 2  # above the front and the names of others
+    panel.plot(x, y, marker, ms=6 if loud else 4.5, mec="white", mew=0.5, **style)
 
 
 def _draw_front(panel: Any, rows: Sequence[Facts], top: float) -> None:
@@ -117,7 +120,7 @@ def _draw_front(panel: Any, rows: Sequence[Facts], top: float) -> None:
             shortened(row["label"]) + count, (x[number], y[number]),
             xytext=(x[number] + _BESIDE * (right - left), place), fontsize=7.5, color=INK,
             va="center", weight="bold" if row["chosen"] else "normal", zorder=6,
-            bbox={"boxstyle": "round,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.75},
+            path_effects=[withStroke(linewidth=2, foreground="white")],
             arrowprops={"arrowstyle": "-", "lw": 0.5, "color": INK, "relpos": (0, 0.5)},
         )  # fmt: skip
 

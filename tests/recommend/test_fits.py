@@ -31,6 +31,10 @@ def test_a_llava_runs_most_and_says_what_the_others_need(capsys):
     assert (status, "text_tower=" in what) == ("needs", True)
     status, what = found["fastv"]
     assert (status, "fastv:stages=[[1,K]]" in what) == ("needs", True)
+    status, what = found["learned_layers"]  # the network is trained for its layer
+    assert status == "needs"
+    assert "--checkpoint" in what
+    assert "learned_layers:stages=[[2,K]]" in what
     assert listed(capsys, "random:tiny-llava", "--text-tower", "random:tiny")["trim"][0] == "runs"
 
 

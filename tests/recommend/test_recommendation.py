@@ -102,6 +102,15 @@ def test_the_plot_shows_every_row_and_tells_the_far_ones_apart():
     assert {float(line.get_xdata()[0]) for line in arrows} >= {35.0, 38.0}
     annotated = {text.get_text() for text in panel.texts}
     assert {"fopru 96", "fopru 32", "tome 96"} <= annotated
+    (front,) = [line for line in panel.lines if line.get_drawstyle() == "steps-post"]
+    marks = [
+        line for line in panel.lines
+        if any(np.allclose(line.get_xydata(), [dot]) for dot in front.get_xydata())
+        and line.get_mfc() != "none"
+    ]  # fmt: skip
+    assert len(marks) >= len(front.get_xydata())
+    covers = [front.get_zorder(), *(text.get_zorder() for text in panel.texts)]
+    assert min(line.get_zorder() for line in marks) > max(covers)  # nothing hides them
 
 
 def test_one_row_and_rows_without_intervals_are_drawn(tmp_path):
