@@ -19,7 +19,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ocvtp.learning.network import PrunerNetwork
 from ocvtp.training.figures import Figures, gathered, is_shared, share_of_gradient
-from ocvtp.training.schedule import count_whole_epoch, planned_steps, steps_done, warmup_cosine
+from ocvtp.training.schedule import (
+    begin_epoch,
+    count_whole_epoch,
+    planned_steps,
+    steps_done,
+    warmup_cosine,
+)
 from ocvtp.training.summary import Curve, data_of, training_summary, validation_figures
 
 _LOG = logging.getLogger(__name__)
@@ -150,6 +156,7 @@ class NetworkModule(pl.LightningModule, ABC):
         if type(self).configure_optimizers is NetworkModule.configure_optimizers:
             for group in self.trainer.optimizers[0].param_groups:
                 group["lr"] = self.lr * self._rate()
+        begin_epoch(self.trainer)
 
     def _warn_of_large_steps(self) -> None:
         of_device = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None) or 0

@@ -58,20 +58,33 @@ def count_whole_epoch(trainer: Any) -> None:
     """Let an epoch that ended before a checkpoint be whole on this number of devices too.
 
     Lightning counts its batches: of an epoch of 6, continued where it has 12, it would leave out
-    the first 6 of the next. Nor does it count the next epoch as begun, where the last step of one
-    wrote the checkpoint. To be called when training starts.
+    the first 6 of the next. To be called when training starts.
     """
-    progress, batches = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
-    current = progress.current
-    if not progress.is_last_batch or not current.ready or math.isinf(batches):
-        return
-    more = batches - current.ready
-    for name in ("ready", "started", "processed", "completed"):
-        setattr(current, name, getattr(current, name) + more)
+    if _is_at_an_end(trainer):
+        current = trainer.fit_loop.epoch_loop.batch_progress.current
+        more = trainer.num_training_batches - current.ready
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(current, name, getattr(current, name) + more)
+
+
+def begin_epoch(trainer: Any) -> None:
+    """Count the next epoch as begun where the last step of one wrote the checkpoint.
+
+    Lightning does not. To be called when training starts, and what was done has been counted.
+    """
     epochs = trainer.fit_loop.epoch_progress
+    if not _is_at_an_end(trainer):
+        return
     if trainer.fit_loop.restarted_mid_epoch and epochs.current.processed == epochs.current.started:
         epochs.increment_ready()
         epochs.increment_started()
+
+
+def _is_at_an_end(trainer: Any) -> bool:
+    """Whether the checkpoint that is continued was written after the last batch of an epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    known = not math.isinf(trainer.num_training_batches)
+    return bool(progress.is_last_batch and progress.current.ready and known)
 
 
 def warmup_cosine(step: float, warmup: int, total: int, floor: float) -> float:
