@@ -252,6 +252,9 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
         cli.model.run_settings = run_settings(cli.config_dump)
         if cli.config.compile is not None:
             cli.model.compile_network(cli.config.compile)
+        checkpoint = cli.config_init.checkpoint
+        if checkpoint.monitor == _BY_MODULE:
+            checkpoint.monitor = cli.model.monitor
     return cli
 
 
@@ -276,8 +279,6 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     cli = build(words)
     trainer: Any = cli.trainer
     checkpoint: ModelCheckpoint = cli.config_init.checkpoint
-    if checkpoint.monitor == _BY_MODULE:
-        checkpoint.monitor = cli.model.monitor
     if not getattr(cli.datamodule, "has_validation", True) or not trainer.limit_val_batches:
         checkpoint.monitor = None  # no figure to compare: keep the last
     keeps_last = bool(checkpoint.save_last) and not trainer.fast_dev_run
