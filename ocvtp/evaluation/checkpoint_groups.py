@@ -13,8 +13,8 @@ from safetensors.torch import save
 from ocvtp.evaluation.conditions import content_hash
 from ocvtp.learning import artifact
 
-_SEEDS = ("noise_seed", "training.seed")
-_FOUND = "training.validation."  # results of the training, not its settings
+_SEEDS = ("noise_seed", "training.data.seed", "training.seed")
+_FOUND = ("training.validation.", "training.curve")  # results of the training, not its settings
 _SHOWN = 3
 _NOTHING = object()
 
