@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -446,7 +447,11 @@ def test_the_commands_extract_train_and_export(tmp_path, scenes, capsys):
         checkpoint = f"{output}/checkpoints/last.ckpt"
         artifacts.append(tmp_path / f"artifact-{name}")
         assert main(["export", "--checkpoint", checkpoint, "--output", str(artifacts[-1])]) == 0
-    a, b = ((folder / "config.json").read_bytes() for folder in artifacts)
+    a, b = (json.loads((folder / "config.json").read_text()) for folder in artifacts)
+    assert [one["training"].pop("data")["class"] for one in (a, b)] == [
+        "CocoDataModule",
+        "FeatureDataModule",
+    ]
     assert a == b
     a, b = (load_file(folder / "model.safetensors") for folder in artifacts)
     assert_close(a, b, rtol=0, atol=0)

@@ -119,7 +119,10 @@ def test_another_run_is_refused_with_both_values(again, run, tmp_path, words, me
         (["--model.encoder.layer", "2"], "model.encoder.layer is 2, there 3"),
         (["--model.network.slot_dim", "32"], "model.network.slot_dim is 32, there 16"),
         (["--model.network.num_iterations", "2"], "model.network.num_iterations is 2, there 3"),
-        (["--model.objective.decoder.num_layers", "1"], "model.objective.decoder is {"),
+        (
+            ["--model.objective.decoder.num_layers", "1"],
+            "model.objective.decoder.num_layers is 1, there 2",
+        ),
         (["--model.lr", "0.5"], "model.lr is 0.5, there 0.001"),
         (["--seed_everything", "1"], "seed_everything is 1, there 0"),
     ],

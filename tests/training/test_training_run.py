@@ -163,7 +163,7 @@ def failures(scenes):
         "slots": (["--model.num_slots", "[999]"], "999 slots for 144 tokens"),
         "tower": (["--model.encoder.tower", "random:huge"], "random:huge"),
         "no end": (["--trainer.max_epochs=-1"], "pass --trainer.max_steps N"),
-        "sizes": (["--model.network.hidden_dim=-3"], "cannot be built"),
+        "sizes": (["--model.network.hidden_dim=-3"], "hidden_dim=-3; pass a whole number"),
         "accelerator": (["--trainer.accelerator", "gpuu"], "gpuu"),
         "devices": (["--trainer.accelerator", "cpu", "--trainer.devices", "none"], "devices"),
         "output": (["--output", __file__], "cannot be written"),

@@ -186,7 +186,7 @@ def test_files(tmp_path, place, value, message, capsys):
         (b"a: [1\nb: {", "is no file of settings"),
         (b"- 1\n- 2\n", "is no file of settings"),
         (b"\x80\x81\x00", "is no text"),
-        (b"[" * 5000, "is no file of settings"),
+        (b"[" * 5000, "it nests deeper than 64; take brackets out"),
     ],
 )
 def test_files_that_are_none(tmp_path, content, message, capsys):
