@@ -247,15 +247,20 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
             },
         )
     if command == "train":
-        if cli.config.whole_epochs:
-            cli.datamodule.whole_epochs = True
-        cli.model.run_settings = run_settings(cli.config_dump)
-        if cli.config.compile is not None:
-            cli.model.compile_network(cli.config.compile)
-        checkpoint = cli.config_init.checkpoint
-        if checkpoint.monitor == _BY_MODULE:
-            checkpoint.monitor = cli.model.monitor
+        _apply_run_settings(cli)
     return cli
+
+
+def _apply_run_settings(cli: LightningCLI) -> None:
+    """What settings of the whole run mean for its model, data and checkpoints."""
+    if cli.config.whole_epochs:
+        cli.datamodule.whole_epochs = True
+    cli.model.run_settings = run_settings(cli.config_dump)
+    if cli.config.compile is not None:
+        cli.model.compile_network(cli.config.compile)
+    checkpoint = cli.config_init.checkpoint
+    if checkpoint.monitor == _BY_MODULE:
+        checkpoint.monitor = cli.model.monitor
 
 
 def train(args: Sequence[str] | None = None) -> TrainingResult:
