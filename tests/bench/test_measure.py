@@ -87,6 +87,7 @@ def busy(milliseconds):
     return wait
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("savings", ["default", "none"])  # the projector before or behind
 @pytest.mark.parametrize("stage", ["tower", "project", "model", "select", "decode"])
 def test_work_is_the_stages_that_does_it(subject, inputs, stage, savings, monkeypatch):
@@ -116,6 +117,7 @@ def test_work_is_the_stages_that_does_it(subject, inputs, stage, savings, monkey
     assert slowest == name, took
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("spec", SPECS)
 def test_nothing_is_left_behind(subject, inputs, spec):
     row = variants([spec], [16], 144, network=network_for(subject, inputs))[1]
@@ -143,7 +145,7 @@ def test_answers_are_the_same_under_the_timer(subject, inputs):
     assert tokens.count == 4
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "name", ["tiny-llava-next", "tiny-qwen2.5-vl", "tiny-llava-onevision", "tiny-internvl"]
 )

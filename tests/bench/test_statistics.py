@@ -22,6 +22,7 @@ def rounds(rng, count=50, correlation=0.0, shared=0.0, noise=0.03):
     return np.exp(np.log(10) + common + np.stack([series(), series()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correlation", [0.0, 0.8])
 def test_the_interval_holds_the_true_median(correlation):
     rng, held = np.random.default_rng(1), []

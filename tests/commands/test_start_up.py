@@ -71,6 +71,7 @@ def after_torch() -> dict[str, set[str]]:
     return dict(zip(codes, imported(*codes, first="import torch"), strict=True))
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["--version"], ["no-such"], *([name, "--help"] for name in FLAGS)],

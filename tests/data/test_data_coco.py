@@ -375,6 +375,7 @@ def test_workers_give_the_same_batches(folder):
         assert torch.equal(a["pixel_values"], b["pixel_values"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.skipif(not COCO_TINY.is_dir(), reason="no coco-tiny beside the repository")
 @pytest.mark.parametrize(("split", "count"), [("train2017", 50), ("val2017", 20)])
 def test_real_images(split, count):

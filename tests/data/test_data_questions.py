@@ -54,6 +54,7 @@ def asked(request):
     return list(exam(request.param))
 
 
+@pytest.mark.slow
 def test_answers_are_right_and_the_only_ones(asked):
     for objects, questions in asked:
         for question in questions:

@@ -100,6 +100,7 @@ def test_every_condition_answers_every_question(whole, task):
         assert set(ratio.owners) == set(range(6))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("key", "name"), [("unpruned # 0", "none"), ("fopru @ 4 # 0", "fopru")])
 def test_answers_are_those_of_one_question_at_a_time(whole, subject, task, key, name):
     _, records = whole
@@ -368,6 +369,7 @@ def test_a_narrower_run_keeps_what_is_there(subject, few, tmp_path, monkeypatch)
     assert other["settings"]["earlier_commands"] == ["fopru uniform", "fopru"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
     write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     before = (tmp_path / "results.json").read_bytes()

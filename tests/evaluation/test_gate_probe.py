@@ -72,6 +72,7 @@ def test_all_tokens_diverge_by_what_the_model_itself_predicts(name: str) -> None
         assert value == pytest.approx(facts["contiguous"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_gates_before_a_later_layer(capsys: pytest.CaptureFixture[str]) -> None:
     gates = ["--gate", "key_bias:floor=0", "policy_softmax", "--gate", "gather:positions=original"]
     words = ["probe", "--model", TINY, "--layer", "2", "--num-keep", "2", *gates]

@@ -31,6 +31,7 @@ def test_scores_are_read_as_they_were_written(tmp_path):
         assert all(same(was.figures[name], found[name]) for name in found)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("seeds", "hits", "of", "coded"),
     [
@@ -59,6 +60,7 @@ def test_a_file_of_an_older_version_has_none(tmp_path):
     assert unpacked(found) is None
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["short", "row", "digits", "kind"])
 def test_broken_scores_are_refused(tmp_path, damage):
     found = json.loads(json.dumps(read(usual(of=40), tmp_path)))

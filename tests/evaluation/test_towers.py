@@ -196,6 +196,7 @@ def test_any_size_from_the_command_line(drawn, tower_folder, tmp_path, capsys):
     assert "under other settings" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -312,6 +313,7 @@ def test_a_network_of_another_tower(drawn, networks, tower_folder, tmp_path, cap
     assert OCPruner.from_pretrained(networks[0]).config.layer == 2
 
 
+@pytest.mark.slow
 def test_two_folders_in_one_run(drawn, tower_folder, tmp_path, capsys):
     write_scenes(tmp_path / "more", num_train=1, num_val=2, size=96, seed=5)
     other = tmp_path / "more/val2017", tmp_path / "more/annotations/instances_val2017.json"

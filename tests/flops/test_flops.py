@@ -79,6 +79,7 @@ def test_the_language_model_as_torch_counts_it(whole):
     assert expected.conventions["true"] == expected.language_model
 
 
+@pytest.mark.slow
 def test_towers_and_projectors_as_torch_counts_them(whole):
     name, model = whole
     shape, arguments = IMAGES[name]

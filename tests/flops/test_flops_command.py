@@ -33,6 +33,7 @@ def test_published_figures_are_what_the_command_shows(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_json_report_and_plot_of_pruners(tmp_path, capsys):
     specs = ["ocvtp", "ocvtp:early=true,choice=one_to_one", "fastv:stages=[[1,40]]", "vprune"]
     words = ["flops", "--model", str(DEMO), "--num-keep", "64", "32", "--checkpoint", str(PRUNER)]

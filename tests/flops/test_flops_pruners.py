@@ -95,6 +95,7 @@ def test_models_with_a_pruner(models, family, spec):
     assert 0 <= found.select < found.total / 8
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("early", [False, True])
 def test_the_learned_pruner_also_inside_the_tower(models, early):
     model, inputs, sizes, _ = models["llava"]
@@ -106,7 +107,7 @@ def test_the_learned_pruner_also_inside_the_tower(models, early):
     assert count(model, pruner=pruner, **sizes).total == pytest.approx(expected, rel=REL)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("cut_tower", [False, True])
 @pytest.mark.parametrize("project_kept", [False, True])
 @pytest.mark.parametrize("name", ["visionzip", "tome"])

@@ -279,6 +279,7 @@ def test_reading_goes_on_from_a_layer(name: str) -> None:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", HOSTS)
 def test_an_image_of_several_questions_is_encoded_once(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -293,6 +293,7 @@ def replace_rows(asked: Asked, value: float) -> Asked:
     return replace(asked, deepstack=replace(asked.deepstack, rows=rows))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["llava", "llava-next", "qwen3-vl"])
 def test_repeated_questions_have_gates_of_their_own(name: str) -> None:
     """As drawn sets of one question are."""

@@ -102,7 +102,7 @@ def test_a_tower_without_cls(llava_siglip: Any, kind: str, reentrant: bool) -> N
     assert_same(plain, gradients(llava_siglip, build(kind), ragged(), reentrant))
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_frozen_tower_and_adapters(llava: Any, reentrant: bool) -> None:
     """Checkpointing lets the tower's input require gradients, whether or not anything learns."""

@@ -45,6 +45,7 @@ def test_feature(family: Family, title: str, record_property: Record) -> None:
     check(family)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "tower"), TOWER_PARAMS)
 def test_supplies(family: Family, tower: str, record_property: Record) -> None:
     model = family.towers[tower]()

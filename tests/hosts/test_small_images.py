@@ -103,7 +103,7 @@ def run(family: Family, pruner: Any, inputs: Any) -> tuple[Any, dict[str, Any]]:
         handle.remove()
 
 
-@pytest.mark.sampled(7)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 def test_images_are_kept_alone_as_in_a_batch(family: Family, method: str) -> None:
     if not has(family, method):

@@ -106,7 +106,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("how", WRAPPERS)
 def test_the_model_inside_is_pruned(
     llava: Any, pruner: Pruner, inputs: Any, answer: Tensor, how: str

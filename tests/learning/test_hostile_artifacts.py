@@ -130,6 +130,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_wrong_field_is_refused_at_once(saved):
     """In one test, as each takes milliseconds."""
     started = time.process_time()

@@ -79,6 +79,7 @@ def test_a_folder_without_a_tower_is_refused(tmp_path):
         read_timm(tmp_path, 56)
 
 
+@pytest.mark.slow
 def test_shards_are_what_tower_and_masks_say(made):
     settings, root = made
     cutouts, photos = cut_out(settings.coco, RULE)["train"], split_photos(settings.photos)["train"]

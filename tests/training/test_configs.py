@@ -25,7 +25,7 @@ def test_headers_say_what_to_expect(path):
     assert f"configs/train/{name}.yaml" in header or f"--config {name}" in header
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_configs_build(path, tmp_path, monkeypatch):
     """With the network of the file, and random weights where the file names a hub id."""

@@ -211,6 +211,7 @@ def killed_after(count, monkeypatch):
     monkeypatch.setattr(CLIPEncoder, "forward", counted)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("batches", "shards"), [(0, 0), (4, 1), (6, 2)])
 def test_a_killed_extraction_continues_to_the_same_files(
     tmp_path, scenes, monkeypatch, batches, shards
@@ -405,6 +406,7 @@ def test_what_cannot_be_extracted(tmp_path, scenes, shapes):
 # ------------------------------------------------------------------ what is read of it
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("settings", "messages"),
     [

@@ -97,7 +97,7 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
     assert pruner.network.config == network.config
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["distil", "visionselector"])
 def test_shares_are_budgets_and_the_artifact_says_so(recipe, words, tmp_path):
     shares = ["--model.budgets=[0.055,0.11,16]", "--model.val_budgets=[0.11,8]"]
@@ -112,6 +112,7 @@ def test_shares_are_budgets_and_the_artifact_says_so(recipe, words, tmp_path):
     assert network.config.training["validation"]["num_slots"] == 0.11
 
 
+@pytest.mark.slow
 def test_images_of_other_sizes_keep_a_share_of_their_own_tokens(words):
     model = ["--model.host.model=random:tiny-llava-next", "--model.scorer.budget=film"]
     module, batch = module_of(words("kl", *model, "--model.losses={kl: {}, ce: {}}"))
@@ -216,7 +217,7 @@ def test_layers_that_there_are_not_are_named_with_their_settings(words, scorer, 
         build(found)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_learns_and_what_does_not(recipe, words):
     module, batch = module_of(words(recipe))
@@ -250,7 +251,7 @@ class module_ready:
         self.module.teardown("fit")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_is_computed_that_no_loss_reads(recipe, words, monkeypatch):
     calls = []
@@ -456,7 +457,7 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     assert "nothing to store" in capsys.readouterr().err
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

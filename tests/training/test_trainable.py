@@ -146,6 +146,7 @@ def test_settings_of_a_network_name_it(page, module):
     assert model.encoder.needs.attention == ((-2, "received"),)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -170,7 +170,7 @@ def test_batches_hold_images_of_any_shape(shapes, layout):
         assert shapes_of_masks == [tuple(image.shape[1:]) for image in batch["pixel_values"]]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("layout", ["variable", "joint", "per_tile"])
 def test_validation_does_not_depend_on_the_batches(tmp_path, shapes, layout):
     from test_training import data, trainer

@@ -33,7 +33,7 @@ def error_of(words, capsys) -> str:
     return line
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -99,7 +99,7 @@ def test_words(words, message, capsys):
     assert len(error) < 400
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -263,6 +263,7 @@ def test_the_whole_help_is_there_when_asked_for(capsys):
     assert "Raises:" not in text
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("words", "told"),
     [

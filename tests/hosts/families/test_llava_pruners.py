@@ -235,6 +235,7 @@ def tower_kind(model: Any) -> str:
     return str(model.config.vision_config.model_type)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("untouched_dino")
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_dino_towers_keep_all(llava_dino: Any, side: Any) -> None:

@@ -116,7 +116,7 @@ def logits_of(family: Family, inputs: Inputs, pruner: Any, **options: Any) -> Te
 # -------------------------------------------------------------------------- as if they were masked
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 def test_fastv_equals_masked_columns(family: Family, rows: Any) -> None:
     layer, inputs = first_layer(family), family.make(rows, "left")

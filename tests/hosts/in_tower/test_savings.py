@@ -159,7 +159,7 @@ def cases(llava: Any, llava_siglip: Any, llava_next: Any, internvl: Any) -> dict
     }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("case", "name"), [(case, name) for case, served in SERVED.items() for name in served]
 )

@@ -90,7 +90,7 @@ def used(family: Family) -> Any:
 
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 def test_adapters_come_and_go_under_a_pruner(family: Family, name: str) -> None:
     inputs = family.make(BATCH, "left")
     plain, merged = used(family), used(family)
@@ -176,7 +176,7 @@ WHOLE = {
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("whole", WHOLE)
 @pytest.mark.parametrize("name", ["random", "visionzip", "prumerge_plus", "tome", "fastv"])
 def test_copies_of_modules_are_trained_under_a_pruner(whole: str, name: str) -> None:
@@ -246,7 +246,7 @@ def quantise(model: Any) -> None:
                 setattr(module, name, Rounded(child))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("family", "name"), PRUNERS)
 def test_modules_are_swapped_by_hand(family: Family, name: str) -> None:
     inputs, model, other = family.make(BATCH, "left"), used(family), used(family)
