@@ -106,6 +106,7 @@ def test_the_choice_of_pruners_is_five_rows_that_were_measured():
     assert table in choosing_table()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "path", [p for p in READ if "```python" in p.read_text() and p.name not in NOT_RUN], ids=str
 )

@@ -133,6 +133,7 @@ def folders(tmp_path_factory):
     return {name: (str(root / name), tower) for name, (_, tower) in made.items()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_tower_equals_the_whole_one(folders, kind):
     """DINO towers are given images of 56 pixels, not of the 70 that their settings name."""

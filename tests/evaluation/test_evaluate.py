@@ -181,6 +181,7 @@ def test_images_are_encoded_once_for_all_conditions(subject, few, tmp_path, monk
     assert [one.num_encoded for one in shared] == [1, 2 * batches]  # tried; own and other
 
 
+@pytest.mark.slow
 def test_pruners_that_do_not_fit_are_named_before_anything_is_asked(subject, few, tmp_path):
     with pytest.raises(ValueError, match="trim @ 4: .*text_tower") as error:
         ask(subject, few, tmp_path, pruners=["trim", "fopru"])

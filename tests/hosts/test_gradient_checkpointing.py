@@ -82,7 +82,7 @@ IN_TOWER: dict[str, Callable[[], Pruner | Compose]] = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("make", IN_TOWER.values(), ids=IN_TOWER)
 def test_stages_in_the_tower(

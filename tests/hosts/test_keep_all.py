@@ -54,6 +54,7 @@ def bare(family: Family, number: int, title: str) -> Any:
     return outcome(family, TABLES[number], title, None)
 
 
+@pytest.mark.sampled(40)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("table", "title", "pruner"), list(calls()))
 def test_calls_are_those_of_the_bare_model(

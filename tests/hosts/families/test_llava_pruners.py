@@ -124,7 +124,7 @@ CASES += [("fopru", {"strategy": "row"}), ("visionzip", {"guidance": "received"}
 CASES += [("fps", {"space": "projected"}), ("kmeans", {"space": "projected"})]
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_answers_are_those_of_prompts_made_by_hand(
@@ -152,7 +152,7 @@ def test_answers_are_those_of_prompts_made_by_hand(
         assert answer.equal(short.greedy(5))
 
 
-@pytest.mark.sampled(9)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "random"])
 def test_a_batch_answers_as_its_rows_do(llava: Any, reading: Any, name: str) -> None:
     pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
