@@ -20,6 +20,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.text import Text
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -231,10 +232,18 @@ def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
     path, suffix = Path(path), Path(path).suffix.lower()
     if suffix not in _METADATA:
         raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
+    for text in drawing.findobj(Text):  # of others: between two `$` matplotlib reads a formula
+        if isinstance(text, Text) and text.get_text().count("$") and not _is_a_number(text):
+            text.set_parse_math(False)
     with replacing(path) as temporary, rc_context(_TEXT_OF_PDF):
         drawing.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
         refuse_cut(temporary, _ENDS[suffix])
     return path
+
+
+def _is_a_number(text: Text) -> bool:
+    """Whether an axis wrote it: powers of ten are formulas."""
+    return text.get_text().startswith(r"$\mathdefault{")
 
 
 def slot_picture(

@@ -167,6 +167,12 @@ def test_a_panel_for_each_figure_that_there_is(runs):
     assert len(plot_runs([], []).axes) == 1
 
 
+def test_a_name_that_looks_like_a_formula_is_drawn(runs, tmp_path):
+    (runs / "a").rename(runs / r"a$\foo$b")
+    assert main(["runs", str(runs), "--plot", str(tmp_path / "runs.png")]) == 0
+    assert (tmp_path / "runs.png").stat().st_size > 1000
+
+
 def test_no_terminal_obeys_what_a_run_says(runs, capsys):
     config = runs / "a/csv/version_0/config.yaml"
     settings = yaml.safe_load(config.read_text())
