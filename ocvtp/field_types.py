@@ -11,7 +11,7 @@ The annotation of a field is its type. A range is in the class's `ranges`, by th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
@@ -39,6 +39,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 def shown(value: Any) -> str:
     """`repr`, of what is long or nested no more than its beginning: for messages."""
     return _SHORT.repr(value)
+
+
+def no_such(name: str, known: Iterable[str]) -> str:
+    """How a sentence about an unknown name ends: `; did you mean 'x'?`, or a full stop."""
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def read_fields(cls: type[_T], values: Mapping[str, Any]) -> _T:

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from ocvtp import plugins
-from ocvtp.field_types import shown
+from ocvtp.field_types import no_such, shown
 from ocvtp.pruners.base import Pruner
 from ocvtp.structures import Stage
 
@@ -79,10 +79,8 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
         settings = _with_named(cls, **settings)
     for setting in settings:
         if setting not in known:
-            close = get_close_matches(setting, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"pruner {name!r} has no setting {shown(setting)}{hint} It takes"
+                f"pruner {name!r} has no setting {shown(setting)}{no_such(setting, known)} It takes"
                 f" {', '.join(known)}."
             )
     _check_kinds(cls, settings)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
+
+from ocvtp.field_types import no_such
 
 _EQUAL = 1e-4  # shares in a results.json have six digits
 
@@ -70,10 +71,8 @@ def _split(words: Sequence[str], known: Collection[str]) -> list[str]:
 def _named(flag: str, names: Sequence[str], known: Sequence[str]) -> Sequence[str]:
     for name in names:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(
-                f"{flag} {name}: the results have none of that name{hint} They have"
+                f"{flag} {name}: the results have none of that name{no_such(name, known)} They have"
                 f" {', '.join(known)}."
             )
     return names

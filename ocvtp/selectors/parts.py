@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import yaml
 
 from ocvtp import plugins
+from ocvtp.field_types import no_such
 from ocvtp.selectors.schedules import Schedule
 
 GROUP = "ocvtp.pruners"
@@ -127,8 +128,7 @@ class Parts(Generic[PartT]):
         parameters = inspect.signature(cls).parameters
         for setting in settings:
             if setting not in parameters:
-                close = get_close_matches(str(setting), parameters, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
+                hint = no_such(str(setting), parameters)
                 takes = f"It takes {', '.join(parameters)}." if parameters else "It takes none."
                 raise ValueError(f"{self._kind} {name!r} has no setting {setting!r}{hint} {takes}")
         needed = [p.name for p in parameters.values() if p.default is p.empty]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ocvtp import plugins
 from ocvtp.evaluation.tasks import signatures
+from ocvtp.field_types import no_such
 
 if TYPE_CHECKING:
     from ocvtp.evaluation.tasks.base import Task
@@ -116,10 +117,9 @@ def build_task(name: str, **settings: Any) -> Task:
     if len(known) == len(parameters):
         for setting in settings:
             if setting not in known:
-                close = get_close_matches(setting, known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
                 raise ValueError(
-                    f"task {name!r} has no setting {setting!r}{hint} It takes {', '.join(known)}."
+                    f"task {name!r} has no setting {setting!r}{no_such(setting, known)} It takes"
+                    f" {', '.join(known)}."
                 )
     needed = [p.name for p in parameters if p.default is p.empty and p.name in known]
     if missing := [setting for setting in needed if setting not in settings]:
