@@ -17,7 +17,6 @@ from ocvtp.learning.network import PrunerNetwork
 from ocvtp.pruners import trainable
 from ocvtp.pruners.catalog import entry
 from ocvtp.reporting.chosen import Chosen
-from ocvtp.reporting.files import replacing
 from ocvtp.reporting.paper_table import PaperTable, markdown
 from ocvtp.reporting.results_files import read_results
 from ocvtp.shipped import find_folder
@@ -41,12 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = None if arguments.output is None else output.file(arguments.output)
     artifact = checked(arguments.artifact)
     text = card_of(artifact, arguments)
-    if path is not None:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
     facts = {"artifact": arguments.artifact, "output": arguments.output, "card": text}
-    said = text.rstrip("\n") if path is None else f"wrote {path}"
-    output.emit(facts, said, arguments.json)
+    output.print_or_write(text, path, facts, arguments.json)
     return 0
 
 

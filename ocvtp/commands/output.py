@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ocvtp.reporting.files import replacing
 from ocvtp.reporting.plain_text import terminal
 
 
@@ -50,3 +51,17 @@ def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:
     """Print `facts` as one JSON object, or `text`, on stdout."""
     sys.stdout.write((json.dumps(facts, default=str) if as_json else terminal(text)) + "\n")
     sys.stdout.flush()  # here, where somebody learns that nobody reads it
+
+
+def print_or_write(text: str, path: Path | None, facts: dict[str, Any], as_json: bool) -> None:
+    """Print a text, or write it to a file, whole or not at all, and say so.
+
+    Args:
+        text: ends its last line.
+        path: see `file`; None to print it.
+        facts: in place of both on stdout, `as_json`.
+    """
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    emit(facts, text.rstrip("\n") if path is None else f"wrote {path}", as_json)

@@ -10,7 +10,6 @@ from ocvtp.commands.result_files import narrowed, read_files, sources
 from ocvtp.evaluation import paper_columns as of_figures
 from ocvtp.evaluation.scores import unpacked
 from ocvtp.reporting.chosen import Chosen
-from ocvtp.reporting.files import replacing
 from ocvtp.reporting.paper_table import FORMATS, Column, PaperTable
 
 
@@ -18,12 +17,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Read, set beside each other, and print or write."""
     path = None if arguments.output is None else output.file(arguments.output)
     text = FORMATS[arguments.format](_table(arguments))
-    if path is not None:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
     facts = {"format": arguments.format, "output": arguments.output, "table": text}
-    said = text.rstrip("\n") if path is None else f"wrote {path}"
-    output.emit(facts, said, arguments.json)
+    output.print_or_write(text, path, facts, arguments.json)
     return 0
 
 
