@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,22 @@ def _ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _head(results: dict[str, Any], cases: Iterable[str], figures: str) -> list[str]:
+    """What was measured where, and a column a case."""
+    names = list(cases)
+    return [
+        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; {figures}",
+        "",
+        f"| | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+
+
 def select_table() -> str:
     """Milliseconds of every pruner's `select`, next to the tower's."""
     results = json.loads((RESULTS / "select-cpu.json").read_text())
     cases: dict[str, dict[str, float]] = results["ms"]
-    lines = [
-        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; milliseconds,"
-        " medians of one interleaved run.",
-        "",
-        f"| | {' | '.join(cases)} |",
-        "|---|" + "---|" * len(cases),
-    ]
+    lines = _head(results, cases, "milliseconds, medians of one interleaved run.")
     for name in dict.fromkeys(name for case in cases.values() for name in case):
         label = f"`{name}`" if name in list_pruners() else name
         figures = [_ms(case[name]) if name in case else "-" for case in cases.values()]
@@ -97,13 +103,12 @@ def forms_table() -> str:
     """Greedy methods beside the same picks as official code computes them."""
     results = json.loads((RESULTS / "select-official-cpu.json").read_text())
     cases: dict[str, dict[str, Any]] = results["cases"]
-    lines = [
-        f"{results['device']}, {results['threads']} thread, torch {results['torch']}; milliseconds"
-        " of the official form / of `select`, medians of rounds in turns; their ratio (quartiles).",
-        "",
-        f"| | {' | '.join(cases)} |",
-        "|---|" + "---|" * len(cases),
-    ]
+    lines = _head(
+        results,
+        cases,
+        "milliseconds of the official form / of `select`, medians of rounds in turns; their ratio"
+        " (quartiles).",
+    )
     for name in next(iter(cases.values())):
         cells = []
         for case in cases.values():
