@@ -7,12 +7,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from email.parser import Parser
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 
 import ocvtp
 from ocvtp import shipped
@@ -260,21 +263,6 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
 
 
 @pytest.mark.slow
-def test_the_wheel_lists_pruners(installed, tmp_path):
-    found = json.loads(outside(installed, tmp_path, "list", "--json"))
-    assert [row["name"] for row in found["pruners"]] == ocvtp.list_pruners()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "images"), [("scenes", 16), ("demo_kept", 32)])
-def test_the_wheel_trains(installed, tmp_path, name, images):
-    settings = ["--trainer.fast_dev_run", "true", "--trainer.accelerator", "cpu"]
-    settings += ["--data.num_train", str(images), "--data.num_val", "4"]
-    outside(installed, tmp_path, "train", "--config", name, *settings)
-    assert (tmp_path / "outputs/data" / name).is_dir()
-
-
-@pytest.mark.slow
 def test_the_wheel_knows_the_demo_model_and_its_pruner(installed, tmp_path):
     words = ["flops", "--model", "checkpoints/demo-vlm", "--num-keep", "8", "--pruners", "ocvtp"]
     found = outside(installed, tmp_path, *words, "--checkpoint", "checkpoints/demo-pruner/0")
@@ -316,6 +304,84 @@ def test_the_wheel_says_where_the_recipe_of_the_demo_model_is(installed, tmp_pat
     run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 2
     assert "is in the repository, not in the installed package; clone it" in run.stderr
+
+
+# ------------------------------------------------------------------------ a bare environment
+
+
+def distributions_of(needs: Iterable[str]) -> dict[str, Distribution]:
+    """What these name, and all that it declares to need."""
+    found: dict[str, Distribution] = {}
+    left, seen = [(Requirement(need), "") for need in needs], set()
+    while left:
+        need, asked_as = left.pop()
+        if need.marker is not None and not need.marker.evaluate({"extra": asked_as}):
+            continue
+        for extra in {"", *need.extras} - {e for name, e in seen if name == need.name}:
+            seen.add((need.name, extra))
+            found[need.name] = distribution(need.name)
+            left += [(Requirement(more), extra) for more in found[need.name].requires or ()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def bare(wheel, tmp_path_factory) -> Path:
+    """The folder of commands of an environment that has the wheel and what it declares to need.
+
+    The needed packages are links to those of this environment, which has more.
+    """
+    folder = tmp_path_factory.mktemp("bare")
+    words = [sys.executable, "-m", "venv", "--without-pip", str(folder)]
+    subprocess.run(words, check=True, capture_output=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        needs = Parser().parsestr(archive.read(metadata).decode()).get_all("Requires-Dist")
+    for found in distributions_of(needs).values():
+        for top in {path.parts[0] for path in found.files or () if path.parts[0] != ".."}:
+            place = site / top
+            if top != "__pycache__" and not place.exists():
+                place.symlink_to(found.locate_file(top))
+    words = [sys.executable, "-m", "pip", "--python", str(folder / "bin/python"), "install"]
+    run = subprocess.run(
+        [*words, "--quiet", "--no-deps", "--no-index", str(wheel)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return folder / "bin"
+
+
+@pytest.mark.slow
+def test_the_wheel_needs_no_more_than_it_declares(bare, tmp_path):
+    def ocvtp_says(*words: str) -> str:
+        run = subprocess.run(
+            [str(bare / "ocvtp"), *words], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    absent = subprocess.run([str(bare / "python"), "-c", "import pytest"], capture_output=True)
+    assert absent.returncode != 0
+    assert ocvtp_says("--version") == f"ocvtp {ocvtp.__version__}\n"
+    listed = json.loads(ocvtp_says("list", "--json"))["pruners"]
+    assert [row["name"] for row in listed] == ocvtp.list_pruners()
+    train = ["--config", "scenes", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    train += ["--data.num_train", "16", "--data.num_val", "4", "--output", "run"]
+    ocvtp_says("train", *train, "--trainer.enable_progress_bar", "false")
+    last = "run/checkpoints/last.ckpt"
+    ocvtp_says("export", "--checkpoint", last, "--output", "mine")
+    assert {"config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "mine").iterdir()}
+    asked = ["--model", "checkpoints/demo-vlm", "--task", "scenes", "--num-images", "1"]
+    asked += ["--levels", "easy", "--num-keep", "16", "--dtype", "float32", "--output", "judged"]
+    ocvtp_says("evaluate", *asked, "--pruners", "divprune")
+    assert (tmp_path / "judged/accuracy.png").is_file()
+
+
+def test_the_citation_is_of_this_version():
+    facts = yaml.safe_load(Path("CITATION.cff").read_text())
+    assert facts["version"] == ocvtp.__version__
+    changes = Path("CHANGELOG.md").read_text()
+    assert f"## {ocvtp.__version__} - {facts['date-released']}" in changes
+    assert {"cff-version", "title", "message", "authors", "license"} <= facts.keys()
 
 
 @pytest.mark.parametrize("name", ["outputs/a/b", "./llava", "/no/such/folder", "checkpoints/demo"])
