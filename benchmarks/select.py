@@ -30,14 +30,13 @@ import torch
 import ocvtp
 from benchmarks.official_forms import FORMS
 from benchmarks.timing import environment, interleaved, medians_ms, ratio, write
-from ocvtp.pruners import Pruner
+from ocvtp.pruners import Pruner, trainable
 from ocvtp.random_models.clip_config import random_tower, vision_config
-from ocvtp.slots import OCPruner
 from ocvtp.structures import VisualTokens
 
 TOWER = "random:clip-vit-large-patch14-336"
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "select-cpu.json"
-WIDTH, HEADS, SHARED = 1024, 16, 768
+WIDTH, HEADS, SHARED, BLOCKS = 1024, 16, 768, 24
 
 CASES: dict[str, dict[str, Any]] = {
     "N=576, K=64, B=1": {"grid_hw": (24, 24), "num_keep": 64, "batch": 1, "crops": 1},
@@ -73,11 +72,13 @@ def make_tokens(batch: int, grid_hw: tuple[int, int], projected_width: int) -> V
         for kind in kinds
     }
     keys = {block: draw(batch, count, WIDTH) for block in (-2, -1)}
+    kinds_of_networks = {cls.network_class for cls in trainable.trainables().values()}
+    layers = {network.default_layer(BLOCKS) for network in kinds_of_networks}
     return VisualTokens(
         features=draw(batch, count, WIDTH),
         grid_hw=grid_hw,
         cls=draw(batch, WIDTH),
-        hidden={9: draw(batch, count, WIDTH)},
+        hidden={layer: draw(batch, count, WIDTH) for layer in layers},
         attention=attention,  # type: ignore[arg-type]
         keys=keys,
         cls_keys={block: draw(batch, WIDTH) for block in keys},
@@ -90,9 +91,13 @@ def make_tokens(batch: int, grid_hw: tuple[int, int], projected_width: int) -> V
     )
 
 
-def build(name: str, num_keep: int) -> Pruner:
-    """A pruner; the learned one with random weights of LLaVA-1.5 size."""
-    settings: dict[str, Any] = {"network": OCPruner().eval()} if name == "ocvtp" else {}
+def build(name: str, num_keep: int, tokens: VisualTokens) -> Pruner:
+    """A pruner; one that is trained with random weights, of the sizes that are usual here."""
+    settings: dict[str, Any] = {}
+    if name in trainable.trainables():
+        cls = trainable.of_name(name)
+        config = cls.usual_config(tokens, cls.network_class.default_layer(BLOCKS))
+        settings["network"] = cls.network_class.untrained(config, seed=0)
     return ocvtp.build_pruner(name, num_keep=num_keep, **settings)
 
 
@@ -102,7 +107,7 @@ def measure(case: dict[str, Any], rounds: int, tower: Any) -> dict[str, Any]:
     for width in (4096, 1024):
         tokens = make_tokens(case["batch"], case["grid_hw"], width)
         for name in ocvtp.list_pruners("llm_input"):
-            pruner = build(name, case["num_keep"])
+            pruner = build(name, case["num_keep"], tokens)
             if width == 4096:
                 runs[name] = lambda p=pruner, t=tokens: p.select(t)
             elif pruner.needs.projected:
@@ -119,7 +124,7 @@ def beside_forms(case: dict[str, Any], rounds: int, width: int) -> dict[str, Any
     tokens, num_keep = make_tokens(case["batch"], case["grid_hw"], width), case["num_keep"]
     found = {}
     for name, form in FORMS.items():
-        pruner = build(name, num_keep)
+        pruner = build(name, num_keep, tokens)
         read = tokens.projected if pruner.needs.projected else tokens.features
         assert read is not None
         runs: dict[str, Callable[[], Any]] = {
@@ -165,9 +170,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--no-tower", action="store_true")
     parser.add_argument("--forms", action="store_true", help="greedy methods beside official forms")
+    parser.add_argument("--no-forms", action="store_true", help="all but these")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    measure_forms(arguments.rounds, FORMS_OUTPUT)
+    if not arguments.no_forms:
+        measure_forms(arguments.rounds, FORMS_OUTPUT)
     if arguments.forms:
         return
     tower = None if arguments.no_tower else random_tower(vision_config(TOWER), 0).eval()
