@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
+.PHONY: install environments demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
 
 install: $(STAMP)
 
@@ -66,6 +66,9 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed $
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# All that CI needs, side by side: `make --jobs 2 environments`.
+environments: $(STAMP) $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(DOCS)/.installed
+
 # On older versions, of the slow tests those that every host has for every feature, and calls that keep all.
 HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py tests/hosts/test_keep_all.py tests/hosts/families \
 	-k "not test_keep_all or none" -m slow
@@ -75,7 +78,7 @@ test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
 
 test-before: $(BEFORE)/.installed
-	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)
+	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal -m slow tests/hosts/test_matrix.py tests/hosts/test_cache_names.py
 	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.

@@ -456,12 +456,11 @@ def test_a_signal_before_training_starts(tmp_path, scenes, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 2])
-def test_ctrl_c_in_a_process_of_its_own(tmp_path, scenes, devices):
+def test_ctrl_c_in_a_process_of_its_own(tmp_path, scenes):
     """With workers and several processes, all of which a terminal sends the signal."""
+    devices = 2
     words = quick(tmp_path, scenes, devices=devices, accelerator="cpu")
-    words += ["--trainer.max_epochs", "500", "--data.num_workers", "1"]
-    words += ["--trainer.strategy", "ddp"] if devices > 1 else []
+    words += ["--trainer.max_epochs", "500", "--data.num_workers", "1", "--trainer.strategy", "ddp"]
     log = tmp_path / "csv/version_0/metrics.csv"
     with subprocess.Popen(
         [sys.executable, "train.py", *words],
