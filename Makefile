@@ -210,7 +210,8 @@ PHOTO_TRAINED := $(PHOTO_SURPRISE) $(PHOTO_KEPT) $(PHOTO_SLOTS)
 PHOTO_READS := --tower local-dir:$(PHOTO_WORK)/tower --img-size 336
 PHOTO_INPUTS := PHOTOS=$(PHOTOS) COCO=$(COCO) PHOTO_VAL=$(PHOTO_VAL) PHOTO_TRAIN=$(PHOTO_TRAIN) PHOTO_JUDGE=$(PHOTO_JUDGE)
 PHOTO_SHOWN := ridge scope fastervlm random
-PHOTO_VARIANTS := surprise surprise:balance=0.3 surprise:balance=0.75 surprise:surprise_power=0 surprise:attention_power=0
+PHOTO_VARIANTS := surprise surprise:balance=0.5 surprise:balance=0.9 surprise:surprise_power=0 surprise:attention_power=0 \
+	surprise:head=mean,attention_power=1.5,balance=0.5
 
 # Two trainings of one thread each take less than one after the other of two.
 photos: export OMP_NUM_THREADS := 2

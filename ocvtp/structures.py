@@ -23,16 +23,19 @@ Stage = Literal["pixels", "encoder", "llm_input", "llm_layers"]
 STAGES: tuple[Stage, ...] = ("pixels", "encoder", "llm_input", "llm_layers")
 
 AttentionKind = Literal[
-    "cls", "received", "given", "global", "last", "last_heads", "text", "visual"
+    "cls", "cls_sharpest", "received", "given", "global", "last", "last_heads", "text", "visual"
 ]
+OF_CLS: tuple[AttentionKind, ...] = ("cls", "cls_sharpest")
+"""Those that a tower without a CLS has not."""
 AttentionKey = tuple[int, AttentionKind]
-"""(block, kind): `cls` is the CLS row, `received` the mean over all queries (CLS and registers
-included, unless `Needs.patch_queries`), `given` the mean over the patch keys of each patch query,
-`global` the mean over the queries of those patches that receive at least twice the mean of all. In
-the language model, whose blocks are its layers: `last` is the row of the prompt's last token,
-`text` the mean over the rows that the pruner's `raters` name, `visual` the mean over the image's
-own tokens of their attention among each other; `last_heads` is `last` of every head, [B, N, H]. All
-others are means over heads; all are in fp32."""
+"""(block, kind): `cls` is the CLS row, `cls_sharpest` that of one head, the one in which its
+logarithm varies most among the image's patches (standard deviation), `received` the mean over all
+queries (CLS and registers included, unless `Needs.patch_queries`), `given` the mean over the patch
+keys of each patch query, `global` the mean over the queries of those patches that receive at least
+twice the mean of all. In the language model, whose blocks are its layers: `last` is the row of the
+prompt's last token, `text` the mean over the rows that the pruner's `raters` name, `visual` the
+mean over the image's own tokens of their attention among each other; `last_heads` is `last` of
+every head, [B, N, H]. Where nothing is said of heads, it is their mean; all are in fp32."""
 
 Layout = Literal["grid", "variable", "joint", "per_tile"]
 """How an image becomes tokens: of one `grid` for all images, or of a `variable` one; as a base view
@@ -104,7 +107,7 @@ class Needs:
     @property
     def reads_cls(self) -> bool:
         """Whether any of it is the CLS token's: a tower without one has it not."""
-        asked = any(kind == "cls" for _, kind in self.attention)
+        asked = any(kind in OF_CLS for _, kind in self.attention)
         return self.cls or bool(self.cls_queries) or asked
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ocvtp.structures import AttentionKind, Needs
+from ocvtp.structures import OF_CLS, AttentionKind, Needs, take
 from ocvtp.towers.hooks import Hook, after, before
 from ocvtp.towers.recordings import Recording as Recording
 from ocvtp.towers.recordings import current as current
@@ -180,7 +180,7 @@ def gather(record: Recording, tower: Tower, needs: Needs, num_prefix: int) -> di
         RuntimeError: if a hook did not fire.
     """
     has_cls = num_prefix > 0 and tower.has_cls
-    if not has_cls and any(kind == "cls" for _, kind in needs.attention):
+    if not has_cls and any(kind in OF_CLS for _, kind in needs.attention):
         raise ValueError(
             "this vision tower has no CLS token, so there is no CLS attention; use a method (or an"
             " option) that reads `received` attention instead."
@@ -263,7 +263,7 @@ def attention_mean(
     if rows is not None and rows.real is not None:
         real = rows.real.float()
     bias = None if rows is None else rows.bias()
-    first = 1 if kind == "cls" else queries.shape[1]
+    first = 1 if kind in OF_CLS else queries.shape[1]
     start = num_prefix if kind == "received" and patch_queries else 0
     asking = real[:, start:first]  # [B, Q]
     if kind == "global":
@@ -277,6 +277,8 @@ def attention_mean(
     for chunk, counts in zip(q.split(size, dim=2), asking.split(size, dim=1), strict=True):
         logits = chunk @ k if bias is None else chunk @ k + bias[:, None, None]
         weights = logits.softmax(dim=-1)  # [B, H, rows, T]
+        if kind == "cls_sharpest":
+            return _sharpest(weights[:, :, 0, num_prefix:], real[:, num_prefix:])
         if kind == "given":
             given.append(weights[..., num_prefix:].sum(dim=(1, 3)))
         else:
@@ -289,6 +291,15 @@ def attention_mean(
         return torch.cat(given, dim=1)[:, num_prefix:] / (num_heads * patches)
     mean: Tensor = total / (num_heads * asking.sum(dim=1, keepdim=True))
     return mean[:, num_prefix:]
+
+
+def _sharpest(weights: Tensor, real: Tensor) -> Tensor:
+    """[B, N] of the heads [B, H, N] the one whose logarithm has the largest standard deviation."""
+    logs = weights.clamp(min=torch.finfo(weights.dtype).tiny).log()
+    among = real[:, None] / real.sum(dim=1).clamp(min=1)[:, None, None]
+    apart = logs - (among * logs).sum(dim=2, keepdim=True)
+    head = (among * apart.square()).sum(dim=2).argmax(dim=1)
+    return take(weights, head[:, None])[:, 0] * real
 
 
 def _outstanding(received: Tensor, real: Tensor) -> Tensor:

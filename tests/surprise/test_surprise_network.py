@@ -183,6 +183,7 @@ def test_the_objective_is_the_mean_error_of_real_tokens(network):
         ({"attention_power": -1.0}, "pass powers of at least 0"),
         ({"surprise_power": -0.1}, "pass powers of at least 0"),
         ({"balance": 1.5}, "a balance of 0 to 1"),
+        ({"head": "sharp"}, "pass sharpest or mean"),
         ({"likeness_power": 0.0}, "pass numbers above 0"),
         ({"spread": 0.0}, "pass numbers above 0"),
         ({"penalty": -0.3}, "pass numbers above 0"),
@@ -212,14 +213,17 @@ def test_what_surprises_and_what_the_cls_attends_to_is_kept():
     hidden[0, 7] *= 20  # all are foretold to be the mean one
     looked = torch.full((1, COUNT), 0.01)
     looked[0, 2] = 0.9
-    tokens = replace(tokens_of(hidden), attention={(-2, "cls"): looked})
-    for powers, wanted in (((0.0, 3.0), 7), ((3.0, 0.0), 2)):
+    attention = {(-2, "cls_sharpest"): looked, (-2, "cls"): looked.roll(2, 1)}
+    tokens = replace(tokens_of(hidden), attention=attention)
+    asked = (((0.0, 3.0), "mean", 7), ((3.0, 0.0), "sharpest", 2), ((3.0, 0.0), "mean", 4))
+    for powers, head, wanted in asked:
         pruner = ocvtp.build_pruner(
             "surprise",
             num_keep=1,
             balance=0.0,
             attention_power=powers[0],
             surprise_power=powers[1],
+            head=head,
             likeness_power=20.0,
             **own,
         )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ocvtp.pruners.base import Status
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.trainable import TrainablePruner
 from ocvtp.slots.statistics import relative_log, standardized
-from ocvtp.structures import AttentionKey, Needs, Selection, VisualTokens
+from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens
 
 if TYPE_CHECKING:
     from ocvtp.surprise.network import SurpriseNetwork
@@ -28,7 +28,8 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
     Paper: none.
 
     A network that was trained on images alone foretells each token from those around it; `s` is
-    the logarithm of its error, `a` that of the CLS attention, both minus their mean over the image.
+    the logarithm of its error, `a` that of the CLS attention in one head, both minus their mean
+    over the image: in most towers a few heads look for objects, and these are the least even ones.
     Tokens weigh `omega = softmax(attention_power a + surprise_power s)`. Tokens are then taken one
     by one that cover these weights, and that restore all tokens by ridge regression.
 
@@ -39,6 +40,7 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
         attention_power: of the CLS attention; 0 reads none.
         surprise_power: of the surprise.
         block: block of the tower whose CLS attention is read.
+        head: `sharpest`, the one whose logarithm varies most in the image; or the `mean` of all.
         balance: of covering (0) and restoring (1), see `ocvtp.ops.cover.greedy_cover`. More of it
             leaves fewer tokens that cannot be restored, and covers fewer small objects.
         likeness_power: of the cosine between standardised tokens, by which one covers another.
@@ -47,10 +49,11 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
     Deviations: unofficial: our own method, in no paper.
     """
 
-    attention_power: float = 1.5
+    attention_power: float = 0.65
     surprise_power: float = 3.0
     block: int = -2
-    balance: float = 0.5
+    head: Literal["sharpest", "mean"] = "sharpest"
+    balance: float = 0.75
     likeness_power: float = 1.5
     spread: float = 1 / 3
     penalty: float = 0.3
@@ -71,6 +74,8 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
                 f"attention_power={powers[0]}, surprise_power={powers[1]}, balance={self.balance};"
                 " pass powers of at least 0 and a balance of 0 to 1."
             )
+        if self.head not in ("sharpest", "mean"):
+            raise ValueError(f"head={self.head!r}; pass sharpest or mean.")
         if not min(self.likeness_power, self.spread, self.penalty) > 0:
             raise ValueError(
                 f"likeness_power={self.likeness_power}, spread={self.spread},"
@@ -83,7 +88,8 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
 
     @property
     def _attention(self) -> tuple[AttentionKey, ...]:
-        return ((self.block, "cls"),) if self.attention_power else ()
+        kind: AttentionKind = "cls_sharpest" if self.head == "sharpest" else "cls"
+        return ((self.block, kind),) if self.attention_power else ()
 
     @torch.no_grad()
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:

@@ -30,7 +30,7 @@ from tiny_models import _llava, tiny_llava, tiny_vision
 from torch import Tensor
 
 import ocvtp
-from ocvtp import Compose, OCPruner, VisualTokens, build_pruner
+from ocvtp import Compose, Needs, OCPruner, VisualTokens, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.in_tower.pixels import scale_of
 from ocvtp.ops.bipartite import even_schedule
@@ -399,6 +399,10 @@ def test_what_follows_sees_the_patches_that_ran(llava: Any) -> None:
     taken: list[Any] = []
 
     class Watching(type(build_pruner("visionzip", num_keep=3))):  # type: ignore[misc]
+        @property
+        def needs(self) -> Needs:
+            return super().needs | Needs(attention=((-2, "cls_sharpest"),))
+
         def select(self, tokens: VisualTokens) -> Any:
             taken.append(tokens)
             return super().select(tokens)
@@ -418,8 +422,10 @@ def test_what_follows_sees_the_patches_that_ran(llava: Any) -> None:
 
             tower = llava.model.vision_tower
             _, layers, attentions = masked_by_hand(tower, pixels, 6, choose)
-            row = attentions[4].mean(dim=0)[0, rows[1:]]
-            assert_close(tokens.attention[-2, "cls"][image, : len(kept)], row, 1e-5)
+            heads = attentions[4][:, 0, rows[1:]]
+            sharpest = heads[heads.log().std(dim=1).argmax()]
+            for of_cls, row in (("cls", heads.mean(dim=0)), ("cls_sharpest", sharpest)):
+                assert_close(tokens.attention[-2, of_cls][image, : len(kept)], row, 1e-5)
             normed = tower.encoder.layers[4].layer_norm1(layers[4])
             keys = tower.encoder.layers[4].self_attn.k_proj(normed)[rows].detach()
             assert_close(tokens.keys[-2][image, : len(kept)], keys[1:], 1e-5)
