@@ -225,7 +225,7 @@ def _chosen(cells: Tensor, selection: Selection) -> Tensor:
 
 
 def _merged(selection: Selection, cells: Tensor) -> Tensor | None:
-    """See `Stage.merged`: of a token that went to several, where the most of it went."""
+    """See `Stage.merged`: of a token that went to several, where most went, the first of equals."""
     if selection.merge is None:
         return None
     weights = selection.in_raster_order().merge
@@ -234,9 +234,10 @@ def _merged(selection: Selection, cells: Tensor) -> Tensor | None:
     most, row = weights.max(dim=1)
     places = cells.gather(1, selection.keep_indices.cpu()).gather(1, row)  # [I, N]
     places = places.masked_fill(most == 0, -1)
-    found = torch.full((int(cells.max()) + 2,), -1).scatter(
-        0, (cells + 1).flatten(), places.flatten()
-    )[1:]
+    found = torch.full((int(cells.max()) + 2,), -1)
+    found = found.scatter(0, (cells + 1).flatten(), places.flatten())[1:]
+    stayed = _chosen(cells, selection)
+    found[stayed] = stayed
     return None if bool(((found == torch.arange(len(found))) | (found < 0)).all()) else found
 
 
