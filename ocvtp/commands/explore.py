@@ -75,7 +75,7 @@ def _tell(
     result |= {"unfit": facts["unfit"], "url": None if server is None else server.url}
     left = "" if shown == num_named else f" of {num_named} (see --max-images)"
     text = "".join(f"{one['name']} is left out: {one['why']}\n" for one in facts["unfit"])
-    text += f"wrote {path}: {shown} images{left}, {size / 1e6:.1f} MB"
+    text += f"wrote {path}: {shown} image{'' if shown == 1 else 's'}{left}, {size / 1e6:.1f} MB"
     if server is not None:
         text += f"\nserving it on {server.url} to this machine alone; Ctrl-C ends it"
     output.emit(result, text, arguments.json)

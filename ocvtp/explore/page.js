@@ -84,7 +84,9 @@ class Panel {
         canvas.addEventListener("keydown", (event) => picture.press(event));
         return picture;
       });
-      this.views.replaceChildren(...this.pictures.map((picture) => picture.canvas));
+      const parts = this.pictures.map(({canvas, view: {rows, columns}}) => element("figure", {}, canvas,
+        element("figcaption", {hidden: this.pictures.length < 2}, `${rows} x ${columns} tokens`)));
+      this.views.replaceChildren(...parts);
     }
     const image = page.images[state.image], label = page.pruners[this.pruner].label;
     for (const picture of this.pictures) {
@@ -115,7 +117,7 @@ class Panel {
 }
 
 function timeOf(times) {
-  const names = {tower: "tower", choosing: "choosing", projector: "projector", model: "language model"};
+  const names = {tower: "tower", choosing: "choosing", projector: "projector", model: "language model", other: "the rest"};
   const parts = Object.entries(names).filter(([name]) => times[name] !== undefined).map(([name, word]) => `${word} ${milliseconds(times[name])}`);
   if (times.first === undefined) return parts.join(", ");
   return `first token after ${milliseconds(times.first)}: ${parts.join(", ")}`;
@@ -159,6 +161,7 @@ function update() {
     find("budget-name").textContent = page.budgets[state.budget];
   }
   find("prompt").value = state.prompt;
+  find("asked").textContent = page.prompts.length ? `Asked: ${page.prompts[state.prompt]}` : "";
   find("mode").value = state.mode;
   find("against").value = state.against ?? "";
   const shown = page.pruners.map((_, number) => number).filter((number) => state.chosen.has(number));

@@ -81,7 +81,7 @@ function middle(values) {
   return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
 }
 
-const milliseconds = (value) => `${value >= 100 ? value.toFixed(0) : value.toPrecision(3)}\u00a0ms`;
+const milliseconds = (value) => `${value >= 100 ? value.toFixed(0) : value.toPrecision(value >= 1 ? 3 : 2)}\u00a0ms`;
 
 /** Of all images and prompts: the median time, and how often the answer is the unpruned model's. */
 function summaryOf(condition) {
