@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
 import numpy as np
 import pytest
 from chromium import NAMES, Chromium, find_chromium
 from PIL import Image
 
 from ocvtp.cli import main
+from ocvtp.explore.page import policy
+from ocvtp.explore.server import PageServer
 from ocvtp.slots import OCPruner, OCPrunerConfig
 
 pytestmark = pytest.mark.slow
@@ -90,6 +97,20 @@ def test_nothing_is_asked_of_anybody_and_words_stay_words(opened, page):
     assert opened.run("document.querySelector('#prompt').selectedOptions[0].text") == PROMPTS[1]
     assert opened.run("document.title") == "What pruners keep: random:tiny-llava"
     assert opened.complaints() == []
+
+
+def test_a_page_that_is_served_works_as_well(browser, page):
+    text = Path(url2pathname(urlparse(page).path)).read_text(encoding="utf-8")
+    with PageServer() as server:
+        thread = Thread(target=server.serve_page, args=(text, policy()))
+        thread.start()
+        browser.look(1280, 900)
+        browser.open(server.url)
+        browser.until("document.querySelectorAll('.panel').length === 3")
+        assert [url for url in browser.requests() if not url.startswith("data:")] == [server.url]
+        assert browser.complaints() == []
+        server.shutdown()
+        thread.join()
 
 
 def test_scripts_of_others_do_not_run(opened):
