@@ -18,6 +18,7 @@ from ocvtp.explore.server import PageServer
 from ocvtp.explore.views import ModelView, TowerView, View
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.loading import load_model
+from ocvtp.images import open_image
 from ocvtp.pruners.specs import known_settings
 from ocvtp.reporting.files import write_whole
 
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     named = image_files(arguments.images)
     files = named[: arguments.max_images]
+    for file in files:
+        open_image(file)
     with ExitStack() as stack:
         server = None
         if arguments.serve is not None:  # a port that is taken is told before all the work

@@ -21,7 +21,7 @@ class Panel {
     this.time = element("p", {class: "time"});
     this.note = element("p", {class: "note"}, page.pruners[pruner].note);
     this.root = element("article", {class: "panel", "aria-labelledby": id},
-      element("h3", {id}, page.pruners[pruner].label), this.counts, this.stageLine, this.views,
+      element("h2", {id}, page.pruners[pruner].label), this.counts, this.stageLine, this.views,
       this.key, this.cell, this.answer, this.verdict, this.time, this.note);
     this.note.hidden = !page.pruners[pruner].note;
   }
@@ -204,7 +204,7 @@ function setBudget(number) {
 
 function pressed(event) {
   if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
-  if (event.target.closest("select, input[type=range], .scroll")) return; // they have their own use for arrows
+  if (event.target.closest("select, input[type=range], .scroll, .answer")) return; // they have their own use for arrows
   const does = {
     ArrowLeft: () => setImage(state.image - 1), ArrowRight: () => setImage(state.image + 1),
     ArrowUp: () => setBudget(state.budget + 1), ArrowDown: () => setBudget(state.budget - 1),
@@ -221,7 +221,7 @@ function build() {
   find("command").textContent = page.command;
   find("timed").textContent = page.timed;
   find("strip").replaceChildren(...page.images.map((image, number) => element("button", {type: "button", "aria-label": image.name, onclick: () => setImage(number)},
-    element("img", {src: image.picture, alt: "", width: image.width, height: image.height}))));
+    element("img", {src: image.picture, alt: "", loading: "lazy", width: image.width, height: image.height}))));
   find("strip").hidden = page.images.length < 2;
   find("previous").addEventListener("click", () => setImage(state.image - 1));
   find("next").addEventListener("click", () => setImage(state.image + 1));

@@ -104,7 +104,7 @@ def explore(view: View, wanted: Wanted, files: Sequence[Path]) -> dict[str, Any]
             progress.update(bar, description=name)
             images.append({"name": name, **_image(view, rows, open_image(path), tick)})
     labels = list(dict.fromkeys(row.label for row in rows))
-    notes = {row.label: view.note(row.pruner) for row in rows}
+    notes = {row.label: _note(view, row) for row in rows}
     return {
         "schema": SCHEMA,
         "kind": view.kind,
@@ -128,6 +128,13 @@ def _rows(wanted: Wanted, budgets: Sequence[Budget], num_tokens: int) -> list[_R
         if spec != UNPRUNED:
             found += pruner_conditions(spec, budgets, [0], wanted.checkpoints, num_tokens)
     return [_Row(condition, _whole(condition.make(Place(0, list)))) for condition in found]
+
+
+def _note(view: View, row: _Row) -> str:
+    """What a reader must know, and which of the exported networks it is."""
+    path = row.condition.settings.get("checkpoint")
+    notes = [view.note(row.pruner), f"network: {path}" if path else ""]
+    return "; ".join(filter(None, notes))
 
 
 def _whole(pruner: Pruner) -> AnyPruner:

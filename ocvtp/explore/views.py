@@ -143,9 +143,9 @@ class ModelView(View):
             self.time = "first"
             self.timed = (
                 "Time to the first token, from the processor's tensors on: one request of one image"
-                " at a time, each with the tower, after one that warms up. What ocvtp leaves out of"
-                " the tower and the projector is left out, of unpruned nothing. For intervals, use"
-                " ocvtp bench."
+                " at a time, each with the tower, after one that warms up. With a pruner, what"
+                " nobody reads of the tower and the projector does not run; unpruned, all of it"
+                " does. For intervals, use ocvtp bench."
             )
             if shares:
                 self.timed = "Nothing was timed: the tower ran once for all pruners."
@@ -227,7 +227,7 @@ class ModelView(View):
             text_tower=self._subject.text_tower,
             on_prune=prompts.append,
             shared=self._shared,
-            savings=_ALL if pruner.name == "none" else None,
+            savings=_ALL if pruner.name == "none" and not self._shares else None,
             **asdict(self._host.tiling),
         ):
             with timeline.watching(self._host, pruner.parts, marks):

@@ -64,7 +64,7 @@ def panel(number):
 
 
 def labels(browser):
-    return browser.run("[...document.querySelectorAll('.panel h3')].map((one) => one.textContent)")
+    return browser.run("[...document.querySelectorAll('.panel h2')].map((one) => one.textContent)")
 
 
 def colours(browser, number):
@@ -136,6 +136,7 @@ def test_scripts_of_others_do_not_run(opened):
 
 def test_clicks_and_choices(opened):
     assert labels(opened) == ["unpruned", "ocvtp", "visionzip"]
+    assert opened.text(f"{panel(2)} .note").startswith("network: ")
     assert opened.text(f"{panel(1)} .counts") == "144 of 144 tokens kept"
     assert opened.text(f"{panel(2)} .counts") == "36 of 144 tokens kept"
     whole, pruned = colours(opened, 1), colours(opened, 2)
@@ -221,7 +222,7 @@ def test_small_windows_and_the_dark(opened, width, dark):
     assert opened.run("document.documentElement.scrollWidth") <= width
     widths = opened.run("[...document.querySelectorAll('canvas')].map((one) => one.clientWidth)")
     assert min(widths) > 250
-    for selector in ("body", ".panel h3", ".time", ".key", "#about", ".answer"):
+    for selector in ("body", ".panel h2", ".time", ".key", "#about", ".answer"):
         colour, paper = opened.run(
             f"(() => {{ let one = document.querySelector('{selector}');"
             " const ink = getComputedStyle(one).color; const clear = 'rgba(0, 0, 0, 0)';"
