@@ -55,7 +55,9 @@ def opened(browser, page):
     browser.look(1280, 900)
     browser.open(page)
     drawn = "[...document.querySelectorAll('canvas')].every((one) => one.width > 1)"
-    browser.until(f"document.querySelectorAll('.panel').length === 3 && {drawn}")
+    browser.until(
+        f"document.querySelectorAll('.panel').length === 3 && {drawn} && pictures[0] !== null"
+    )
     return browser
 
 
