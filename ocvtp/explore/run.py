@@ -134,6 +134,8 @@ def _note(view: View, row: _Row) -> str:
     """What a reader must know, and which of the exported networks it is."""
     path = row.condition.settings.get("checkpoint")
     notes = [view.note(row.pruner), f"network: {path}" if path else ""]
+    if any(part.merging and part.stage == "encoder" for part in row.pruner.parts):
+        notes.append("merges inside the tower, and what goes into what is not told")
     return "; ".join(filter(None, notes))
 
 

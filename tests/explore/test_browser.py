@@ -43,7 +43,15 @@ def page(tmp_path_factory):
         (folder / "images").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / "images" / name)
     words = ["explore", "--model", "random:tiny-llava", "--images", str(folder / "images")]
-    words += ["--pruners", "ocvtp", "visionzip", FASTV, "--checkpoint", str(folder / "slots")]
+    words += [
+        "--pruners",
+        "ocvtp",
+        "visionzip",
+        FASTV,
+        "tome:num_keep=36",
+        "--checkpoint",
+        str(folder / "slots"),
+    ]
     words += ["--num-keep", "36", "9", "--prompt", *PROMPTS, "--max-new-tokens", "2"]
     assert main([*words, "--output", str(folder / "page.html")]) == 0
     return (folder / "page.html").as_uri()
@@ -150,6 +158,9 @@ def test_clicks_and_choices(opened):
     opened.click("#pruners label:nth-of-type(4)")
     assert labels(opened) == ["ocvtp", "visionzip", FASTV]
     assert opened.text(f"{panel(3)} .counts") == "36 of 144 tokens kept, layer 1"
+    opened.click("#pruners label:nth-of-type(5)")
+    assert opened.text(f"{panel(4)} .counts") == "36 of 144 tokens kept"
+    assert opened.text(f"{panel(4)} .note").startswith("merges inside the tower")
     choose(opened, "#against", 1)
     words = opened.text(f"{panel(2)} .key").replace(";", "").split()
     here, there, both = (int(word) for word in words if word.isdecimal())
@@ -184,7 +195,7 @@ def test_keys(opened):
     opened.press("ArrowDown")
     assert opened.text("#budget-name") == "9"
     places = []
-    for _ in range(14):
+    for _ in range(15):
         opened.press("Tab")
         place = "document.activeElement.id || document.activeElement.tagName"
         places.append(opened.run(place))
@@ -195,7 +206,7 @@ def test_keys(opened):
         assert outline == "solid", places
     order = ["next", "budget", "mode", "against", "prompt"]
     assert [place for place in places if place in order] == order
-    assert places.count("INPUT") == 4
+    assert places.count("INPUT") == 5
     opened.run("document.querySelector('#budget').focus()")
     opened.press("ArrowRight")  # the slider's own
     assert (opened.text("#budget-name"), opened.text("#image-name")[0]) == ("36", "1")
