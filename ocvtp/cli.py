@@ -26,6 +26,7 @@ _COMMANDS = {
     "list": "every pruner: stage, needs, paper, status",
     "answer": "one answer, tokens before and after",
     "show": "draw kept tokens and slot masks",
+    "explore": "one page to look at: kept tokens, slots, answers and times of many pruners",
     "evaluate": "accuracy against budget, of any pruners on any task",
     "recommend": "which pruner at which budget, for a model and a task of evaluate",
     "lmms-task": "a task of evaluate, written for lmms-eval",

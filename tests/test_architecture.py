@@ -33,7 +33,7 @@ STOREYS = (
     "evaluation",
     "flops",
     "bench serving",
-    "recommend",
+    "recommend explore",
     "commands",
     "cli __init__",
 )

@@ -103,6 +103,54 @@ def show(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def explore(parser: argparse.ArgumentParser) -> None:
+    """A model or a tower, pruners, budgets, images, prompts and the page to write."""
+    options.add_model_or_tower(parser)
+    parser.add_argument("--images", required=True, nargs="+", help="image files, or folders")
+    parser.add_argument(
+        "--max-images", type=int, default=20, help="of them, the first (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pruners",
+        nargs="+",
+        required=True,
+        metavar="NAME[:KEY=VALUE,...]",
+        help="see `ocvtp list`; the unpruned model is beside them",
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
+    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    parser.add_argument(
+        "--checkpoint", nargs="+", default=[], help="exported networks, for pruners that take one"
+    )
+    options.add_text_tower(parser)
+    options.add_budget(parser)
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="plain text, one or several: each is asked about every image (default: the model is"
+        " asked nothing, and of pruners before the language model that does not run)",
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="of an answer (default: 32)")
+    parser.add_argument(
+        "--no-times",
+        action="store_true",
+        help="do not time answers, so that the tower runs once for all pruners",
+    )
+    options.add_skip_unfit(parser)
+    parser.add_argument("--output", required=True, help="the HTML file to write")
+    parser.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=0,
+        metavar="PORT",
+        help="then show it to browsers of this machine, on 127.0.0.1, until Ctrl-C (default: a"
+        " free port)",
+    )
+    options.add_json(parser)
+
+
 def evaluate(parser: argparse.ArgumentParser) -> None:
     """A model or a tower, pruners and budgets; cli.py adds the task."""
     options.add_model_or_tower(parser)
@@ -368,6 +416,7 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "runs": runs,
     "answer": answer,
     "show": show,
+    "explore": explore,
     "evaluate": evaluate,
     "recommend": recommend,
     "lmms-task": lmms_task,

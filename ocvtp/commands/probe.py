@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ocvtp.commands import output
-from ocvtp.data.coco import IMAGE_SUFFIXES
+from ocvtp.commands.image_files import image_files
 from ocvtp.data.questions import ask
 from ocvtp.data.scenes import draw_scene, scene_style, split_seed
 from ocvtp.evaluation.gate_probe import Facts, build_gates, probe, to_markdown
@@ -57,7 +55,7 @@ def _items(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             f"--level {arguments.level} is of drawn scenes, and --images names others; pass one of"
             " the two."
         )
-    paths = _files(arguments.images)[: arguments.num_images]
+    paths = image_files(arguments.images)[: arguments.num_images]
     prompt = PROMPT if arguments.prompt is None else arguments.prompt
     return [_item(open_image(path), prompt, "It", str(path)) for path in paths]
 
@@ -82,22 +80,3 @@ def _item(image: Image.Image, question: str, answer: str, key: str) -> dict[str,
         "masks": None,
         "key": key,
     }
-
-
-def _files(given: Sequence[str]) -> list[Path]:
-    """The images, those of folders by name.
-
-    Raises:
-        ValueError: if a folder has none.
-    """
-    found: list[Path] = []
-    for name in given:
-        path = Path(name)
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES]
-        if not inside:
-            raise ValueError(f"--images {name} is a folder without images; pass another one.")
-        found += inside
-    return found
