@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ocvtp.commands import options, output
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
@@ -111,7 +111,7 @@ def _text(report: ExtractionReport, folder: str, settings: Sequence[str]) -> str
         )
     counts = ", ".join(f"{count} {split}" for split, count in report.images.items())
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
-    again = shlex.join(["ocvtp", "train", *_without_data(settings), *_FEATURES, folder])
+    again = command_line.command("train", *_without_data(settings), *_FEATURES, folder)
     return f"{folder} holds {counts} images{left_out}\ntrain on them with:  {again}"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from ocvtp.commands import options, output
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
@@ -57,7 +57,7 @@ def run_words(words: Sequence[str]) -> int:
         report = write_teacher(
             module, data.train_set, module.transform, arguments.output, arguments.shard_size
         )
-    again = shlex.join(["ocvtp", "train", *settings, "--model.teacher", arguments.output])
+    again = command_line.command("train", *settings, "--model.teacher", arguments.output)
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
     text = (
         f"{arguments.output} holds {report.questions} questions{left_out},"

@@ -27,6 +27,7 @@ from ocvtp.recommend.choice import (
 )
 from ocvtp.recommend.code import lines
 from ocvtp.recommend.typical import Typical, typical
+from ocvtp.reporting.command_line import command as typed
 
 KIND, SCHEMA = "ocvtp recommend", 1
 ACCURACY, SPEED = "accuracy", "speed"
@@ -227,8 +228,8 @@ def _that_run(subject: Subject, specs: Sequence[str], accuracy: Mapping[str, Any
         return found
     why = {row["label"]: row["note"] for row in accuracy["rows"] if row["note"]}
     raise ValueError(
-        f"none of these pruners can run on {subject.name}; see `ocvtp list --model"
-        f" {subject.name}`:" + "".join(f"\n  {label}: {text}" for label, text in why.items())
+        f"none of these pruners can run on {subject.name}; see"
+        f" `{typed('list', '--model', subject.name)}`:" + "".join(f"\n  {label}: {text}" for label, text in why.items())
     )
 
 

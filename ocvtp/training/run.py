@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shlex
 import signal
 import sys
 import warnings
@@ -18,6 +17,7 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.plain_text import one_line
 from ocvtp.training.averaging import NetworkAverage
@@ -391,7 +391,7 @@ def _stopped(
         if "--resume" in kept:
             at = kept.index("--resume")
             del kept[at : at + 2]
-        again = shlex.join(["ocvtp", "train", *kept, "--resume", saved])
+        again = command_line.command("train", *kept, "--resume", saved)
         message = f"{where}; continue with:  {again}"
     elif stop.steps:
         message = f"{where}; there is no checkpoint yet"
