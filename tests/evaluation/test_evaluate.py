@@ -381,14 +381,16 @@ def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_whose_answers_are_gone_are_named(subject, few, tmp_path):
+def test_rows_whose_answers_are_gone_are_not_lost(subject, few, tmp_path):
+    """As those of `ocvtp merge` are from the beginning."""
     write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     for path in (tmp_path / "answers").glob("fopru*"):
         path.unlink()
-    report, _ = ask(subject, few, tmp_path, pruners=["uniform"], controls=())
-    (remark,) = report.remarks
-    assert remark.startswith("not kept, as their answers are gone")
-    assert "`fopru` at 2.78%, 12.5%." in remark
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"not there.*lost: `fopru` at 2.78%, 12.5%\. Pass anoth"):
+        ask(subject, few, tmp_path, pruners=["uniform"], controls=())
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ask(subject, few, tmp_path, controls=())  # which asks for all of them
 
 
 @pytest.mark.slow
