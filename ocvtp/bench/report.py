@@ -15,6 +15,7 @@ from ocvtp.reporting.files import replacing
 from ocvtp.reporting.plain_text import cell as cell_of
 from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.reporting.plain_text import one_line
+from ocvtp.reporting.results_files import RESULTS
 from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
@@ -56,7 +57,7 @@ def write(results: Facts, folder: Path, accuracy: Facts | None = None) -> list[P
     Returns:
         what was written.
     """
-    paths = [folder / "results.json", folder / "report.md"]
+    paths = [folder / RESULTS, folder / "report.md"]
     for path, text in zip(paths, (_lines(results), markdown(results)), strict=True):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
