@@ -5,11 +5,12 @@ Points are percentage points of a figure, minus the unpruned model's; below 0 is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ocvtp.evaluation.tasks.agreement import AGREEMENT
+from ocvtp.evaluation.tasks.base import Task, TokenTask
 
 Facts = Mapping[str, Any]
 _ROUNDING = 1e-9
@@ -105,14 +106,31 @@ def metric_of(accuracy: Facts, wanted: str | None, num_items: int) -> str:
         known |= {name: figure["n"] for name, figure in row["figures"].items()}
     if wanted is not None:
         if wanted not in known:
-            raise ValueError(
-                f"--metric {wanted}: the figures of this task are {', '.join(known)}; pass one of"
-                f" them, or {AGREEMENT}."
-            )
+            raise ValueError(_unknown(wanted, known))
         return wanted
     names = [*accuracy["metrics"], *(name for name in known if name == "all")]
     whole = [name for name in names if known.get(name) == num_items]
     return str((whole or names)[0])
+
+
+def refuse_unknown(wanted: str, task: Task) -> None:
+    """Refuse a figure that a task of answers has not, before anything is asked.
+
+    Raises:
+        ValueError: that names those which there are.
+    """
+    if isinstance(task, TokenTask):  # what it looks at makes its figures
+        return
+    silent = [{"answer": "", "given": 1.0, "kept": 1.0} for _ in task.items]
+    if wanted not in (known := task.compared(silent, silent)):
+        raise ValueError(_unknown(wanted, known))
+
+
+def _unknown(wanted: str, known: Iterable[str]) -> str:
+    return (
+        f"--metric {wanted}: the figures of this task are {', '.join(known)}; pass one of them, or"
+        f" {AGREEMENT}."
+    )
 
 
 def front(found: Sequence[Option]) -> list[Option]:

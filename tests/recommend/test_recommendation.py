@@ -191,6 +191,15 @@ def test_questions_without_answers_are_enough_and_a_second_run_goes_on(
     again = json.loads(capsys.readouterr().out)
     assert not asked
     assert again["rows"] == found["rows"]
+    assert main([*words, "--pruners", "fopru", "--metric", "nope"]) == 2
+    assert "--metric nope: the figures of this task are all/agreement;" in capsys.readouterr().err
+    monkeypatch.undo()
+    other = [word for word in words if word != "9"]
+    assert main([*other, "--pruners", "uniform"]) == 0  # others there are kept, and not chosen
+    found = json.loads(capsys.readouterr().out)
+    assert {(row["label"], row["num_keep"]) for row in found["rows"]} == {("uniform", 72)}
+    kept = json.loads((tmp_path / "out/accuracy/results.json").read_text())["rows"]
+    assert {row["num_keep"] for row in kept if row["label"] == "fopru"} == {72, 9}
 
 
 @pytest.mark.slow
@@ -246,7 +255,9 @@ def test_what_is_left_out_is_said_once_with_its_budgets():
     ]
     rows += [row("fopru", 8, "of a note", figures=["all"])]
     cell = {"unfit": {"tome K=8": "too few", "fopru K=8": "out of memory"}}
-    assert _left_out({"rows": rows}, cell) == {
+    cell["unfit"]["todre K=8"] = "of an earlier run"
+    asked = {f"{label} K={count}" for label in ("hiprune", "tome", "fopru") for count in (72, 8)}
+    assert _left_out({"rows": rows}, cell, asked) == {
         "hiprune at K=72, 36": "no block 8",
         "tome at K=8": "too few",
         "vprune": "no pixels",
