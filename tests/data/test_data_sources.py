@@ -350,7 +350,7 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path, datasets):
     known = r"split 'trian', but train, validation; pass one"
     for root, options, message in (
         ("split", {"train_split": "trian"}, known),
-        ("split", {"val_split": "trian"}, known),
+        ("split", {"val_split": "trian", "column": "picture"}, known),
         ("plain", {"train_split": "trian"}, "'trian', as names of its files begin with none"),
         ("plain", {}, "has no column 'image'"),  # all of its files
         ("x", {}, "has no column 'image', but picture, label"),
