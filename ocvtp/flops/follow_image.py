@@ -58,10 +58,17 @@ class Image:
         sizes = (count, num_views, text_length)
         return dummy_tokens.tower_tokens(self.sizes, needs, self.grid_hw, self.rows, *sizes)
 
-    def choose(self, part: Pruner, tokens: VisualTokens, times: int = 1) -> int:
-        """Let a pruner choose, so many times; returns K."""
+    def choose(
+        self, part: Pruner, tokens: VisualTokens, times: int = 1, rows_of_each: int = 1
+    ) -> int:
+        """Let a pruner choose, so many times; returns K.
+
+        Args:
+            part: the pruner. tokens: what it sees. times: how often.
+            rows_of_each: rows of a token that are mixed where the pruner merges.
+        """
         operations, selection = counted(partial(part.select, tokens))
-        self.select += times * (operations + _mixing(tokens, selection))
+        self.select += times * (operations + rows_of_each * _mixing(tokens, selection))
         return selection.keep_indices.shape[1]
 
 
@@ -152,7 +159,7 @@ def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualT
     everything = rows = image.num_views * math.prod(image.grid_hw)
     part = parts.get("llm_input")
     if part is not None:
-        image.left = image.choose(part, tokens)
+        image.left = image.choose(part, tokens, rows_of_each=1 + host.num_deepstack_layers)
     if not host.features_are_projected:
         if image.savings.project_kept and not image.needs.projected:
             rows = image.left

@@ -14,6 +14,7 @@ from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.sizes import sizes_of
 from ocvtp.hosts import find_host
+from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models import full_size
 from ocvtp.transformers_names import hands_on_arguments
@@ -228,10 +229,26 @@ def test_tiles_one_by_one_have_no_budget_of_an_image():
 
 
 def test_other_families_are_refused_with_those_that_are_known():
-    from ocvtp.hosts.loading import load_config
+    config = load_config("random:tiny-internvl")
+    with pytest.raises(ValueError, match=r"'internvl_vision' are not.*llava_next.*qwen2_5_vl"):
+        count(config.vision_config)
+    text = {"model_type": "qwen2_moe", "hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 99}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4}
+    of_experts = type(config)(vision_config=config.vision_config, text_config=text)
+    with pytest.raises(ValueError, match="model_type='qwen2_moe' are not counted, whose layers"):
+        count(of_experts)
 
-    with pytest.raises(ValueError, match=r"internvl.*llava_next.*qwen2_5_vl"):
-        count(load_config("random:tiny-internvl"))
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("internvl", 5 * 16), ("llava-onevision", 5 * 64), ("qwen2-vl", 24**2), ("qwen3-vl", 21**2)
+    ],
+)  # fmt: skip
+def test_the_usual_image_of_a_family(name, tokens):
+    config = load_config(f"random:tiny-{name}")
+    assert count(config).visual == (tokens,) * config.get_text_config().num_hidden_layers
+    assert count(config, num_keep=9).visual[0] == 9
 
 
 def test_counting_makes_no_numbers_and_changes_no_configuration():
