@@ -191,18 +191,7 @@ def check(
             f" max_steps={trainer.max_steps}, limit_train_batches={trainer.limit_train_batches});"
             " pass more of them."
         )
-    validated: int | None = 0
-    seconds = 0.0
-    if trainer.enable_validation and getattr(data, "has_validation", True):
-        trainer.limit_val_batches = _VALIDATED
-        began = time.monotonic()
-        trainer.validate(module, data, verbose=False)
-        seconds = time.monotonic() - began
-        loaders = CombinedLoader(trainer.val_dataloaders).flattened
-        tried = trainer.num_val_batches
-        whole = [sized_len(one) or few for one, few in zip(loaders, tried, strict=True)]
-        seconds *= sum(whole) / max(sum(tried), 1)
-        validated = _count(loaders)
+    validated, seconds = _validation(trainer, module, data)
     epochs = probe.batches / probe.epoch / (trainer.check_val_every_n_epoch or 1)
     size = sum(p.numel() * p.element_size() for p in module.trained())
     averages = any(isinstance(one, NetworkAverage) for one in trainer.callbacks)
@@ -226,6 +215,20 @@ def check(
         loss=probe.loss,
         is_main=trainer.is_global_zero,
     )
+
+
+def _validation(trainer: Any, module: NetworkModule, data: Any) -> tuple[int | None, float]:
+    """Items of a whole validation, see `_count`, and its seconds, from a few batches of it."""
+    if not trainer.enable_validation or not getattr(data, "has_validation", True):
+        return 0, 0.0
+    trainer.limit_val_batches = _VALIDATED
+    began = time.monotonic()
+    trainer.validate(module, data, verbose=False)
+    seconds = time.monotonic() - began
+    loaders = CombinedLoader(trainer.val_dataloaders).flattened
+    tried = trainer.num_val_batches
+    whole = [sized_len(one) or few for one, few in zip(loaders, tried, strict=True)]
+    return _count(loaders), seconds * sum(whole) / max(sum(tried), 1)
 
 
 def _count(loaders: Any) -> int | None:
