@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
+from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.plain_text import markdown
 from ocvtp.reporting.plot_style import INK, better, canvas, label, name_rows
 

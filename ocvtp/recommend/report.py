@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ocvtp.evaluation.tables import table
 from ocvtp.recommend.choice import Span, ends_text, most_text, percent_text, points_text
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.run import ACCURACY, SPEED
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.plain_text import code, one_line
 from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.visualize import save_figure
