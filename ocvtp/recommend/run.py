@@ -11,6 +11,7 @@ from ocvtp.bench import report as speed_report
 from ocvtp.bench.run import Plan, bench
 from ocvtp.evaluation import report as accuracy_report
 from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, UNPRUNED, Budget
+from ocvtp.evaluation.plots import order
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.base import Task
@@ -139,6 +140,7 @@ def recommend(
         "task": accuracy["task"],
         **_chosen(accuracy, found, metric, wanted, subject.text_tower),
         "remarks": [*accuracy["remarks"], *_warnings(accuracy, "mild")],
+        "order": dict(zip(("methods", "controls"), order(accuracy), strict=True)),
         "left_out": _left_out(asked, cell, _names(specs, counts)),
         "request": {**sizes, "image_size": list(usual.image_size), "tokens": usual.num_tokens},
         "command": command,
