@@ -162,7 +162,7 @@ def test_a_finished_run_asks_for_new_pruners_alone(subject, task, finished, monk
 def test_answers_of_other_settings_are_refused(subject, task, finished):
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, SceneTask(num_images=3, questions=2, size=48, seed=1), finished)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(batch_size was 4 and is 8\)"):
         ask(subject, task, finished, batch_size=8)
 
 
@@ -244,6 +244,9 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, netwo
     assert not rows["fill_only"].trained
     assert rows["untrained"].control
     assert {f"ocvtp @ 4 # {number}" for number in (0, 1)} < set(records)
+    order = r"checkpoint was '.*seed0' and is '.*seed1'.*in the order of that run, another --output"
+    with pytest.raises(ValueError, match=order):
+        ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders[::-1])
     made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders)
