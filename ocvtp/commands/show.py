@@ -25,7 +25,7 @@ from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.shorten import Prompt, look
-from ocvtp.hosts.registry import find_host
+from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
 from ocvtp.structures import Selection, VisualTokens
@@ -164,9 +164,9 @@ def _of_model(
     pixels = dict(inputs)
     inputs = inputs.to(vlm.device, vlm.dtype)
     outside = [pruner for pruner in pruners if not _runs_inside(pruner)]
+    for pruner in outside:
+        check(host, pruner)
     unions = joined(pruner.needs for pruner in outside)
-    for needs in unions:
-        host.check(needs)
     stages: dict[int, list[_Stage]] = {}
     for needs in unions:
         left = [pruner for pruner in outside if id(pruner) not in stages]
