@@ -90,11 +90,7 @@ class SourceDataModule(ResumableDataModule):
             ValueError: if there is no transform, no image, too few to hold out, or a file of both
                 sets.
         """
-        if self.transform is None:
-            raise ValueError(
-                f"{type(self).__name__} has no transform; set `.transform` to the image transform "
-                "of the encoder before the Trainer runs."
-            )
+        self._need_transform()
         fits, validates = stage in (None, "fit"), stage in (None, "fit", "validate")
         if fits:
             self._loader, self._state = None, {}
