@@ -27,14 +27,7 @@ _FEATURES = ("--data", "ocvtp.data.features.FeatureDataModule", "--data.root")
 
 def parser() -> argparse.ArgumentParser:
     """The flags of its own."""
-    found = argparse.ArgumentParser(
-        prog="ocvtp extract",
-        description=_DESCRIPTION,
-        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    found = options.of_training("extract", _DESCRIPTION)
     found.add_argument(
         "--dtype",
         default="float16",
@@ -56,12 +49,10 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="views of every training image, each in a window elsewhere (default: %(default)s)",
     )
-    found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
     found.add_argument("--rank", type=int, help="which part of the files, from 0")
     found.add_argument(
         "--ranks", type=int, help="processes that share the work (default: as torchrun or SLURM)"
     )
-    options.add_json(found)
     return found
 
 

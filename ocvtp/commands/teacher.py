@@ -21,19 +21,10 @@ the folder holds.
 
 def parser() -> argparse.ArgumentParser:
     """The flags of its own."""
-    found = argparse.ArgumentParser(
-        prog="ocvtp teacher",
-        description=_DESCRIPTION,
-        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    found = options.of_training("teacher", _DESCRIPTION)
     found.add_argument(
         "--shard-size", type=int, default=2000, help="questions of a file (default: %(default)s)"
     )
-    found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
-    options.add_json(found)
     return found
 
 
