@@ -154,6 +154,8 @@ def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualT
         read = [_with_selected(needs, tower) for needs in readers]
         halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
     image.tower = image.num_views * formulas.tower(tower, patches, image.rows, halves)
+    if not image.savings.cut_tower:
+        image.tower += image.num_views * dummy_tokens.pooling(sizes, image.rows[-1].mlp)
     reads, tokens = image.tokens(image.needs, image.left, image.num_views, image.text_length)
     image.select += reads
     everything = rows = image.num_views * math.prod(image.grid_hw)

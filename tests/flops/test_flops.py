@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import DINOS, tiny_llava
+from transformers import SiglipVisionConfig
 
 from ocvtp import Compose, build_pruner
 from ocvtp.flops import count, operations
@@ -134,6 +136,27 @@ def test_dino_towers_as_torch_counts_them(kind):
         for hook in hooks:
             hook.remove()
         assert linears == counted.projector
+
+
+def test_a_head_that_pools_counts_where_it_runs():
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        image_size=112, patch_size=14,
+    )  # fmt: skip
+    config = copy.deepcopy(load_config("random:tiny-llava"))
+    config.vision_config, config.vision_feature_select_strategy = vision, "full"
+    model = full_size.materialise(config, "float32")
+    with operations.counter() as counter, torch.no_grad():
+        model.model.get_image_features(torch.zeros(1, 3, 112, 112))
+    found = count(model)
+    assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
+    pruner = build_pruner("random", num_keep=6)
+    with pruner(model), operations.counter() as counter, torch.no_grad():
+        ids = torch.tensor([[1, *[config.image_token_id] * 64, 5]])
+        model(input_ids=ids, pixel_values=torch.zeros(1, 3, 112, 112), logits_to_keep=1)
+    counted = count(model, pruner=pruner, text_length=2)
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.001)
+    assert counted.tower < found.tower
 
 
 @pytest.mark.parametrize("masked", [False, True])
