@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
+from ocvtp.reporting.command_line import typed_before
 from ocvtp.reporting.plain_text import terminal
 
 _COMMANDS = {
@@ -62,11 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     typed = list(words)
     words[:] = _before_command(words)
+    with typed_before(typed[: len(typed) - len(words)]):
+        return _command(words)
+
+
+def _command(words: list[str]) -> int:
     if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
         command = importlib.import_module(f"ocvtp.commands.{words[0]}")
         return int(command.run_words(words[1:]))
     arguments = _parser(words).parse_args(words)
-    arguments.words = typed
+    arguments.words = words
     command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
     return int(command.run(arguments))
 

@@ -41,10 +41,15 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
-def no_such(name: str, known: Iterable[str]) -> str:
-    """How a sentence about an unknown name ends: `; did you mean 'x'?`, or a full stop."""
-    close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def no_such(name: str, known: Iterable[str], most: int = 1, otherwise: str = ".") -> str:
+    """How a sentence about an unknown name ends: `; did you mean 'x'?`, or a full stop.
+
+    Args:
+        name: that is unknown. known: the others.
+        most: of these that are named, the closest. otherwise: the end where none is close.
+    """
+    close = get_close_matches(name, known, n=most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
 def read_fields(cls: type[_T], values: Mapping[str, Any]) -> _T:
@@ -60,9 +65,8 @@ def read_fields(cls: type[_T], values: Mapping[str, Any]) -> _T:
     """
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     if unknown := sorted(map(str, values.keys() - known.keys())):
-        close = get_close_matches(unknown[0], known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown settings {shown(unknown)}; {hint}known are {sorted(known)}.")
+        hint = no_such(unknown[0], known)
+        raise ValueError(f"unknown settings {shown(unknown)}{hint} Known are {sorted(known)}.")
     return cls(**of_fields(cls, values))
 
 

@@ -9,9 +9,8 @@ from typing import Any
 
 from ocvtp.bench import statistics
 from ocvtp.bench.report import cell_name
-from ocvtp.bench.summary import METRICS, label_of, series
+from ocvtp.bench.summary import METRICS, is_control, label_of, series
 from ocvtp.choices import Bold
-from ocvtp.pruners import list_pruners, pruner_class
 from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.paper_table import Column, Entry, Kind, Row, overlap, with_bold
 from ocvtp.reporting.plot_style import better
@@ -135,9 +134,7 @@ def _kind(row: Facts, is_bare: bool) -> Kind:
         return "unpruned"
     if row.get("yours"):
         return "yours"
-    name = row["label"].partition(":")[0]
-    is_control = name in list_pruners() and pruner_class(name).status == "control"
-    return "control" if is_control else "method"
+    return "control" if is_control(row) else "method"
 
 
 def _tokens(row: Facts, name: str) -> dict[str, float]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from ocvtp.bench.summary import is_control
 from ocvtp.bench.summary import label_of as _label
+from ocvtp.evaluation.plots import order
 from ocvtp.reporting.plot_style import (
-    COLOURS,
     INK,
-    MARKERS,
     WIDTH,
+    Mark,
     Name,
     bars_height,
     beside,
@@ -25,6 +26,7 @@ from ocvtp.reporting.plot_style import (
     label,
     limits,
     look,
+    marks,
     name_ends,
     name_places,
     name_rows,
@@ -54,16 +56,7 @@ class _Line:
 
     name: str
     rows: Sequence[Facts]
-    number: int
-    of: int
-
-    @property
-    def colour(self) -> str:
-        return COLOURS[self.number % len(COLOURS)]
-
-    @property
-    def marker(self) -> str:
-        return MARKERS[(self.number + self.number // len(COLOURS)) % len(MARKERS)]
+    mark: Mark
 
     @property
     def yours(self) -> bool:
@@ -71,14 +64,18 @@ class _Line:
 
     def style(self, panel: Any) -> dict[str, Any]:
         size = look(panel.figure.get_figwidth()).size
-        width = (2.2 if self.yours else 1.2) * size
-        return {"color": self.colour, "marker": self.marker, "ms": 5 * size, "lw": width}
+        return {"lw": (2.2 if self.yours else 1.2) * size, **self.mark.style(size)}
 
     def end(self, x: float, y: float, drawn: Any) -> Name:
-        return Name(self.name, x, y, self.colour, self.yours, drawn)
+        return Name(self.name, x, y, self.mark.colour, self.yours, drawn)
 
 
-def ttft(results: Facts, accuracy: Facts | None = None, width: float = WIDTH) -> Figure:
+def ttft(
+    results: Facts,
+    accuracy: Facts | None = None,
+    width: float = WIDTH,
+    like: tuple[Sequence[str], Sequence[str]] | None = None,
+) -> Figure:
     """TTFT against the tokens kept, or accuracy against TTFT; a panel a cell.
 
     Args:
@@ -86,6 +83,8 @@ def ttft(results: Facts, accuracy: Facts | None = None, width: float = WIDTH) ->
         accuracy: results.json of `ocvtp evaluate`: its first metric is drawn, of the pruners and
             budgets that both have.
         width: inches.
+        like: methods and controls in the order of their colours, of plots that stand beside this
+            one; None for that of `accuracy`, or of the rows.
 
     Raises:
         ValueError: if they have none in common.
@@ -93,14 +92,17 @@ def ttft(results: Facts, accuracy: Facts | None = None, width: float = WIDTH) ->
     cells = [_on_one_clock(cell) for cell in results["cells"]]
     if accuracy is not None and not in_common(results, accuracy):
         raise ValueError(NOTHING_IN_COMMON)
-    names = [["unpruned", *(line.name for line in _lines(cell))] for cell in cells]
+    if like is None and accuracy is not None and _is_whole(accuracy):
+        like = order(accuracy)
+    own = _marks(cells, like or ((), ()))
+    names = [["unpruned", *(line.name for line in _lines(cell, own))] for cell in cells]
     heights = [height_for(one, least=3.6, width=width) for one in names]
     drawing, panels = canvas(heights, width)
     for panel, cell, height in zip(panels, cells, heights, strict=True):
         if accuracy is None:
-            _against_tokens(panel, cell, height)
+            _against_tokens(panel, _lines(cell, own), cell, height)
         else:
-            _against_accuracy(panel, cell, accuracy, height)
+            _against_accuracy(panel, _lines(cell, own), cell, accuracy, height)
     return drawing
 
 
@@ -147,9 +149,8 @@ def stages(results: Facts, width: float = WIDTH) -> Figure:
     return drawing
 
 
-def _against_tokens(panel: Any, cell: Facts, inches: float) -> None:
+def _against_tokens(panel: Any, lines: Sequence[_Line], cell: Facts, inches: float) -> None:
     """A line a pruner, with intervals, and the bare model's TTFT; dots of a budget side by side."""
-    lines = _lines(cell)
     counts = sorted({_tokens(row) for line in lines for row in line.rows})
     gaps = np.diff(np.log(counts)) if len(counts) > 1 else [np.log(2)]
     bare = cell["rows"][0]["figures"]["ttft"]
@@ -164,7 +165,7 @@ def _against_tokens(panel: Any, cell: Facts, inches: float) -> None:
     for line, own, place in zip(lines, times, places, strict=True):
         middle, low, high = np.array(own).T
         spread = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
-        x = [_tokens(row) * beside(place, line.of, 0.6 * min(gaps)) for row in line.rows]
+        x = [_tokens(row) * beside(place, len(lines), 0.6 * min(gaps)) for row in line.rows]
         drawn = panel.errorbar(x, middle, yerr=spread, capsize=2, **line.style(panel))
         ends.append(line.end(x[-1], float(middle[-1]), drawn.lines[0]))
     level = panel.axhline(bare["median"], color=INK, lw=1, ls=":")
@@ -198,7 +199,9 @@ def _times(row: Facts) -> tuple[float, float, float]:
     return (figure["median"], *(figure.get(key, figure["median"]) for key in ("low", "high")))
 
 
-def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -> None:
+def _against_accuracy(
+    panel: Any, lines: Sequence[_Line], cell: Facts, accuracy: Facts, inches: float
+) -> None:
     """A line a pruner, of the budgets whose accuracy is known."""
     known, metric = _accuracies(accuracy), accuracy["metrics"][0]
     scale = 100.0 if accuracy.get("percent") else 1.0
@@ -208,7 +211,7 @@ def _against_accuracy(panel: Any, cell: Facts, accuracy: Facts, inches: float) -
         points.append((bare["figures"]["ttft"]["median"], scale * value))
         (star,) = panel.plot(*points[0], "*", color=INK, ms=9)
         ends.append(Name(bare["label"], *points[0], INK, drawn=star))
-    for line in _lines(cell):
+    for line in lines:
         own = [
             (row["figures"]["ttft"]["median"], scale * known[row["label"], row["num_keep"]])
             for row in line.rows
@@ -244,15 +247,26 @@ def _on_one_clock(cell: Facts) -> Facts:
     return {**cell, "rows": rows}
 
 
-def _lines(cell: Facts) -> list[_Line]:
+def _marks(cells: Sequence[Facts], like: tuple[Sequence[str], Sequence[str]]) -> dict[str, Mark]:
+    """Of all lines, those of `like` first."""
+    rows = [row for cell in cells for row in cell["rows"] if row["kept"] is not None]
+    rows.sort(key=lambda row: bool(row["changed"]))  # what was asked for comes first
+    methods = [_label(row) for row in rows if not is_control(row)]
+    controls = [_label(row) for row in rows if is_control(row)]
+    return marks([*like[0], *methods], [*like[1], *controls])
+
+
+def _is_whole(accuracy: Facts) -> bool:
+    """Whether it has what plots of an evaluation read, not values alone."""
+    return all({"budget", "control"} <= row.keys() for row in accuracy["rows"])
+
+
+def _lines(cell: Facts, own: Mapping[str, Mark]) -> list[_Line]:
     pruned = [row for row in cell["rows"] if row["kept"] is not None]
     found: dict[str, list[Facts]] = {}
     for row in pruned:
         found.setdefault(_label(row), []).append(row)
-    return [
-        _Line(name, sorted(rows, key=_tokens), number, len(found))
-        for number, (name, rows) in enumerate(found.items())
-    ]
+    return [_Line(name, sorted(rows, key=_tokens), own[name]) for name, rows in found.items()]
 
 
 def _accuracies(accuracy: Facts) -> dict[tuple[str, int | None], float]:

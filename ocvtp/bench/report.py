@@ -11,10 +11,11 @@ from typing import Any
 from ocvtp.bench import plots
 from ocvtp.bench.statistics import RESAMPLES
 from ocvtp.bench.summary import STAGES
+from ocvtp.reporting import markdown_table
 from ocvtp.reporting.files import replacing
-from ocvtp.reporting.plain_text import cell as cell_of
 from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.reporting.plain_text import one_line
+from ocvtp.reporting.results_files import RESULTS
 from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
@@ -56,7 +57,7 @@ def write(results: Facts, folder: Path, accuracy: Facts | None = None) -> list[P
     Returns:
         what was written.
     """
-    paths = [folder / "results.json", folder / "report.md"]
+    paths = [folder / RESULTS, folder / "report.md"]
     for path, text in zip(paths, (_lines(results), markdown(results)), strict=True):
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -98,15 +99,9 @@ def times_table(cell: Facts) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded so that it can be read in a terminal too."""
-    head, *rows = ([cell_of(markdown_of(text)) for text in row] for row in (head, *rows))
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (text.ljust(width) for text, width in zip(cells, widths, strict=True))
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join([line(head), f"|{'|'.join('-' * (w + 2) for w in widths)}|", *map(line, rows)])
+    """A Markdown table of plain texts."""
+    head, *rows = ([markdown_of(text) for text in row] for row in (head, *rows))
+    return markdown_table.table(head, rows, figures=False)
 
 
 def number(value: float) -> str:

@@ -27,6 +27,7 @@ from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.reporting.environment import environment_of
 from ocvtp.reporting.progress import progress_bar
+from ocvtp.reporting.results_files import refuse_another
 
 SCHEMA = 1
 KIND = "ocvtp bench"
@@ -95,6 +96,7 @@ def bench(subject: Subject, plan: Plan, folder: Path, command: str = "") -> dict
     shared |= {key: environment[key] for key in ("device", "threads", "dtype")}
     shared["attention"] = attention_of(model)
     done = []
+    refuse_another(folder, KIND)
     cells_in(folder / CELLS, shared)  # refuses those of other settings before anything is timed
     with progress_bar() as progress:
         bar = progress.add_task("", total=None)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ocvtp.bench import statistics
 from ocvtp.bench.timeline import MODEL, PROJECT, SELECT, TOWER
+from ocvtp.pruners import list_pruners, pruner_class
 
 Facts = Mapping[str, Any]
 Array = NDArray[np.float64]
@@ -51,6 +52,12 @@ def series(samples: Mapping[str, Sequence[float]], metric: str, new_tokens: int)
 def label_of(row: Facts) -> str:
     """A pruner, and what was changed of its savings: which line of a plot a row is a point of."""
     return f"{row['label']} [{row['changed']}]" if row["changed"] else str(row["label"])
+
+
+def is_control(row: Facts) -> bool:
+    """Whether a row is there to be compared with."""
+    name = row["label"].partition(":")[0]
+    return name in list_pruners() and pruner_class(name).status == "control"
 
 
 def cell(found: Facts, new_tokens: int) -> dict[str, Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ocvtp.commands import options, output
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
@@ -27,14 +27,7 @@ _FEATURES = ("--data", "ocvtp.data.features.FeatureDataModule", "--data.root")
 
 def parser() -> argparse.ArgumentParser:
     """The flags of its own."""
-    found = argparse.ArgumentParser(
-        prog="ocvtp extract",
-        description=_DESCRIPTION,
-        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    found = options.of_training("extract", _DESCRIPTION)
     found.add_argument(
         "--dtype",
         default="float16",
@@ -56,12 +49,10 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="views of every training image, each in a window elsewhere (default: %(default)s)",
     )
-    found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
     found.add_argument("--rank", type=int, help="which part of the files, from 0")
     found.add_argument(
         "--ranks", type=int, help="processes that share the work (default: as torchrun or SLURM)"
     )
-    options.add_json(found)
     return found
 
 
@@ -111,7 +102,7 @@ def _text(report: ExtractionReport, folder: str, settings: Sequence[str]) -> str
         )
     counts = ", ".join(f"{count} {split}" for split, count in report.images.items())
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
-    again = shlex.join(["ocvtp", "train", *_without_data(settings), *_FEATURES, folder])
+    again = command_line.command("train", *_without_data(settings), *_FEATURES, folder)
     return f"{folder} holds {counts} images{left_out}\ntrain on them with:  {again}"
 
 

@@ -334,8 +334,9 @@ def flops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-visual",
         type=int,
-        help="visual tokens of an image before pruning (default: all of a model with one number,"
-        " 2880 of LLaVA-NeXT, 576 of Qwen2.5-VL)",
+        help="visual tokens of an image before pruning (default: all of a model with one number;"
+        " those of 2 x 2 tiles and the whole, e.g. 2880 of LLaVA-NeXT; of 672 x 672 pixels, e.g."
+        " 576 of Qwen2.5-VL)",
     )
     parser.add_argument("--images", type=int, default=1, help="of the prompt (default: 1)")
     parser.add_argument(

@@ -11,11 +11,12 @@ from typing import Any
 from ocvtp.commands import output
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
-from ocvtp.flops.report import ANY, UNPRUNED, bars, results, to_markdown
+from ocvtp.flops.report import ANY, KIND, UNPRUNED, bars, results, to_markdown
 from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec, known_settings
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.results_files import RESULTS, refuse_another
 from ocvtp.visualize import save_figure
 
 
@@ -24,6 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
     folder = None if arguments.output is None else output.folder(arguments.output)
+    if folder is not None:
+        refuse_another(folder, KIND)
     sizes = sizes_of(load_config(arguments.model))
     shared = {
         "num_visual": arguments.num_visual,
@@ -74,7 +77,7 @@ def _count_pruners(
 
 def _write(facts: dict[str, Any], text: str, folder: Path) -> list[Path]:
     """Write results.json, report.md and flops.png, each whole or not at all."""
-    paths = [folder / "results.json", folder / "report.md"]
+    paths = [folder / RESULTS, folder / "report.md"]
     for path, content in zip(paths, (json.dumps(facts, indent=1) + "\n", text), strict=True):
         with replacing(path) as temporary:
             temporary.write_text(content, encoding="utf-8")

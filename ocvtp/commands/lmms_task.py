@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
 from ocvtp.commands import output
 from ocvtp.commands.tasks import make_task, task_settings
@@ -18,10 +19,9 @@ def run(arguments: argparse.Namespace) -> int:
     task = make_task(supplied, task_settings(arguments))
     path = export_task(task, folder)
     facts = {"task": path.stem, "yaml": str(path), "questions": len(task.items)}
-    text = (
-        f"wrote {len(task.items)} questions to {folder}; run them with\n  lmms-eval --model ocvtp"
-        f" --model_args pretrained={model or 'MODEL'},pruner=PRUNER,num_keep=K"
-        f" --include_path {folder} --tasks {path.stem} --batch_size 4"
-    )
+    words = ["lmms-eval", "--model", "ocvtp", "--include_path", str(folder), "--tasks", path.stem]
+    words += ["--model_args", f"pretrained={model or 'MODEL'},pruner=PRUNER,num_keep=K"]
+    again = shlex.join([*words, "--batch_size", "4"])
+    text = f"wrote {len(task.items)} questions to {folder}; run them with\n  {again}"
     output.emit(facts, text, arguments.json)
     return 0

@@ -8,6 +8,21 @@ from typing import Any, get_args
 from ocvtp import choices
 
 
+def of_training(command: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that takes the settings of a training run beside flags of its own."""
+    found = argparse.ArgumentParser(
+        prog=f"ocvtp {command}",
+        description=description,
+        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
+    add_json(found)
+    return found
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The flag --json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from ocvtp.reporting import command_line
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.plain_text import terminal
 
@@ -44,7 +44,7 @@ def _check(place: Path, given: str) -> None:
 
 def command(arguments: argparse.Namespace) -> str:
     """The command that these arguments are of."""
-    return shlex.join(["ocvtp", *arguments.words])
+    return command_line.command(*arguments.words)
 
 
 def emit(facts: dict[str, Any], text: str, as_json: bool) -> None:

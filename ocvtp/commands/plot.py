@@ -15,6 +15,8 @@ from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.plot_style import look
 from ocvtp.visualize import save_figure
 
+Order = tuple[list[str], list[str]]
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, draw and write."""
@@ -50,29 +52,39 @@ def _drawings(
     files: Sequence[ResultsFile], chosen: Chosen, width: float, kinds: Sequence[str] | None
 ) -> Iterator[tuple[str, str, Figure]]:
     """Name of the file, kind and figure of all that can be drawn."""
+    timed = [file for file in files if file.is_bench]
+    judged = [file for file in files if not file.is_bench]
+    like = _order(judged[0], narrowed(chosen, judged[0], files)) if len(judged) == 1 else None
     for file in files:
         alone = sum(one.is_bench == file.is_bench for one in files) == 1
         before = "" if alone else f"{_name(file, files)}-"
-        for kind, drawing in _of(file, narrowed(chosen, file, files), width):
+        for kind, drawing in _of(file, narrowed(chosen, file, files), width, like):
             if drawing is not None:
                 yield f"{before}{kind}", kind, drawing
-    timed = [file for file in files if file.is_bench]
-    judged = [file for file in files if not file.is_bench]
     if len(timed) == len(judged) == 1:
         labels = narrowed(chosen, timed[0], files).labels(timed[0].labels)
         times = of_times.narrowed(timed[0].facts, labels)
         metrics = chosen.of(judged[0].metrics) or judged[0].metrics[:1]
         facts = {**judged[0].facts, "metrics": metrics}
         if "tradeoff" in (kinds or ()) or of_times.in_common(times, facts):
-            yield "tradeoff", "tradeoff", of_times.ttft(times, facts, width)
+            yield "tradeoff", "tradeoff", of_times.ttft(times, facts, width, like)
 
 
-def _of(file: ResultsFile, own: Chosen, width: float) -> Iterator[tuple[str, Figure | None]]:
+def _order(judged: ResultsFile, own: Chosen) -> Order:
+    """In which the lines of all plots have colours: that of the evaluation."""
+    labels, metrics = own.labels([*judged.labels, "unpruned"]), judged.facts["metrics"]
+    shown = own.of(judged.metrics, first=len(metrics)) or metrics
+    return of_figures.order(of_figures.narrowed(judged.facts, labels, shown))
+
+
+def _of(
+    file: ResultsFile, own: Chosen, width: float, like: Order | None
+) -> Iterator[tuple[str, Figure | None]]:
     labels = own.labels([*file.labels, "unpruned"])
     if file.is_bench:
         if not own.metrics or "ttft" in own.metrics:
             times = of_times.narrowed(file.facts, labels)
-            yield "ttft", of_times.ttft(times, width=width)
+            yield "ttft", of_times.ttft(times, width=width, like=like)
             yield "stages", of_times.stages(times, width)
         return
     metrics = own.of(file.metrics, first=len(file.facts["metrics"]))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from ocvtp.commands import options, output
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.shipped import with_configs
 
@@ -21,19 +21,10 @@ the folder holds.
 
 def parser() -> argparse.ArgumentParser:
     """The flags of its own."""
-    found = argparse.ArgumentParser(
-        prog="ocvtp teacher",
-        description=_DESCRIPTION,
-        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    found = options.of_training("teacher", _DESCRIPTION)
     found.add_argument(
         "--shard-size", type=int, default=2000, help="questions of a file (default: %(default)s)"
     )
-    found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
-    options.add_json(found)
     return found
 
 
@@ -57,7 +48,7 @@ def run_words(words: Sequence[str]) -> int:
         report = write_teacher(
             module, data.train_set, module.transform, arguments.output, arguments.shard_size
         )
-    again = shlex.join(["ocvtp", "train", *settings, "--model.teacher", arguments.output])
+    again = command_line.command("train", *settings, "--model.teacher", arguments.output)
     left_out = f", {len(report.skipped)} left out" if report.skipped else ""
     text = (
         f"{arguments.output} holds {report.questions} questions{left_out},"

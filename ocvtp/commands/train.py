@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from ocvtp.commands import output
+from ocvtp.reporting import command_line
 from ocvtp.shipped import with_configs
 
 HELP = """\
@@ -100,7 +101,8 @@ def _train(words: Sequence[str]) -> int:
     lines = [result.note] if result.note else []
     if result.best:
         lines += [f"best checkpoint: {result.best}", f"last checkpoint: {result.last}"]
-        lines += [f"export it with:  ocvtp export --checkpoint {result.best} --output DIR"]
+        export = command_line.command("export", "--checkpoint", result.best, "--output", "DIR")
+        lines += [f"export it with:  {export}"]
     if result.is_main:
         output.emit({}, "\n".join(lines), as_json=False)
     return 0

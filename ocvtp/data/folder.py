@@ -43,23 +43,16 @@ class FolderDataModule(CocoDataModule):
             train_instances=False,
             **options,
         )
-        if num_val < 0 or split_seed < 0:
-            raise ValueError(f"num_val={num_val}, split_seed={split_seed}; pass 0 or more.")
-        if num_val and val_root is not None:
-            raise ValueError(
-                f"num_val={num_val} holds out images of {root}, and val_root={val_root} names a"
-                " folder of others; pass one of the two."
-            )
+        self._held_out = HeldOut(num_val, split_seed, root, val_root)
         if val_root is not None and Path(val_root).resolve().is_relative_to(self.root.resolve()):
             raise ValueError(
                 f"val_root {val_root} lies in root {root}, whose images are all trained on; pass"
                 " two folders side by side, or num_val."
             )
-        self._split = (num_val, split_seed)
 
     @property
     def has_validation(self) -> bool:
-        return bool(self._split[0]) or super().has_validation
+        return bool(self._held_out) or super().has_validation
 
     def setup(self, stage: str | None = None) -> None:
         """As `CocoDataModule.setup`.
@@ -67,36 +60,57 @@ class FolderDataModule(CocoDataModule):
         Raises:
             ValueError: if there is no transform, a folder has no images, or too few to hold out.
         """
-        num_val, seed = self._split
-        if not num_val:
+        if not self._held_out:
             super().setup(stage)
             return
         images = self._images(self.root, "", None, None, False)
-        out = held_out(len(images), num_val, seed, self.root)
+        train, val = self._held_out.parts(len(images))
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
-            train = np.flatnonzero(~out)[: self.limit_train]
-            self.train_set = Subset(images, train)  # type: ignore[arg-type]
+            self.train_set = Subset(images, train[: self.limit_train])  # type: ignore[arg-type]
         if stage in (None, "fit", "validate"):
-            val = np.flatnonzero(out)[: self.limit_val]
-            self.val_set = Subset(images, val)  # type: ignore[arg-type]
+            self.val_set = Subset(images, val[: self.limit_val])  # type: ignore[arg-type]
 
 
-def held_out(total: int, num_val: int, seed: int, root: str | Path) -> NDArray[np.bool_]:
-    """[total] which images the validation has.
+class HeldOut:
+    """Images of the training ones that the validation has.
 
     Args:
-        total: images that there are. num_val: how many it has. seed: of which ones.
-        root: where they are, for the error.
+        num_val: how many; 0 for none.
+        seed: of which ones.
+        root: where the training images are. val_root: where other ones of the validation are.
 
     Raises:
-        ValueError: if none is left to train on.
+        ValueError: for `num_val` and `val_root` at once, or a number out of range.
     """
-    if num_val >= total:
-        raise ValueError(
-            f"num_val={num_val} leaves none of the {total} images of {root} to train on;"
-            f" pass 1 to {total - 1}."
-        )
-    out = np.zeros(total, np.bool_)
-    out[np.random.default_rng(seed).permutation(total)[:num_val]] = True
-    return out
+
+    def __init__(self, num_val: int, seed: int, root: str, val_root: str | None) -> None:
+        for name, number in (("num_val", num_val), ("split_seed", seed)):
+            if number < 0:
+                raise ValueError(f"{name}={number}; pass 0 or more.")
+        if num_val and val_root is not None:
+            raise ValueError(
+                f"num_val={num_val} holds out images of {root}, and val_root={val_root} names"
+                " others; pass one of the two."
+            )
+        self._num_val, self._seed, self._root = num_val, seed, root
+
+    def __bool__(self) -> bool:
+        return self._num_val > 0
+
+    def parts(self, total: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Numbers of the images that are trained on, and of those that are held out, ascending.
+
+        Args:
+            total: images that there are.
+
+        Raises:
+            ValueError: if none is left to train on.
+        """
+        if self._num_val >= total:
+            raise ValueError(
+                f"num_val={self._num_val} leaves none of the {total} images of {self._root} to"
+                f" train on; pass 1 to {total - 1}."
+            )
+        order = np.random.default_rng(self._seed).permutation(total)
+        return np.sort(order[self._num_val :]), np.sort(order[: self._num_val])

@@ -5,6 +5,7 @@ H x W are an image's pixels after the transform, h x w before it.
 
 from __future__ import annotations
 
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
 from ocvtp.images import IMAGE_ERRORS, decode_image
 
 _EXTRA = "pip install 'ocvtp[datasets]'"
+_SPLIT = "train"
+"""Which stands for all files, where no name begins so."""
 
 
 class SourceImages(Dataset[dict[str, Any]], ABC):
@@ -229,7 +232,8 @@ class TableImages(SourceImages):
         path: a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, a .parquet file, or
             a folder of these. Tables are mapped, not read into memory.
         transform: the host's own image processing.
-        split: of a folder of several, or the beginning of the names of parquet files.
+        split: of a folder of several, or the beginning of the names of parquet files; `train`, the
+            default, is all of these where no name begins so.
         column: with the images.
         on_error: see `SourceImages`.
         outside: whether rows that name a file in place of its bytes may name one outside of the
@@ -243,7 +247,7 @@ class TableImages(SourceImages):
         self,
         path: str | Path,
         transform: ImageTransform,
-        split: str = "train",
+        split: str = _SPLIT,
         column: str = "image",
         on_error: Literal["raise", "skip"] = "raise",
         outside: bool = False,
@@ -293,13 +297,12 @@ def _table(path: Path, split: str) -> tuple[_Table, list[str]]:
             f"tables of images are read with the library datasets, which is not here ({error});"
             f" run {_EXTRA}."
         ) from error
-    names: list[str] = []
+    names = [str(own) for own in (_parquet(path, split) if path.is_dir() else [path])]
     try:
-        if path.is_dir() and not (found := _parquet(path, split)):
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            names = [str(path)] if path.is_file() else [str(own) for own in found]
+        if names:
             loaded = datasets.Dataset.from_parquet(names)
+        else:
+            loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises anything on files that are none of its own
         reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise ValueError(
@@ -315,9 +318,18 @@ def _table(path: Path, split: str) -> tuple[_Table, list[str]]:
 
 
 def _parquet(folder: Path, split: str) -> list[Path]:
-    """Parquet files of a folder and below, sorted: those of the split where names tell splits."""
+    """Parquet files of a folder and below, sorted: those of the split where names tell splits.
+
+    Raises:
+        ValueError: where they tell others than one that was named.
+    """
     found = sorted(folder.rglob("*.parquet"))
     own = [path for path in found if path.name.startswith(split)]
+    if found and not own and split != _SPLIT:
+        begin = (re.match(r"[^-_.\d]*", path.name) for path in found)
+        known = ", ".join(dict.fromkeys(head[0] for head in begin if head and head[0]))
+        which = f"but {known}; pass one" if known else "as names of its files begin with none"
+        raise ValueError(f"{folder} has no split {split!r}, {which}, or leave it out for all.")
     return own or found
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from functools import partial
 from multiprocessing import get_all_start_methods, get_start_method
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -51,6 +51,8 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     """
 
     whole_epochs = False
+    transform_kind: ClassVar[str] = "the image transform of the encoder"
+    """What `transform` is to be, for the message where it is missing."""
 
     def __init__(
         self,
@@ -87,6 +89,13 @@ class ResumableDataModule(pl.LightningDataModule, ABC):
     @abstractmethod
     def has_validation(self) -> bool:
         """Whether there are validation images."""
+
+    def _need_transform(self) -> None:
+        if self.transform is None:
+            raise ValueError(
+                f"{type(self).__name__} has no transform; set `.transform` to {self.transform_kind}"
+                " before the Trainer runs."
+            )
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled whole batches, from where the checkpoint or the last loader stood."""
@@ -261,11 +270,7 @@ class CocoDataModule(ResumableDataModule):
         limit: int | None,
         instances: bool | None,
     ) -> CocoImages:
-        if self.transform is None:
-            raise ValueError(
-                f"{type(self).__name__} has no transform; set `.transform` to the image transform "
-                "of the encoder before the Trainer runs."
-            )
+        self._need_transform()
         return CocoImages(
             root / (images or ""),
             None if annotations is None else root / annotations,
@@ -354,6 +359,8 @@ class QuestionSetDataModule(ResumableDataModule):
         loading: see `ResumableDataModule`.
     """
 
+    transform_kind: ClassVar[str] = "a PromptTransform of the model's processor"
+
     def __init__(
         self,
         batch_size: int = 24,
@@ -381,11 +388,7 @@ class QuestionSetDataModule(ResumableDataModule):
         Raises:
             ValueError: if there is no transform, or the files cannot be used.
         """
-        if self.transform is None:
-            raise ValueError(
-                f"{type(self).__name__} has no transform; set `.transform` to a PromptTransform of"
-                " the model's processor before the Trainer runs."
-            )
+        self._need_transform()
         if stage in (None, "fit"):
             self._loader, self._state = None, {}
             self.train_set = self.questions("train")

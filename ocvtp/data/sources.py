@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, Subset
 
 from ocvtp.data.coco import ImageTransform
-from ocvtp.data.folder import held_out
+from ocvtp.data.folder import HeldOut
 from ocvtp.data.image_sources import SourceImages, TableImages, TarImages, tar_files
 from ocvtp.data.loader import ShardSampler, StreamSampler, ends
 from ocvtp.data.module import ResumableDataModule
@@ -59,28 +59,21 @@ class SourceDataModule(ResumableDataModule):
     ) -> None:
         super().__init__(batch_size, val_batch_size, num_workers, seed, transform, **loading)
         for name, number, least in (
-            ("num_val", num_val, 0),
-            ("split_seed", split_seed, 0),
             ("mixed_shards", mixed_shards, 1),
             ("limit_train", 1 if limit_train is None else limit_train, 1),
             ("limit_val", 1 if limit_val is None else limit_val, 1),
         ):
             if number < least:
                 raise ValueError(f"{name}={number}; pass {least} or more.")
-        if num_val and val_root is not None:
-            raise ValueError(
-                f"num_val={num_val} holds out images of {root}, and val_root={val_root} names"
-                " others; pass one of the two."
-            )
+        self._held_out = HeldOut(num_val, split_seed, root, val_root)
         self.root, self.val_root = root, val_root
         self.on_error: Literal["raise", "skip"] = on_error
         self.mixed_shards = mixed_shards
-        self._split = (num_val, split_seed)
         self._limits = (limit_train, limit_val)
 
     @property
     def has_validation(self) -> bool:
-        return self.val_root is not None or self._split[0] > 0
+        return self.val_root is not None or bool(self._held_out)
 
     @abstractmethod
     def images(self, root: str, split: Literal["train", "val"]) -> SourceImages:
@@ -97,18 +90,13 @@ class SourceDataModule(ResumableDataModule):
             ValueError: if there is no transform, no image, too few to hold out, or a file of both
                 sets.
         """
-        if self.transform is None:
-            raise ValueError(
-                f"{type(self).__name__} has no transform; set `.transform` to the image transform "
-                "of the encoder before the Trainer runs."
-            )
+        self._need_transform()
         fits, validates = stage in (None, "fit"), stage in (None, "fit", "validate")
         if fits:
             self._loader, self._state = None, {}
-        if self._split[0]:
+        if self._held_out:
             images = self.images(self.root, "train")
-            out = held_out(len(images), *self._split, self.root)
-            train, val = np.flatnonzero(~out), np.flatnonzero(out)
+            train, val = self._held_out.parts(len(images))
             if fits:
                 self.train_set = _part(images, train[: self._limits[0]])
             if validates:

@@ -1,12 +1,13 @@
 """Rows of earlier runs in a folder, which a later run of the same task does not ask for again.
 
 What results.json lists is made again from the stored answers, so that all rows are compared with
-the same ones, whichever run asked them.
+the same ones, whichever run asked them. Where these are not there, a run would lose rows, and is
+refused before anything is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ocvtp.reporting.results_files import read_results
 
 Key = tuple[str, float | None]
 """Label and budget of a row."""
+Stored = tuple[Mapping[str, Any], dict[str, list[Record]]]
+"""A row of results.json, and the records of its conditions by key."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +35,11 @@ class Earlier:
 
     Args:
         rows: that are kept. records: of their conditions, by key.
-        lost: rows whose answers are gone, or are of other settings.
         typed: the commands that made the rows.
     """
 
     rows: list[Row] = field(default_factory=list)
     records: dict[str, list[Record]] = field(default_factory=dict)
-    lost: list[Key] = field(default_factory=list)
     typed: list[str] = field(default_factory=list)
 
     def joined(self, rows: Sequence[Row]) -> list[Row]:
@@ -53,14 +54,9 @@ class Earlier:
 
     def remarks(self) -> list[str]:
         """What a reader must know of them."""
-        found = []
-        if self.rows:
-            names = names_of(map(_key, self.rows))
-            found.append(f"kept from earlier runs in this folder: {names}.")
-        if self.lost:
-            names = names_of(self.lost)
-            found.append(f"not kept, as their answers are gone or of other settings: {names}.")
-        return found
+        if not self.rows:
+            return []
+        return [f"kept from earlier runs in this folder: {names_of(map(_key, self.rows))}."]
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -81,51 +77,77 @@ def read(folder: Path) -> dict[str, Any] | None:
         ) from error
 
 
-def kept(
+def stored(
+    folder: Path,
     found: Mapping[str, Any] | None,
-    task: Task,
     answers: Path,
     shared: Mapping[str, Any],
-    rows: Sequence[Row],
+    num_items: int,
+    asked: Collection[Key],
+) -> list[Stored]:
+    """The rows of an earlier run that this one does not ask for, with their answers.
+
+    Args:
+        folder: of the results.
+        found: as `read` gives them.
+        answers: folder of the logs.
+        shared: the settings that all conditions of a run share.
+        num_items: of the task.
+        asked: rows of this run.
+
+    Raises:
+        ValueError: for a row whose answers are not there: it would be lost.
+    """
+    logs: dict[str, dict[str, Any]] = {}
+    changed: set[str] = set()
+    for header in headers(answers):
+        differ = {name for name, value in shared.items() if header.get(name) != value}
+        changed |= differ
+        if not differ:
+            logs[header.pop("condition")] = header
+    there, lost = list[Stored](), list[Key]()
+    for row in () if found is None else found["rows"]:
+        if (row["label"], row["budget"]) in asked:
+            continue
+        keys = keys_of(row, logs)[: row["seeds"]]
+        records = {key: Log(answers, key, logs[key]).records for key in keys}
+        records = {key: some for key, some in records.items() if len(some) == num_items}
+        if row["figures"] and not records:
+            lost.append((row["label"], row["budget"]))
+        there.append((row, records))
+    if lost:
+        why = (
+            f"are of other settings ({', '.join(sorted(changed))})" if changed else "are not there"
+        )
+        raise ValueError(
+            f"{folder / RESULTS} has rows whose answers {why}, so that they would be lost:"
+            f" {names_of(lost)}. Pass another --output, where `ocvtp merge` joins both, or delete"
+            " that file."
+        )
+    return there
+
+
+def kept(
+    found: Mapping[str, Any] | None,
+    there: Sequence[Stored],
+    task: Task,
     unpruned: Sequence[Record],
 ) -> Earlier:
     """The rows of an earlier run of which this one has no figures.
 
     Args:
-        found: as `read` gives it.
+        found: as `read` gives it. there: of that, as `stored` gives it.
         task: what is asked.
-        answers: folder of the logs.
-        shared: the settings that all conditions of a run share.
-        rows: of this run. unpruned: its records of the unpruned model.
+        unpruned: records of the unpruned model, of this run.
     """
-    if found is None:
-        return Earlier()
-    earlier, asked = Earlier(), {_key(row) for row in rows if row.figures}
-    logs = dict(_logs(answers, shared))
-    for row in found["rows"]:
-        if (row["label"], row["budget"]) in asked:
-            continue
-        keys = keys_of(row, logs)[: row["seeds"]]
-        records = {key: Log(answers, key, logs[key]).records for key in keys}
-        records = {key: some for key, some in records.items() if len(some) == len(task.items)}
-        if row["figures"] and not records:
-            earlier.lost.append((row["label"], row["budget"]))
-            continue
-        earlier.rows.append(_row(row, task, records, unpruned))
+    earlier = Earlier([_row(*one, task, unpruned) for one in there])
+    for _, records in there:
         earlier.records.update(records)
-    settings = found["settings"]
-    if earlier.rows:
+    if found is not None and earlier.rows:
+        settings = found["settings"]
         known = [*settings.get("earlier_commands", []), settings.get("command")]
         earlier.typed.extend(dict.fromkeys(filter(None, known)))
     return earlier
-
-
-def _logs(answers: Path, shared: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By condition the settings of those that share a run's."""
-    for header in headers(answers):
-        if all(header.get(name) == value for name, value in shared.items()):
-            key = header.pop("condition")
-            yield key, header
 
 
 def keys_of(row: Mapping[str, Any], logs: Collection[str]) -> list[str]:
@@ -142,8 +164,8 @@ def keys_of(row: Mapping[str, Any], logs: Collection[str]) -> list[str]:
 
 def _row(
     row: Mapping[str, Any],
-    task: Task,
     records: Mapping[str, list[Record]],
+    task: Task,
     unpruned: Sequence[Record],
 ) -> Row:
     """A row again; without records what was said about it."""

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocvtp.evaluation.tables import table
 from ocvtp.hosts.asking import Answered, Asked, Asker, before_layer, drop, read
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.gating import Gate, build_gate, gating
 from ocvtp.pruners.specs import parse_spec
+from ocvtp.reporting.markdown_table import table
 from ocvtp.selectors.relaxations import Gates, hard_top_k
 from ocvtp.training.prompts import PromptTransform
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,12 @@ class Log:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = [self._read(line) for line in whole.split(b"\n")[:-1]]
-        if not lines or lines[0] != json.loads(json.dumps(header)):
+        if other := _differences(lines[0] if lines else {}, json.loads(json.dumps(header))):
+            order = " the checkpoints in the order of that run," if "checkpoint" in other else ""
             raise ValueError(
-                f"{self.path} holds answers of {key!r} under other settings (model, tower, task,"
-                " weights or batch size); pass another --output, or delete that file."
+                f"{self.path} holds answers of {key!r} under other settings"
+                f" ({'; '.join(other.values())}); pass{order} another --output, or delete that"
+                " file."
             )
         self.records = lines[1:]
         if len(whole) < len(content):
@@ -80,6 +82,15 @@ class Log:
         with named(self.path), self.path.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
         self.records += records
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
+    """What differs, in words, by its name."""
+    return {
+        name: f"{name} was {shown(there.get(name))} and is {shown(here.get(name))}"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    }
 
 
 def headers(folder: Path) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.conditions import UNPRUNED
+from ocvtp.evaluation.conditions import SHUFFLED, UNPRUNED
 from ocvtp.evaluation.tables import (
     Facts,
     budget_text,
@@ -26,7 +26,6 @@ from ocvtp.reporting.plot_style import (
     FAINT,
     GREY,
     INK,
-    MARKERS,
     WIDTH,
     Name,
     bars_height,
@@ -38,11 +37,13 @@ from ocvtp.reporting.plot_style import (
     label,
     limits,
     look,
+    marks,
     name_ends,
     name_rows,
 )
 from ocvtp.reporting.plot_style import spread as spread
 
+_WHOLE = (UNPRUNED, SHUFFLED)
 _LEAST = 0.1  # of an axis of shares
 _ALONE = 0.7  # of the logarithms of a single budget's dots
 
@@ -50,8 +51,8 @@ _ALONE = 0.7  # of the logarithms of a single budget's dots
 def accuracy(facts: Facts, width: float = WIDTH) -> Figure | None:
     """Every metric against the share of tokens kept, a panel each; fewer tokens to the right.
 
-    Methods of the user's own and the best others at the smallest budget but one have colours, the
-    same in all panels, and intervals; controls are dashed, the others faint.
+    Methods of the user's own and the best others at the smallest budget but one have colours and
+    intervals; controls are dashed, the others faint.
 
     Args:
         facts: see `ocvtp.evaluation.report.results`.
@@ -62,13 +63,13 @@ def accuracy(facts: Facts, width: float = WIDTH) -> Figure | None:
     """
     if not pruned_budgets(facts):
         return None
-    colours, yours = _colours(facts), _yours(facts)
+    loud = _loud(facts)
     names = [_best_first(facts, metric) for metric in facts["metrics"]]
-    named = [[UNPRUNED, *(n for n, c in one.items() if n in colours or c)] for one in names]
+    named = [[UNPRUNED, *(n for n, c in one.items() if n in loud or c)] for one in names]
     heights = [height_for(one, least=4.4, width=width) for one in named]
     drawing, panels = canvas(heights, width)
     for panel, metric, height in zip(panels, facts["metrics"], heights, strict=True):
-        _draw_lines(panel, facts, metric, colours, yours, height)
+        _draw_lines(panel, facts, metric, loud, height)
     return drawing
 
 
@@ -108,6 +109,23 @@ def differences(facts: Facts, width: float = WIDTH) -> Figure | None:
     return drawing
 
 
+def order(facts: Facts) -> tuple[list[str], list[str]]:
+    """Labels of methods, and of controls, in the order in which they are given colours and markers.
+
+    That is the order of the rows; where there are more methods than colours, those come first that
+    are not drawn faintly.
+
+    Args:
+        facts: see `ocvtp.evaluation.report.results`.
+    """
+    rows = [row for row in facts["rows"] if row["figures"] and row["label"] not in _WHOLE]
+    controls = [row["label"] for row in rows if row["control"]]
+    methods = [row["label"] for row in rows if not row["control"]]
+    if len(set(methods)) > len(COLOURS):
+        methods = [*_loud(facts), *methods]
+    return list(dict.fromkeys(methods)), list(dict.fromkeys(controls))
+
+
 def _best_first(facts: Facts, metric: str) -> dict[str, bool]:
     """Labels that have figures, best first, and which are controls."""
     budgets = (focus(facts), *pruned_budgets(facts))
@@ -120,50 +138,39 @@ def _yours(facts: Facts) -> set[str]:
     return {row["label"] for row in facts["rows"] if row.get("yours")}
 
 
-def _colours(facts: Facts) -> dict[str, int]:
-    """Numbers of colours: the user's own methods, then of every metric the best, the second, ..."""
+def _loud(facts: Facts) -> list[str]:
+    """The user's own methods, then of every metric the best, the second, ...: one a colour."""
     orders = [_best_first(facts, metric) for metric in facts["metrics"]]
     pruners = [[name for name, control in order.items() if not control] for order in orders]
     turns = [name for turn in zip_longest(*pruners) for name in turn if name is not None]
     yours = _yours(facts)
     first = sorted(dict.fromkeys(turns), key=lambda name: name not in yours)
     count = max(len(COLOURS), sum(name in yours for name in first))
-    return {name: number % len(COLOURS) for number, name in enumerate(first[:count])}
+    return first[:count]
 
 
-def _draw_lines(
-    axis: Any, facts: Facts, metric: str, colours: dict[str, int], yours: set[str], inches: float
-) -> None:
+def _draw_lines(axis: Any, facts: Facts, metric: str, loud: Collection[str], inches: float) -> None:
     """One metric against the budget."""
-    control = _best_first(facts, metric)
+    control, yours, own_marks = _best_first(facts, metric), _yours(facts), marks(*order(facts))
     lines = {name: _line(facts, metric, name) for name in control}
     columns, scale = pruned_budgets(facts), _scale(facts)
     own = look(axis.figure.get_figwidth())
-    ends, shown, controls = [], [point for line in lines.values() for point in line[:, 1]], 0
+    ends, shown = [], [point for line in lines.values() for point in line[:, 1]]
     for place, (name, line) in enumerate(reversed(lines.items())):  # the best on top
         x, value, low, high = line.T
         if len(columns) == 1:  # dots and no lines: equal ones would hide each other
             x = x / beside(place, len(lines), _ALONE)
-        number = colours.get(name)
-        colour = GREY if control[name] else FAINT
-        style = {"ls": "--" if control[name] else "-", "lw": own.size}
-        if number is not None:
-            colour = COLOURS[number]
-            width = 2.4 if name in yours else 1.6
-            style |= {"lw": width * own.size, "marker": MARKERS[number], "ms": 5 * own.size}
-            axis.fill_between(x, low, high, color=colour, alpha=0.08, lw=0)
+        if name not in loud and not control[name]:
+            axis.plot(x, value, color=FAINT, lw=own.size)
+            continue
+        mark = own_marks[name]
+        if not control[name]:
+            axis.fill_between(x, low, high, color=mark.colour, alpha=0.08, lw=0)
             shown += [*low, *high]
-        elif control[name]:
-            style |= {"marker": ".", "ms": 5}
-            if not own.beside:  # a legend must tell them apart
-                style |= {"marker": MARKERS[controls % len(MARKERS)], "mfc": "white", "ms": 3.5}
-                style |= {"ls": "--" if controls < len(MARKERS) else "-."}
-                controls += 1
-        (drawn,) = axis.plot(x, value, color=colour, **style)
-        if number is not None or control[name]:
-            drawn.set_zorder(2.5)  # above faint ones
-            end = float(x[-1]), float(value[-1])
-            ends.append(Name(name, *end, colour, name in yours, drawn))
+        width = 2.4 if name in yours else 1.0 if control[name] else 1.6
+        (drawn,) = axis.plot(x, value, lw=width * own.size, zorder=2.5, **mark.style(own.size))
+        end = float(x[-1]), float(value[-1])
+        ends.append(Name(name, *end, mark.colour, name in yours, drawn))
     faint = len(lines) - len(ends)
     margin = 1.08 if len(columns) > 1 else 1.08 * beside(1, 2, _ALONE)
     ends += _draw_unpruned(axis, facts, metric, columns[-1] / margin)
@@ -206,7 +213,7 @@ def _draw_unpruned(axis: Any, facts: Facts, metric: str, last: float) -> list[Na
 
 def _draw_dots(axis: Any, facts: Facts, metric: str, rows: list[Facts]) -> None:
     """One metric's differences to random."""
-    scale, shown = _scale(facts), [0.0]
+    scale, shown, own_marks = _scale(facts), [0.0], marks(*order(facts))
     size = look(axis.figure.get_figwidth()).size
     axis.axvline(0, color=INK, lw=0.8)
     for place, row in enumerate(rows):
@@ -214,15 +221,15 @@ def _draw_dots(axis: Any, facts: Facts, metric: str, rows: list[Facts]) -> None:
         value, low, high = _scaled(minus, scale)
         shown += [value, low, high]
         sure = excludes_zero(minus)
-        colour = GREY if row["control"] else COLOURS[1 if row.get("yours") else 0]
+        mark = own_marks[row["label"]]
         axis.plot(
-            [low, high], [place, place], color=colour, lw=1.4 * size, alpha=1 if sure else 0.6
+            [low, high], [place, place], color=mark.colour, lw=1.4 * size, alpha=1 if sure else 0.6
         )
-        face = colour if sure else "white"
-        axis.plot([value], [place], "o", color=colour, mfc=face, ms=5 * size)
+        style = mark.style(size) | {"mfc": mark.colour if sure else "white", "ls": ""}
+        axis.plot([value], [place], **style)
     name_rows(axis, [row["label"] for row in rows])
     for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-        tick.set_color(GREY if row["control"] else COLOURS[1] if row.get("yours") else INK)
+        tick.set_color(GREY if row["control"] else INK)
         tick.set_fontweight("bold" if row.get("yours") else "normal")
     axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # the best on top
     axis.set_xlim(limits(shown, _LEAST * scale))

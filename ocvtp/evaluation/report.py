@@ -21,10 +21,10 @@ from ocvtp.evaluation.intervals import difference, estimate
 from ocvtp.evaluation.scores import SCORES, packed
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.results_files import RESULTS as RESULTS
 from ocvtp.reporting.results_files import SCHEMA
 from ocvtp.visualize import save_figure
 
-RESULTS = "results.json"
 ENOUGH = 300
 """Questions below which a figure comes with a warning."""
 DIGITS = 6

@@ -91,12 +91,13 @@ def evaluate(
     if not skip_unfit:
         _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
-    answers = Path(output) / ANSWERS
+    answers, shared = Path(output) / ANSWERS, shared_settings(subject, task, batch_size)
+    asked = {(one.label, _share(one.label, one.budget, num_tokens)) for one in fit}
+    there = earlier_runs.stored(Path(output), before, answers, shared, len(task.items), asked)
     records = run(subject, task, fit, answers, batch_size)
     rows = _rows(task, found, records, num_tokens, notes, unfit)
-    shared = shared_settings(subject, task, batch_size)
     unpruned = records.get(made.UNPRUNED_KEY, [])
-    kept = earlier_runs.kept(before, task, answers, shared, rows, unpruned)
+    kept = earlier_runs.kept(before, there, task, unpruned)
     report = Report(
         task=task.name,
         model=subject.name,

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ocvtp.evaluation.intervals import RESAMPLES
-from ocvtp.reporting.plain_text import cell, code, markdown, one_line
+from ocvtp.reporting.markdown_table import table
+from ocvtp.reporting.plain_text import code, markdown, one_line
 
 Facts = Mapping[str, Any]
 
@@ -205,19 +206,6 @@ def _best(facts: Facts, metric: str, budget: float) -> list[Facts]:
 def has_figure(row: Facts, metric: str) -> bool:
     """Whether there is a figure, and something counted in it."""
     return _get(row, metric, "value") is not None
-
-
-def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Markdown with padded columns, the first to the left and figures to the right."""
-    head, *cells = ([cell(text) for text in row] for row in (head, *cells))
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        pads = [f"{row[0]:<{widths[0]}}", *(f"{c:>{w}}" for c, w in zip(row, widths, strict=True))]
-        return "| " + " | ".join([pads[0], *pads[2:]]) + " |"
-
-    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (w + 1) + ":|" for w in widths[1:])
-    return "\n".join([line(head), rule, *map(line, cells)])
 
 
 def _name(row: Facts) -> str:

@@ -28,6 +28,7 @@ from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_encoder
 from ocvtp.hosts.loading import check_place
 from ocvtp.hosts.prompt.checks import beyond, check_selection
 from ocvtp.pruners import Compose, Pruner
+from ocvtp.pruners.base import naming
 from ocvtp.structures import Needs, VisualTokens
 from ocvtp.towers.joined_needs import covers, joined, only
 
@@ -112,7 +113,8 @@ class TowerSubject(Judged):
                 f"pruner {pruner.name!r} reads the prompt, which a tower alone has not; pass a VLM"
                 " (--model) for it, or an option of the pruner that does not read this."
             )
-        self.encoder.check(needs)
+        with naming(pruner.name):
+            self.encoder.check(needs)
         if why := beyond(self.encoder.grid_hw[0] * self.encoder.grid_hw[1], pruner):
             raise ValueError(why)
 

@@ -22,6 +22,7 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Prompt, look
+from ocvtp.hosts.registry import check
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection, VisualTokens
 from ocvtp.towers.joined_needs import covers, joined
@@ -105,9 +106,9 @@ def in_model(
     pixels = dict(inputs)
     inputs = inputs.to(host.model.device, host.model.dtype)
     outside = {id(pruner): pruner.parts[0] for pruner in pruners if not runs_inside(pruner)}
+    for part in outside.values():
+        check(host, part)
     unions = joined(part.needs for part in outside.values())
-    for needs in unions:
-        host.check(needs)
     stages: dict[int, list[Stage]] = {}
     for needs in unions:
         left = {number: part for number, part in outside.items() if number not in stages}

@@ -74,8 +74,9 @@ def count(
     Args:
         model: a transformers model, or its configuration: no weights are needed; or what
             `sizes_of` made of these, for many counts of one model.
-        num_visual: visual tokens of an image before pruning; None for the usual number: of
-            an image of fixed size; for LLaVA-NeXT and Qwen2.5-VL, of a square of 672 pixels.
+        num_visual: visual tokens of an image before pruning; None for the usual number: of an image
+            of fixed size; of two tiles by two and the whole (LLaVA-NeXT, LLaVA-OneVision,
+            InternVL); of a square of 672 pixels (Qwen-VL).
         text_length: tokens of the prompt that are none of an image's.
         num_keep: visual tokens that the language model reads of an image, whatever chooses them:
             nothing is counted for the choice, and nothing is saved before it.

@@ -48,6 +48,19 @@ class Draw:
         return torch.randn(*shape, generator=self._generator)
 
 
+def pooling(sizes: Sizes, length: int) -> int:
+    """Operations of a head that pools what a tower gives (SigLIP); the language model reads it not.
+
+    Args:
+        sizes: of the model. length: T of the last block.
+    """
+    if (head := getattr(sizes.host.tower, "head", None)) is None:
+        return 0
+    weight = next(head.parameters())
+    states = torch.empty(1, length, sizes.tower.width, dtype=weight.dtype, device=weight.device)
+    return counted(partial(head, states))[0]
+
+
 def pixels(sizes: Sizes, grid_hw: tuple[int, int]) -> VisualTokens:
     """The patches of one view, 0 to 255."""
     values = 64 * Draw()(1, math.prod(grid_hw), sizes.tower.patch_inputs) + 128

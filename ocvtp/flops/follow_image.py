@@ -58,10 +58,17 @@ class Image:
         sizes = (count, num_views, text_length)
         return dummy_tokens.tower_tokens(self.sizes, needs, self.grid_hw, self.rows, *sizes)
 
-    def choose(self, part: Pruner, tokens: VisualTokens, times: int = 1) -> int:
-        """Let a pruner choose, so many times; returns K."""
+    def choose(
+        self, part: Pruner, tokens: VisualTokens, times: int = 1, rows_of_each: int = 1
+    ) -> int:
+        """Let a pruner choose, so many times; returns K.
+
+        Args:
+            part: the pruner. tokens: what it sees. times: how often.
+            rows_of_each: rows of a token that are mixed where the pruner merges.
+        """
         operations, selection = counted(partial(part.select, tokens))
-        self.select += times * (operations + _mixing(tokens, selection))
+        self.select += times * (operations + rows_of_each * _mixing(tokens, selection))
         return selection.keep_indices.shape[1]
 
 
@@ -147,12 +154,14 @@ def _before_language_model(image: Image, parts: Mapping[str, Pruner]) -> VisualT
         read = [_with_selected(needs, tower) for needs in readers]
         halves = min(halves, skip_unread.first_unread(view, tower.layers_read, read))
     image.tower = image.num_views * formulas.tower(tower, patches, image.rows, halves)
+    if not image.savings.cut_tower:
+        image.tower += image.num_views * dummy_tokens.pooling(sizes, image.rows[-1].mlp)
     reads, tokens = image.tokens(image.needs, image.left, image.num_views, image.text_length)
     image.select += reads
     everything = rows = image.num_views * math.prod(image.grid_hw)
     part = parts.get("llm_input")
     if part is not None:
-        image.left = image.choose(part, tokens)
+        image.left = image.choose(part, tokens, rows_of_each=1 + host.num_deepstack_layers)
     if not host.features_are_projected:
         if image.savings.project_kept and not image.needs.projected:
             rows = image.left

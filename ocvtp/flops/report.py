@@ -8,15 +8,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ocvtp.evaluation.tables import table
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
+from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.plain_text import markdown
 from ocvtp.reporting.plot_style import INK, better, canvas, label, name_rows
 
 Facts = Mapping[str, Any]
 
-SCHEMA = 1
+KIND, SCHEMA = "flops", 1
 UNPRUNED, ANY = "unpruned", "any"
 _PARTS = {
     "tower": ("vision tower", "#0072b2"),
@@ -52,7 +52,7 @@ def results(
     whole = next(iter(counts.values())).total
     return {
         "schema": SCHEMA,
-        "kind": "flops",
+        "kind": KIND,
         "model": model,
         "settings": dict(settings),
         "conventions": dict(MEANINGS),

@@ -83,7 +83,8 @@ def sizes_of(model: Any) -> Sizes:
     """The sizes of a transformers model or configuration; sizes are returned as they are.
 
     Raises:
-        ValueError: for a family whose operations are not counted.
+        ValueError: for a family whose operations are not counted, and for a language model of other
+            layers than are known.
     """
     if isinstance(model, Sizes):
         return model
@@ -104,6 +105,7 @@ def sizes_of(model: Any) -> Sizes:
             " image; mend it."
         )
     text = _text(config)
+    _refuse_other_layers(host, text)
     return Sizes(host, text, _tower(host, text.width), host.usual_tokens)
 
 
@@ -129,6 +131,19 @@ def _text(config: Any) -> TextSizes:
         key_heads=text.num_key_value_heads,
         vocabulary=text.vocab_size,
     )
+
+
+def _refuse_other_layers(host: Host, text: TextSizes) -> None:
+    """Refuse a language model whose layers are no attention and gated MLP, e.g. one of experts."""
+    projections = 2 * text.width * (text.query_width + text.key_width)
+    known = projections + 3 * text.width * text.ffn
+    if any(_weights(layer) != known for layer in host.language_model.layers):
+        kind = host.language_model.config.model_type
+        raise ValueError(
+            f"operations of a language model of model_type={kind!r} are not counted, whose layers"
+            " have other matrices than attention and a gated MLP; pass a model whose layers have"
+            " these alone."
+        )
 
 
 def _tower(host: Host, text_width: int) -> TowerSizes:

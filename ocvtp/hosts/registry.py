@@ -18,6 +18,7 @@ from ocvtp.choices import FAMILIES
 from ocvtp.hosts.base import Host, Savings, Tiling
 from ocvtp.hosts.in_llm import hooks
 from ocvtp.pruners import Compose, Pruner
+from ocvtp.pruners.base import naming
 from ocvtp.pruners.layer_pruner import LayerPruner
 
 HOSTS: dict[str, type[Host]] = {}
@@ -157,4 +158,5 @@ def check(host: Host, pruner: Pruner | Compose) -> None:
                 f"pruner {part.name!r} acts at stage 'llm_layers', but is no LayerPruner; derive it"
                 " from ocvtp.pruners.LayerPruner."
             )
-        host.check(part.tower_needs)
+        with naming(part.name):
+            host.check(part.tower_needs)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ocvtp.reporting.plain_text import cell, markdown, one_line
+from ocvtp.reporting.markdown_table import table
+from ocvtp.reporting.plain_text import markdown, one_line
 
 Facts = Mapping[str, Any]
 CARD_NAME = "README.md"
@@ -212,9 +213,8 @@ def _list(pairs: Iterator[tuple[str, Any]]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    shown = ([cell(markdown(text)) for text in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in shown)
+    head, *rows = ([markdown(text) for text in line] for line in (head, *rows))
+    return table(head, rows)
 
 
 def _number(value: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ocvtp.field_types import shown
 from ocvtp.lazy import bound
 from ocvtp.ops.merging import keep_all, keep_short_images
 from ocvtp.ops.selection import together
@@ -23,6 +25,21 @@ from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 Status = Literal["official", "unofficial", "control", "yours"]
 Budget = Literal["exact", "adaptive", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
+
+
+@contextmanager
+def naming(name: str, given: str | None = None) -> Iterator[None]:
+    """Errors of one pruner in the block say which it is; there may be several.
+
+    Args:
+        name: of the pruner. given: how it was asked for; None for the name.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if re.search(rf"\b{re.escape(name)}\b", str(error)):
+            raise
+        raise ValueError(f"pruner {shown(given or name)}: {error}") from error
 
 
 @dataclass(kw_only=True, eq=False)

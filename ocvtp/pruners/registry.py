@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from difflib import get_close_matches
 from math import isnan
 from numbers import Integral, Real
 from os import PathLike
@@ -54,11 +53,8 @@ def pruner_class(name: str) -> type[Pruner]:
     """
     plugins.load_installed(GROUP)
     if name not in _REGISTRY:
-        close = get_close_matches(name, _REGISTRY, n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see `ocvtp list`."
-        raise ValueError(
-            f"unknown pruner {shown(name)}; {hint} Known: {', '.join(list_pruners())}."
-        )
+        hint = no_such(name, _REGISTRY, 3, "; see `ocvtp list`.")
+        raise ValueError(f"unknown pruner {shown(name)}{hint} Known: {', '.join(list_pruners())}.")
     return _REGISTRY[name]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ocvtp.field_types import shown
 from ocvtp.plain_yaml import read_value
-from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.base import Pruner, naming
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
@@ -94,4 +94,5 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
     if staged or names_setting(spec):
         shared |= {"num_keep": None, "keep_ratio": None}
     shared = {k: v for k, v in shared.items() if v is not None and k in known}
-    return build_pruner(name, **shared | settings)
+    with naming(name, spec):
+        return build_pruner(name, **shared | settings)

@@ -5,11 +5,13 @@ Points are percentage points of a figure, minus the unpruned model's; below 0 is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from ocvtp.evaluation.tasks.agreement import AGREEMENT
+from ocvtp.evaluation.tasks.base import Task, TokenTask
 
 Facts = Mapping[str, Any]
 _ROUNDING = 1e-9
@@ -105,14 +107,31 @@ def metric_of(accuracy: Facts, wanted: str | None, num_items: int) -> str:
         known |= {name: figure["n"] for name, figure in row["figures"].items()}
     if wanted is not None:
         if wanted not in known:
-            raise ValueError(
-                f"--metric {wanted}: the figures of this task are {', '.join(known)}; pass one of"
-                f" them, or {AGREEMENT}."
-            )
+            raise ValueError(_unknown(wanted, known))
         return wanted
     names = [*accuracy["metrics"], *(name for name in known if name == "all")]
     whole = [name for name in names if known.get(name) == num_items]
     return str((whole or names)[0])
+
+
+def refuse_unknown(wanted: str, task: Task) -> None:
+    """Refuse a figure that a task of answers has not, before anything is asked.
+
+    Raises:
+        ValueError: that names those which there are.
+    """
+    if isinstance(task, TokenTask):  # what it looks at makes its figures
+        return
+    silent = [{"answer": "", "given": 1.0, "kept": 1.0} for _ in task.items]
+    if wanted not in (known := task.compared(silent, silent)):
+        raise ValueError(_unknown(wanted, known))
+
+
+def _unknown(wanted: str, known: Iterable[str]) -> str:
+    return (
+        f"--metric {wanted}: the figures of this task are {', '.join(known)}; pass one of them, or"
+        f" {AGREEMENT}."
+    )
 
 
 def front(found: Sequence[Option]) -> list[Option]:
@@ -133,24 +152,24 @@ def front(found: Sequence[Option]) -> list[Option]:
 
 def choose(found: Sequence[Option], max_drop: float) -> Option | None:
     """The fastest that loses at most `max_drop` points, if it is faster than the unpruned model."""
-    fit = [o for o in _faster(found) if -o.points.value <= max_drop + _ROUNDING]
+    fit = [option for option in _faster(found) if _within(option.points.value, max_drop)]
     return min(fit, key=_fastest_first, default=None)
 
 
 def sentence(found: Sequence[Option], chosen: Option | None, max_drop: float, metric: str) -> str:
     """What to use, or why there is nothing."""
     if chosen is not None:
-        return f"{_told(chosen, metric)}."
+        return f"{_told(chosen, metric, max_drop)}."
     if not (faster := _faster(found)):
         fastest = min(found, key=_fastest_first)
         return (
             "Nothing is faster than the unpruned model here. The fastest is"
-            f" {_told(fastest, metric)}."
+            f" {_told(fastest, metric, max_drop)}."
         )
     closest = max(faster, key=lambda option: option.points.value)
     return (
-        f"Nothing that is faster loses at most {max_drop:g} points. The closest is"
-        f" {_told(closest, metric)}."
+        f"Nothing that is faster loses at most {most_text(max_drop)}. The closest is"
+        f" {_told(closest, metric, max_drop)}."
     )
 
 
@@ -169,12 +188,13 @@ def doubts(
     texts, points, random = [], chosen.points, chosen.beyond_random
     if points.low is None:
         texts.append(f"{questions} say nothing of others; ask about several images.")
-    elif -points.low > max_drop:
-        texts.append(f"A loss of up to {-points.low:.1f} points is not excluded by {questions}.")
+    elif not _within(points.low, max_drop):
+        loss = points_text(points.low, max_drop).lstrip("-")
+        texts.append(f"A loss of up to {loss} points is not excluded by {questions}.")
     if random is not None and random.low is not None and not random.low > 0:
         texts.append(
             "It is not clearly better than as many random tokens:"
-            f" {_points(random)} points above them."
+            f" {_points(random, max_drop)} points above them."
         )
     if chosen.ttft.high is not None and chosen.ttft.high >= _WHOLE:
         texts.append("That it is faster is not certain: time it again on a quiet machine.")
@@ -197,28 +217,53 @@ def facts_of(
 
 
 def _faster(found: Sequence[Option]) -> list[Option]:
-    return [option for option in found if option.ttft.value < _WHOLE]
+    return [option for option in found if _is_faster(option.ttft.value)]
+
+
+def _is_faster(percent: float) -> bool:
+    return percent < _WHOLE
+
+
+def _within(points: float, max_drop: float) -> bool:
+    return -points <= max_drop + _ROUNDING
 
 
 def _fastest_first(option: Option) -> tuple[float, float]:
     return option.ttft.value, -option.points.value
 
 
-def _told(option: Option, metric: str) -> str:
+def _told(option: Option, metric: str, max_drop: float) -> str:
     kind = " of agreement" if metric.endswith(AGREEMENT) else ""
     ends = "" if option.ttft.low is None else f" ({ends_text(option.ttft, percent_text)})"
     time = f"{percent_text(option.ttft.value)}% of the time{ends}"
-    return f"{option.name}: {_points(option.points, kind)}, first token after {time}"
+    return f"{option.name}: {_points(option.points, max_drop, kind)}, first token after {time}"
 
 
-def points_text(value: float) -> str:
-    """`-0.8`; never `-0.0`."""
-    return f"{round(value, 1) + 0.0:+.1f}"
+def points_text(value: float, max_drop: float) -> str:
+    """`-0.8`; never `-0.0`. More digits where these would tell which side of a limit it is on.
+
+    Args:
+        value: points. max_drop: those that may be lost.
+    """
+    return _digits(value, 1, "+", lambda points: _within(points, max_drop))
 
 
 def percent_text(value: float) -> str:
-    """`57`."""
-    return f"{value:.0f}"
+    """`57`; more digits where these tell whether it is less than all."""
+    return _digits(value, 0, "", _is_faster)
+
+
+def _digits(value: float, least: int, sign: str, rule: Callable[[float], bool]) -> str:
+    """A number, rounded to the fewest digits at which a rule says of it what it says of `value`."""
+    for digits in range(least, 9):
+        if rule(rounded := round(value, digits) + 0.0) == rule(value):
+            break
+    return f"{rounded:{sign}.{digits}f}"
+
+
+def most_text(max_drop: float) -> str:
+    """`1 point`, `0.5 points`."""
+    return f"{max_drop:g} point{'' if max_drop == 1 else 's'}"
 
 
 def ends_text(span: Span, text: Callable[[float], str]) -> str:
@@ -228,11 +273,12 @@ def ends_text(span: Span, text: Callable[[float], str]) -> str:
     return f"{text(span.low)} to {text(span.high)}"
 
 
-def _points(span: Span, kind: str | None = None) -> str:
+def _points(span: Span, max_drop: float, kind: str | None = None) -> str:
     """`-0.8 (-1.9 to +0.3)`; with a kind, `-0.8 points (-1.9 to +0.3)`."""
     unit = "" if kind is None else f" points{kind}"
-    ends = "" if span.low is None else f" ({ends_text(span, points_text)})"
-    return f"{points_text(span.value)}{unit}{ends}"
+    text = partial(points_text, max_drop=max_drop)
+    ends = "" if span.low is None else f" ({ends_text(span, text)})"
+    return f"{text(span.value)}{unit}{ends}"
 
 
 def _span(figure: Facts | None) -> Span | None:

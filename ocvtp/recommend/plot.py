@@ -14,11 +14,12 @@ from ocvtp.reporting.plot_style import (
     FAINT,
     GREY,
     INK,
-    MARKERS,
+    Mark,
     canvas,
     height_for,
     label,
     limits,
+    marks,
     shortened,
     spread,
 )
@@ -42,12 +43,13 @@ def pareto(found: Facts) -> Figure:
         found: as `ocvtp.recommend.run.recommend` returns it.
     """
     rows = found["rows"]
+    known = found.get("order") or {"methods": [r["label"] for r in rows if not r["control"]]}
+    own = marks(known["methods"], [*known.get("controls", ()), *_controls(rows)])
     names = list(dict.fromkeys(row["label"] for row in rows))
     drawing, (panel,) = canvas([height_for([*names, *_OTHERS], least=_LEAST)])
     top = _draw_axes(panel, found)
     for row in rows:
-        number = names.index(row["label"])
-        _draw_row(panel, row, COLOURS[number % len(COLOURS)], _marker(number), top)
+        _draw_row(panel, row, own[row["label"]], top)
     _draw_front(panel, [row for row in rows if row["on_front"]], top)
     for row in rows:
         if row["chosen"]:
@@ -55,7 +57,7 @@ def pareto(found: Facts) -> Figure:
             panel.plot(*place, "o", mfc="none", mec=INK, mew=1.4, ms=14, zorder=5)
     panel.plot(100, 0, "*", color=INK, mec="white", ms=13, zorder=7, clip_on=False)
     beyond = any(-row["points"]["value"] > top for row in rows)
-    _legend(panel, names, any(row["chosen"] for row in rows), beyond)
+    _legend(panel, {name: own[name] for name in names}, any(row["chosen"] for row in rows), beyond)
     return drawing
 
 
@@ -86,10 +88,14 @@ def _draw_axes(panel: Any, found: Facts) -> float:
     return float(top)
 
 
-def _draw_row(panel: Any, row: Facts, colour: str, marker: str, top: float) -> None:
+def _controls(rows: Sequence[Facts]) -> list[str]:
+    return [row["label"] for row in rows if row["control"]]
+
+
+def _draw_row(panel: Any, row: Facts, mark: Mark, top: float) -> None:
     x, y = row["ttft"]["value"], -row["points"]["value"]
     loud = row["on_front"] or row["chosen"]
-    style = {"color": colour, "zorder": 3 if loud else 2, "alpha": 1.0 if loud else 0.55}
+    style = {"color": mark.colour, "zorder": 3 if loud else 2, "alpha": 1.0 if loud else 0.55}
     if y > top:
         panel.plot(x, top, "^", ms=4, clip_on=False, **style)
         return
@@ -101,7 +107,8 @@ def _draw_row(panel: Any, row: Facts, colour: str, marker: str, top: float) -> N
         lw=1.1 if loud else 0.6, **style,
     )  # fmt: skip
     style["zorder"] = 6.5 if loud else 2  # above the front and the names of others
-    panel.plot(x, y, marker, ms=6 if loud else 4.5, mec="white", mew=0.5, **style)
+    edge = {"mfc": "white", "mew": 1.0} if mark.control else {"mec": "white", "mew": 0.5}
+    panel.plot(x, y, mark.marker, ms=6 if loud else 4.5, **edge, **style)
 
 
 def _draw_front(panel: Any, rows: Sequence[Facts], top: float) -> None:
@@ -125,15 +132,15 @@ def _draw_front(panel: Any, rows: Sequence[Facts], top: float) -> None:
         )  # fmt: skip
 
 
-def _legend(panel: Any, names: Sequence[str], chosen: bool, beyond: bool) -> None:
+def _legend(panel: Any, own: Mapping[str, Mark], chosen: bool, beyond: bool) -> None:
     """Pruners by colour and marker, and what else is drawn, to the right of the panel."""
 
     def mark(marker: str, colour: str, text: str, **more: Any) -> Line2D:
         return Line2D([], [], ls="", marker=marker, color=colour, label=text, ms=6, **more)
 
     handles = [
-        mark(_marker(number), COLOURS[number % len(COLOURS)], shortened(name))
-        for number, name in enumerate(names)
+        mark(one.marker, one.colour, shortened(name), **({"mfc": "white"} if one.control else {}))
+        for name, one in own.items()
     ]
     handles.append(mark("*", INK, "unpruned"))
     handles.append(Line2D([], [], color=INK, lw=1.8, alpha=0.75, label="Pareto front"))
@@ -146,10 +153,6 @@ def _legend(panel: Any, names: Sequence[str], chosen: bool, beyond: bool) -> Non
         handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False,
         borderaxespad=0, labelcolor=INK, edgecolor=FAINT,
     )  # fmt: skip
-
-
-def _marker(number: int) -> str:
-    return MARKERS[(number + number // len(COLOURS)) % len(MARKERS)]
 
 
 def _ends(span: Facts) -> tuple[float, float]:

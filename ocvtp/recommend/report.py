@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ocvtp.evaluation.tables import table
-from ocvtp.recommend.choice import Span, ends_text, percent_text, points_text
+from ocvtp.recommend.choice import Span, ends_text, most_text, percent_text, points_text
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.run import ACCURACY, SPEED
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.plain_text import code, one_line
 from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.visualize import save_figure
@@ -63,7 +64,7 @@ def short(found: Facts) -> str:
 def rows_table(found: Facts) -> str:
     """A row an option, the fastest on top."""
     head = ["pruner", "K", "points", "95% interval", "first token, %", "95% interval", "front"]
-    cells = []
+    cells, in_points = [], partial(points_text, max_drop=found["max_drop"])
     for row in found["rows"]:
         name = code(row["label"]) + (" (control)" if row["control"] else "")
         count = "own" if row["num_keep"] is None else str(row["num_keep"])
@@ -71,7 +72,7 @@ def rows_table(found: Facts) -> str:
         points, time = Span(**row["points"]), Span(**row["ttft"])
         cells.append(
             [name, count]
-            + [points_text(points.value), ends_text(points, points_text)]
+            + [in_points(points.value), ends_text(points, in_points)]
             + [percent_text(time.value), ends_text(time, percent_text), mark]
         )
     return table(head, cells)
@@ -94,7 +95,7 @@ def _legend(found: Facts) -> str:
 - first token: time from tensors on the device to the first token, with the tower and the pruner, in
   percent of the unpruned model's in the same round; on this machine, for this request.
 - front: no other row is both faster and better. Chosen is the fastest that loses at most
-  {found["max_drop"]:g} points. Each interval is of one row alone: the best of many looks better
+  {most_text(found["max_drop"])}. Each interval is of one row alone: the best of many looks better
   than it is."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ocvtp.bench import report as speed_report
 from ocvtp.bench.run import Plan, bench
 from ocvtp.evaluation import report as accuracy_report
 from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, UNPRUNED, Budget
+from ocvtp.evaluation.plots import order
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.base import Task
@@ -23,10 +24,12 @@ from ocvtp.recommend.choice import (
     front,
     metric_of,
     options,
+    refuse_unknown,
     sentence,
 )
 from ocvtp.recommend.code import lines
 from ocvtp.recommend.typical import Typical, typical
+from ocvtp.reporting.command_line import command as typed
 
 KIND, SCHEMA = "ocvtp recommend", 1
 ACCURACY, SPEED = "accuracy", "speed"
@@ -111,17 +114,20 @@ def recommend(
     Raises:
         ValueError: if no pruner can run, or what `evaluate` and `bench` refuse.
     """
+    if wanted.metric is not None:
+        refuse_unknown(wanted.metric, task)
     usual = typical(subject, task)
     shares = wanted.shares or (() if wanted.num_keep else SHARES)
     counts = usual.counts(wanted.num_keep, shares)
     accuracy = _accuracy(subject, task, wanted, counts, folder / ACCURACY, command)
     metric = metric_of(accuracy, wanted.metric, len(task.items))
-    specs = _that_run(subject, wanted.specs, accuracy)
+    asked = _asked(accuracy, wanted.specs, counts)
+    specs = _that_run(subject, wanted.specs, asked)
     speed = _speed(subject, wanted, specs, counts, usual, folder / SPEED, command)
     speed_report.write(speed, folder / SPEED, accuracy)
     sizes = vars(usual.cell(wanted.bench_batch_size))
     cell = next(one for one in speed["cells"] if sizes.items() <= one.items())
-    found = options(accuracy, cell, metric)
+    found = options(asked, cell, metric)
     if not found:
         raise ValueError(
             f"nothing was both answered and timed on {subject.name}; see {folder / ACCURACY} and"
@@ -134,7 +140,8 @@ def recommend(
         "task": accuracy["task"],
         **_chosen(accuracy, found, metric, wanted, subject.text_tower),
         "remarks": [*accuracy["remarks"], *_warnings(accuracy, "mild")],
-        "left_out": _left_out(accuracy, cell),
+        "order": dict(zip(("methods", "controls"), order(accuracy), strict=True)),
+        "left_out": _left_out(asked, cell, _names(specs, counts)),
         "request": {**sizes, "image_size": list(usual.image_size), "tokens": usual.num_tokens},
         "command": command,
         "environment": speed["environment"],
@@ -220,6 +227,16 @@ def _accuracy(
     return accuracy_report.results(report)
 
 
+def _asked(
+    accuracy: Mapping[str, Any], specs: Sequence[str], counts: Sequence[int]
+) -> dict[str, Any]:
+    """The accuracy of what was asked for; a folder may hold rows of other runs."""
+    budgets = (None, *counts)
+    known = {UNPRUNED, *specs}
+    rows = [r for r in accuracy["rows"] if r["label"] in known and r["num_keep"] in budgets]
+    return {**accuracy, "rows": rows}
+
+
 def _that_run(subject: Subject, specs: Sequence[str], accuracy: Mapping[str, Any]) -> list[str]:
     """The specs that have a figure at any budget."""
     known = {row["label"] for row in accuracy["rows"] if row["figures"]}
@@ -227,13 +244,26 @@ def _that_run(subject: Subject, specs: Sequence[str], accuracy: Mapping[str, Any
         return found
     why = {row["label"]: row["note"] for row in accuracy["rows"] if row["note"]}
     raise ValueError(
-        f"none of these pruners can run on {subject.name}; see `ocvtp list --model"
-        f" {subject.name}`:" + "".join(f"\n  {label}: {text}" for label, text in why.items())
+        f"none of these pruners can run on {subject.name}; see"
+        f" `{typed('list', '--model', subject.name)}`:"
+        + "".join(f"\n  {label}: {text}" for label, text in why.items())
     )
 
 
-def _left_out(accuracy: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str, str]:
-    """Why pruners have no row, by what they are called; budgets of one reason side by side."""
+def _names(specs: Sequence[str], counts: Sequence[int]) -> set[str]:
+    """What pruners at these budgets are called among the times."""
+    return {*specs, *(f"{spec} K={count}" for spec in specs for count in counts)}
+
+
+def _left_out(
+    accuracy: Mapping[str, Any], cell: Mapping[str, Any], asked: Set[str]
+) -> dict[str, str]:
+    """Why pruners have no row, by what they are called; budgets of one reason side by side.
+
+    Args:
+        accuracy: of the pruners and budgets that were asked for.
+        cell: of times. asked: names there of these pruners at these budgets.
+    """
     unanswered = [row for row in accuracy["rows"] if row["note"] and not row["figures"]]
     groups: dict[tuple[str, str], list[int | None]] = {}
     for row in unanswered:
@@ -244,5 +274,5 @@ def _left_out(accuracy: Mapping[str, Any], cell: Mapping[str, Any]) -> dict[str,
         some = ", ".join(str(count) for count in counts if count is not None)
         found[f"{label} at K={some}" if some else label] = why
     known = {f"{row['label']} K={row['num_keep']}" for row in unanswered}
-    untimed = {name: why for name, why in cell["unfit"].items() if name not in known}
+    untimed = {name: cell["unfit"][name] for name in cell["unfit"] if name in asked - known}
     return {**found, **untimed}

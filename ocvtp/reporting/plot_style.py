@@ -7,7 +7,7 @@ are smaller, and the names of lines are below the panel instead of beside it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from textwrap import wrap
@@ -79,6 +79,49 @@ def look(width: float) -> Look:
 
 def _look_of(axis: Any) -> Look:
     return look(axis.figure.get_figwidth())
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How a label is drawn, in all plots of one run.
+
+    Args:
+        colour: of its line and its name. marker: of its dots.
+        line: of controls dashed.
+    """
+
+    colour: str
+    marker: str
+    line: str = "-"
+
+    @property
+    def control(self) -> bool:
+        """Whether its dots are hollow."""
+        return self.line != "-"
+
+    def style(self, size: float = 1.0) -> dict[str, Any]:
+        """Arguments of a line, its dots so many times as large as on a page."""
+        hollow = {"mfc": "white"} if self.control else {}
+        dots = {"marker": self.marker, "ms": 5 * size}
+        return {"color": self.colour, "ls": self.line, **dots, **hollow}
+
+
+def marks(methods: Iterable[str], controls: Iterable[str] = ()) -> dict[str, Mark]:
+    """How labels are drawn, in this order.
+
+    Of 64 methods no two share both colour and marker, and of 8 no two share either.
+
+    Args:
+        methods: have colours. controls: are grey.
+    """
+    found = {}
+    for number, label in enumerate(dict.fromkeys(methods)):
+        again, colour = divmod(number, len(COLOURS))
+        found[label] = Mark(COLOURS[colour], MARKERS[(colour + again) % len(MARKERS)])
+    for number, label in enumerate(dict.fromkeys(controls)):
+        again, marker = divmod(number, len(MARKERS))
+        found[label] = Mark(GREY, MARKERS[marker], ("--", "-.", ":")[again % 3])
+    return found
 
 
 @dataclass(frozen=True)

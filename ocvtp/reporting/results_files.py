@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+RESULTS = "results.json"
 SCHEMA = 1
 _WHAT = "a results.json of `ocvtp evaluate`"
 _NUMBER = (int, float)
@@ -55,6 +56,26 @@ def read_json(path: str | Path, what: str) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); pass {what}.") from error
+
+
+def refuse_another(folder: Path, kind: str) -> None:
+    """Refuse a folder whose results.json would be written over by that of another command.
+
+    Args:
+        folder: of the results. kind: what the `kind` in them must be.
+
+    Raises:
+        ValueError: if it is of another kind, or cannot be read.
+    """
+    path = folder / RESULTS
+    if not path.exists():
+        return
+    found = read_json(path, "another --output, or delete that file")
+    if not isinstance(found, dict) or found.get("kind") != kind:
+        raise ValueError(
+            f"{path} is of another command, and would be written over; pass another --output, or"
+            " delete that file."
+        )
 
 
 def lack(value: Any, shape: Any, where: str = "") -> str:

@@ -6,7 +6,6 @@ import inspect
 import re
 from abc import ABC
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, ClassVar, Generic, TypeVar
 
 import yaml
@@ -110,10 +109,9 @@ class Parts(Generic[PartT]):
         """
         known = self.names()
         if name not in known:
-            close = get_close_matches(str(name), known, n=3)
-            hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+            hint = no_such(str(name), known, 3, ";")
             raise ValueError(
-                f"unknown {self._kind} {name!r}; {hint}Known: {', '.join(known)}; one of your own"
+                f"unknown {self._kind} {name!r}{hint} Known: {', '.join(known)}; one of your own"
                 " is read by `ocvtp --import FILE COMMAND ...`."
             )
         return self._classes[name]

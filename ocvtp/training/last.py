@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,6 +17,7 @@ from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from ocvtp.training.figures import gathered
 from ocvtp.training.lifecycle import Interrupted
+from ocvtp.training.signals import Signals
 
 _LOG = logging.getLogger(__name__)
 
@@ -60,26 +56,28 @@ class LastCheckpoint(Checkpoint):
 
     Args:
         checkpoint: whose folder `last.ckpt` goes to.
+        signals: that end the run.
         keeping: when.
         keeps: whether it is written at all, but for signals.
 
     Attributes:
-        signal: the one that asked for the end, or None. saved: the checkpoint written then.
+        saved: the checkpoint written at a signal.
         requeued: whether SLURM was asked to run the job again.
     """
 
     def __init__(
-        self, checkpoint: ModelCheckpoint, keeping: Keeping = Keeping(), keeps: bool = True
+        self,
+        checkpoint: ModelCheckpoint,
+        signals: Signals,
+        keeping: Keeping = Keeping(),
+        keeps: bool = True,
     ) -> None:
         self._checkpoint, self._keeping, self._keeps = checkpoint, keeping, keeps
-        self._process = os.getpid()
-        self._waits = False
+        self._signals = signals
         self._first = self._last = 0
-        self._main = True
         self._due = False
         self._written_at = time.monotonic()
         self._exact: dict[str, Any] | None = None
-        self.signal: int | None = None
         self.saved: str | None = None
         self.requeued = False
 
@@ -88,43 +86,14 @@ class LastCheckpoint(Checkpoint):
         """Taken by this run, without those of the one that it continues."""
         return self._last - self._first
 
-    # ------------------------------------------------------------- signals
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Answer the signals while the block runs."""
-        before = {number: signal.getsignal(number) for number in _signals()}
-        self._listen()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _listen(self) -> None:
-        for number in _signals():
-            signal.signal(number, self._answer)
-
-    def _answer(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that loads data: the main one ends it
-            if number == signal.SIGTERM:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        again, self.signal = self.signal is not None, number
-        if again or not self._waits:
-            raise Interrupted
-        if self._main:
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
-
     # --------------------------------------------------------------- hooks
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._first = self._last = trainer.global_step
-        self._main = trainer.is_global_zero
+        self._signals.told = trainer.is_global_zero
         self._written_at = time.monotonic()
-        self._listen()  # Lightning has put its own answer to SIGTERM there
-        self._waits = True
+        self._signals.listen()
+        self._signals.waits = True
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -152,7 +121,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_end(self, trainer: Any, pl_module: pl.LightningModule) -> None:
         """Write `last.ckpt` of the last step; what SLURM would go on from has served its time."""
-        self._waits = False
+        self._signals.waits = False
         if self.steps and self._keeps:
             self._save(trainer)
         if trainer.is_global_zero:
@@ -162,9 +131,9 @@ class LastCheckpoint(Checkpoint):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Write `last.ckpt` of the last whole step, for whoever mends what went wrong."""
         interrupted = isinstance(exception, Interrupted | KeyboardInterrupt)
-        if interrupted or not self._waits or not self._keeps or not self.steps:
+        if interrupted or not self._signals.waits or not self._keeps or not self.steps:
             return
-        self._waits = False
+        self._signals.waits = False
         try:
             path = self._save_whole_step(trainer, pl_module)
         except Exception as error:  # the first error counts
@@ -179,14 +148,15 @@ class LastCheckpoint(Checkpoint):
         """Whether the run shall end, and whether `last.ckpt` is due; the same in every process."""
         minutes = self._keeping.every_minutes
         late = minutes is not None and time.monotonic() - self._written_at >= 60 * minutes
-        asked, due = self.signal is not None, self._keeps and (self._due or late)
+        asked, due = self._signals.number is not None, self._keeps and (self._due or late)
         if trainer.world_size == 1:
             return asked, due
         if not trainer.strategy.reduce_boolean_decision(asked or due, all=False):
             return False, False
-        told = gathered((self.signal, due))
-        self.signal = max((number for number, _ in told if number is not None), default=None)
-        return self.signal is not None, any(is_due for _, is_due in told)
+        told = gathered((self._signals.number, due))
+        asking = max((number for number, _ in told if number is not None), default=None)
+        self._signals.number = asking
+        return asking is not None, any(is_due for _, is_due in told)
 
     def _end(self, trainer: Any) -> None:
         if not trainer.fast_dev_run:
@@ -199,10 +169,11 @@ class LastCheckpoint(Checkpoint):
         environment = trainer._accelerator_connector.cluster_environment
         if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
             return
-        if self.signal == (environment.requeue_signal or signal.SIGUSR1):
-            trainer._signal_connector._slurm_sigusr_handler_fn(self.signal, None)
+        number = self._signals.number
+        if number == (environment.requeue_signal or signal.SIGUSR1):
+            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
             self.requeued = True
-        elif self.signal == signal.SIGTERM:  # preempted, perhaps
+        elif number == signal.SIGTERM:  # preempted, perhaps
             path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
             trainer.save_checkpoint(path)
 
@@ -238,12 +209,6 @@ class LastCheckpoint(Checkpoint):
         _without_the_step(loop["epoch_loop.batch_progress"])
         trainer.strategy.checkpoint_io.save_checkpoint(content, path)
         return path
-
-
-def _signals() -> tuple[signal.Signals, ...]:
-    if threading.current_thread() is not threading.main_thread():
-        return ()  # only the main thread can
-    return (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def _without_the_step(progress: dict[str, Any]) -> None:

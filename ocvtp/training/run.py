@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shlex
 import signal
 import sys
 import warnings
@@ -18,6 +17,7 @@ import torch
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.plain_text import one_line
 from ocvtp.training.averaging import NetworkAverage
@@ -37,6 +37,7 @@ from ocvtp.training.resume import (
     run_settings,
 )
 from ocvtp.training.settings import names_module, refuse_bombs, settle
+from ocvtp.training.signals import Signals
 from ocvtp.training.wrong_settings import explain
 
 Command = Literal["train", "extract", "teacher"]
@@ -291,14 +292,10 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     folder = Path(checkpoint.dirpath or ".")
     for place in (cli.config.output, folder):
         refuse_unwritable(Path(place))
-    resume = cli.config.resume
-    requeued = requeued_checkpoint(trainer)
-    if resume is not None or requeued is not None:
-        resume = requeued or find_checkpoint(resume, folder)
-        refuse_another_run(resume, read_checkpoint(resume), cli.model)
+    resume, requeued = _continued(cli)
     own = requeued or resume is not None and Path(resume).resolve().parent == folder.resolve()
-    start = LateStart(trainer, None if own else folder)
-    stop = LastCheckpoint(checkpoint, cli.config_init.last, keeps_last)
+    start, signals = LateStart(trainer, None if own else folder), Signals()
+    stop = LastCheckpoint(checkpoint, signals, cli.config_init.last, keeps_last)
     callbacks: list[pl.Callback] = trainer.callbacks
     callbacks.insert(0, start)
     callbacks.append(stop)
@@ -308,13 +305,24 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
             _alone(trainer, cli.config.output),
             clear_errors(),
             restoring(resume, start),
-            stop.listening(),
+            signals.listening(),
             matmul_precision(cli.config.matmul_precision),
         ):
             trainer.fit(cli.model, cli.datamodule, ckpt_path=resume, weights_only=True)
     except Interrupted:
-        raise _stopped(trainer, checkpoint, stop, words) from None
+        raise _stopped(trainer, checkpoint, stop, signals, words) from None
     return _result(trainer, checkpoint, stop.steps, resume)
+
+
+def _continued(cli: LightningCLI) -> tuple[str | None, bool]:
+    """The checkpoint that a run goes on from, which is one of this run; whether SLURM left it."""
+    requeued = requeued_checkpoint(cli.trainer)
+    if requeued is None and cli.config.resume is None:
+        return None, False
+    folder = cli.config_init.checkpoint.dirpath or "."
+    path = requeued or find_checkpoint(cli.config.resume, folder)
+    refuse_another_run(path, read_checkpoint(path), cli.model)
+    return path, requeued is not None
 
 
 def _alone(trainer: Any, output: str) -> AbstractContextManager[None]:
@@ -334,13 +342,25 @@ def check(args: Sequence[str] | None = None) -> Check:
 
     Raises:
         SystemExit: for settings that do not parse.
-        ValueError: for settings that make no sense.
+        ValueError: for settings that make no sense, and a checkpoint that cannot be continued.
+        TrainingStopped: at Ctrl-C, SIGTERM or SIGUSR1.
     """
     cli = build(args)
     output = cli.config.output
     refuse_unwritable(Path(output))
-    with clear_errors(), matmul_precision(cli.config.matmul_precision):
-        return check_run(cli.trainer, cli.model, cli.datamodule, output)
+    resume, _ = _continued(cli)
+    signals = Signals()
+    try:
+        with (
+            clear_errors(),
+            signals.listening(),
+            matmul_precision(cli.config.matmul_precision),
+        ):
+            return check_run(cli.trainer, cli.model, cli.datamodule, output, signals, resume)
+    except Interrupted:
+        number = signals.number or signal.SIGINT
+        message = "stopped; a check keeps nothing"
+        raise TrainingStopped(message, None, number, cli.trainer.is_global_zero) from None
 
 
 @contextmanager
@@ -379,7 +399,11 @@ def _result(
 
 
 def _stopped(
-    trainer: pl.Trainer, checkpoint: ModelCheckpoint, stop: LastCheckpoint, words: Sequence[str]
+    trainer: pl.Trainer,
+    checkpoint: ModelCheckpoint,
+    stop: LastCheckpoint,
+    signals: Signals,
+    words: Sequence[str],
 ) -> TrainingStopped:
     saved, where = stop.saved, f"stopped after {trainer.global_step} steps"
     if saved is None and stop.steps and Path(checkpoint.last_model_path).is_file():
@@ -391,11 +415,11 @@ def _stopped(
         if "--resume" in kept:
             at = kept.index("--resume")
             del kept[at : at + 2]
-        again = shlex.join(["ocvtp", "train", *kept, "--resume", saved])
+        again = command_line.command("train", *kept, "--resume", saved)
         message = f"{where}; continue with:  {again}"
     elif stop.steps:
         message = f"{where}; there is no checkpoint yet"
     else:
         message = "stopped before the first step; there is no checkpoint"
-    number = stop.signal or signal.SIGINT
+    number = signals.number or signal.SIGINT
     return TrainingStopped(message, saved, number, trainer.is_global_zero)

@@ -12,6 +12,8 @@ import pytest
 from matplotlib.text import Text
 
 from ocvtp.bench import plots
+from ocvtp.evaluation.plots import order
+from ocvtp.reporting.plot_style import COLOURS, GREY
 
 SHIPPED = Path(__file__).parents[2] / "docs/results/bench-llava-mid-cpu/results.json"
 
@@ -112,6 +114,19 @@ def test_equal_accuracies_are_on_an_axis_that_says_so(shipped, value, span):
 def test_an_error_says_that_lower_is_better(shipped):
     (axis,) = plots.ttft(shipped, accuracies(lower_is_better=["easy/all"])).axes
     assert axis.get_ylabel().endswith("(lower is better)")
+
+
+def test_a_label_is_drawn_as_in_the_plots_of_its_accuracy(shipped):
+    known = accuracies()
+    known["rows"] = [r | {"budget": 0.1, "control": False} for r in known["rows"][::-1]]
+    for figure in (plots.ttft(shipped, known), plots.ttft(shipped, like=order(known))):
+        named = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
+        assert [named[label] for label in ("ocvtp", "fopru")] == list(COLOURS[:2])
+    alone = {t.get_text(): t.get_color() for t in plots.ttft(shipped).axes[0].texts}
+    labels = [row["label"] for row in shipped["cells"][0]["rows"][1:] if row["label"] != "random"]
+    first = list(dict.fromkeys(labels))[:2]
+    assert [alone[label] for label in first] == list(COLOURS[:2])  # as they were asked for
+    assert alone.get("random", GREY) == GREY
 
 
 def test_a_method_of_yours_is_set_off(shipped):

@@ -81,7 +81,8 @@ def test_an_unreadable_image_is_named(photos, tmp_path):
     ("options", "message"),
     [
         ({"num_val": 11}, "pass 1 to 10"),
-        ({"num_val": -1}, "num_val=-1"),
+        ({"num_val": -1}, "num_val=-1; pass 0 or more"),
+        ({"split_seed": -1}, "split_seed=-1; pass 0 or more"),
         ({"num_val": 2, "val_root": "."}, "pass one of the two"),
         ({"val_root": "ROOT/a"}, "lies in root"),
     ],

@@ -226,6 +226,7 @@ def test_images_are_held_out_or_elsewhere(tmp_path):
     for options, message in (
         ({"num_val": 7}, "num_val=7 leaves none of the 7 images"),
         ({"num_val": 1, "val_root": "x"}, "pass one of the two"),
+        ({"split_seed": -1}, "split_seed=-1; pass 0 or more"),
         ({"limit_train": 0}, "limit_train=0; pass 1 or more"),
         ({"mixed_shards": 0}, "mixed_shards=0; pass 1 or more"),
         ({"on_error": "pass"}, "on_error='pass' is unknown"),
@@ -295,8 +296,6 @@ def test_no_file_of_a_table_is_of_both_sets(tmp_path, datasets):
     table(datasets, 4).save_to_disk(tmp_path / "disk")
     for root, options in (
         ("parquet/train-0.parquet", {"val_split": "validation"}),
-        ("parquet", {"val_split": "test"}),  # no name begins so: all files are meant
-        ("parquet", {"train_split": "trian", "val_split": "validation"}),
         ("disk", {"val_split": "validation"}),
     ):
         with pytest.raises(ValueError, match="files of the validation are trained on"):
@@ -345,7 +344,15 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path, datasets):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     both = datasets.DatasetDict(train=table(datasets, 1))
     both.save_to_disk(tmp_path / "both")
+    for name, split in (("split", "train"), ("split", "validation"), ("plain", "0")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        table(datasets, 1).to_parquet(tmp_path / name / f"{split}-0.parquet")
+    known = r"split 'trian', but train, validation; pass one"
     for root, options, message in (
+        ("split", {"train_split": "trian"}, known),
+        ("split", {"val_split": "trian", "column": "picture"}, known),
+        ("plain", {"train_split": "trian"}, "'trian', as names of its files begin with none"),
+        ("plain", {}, "has no column 'image'"),  # all of its files
         ("x", {}, "has no column 'image', but picture, label"),
         ("x", {"column": "label"}, "the column 'label' holds"),
         ("none", {}, "is no table of images"),

@@ -162,7 +162,7 @@ def test_a_finished_run_asks_for_new_pruners_alone(subject, task, finished, monk
 def test_answers_of_other_settings_are_refused(subject, task, finished):
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, SceneTask(num_images=3, questions=2, size=48, seed=1), finished)
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings \(batch_size was 4 and is 8\)"):
         ask(subject, task, finished, batch_size=8)
 
 
@@ -244,6 +244,9 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, netwo
     assert not rows["fill_only"].trained
     assert rows["untrained"].control
     assert {f"ocvtp @ 4 # {number}" for number in (0, 1)} < set(records)
+    order = r"checkpoint was '.*seed0' and is '.*seed1'.*in the order of that run, another --output"
+    with pytest.raises(ValueError, match=order):
+        ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders[::-1])
     made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders)
@@ -381,14 +384,16 @@ def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_whose_answers_are_gone_are_named(subject, few, tmp_path):
+def test_rows_whose_answers_are_gone_are_not_lost(subject, few, tmp_path):
+    """As those of `ocvtp merge` are from the beginning."""
     write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     for path in (tmp_path / "answers").glob("fopru*"):
         path.unlink()
-    report, _ = ask(subject, few, tmp_path, pruners=["uniform"], controls=())
-    (remark,) = report.remarks
-    assert remark.startswith("not kept, as their answers are gone")
-    assert "`fopru` at 2.78%, 12.5%." in remark
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"not there.*lost: `fopru` at 2.78%, 12.5%\. Pass anoth"):
+        ask(subject, few, tmp_path, pruners=["uniform"], controls=())
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    ask(subject, few, tmp_path, controls=())  # which asks for all of them
 
 
 @pytest.mark.slow

@@ -201,3 +201,7 @@ def test_the_command_writes_a_report(capsys, tmp_path):
     assert "from " in (tmp_path / "both" / "report.md").read_text()
     assert main([*words[:-1], a]) == 2
     assert "holds one of the two" in capsys.readouterr().err
+    assert main(words) == 0  # once more
+    before = store(evaluated(*A), tmp_path / "mine")
+    assert main([*words[:-1], before]) == 2
+    assert f"--output {before} holds another evaluation" in capsys.readouterr().err

@@ -6,8 +6,9 @@ from matplotlib import _pylab_helpers
 from matplotlib.colors import same_color
 from matplotlib.text import Text
 
-from ocvtp.evaluation.plots import accuracy, differences, spread
+from ocvtp.evaluation.plots import accuracy, differences, order, spread
 from ocvtp.evaluation.report import results
+from ocvtp.reporting.plot_style import marks
 
 
 def many(pruners=25, budgets=(0.5, 0.25, 0.1, 0.05)):
@@ -120,6 +121,29 @@ def test_a_pruner_has_one_colour_in_all_panels_and_the_best_of_each_are_named():
     assert set(names[0]) == {"p0", "p1", "p2", "p3", "p8", "p9", "p10", "p11"}
     assert names[0] == names[1]
     assert len(set(names[0].values())) == 8
+
+
+@pytest.mark.parametrize("pruners", [3, 12])
+def test_a_label_has_one_colour_and_marker_in_all_plots(pruners):
+    """In the order of the rows, whichever is the best; of more than 8 the best come first."""
+    rows = [row("random", b, 250, 400) for b in (0.5, 0.25)]
+    rows += [row(f"p{i}", b, 100 + 20 * i, 400) for i in range(pruners) for b in (0.5, 0.25)]
+    facts = results(report(*rows))
+    methods, controls = order(facts)
+    assert controls == ["random"]
+    assert methods[:3] == (["p0", "p1", "p2"] if pruners == 3 else ["p11", "p10", "p9"])
+    known = marks(methods, controls)
+    (axis,) = accuracy(facts).axes
+    named = {text.get_text(): text.get_color() for text in axis.texts}
+    seen = {(line.get_color(), line.get_marker()) for line in lines(axis, 2)}
+    for label in (*methods[:8], *controls):
+        assert named[label] == known[label].colour
+        assert (known[label].colour, known[label].marker) in seen
+    (axis,) = differences(facts).axes
+    labels = [tick.get_text() for tick in axis.get_yticklabels()]
+    dots = [line for line in lines(axis, 1) if line.get_transform() == axis.transData]
+    for label, dot in zip(labels, dots, strict=True):
+        assert (dot.get_color(), dot.get_marker()) == (known[label].colour, known[label].marker)
 
 
 def test_nothing_to_draw_is_no_drawing():

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import DINOS, tiny_llava
+from transformers import SiglipVisionConfig
 
 from ocvtp import Compose, build_pruner
 from ocvtp.flops import count, operations
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.sizes import sizes_of
 from ocvtp.hosts import find_host
+from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models import full_size
 from ocvtp.transformers_names import hands_on_arguments
@@ -135,6 +138,27 @@ def test_dino_towers_as_torch_counts_them(kind):
         assert linears == counted.projector
 
 
+def test_a_head_that_pools_counts_where_it_runs():
+    vision = SiglipVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        image_size=112, patch_size=14,
+    )  # fmt: skip
+    config = copy.deepcopy(load_config("random:tiny-llava"))
+    config.vision_config, config.vision_feature_select_strategy = vision, "full"
+    model = full_size.materialise(config, "float32")
+    with operations.counter() as counter, torch.no_grad():
+        model.model.get_image_features(torch.zeros(1, 3, 112, 112))
+    found = count(model)
+    assert found.tower + found.projector == pytest.approx(counter.get_total_flops(), rel=0.001)
+    pruner = build_pruner("random", num_keep=6)
+    with pruner(model), operations.counter() as counter, torch.no_grad():
+        ids = torch.tensor([[1, *[config.image_token_id] * 64, 5]])
+        model(input_ids=ids, pixel_values=torch.zeros(1, 3, 112, 112), logits_to_keep=1)
+    counted = count(model, pruner=pruner, text_length=2)
+    assert counted.total == pytest.approx(counter.get_total_flops(), rel=0.001)
+    assert counted.tower < found.tower
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_on_a_cpu_counts_in_every_version(masked):
     query, key, value = torch.rand(2, 3, 5, 8), torch.rand(2, 3, 7, 8), torch.rand(2, 3, 7, 8)
@@ -228,10 +252,26 @@ def test_tiles_one_by_one_have_no_budget_of_an_image():
 
 
 def test_other_families_are_refused_with_those_that_are_known():
-    from ocvtp.hosts.loading import load_config
+    config = load_config("random:tiny-internvl")
+    with pytest.raises(ValueError, match=r"'internvl_vision' are not.*llava_next.*qwen2_5_vl"):
+        count(config.vision_config)
+    text = {"model_type": "qwen2_moe", "hidden_size": 96, "num_hidden_layers": 2, "vocab_size": 99}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4}
+    of_experts = type(config)(vision_config=config.vision_config, text_config=text)
+    with pytest.raises(ValueError, match="model_type='qwen2_moe' are not counted, whose layers"):
+        count(of_experts)
 
-    with pytest.raises(ValueError, match=r"internvl.*llava_next.*qwen2_5_vl"):
-        count(load_config("random:tiny-internvl"))
+
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("internvl", 5 * 16), ("llava-onevision", 5 * 64), ("qwen2-vl", 24**2), ("qwen3-vl", 21**2)
+    ],
+)  # fmt: skip
+def test_the_usual_image_of_a_family(name, tokens):
+    config = load_config(f"random:tiny-{name}")
+    assert count(config).visual == (tokens,) * config.get_text_config().num_hidden_layers
+    assert count(config, num_keep=9).visual[0] == 9
 
 
 def test_counting_makes_no_numbers_and_changes_no_configuration():
@@ -249,7 +289,7 @@ def test_counting_makes_no_numbers_and_changes_no_configuration():
 @pytest.mark.parametrize(
     ("name", "pruner", "reason"),
     [
-        ("qwen2.5-vl-7b", "fastervlm", "reads the CLS token, which the tower of Qwen2.5-VL"),
+        ("qwen2.5-vl-7b", "fastervlm", "pruner 'fastervlm': .*CLS token, which the tower of Qwen"),
         ("qwen2.5-vl-7b", "cdpruner", "CLIP's space"),
         ("qwen2.5-vl-7b", "vprune", "the host of 'qwen2_5_vl' serves llm_input, llm_layers"),
         ("llava-1.5-7b", "fopru:block=24", r"blocks\[24\] does not exist"),

@@ -90,6 +90,18 @@ def test_flags_reach_the_count(capsys):
     assert pruned["tower"] == whole["tower"]
 
 
+@pytest.mark.parametrize("command", ["flops", "bench"])
+def test_results_of_another_command_are_not_written_over(command, tmp_path, capsys):
+    words = ["--model", "random:tiny-llava", "--num-keep", "9", "--pruners", "random"]
+    for text, told in (('{"kind": "other"}', "is of another command"), ("{", "cannot be read")):
+        (tmp_path / "results.json").write_text(text)
+        assert main([command, *words, "--output", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path}/results.json {told}" in error
+        assert "another --output" in error
+        assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+
+
 @pytest.mark.parametrize(
     ("model", "num_keep", "message"),
     [

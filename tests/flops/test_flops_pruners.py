@@ -20,8 +20,16 @@ from ocvtp.slots import OCPruner, OCPrunerConfig
 
 # Raters are drawn, not read; and older versions of transformers make positions by a product.
 REL = 0.001
-SIDES = {"llava": 96, "llava-next": 192, "qwen2.5-vl": 280}  # pixels of the image
-KEEP = {"llava": 70, "llava-next": 400, "qwen2.5-vl": 50}
+SIDES = {
+    "llava": 96, "llava-next": 192, "llava-onevision": 224, "internvl": 224,
+    "qwen2-vl": 280, "qwen2.5-vl": 280, "qwen3-vl": 320,
+}  # fmt: skip
+"""Pixels of the image."""
+KEEP = {
+    "llava": 70, "llava-next": 400, "llava-onevision": 200, "internvl": 40,
+    "qwen2-vl": 50, "qwen2.5-vl": 50, "qwen3-vl": 50,
+}  # fmt: skip
+NEWLINES = {"llava-next": 24, "llava-onevision": 16}
 OF_LLAVA = [
     "random", "divprune", "fopru", "zspaprune",
     "fastv", "pyramiddrop", "sparsevlm", "sparsevlm:plus=true", "dart", "visiondrop:later=true",
@@ -37,6 +45,10 @@ CASES += [
     ("qwen2.5-vl", spec)  # attention of block 0 is in windows
     for spec in ("divprune", "fopru", "fopru:block=0", "fastv", "pyramiddrop", "sparsevlm")
 ]
+CASES += [("llava-onevision", spec) for spec in ("fopru", "visiondrop", "fastv")]
+CASES += [("internvl", spec) for spec in ("visionzip", "fastervlm", "divprune", "sparsevlm")]
+CASES += [("qwen2-vl", spec) for spec in ("fopru", "pool", "fastv")]
+CASES += [("qwen3-vl", spec) for spec in ("fopru", "pool", "visiondrop:later=true", "sparsevlm")]
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +62,9 @@ def _model(family: str) -> tuple[Any, Any, dict[str, int], Any]:
     config = copy.deepcopy(tiny.config)
     config.text_config.num_hidden_layers = 20
     config.text_config.num_key_value_heads = 2
-    if family.startswith("qwen"):
+    if getattr(config.text_config, "layer_types", None):
         config.text_config.layer_types = ["full_attention"] * 20
-    else:
+    if not family.startswith("qwen"):
         config.vision_config.num_hidden_layers = 12
     model = full_size.materialise(config, "float32")
     side = SIDES[family]
@@ -63,7 +75,7 @@ def _model(family: str) -> tuple[Any, Any, dict[str, int], Any]:
     )
     inputs = processor(images=[Image.fromarray(noise)], text=[text], return_tensors="pt")
     visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    newlines = 24 if family == "llava-next" else 0
+    newlines = NEWLINES.get(family, 0)
     sizes = {"num_visual": visual - newlines, "num_newlines": newlines}
     text_length = inputs["input_ids"].shape[1] - visual
     return model, inputs, sizes | {"text_length": text_length}, processor

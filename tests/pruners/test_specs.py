@@ -48,3 +48,11 @@ def test_a_number_with_an_exponent_is_a_number(text, value):
 
 def test_a_pruner_takes_a_number_with_an_exponent():
     assert build_spec("ridge:penalty=1e-4", num_keep=4).penalty == 1e-4
+
+
+@pytest.mark.parametrize("spec", ["fopru:strategy=nope", "kmeans:iterations=-1"])
+def test_what_a_pruner_refuses_says_which_it_is(spec):
+    with pytest.raises(ValueError, match=f"^pruner '{spec}': .*pass "):
+        build_spec(spec, num_keep=4)
+    with pytest.raises(ValueError, match="^pruner 'fopru' got block='x'"):  # said already
+        build_spec("fopru:block=x", num_keep=4)

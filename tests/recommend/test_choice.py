@@ -59,6 +59,21 @@ def test_the_sentence():
     assert text == "vprune: +0.0 points, first token after 57% of the time."
 
 
+@pytest.mark.parametrize(
+    ("points", "most", "told"),
+    [(-1.04, 1.0, "-1.04"), (-1.0000004, 1.0, "-1.0000004"), (-0.96, 0.98, "-0.96"),
+     (-1.04, 1.1, "-1.0"), (-1.0, 1.0, "-1.0"), (-0.04, 0.0, "-0.04"), (0.04, 0.0, "+0.0")],
+)  # fmt: skip
+def test_what_is_said_of_a_loss_is_what_the_rule_says(points, most, told):
+    one = option("fopru", 96, points, 99.7)
+    chosen = choose([one], most)
+    assert (chosen is one) == (float(told) >= -most)
+    text = sentence([one], chosen, most, "all")
+    assert f"fopru at K=96: {told} points (" in text
+    assert "after 99.7% of the time" in text  # which is less than all of it
+    assert ("loses at most 1 point." in text) == (chosen is None and most == 1)
+
+
 def test_nothing_is_recommended_that_loses_more_or_gains_no_time():
     assert choose(FOUND, 0.3) is None  # todre loses less, but is slower
     assert sentence(FOUND, None, 0.3, "all").startswith(
@@ -77,6 +92,10 @@ def test_what_to_doubt():
     assert first == "A loss of up to 1.9 points is not excluded by these 300 questions."
     assert "chosen among 6 rows" in second
     assert not any("excluded" in text for text in doubts(FOUND, chosen, 2.0, "these"))
+    (told, *_) = doubts(
+        [option("fopru", 96, 0.06, 57)], option("fopru", 96, 0.06, 57), 1.0, "these"
+    )
+    assert told == "A loss of up to 1.04 points is not excluded by these."
     near = option("fopru", 96, -0.8, 99.5, random=Span(0.2, -0.5, 0.9))
     (_, random, time) = doubts([near], near, 1.0, "these 300 questions")
     assert "+0.2 (-0.5 to +0.9) points above them" in random

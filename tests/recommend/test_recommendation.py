@@ -17,6 +17,7 @@ from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.report import markdown, short, write
 from ocvtp.recommend.run import Wanted, _chosen, _left_out
 from ocvtp.recommend.typical import typical
+from ocvtp.reporting.plot_style import marks
 
 DEMO = str(Path(__file__).parents[2] / "checkpoints" / "demo-vlm")
 
@@ -113,6 +114,20 @@ def test_the_plot_shows_every_row_and_tells_the_far_ones_apart():
     assert min(line.get_zorder() for line in marks) > max(covers)  # nothing hides them
 
 
+def test_the_plot_draws_labels_as_those_of_accuracy_and_time_do():
+    order = {"methods": ["todre", "scope", "fopru", "tome", "divprune"], "controls": ["uniform"]}
+    known = marks(**order)
+    for found, expected in (
+        (made_up() | {"order": order}, known),
+        (made_up(), marks(["fopru", "divprune", "tome", "todre"], ["uniform"])),
+    ):
+        (panel,) = pareto(found).axes
+        drawn = {one.get_label(): one for one in panel.get_legend().legend_handles}
+        for label in {row.label for row in FOUND}:
+            look = drawn[label].get_color(), drawn[label].get_marker()
+            assert look == (expected[label].colour, expected[label].marker)
+
+
 def test_one_row_and_rows_without_intervals_are_drawn(tmp_path):
     for found in (FOUND[:1], [option("fopru", 4, -45.0, 135)]):
         rows = made_up(found)
@@ -184,6 +199,7 @@ def test_questions_without_answers_are_enough_and_a_second_run_goes_on(
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"recommendation.json", "recommendation.md", "pareto.png", "accuracy", "speed"} == names
     assert found["request"]["image_size"]
+    assert found["order"] == {"methods": ["fopru"], "controls": ["random", "pool"]}
     asked = []
     monkeypatch.setattr("ocvtp.evaluation.runner._ask", lambda *given: asked.append(given))
     monkeypatch.setattr("ocvtp.bench.measure.Bench.rounds", lambda *given: asked.append(given))
@@ -191,6 +207,15 @@ def test_questions_without_answers_are_enough_and_a_second_run_goes_on(
     again = json.loads(capsys.readouterr().out)
     assert not asked
     assert again["rows"] == found["rows"]
+    assert main([*words, "--pruners", "fopru", "--metric", "nope"]) == 2
+    assert "--metric nope: the figures of this task are all/agreement;" in capsys.readouterr().err
+    monkeypatch.undo()
+    other = [word for word in words if word != "9"]
+    assert main([*other, "--pruners", "uniform"]) == 0  # others there are kept, and not chosen
+    found = json.loads(capsys.readouterr().out)
+    assert {(row["label"], row["num_keep"]) for row in found["rows"]} == {("uniform", 72)}
+    kept = json.loads((tmp_path / "out/accuracy/results.json").read_text())["rows"]
+    assert {row["num_keep"] for row in kept if row["label"] == "fopru"} == {72, 9}
 
 
 @pytest.mark.slow
@@ -246,7 +271,9 @@ def test_what_is_left_out_is_said_once_with_its_budgets():
     ]
     rows += [row("fopru", 8, "of a note", figures=["all"])]
     cell = {"unfit": {"tome K=8": "too few", "fopru K=8": "out of memory"}}
-    assert _left_out({"rows": rows}, cell) == {
+    cell["unfit"]["todre K=8"] = "of an earlier run"
+    asked = {f"{label} K={count}" for label in ("hiprune", "tome", "fopru") for count in (72, 8)}
+    assert _left_out({"rows": rows}, cell, asked) == {
         "hiprune at K=72, 36": "no block 8",
         "tome at K=8": "too few",
         "vprune": "no pixels",

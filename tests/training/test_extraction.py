@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ocvtp.data.module import CocoDataModule
 from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.encoders.qwen import QwenEncoder
 from ocvtp.encoders.tiles import TiledEncoder
+from ocvtp.images import most_pixels
 from ocvtp.slots.config import NetworkSizes
 from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.objectives import SlotsObjective
@@ -436,12 +438,14 @@ def test_the_commands_extract_train_and_export(tmp_path, scenes, capsys):
     words = ["--config", str(path), "--trainer.accelerator", "cpu"]
     folder = str(tmp_path / "features")
     flags = ["--output", folder, "--dtype", "float32", "--shard-size", "7"]
+    before = ["--max-pixels", str(most_pixels())]
     for rank in ("0", "1"):
-        assert main(["extract", *words, *flags, "--rank", rank, "--ranks", "2"]) == 0
+        assert main([*before, "extract", *words, *flags, "--rank", rank, "--ranks", "2"]) == 0
     said = capsys.readouterr()
     assert "are still to be written" in said.err
-    assert f"--data ocvtp.data.features.FeatureDataModule --data.root {folder}" in said.out
     on_features = ["--data", "ocvtp.data.features.FeatureDataModule", "--data.root", folder]
+    again = shlex.split(said.out.split("train on them with:")[1])
+    assert again == ["ocvtp", *before, "train", *words, *on_features]
     artifacts = []
     for name, more in (("images", []), ("features", on_features)):
         output = str(tmp_path / name)

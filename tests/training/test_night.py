@@ -7,8 +7,10 @@ import logging
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EMAWeightAveraging
@@ -16,9 +18,12 @@ from test_training import checkpoints, data, module, scenes, settings_file, trai
 from torch.testing import assert_close
 
 from ocvtp.cli import main
+from ocvtp.data.coco import collate
+from ocvtp.training.check import check as check_run
 from ocvtp.training.last import Keeping
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, check, train
+from ocvtp.training.signals import Signals
 
 __all__ = ["scenes"]
 
@@ -292,6 +297,64 @@ def test_check_tries_a_run_and_keeps_nothing(tmp_path, scenes, capsys):
 def test_check_refuses_a_run_without_a_step(tmp_path, scenes, capsys):
     assert main(["train", *quick(tmp_path / "run", scenes, max_epochs=0), "--check"]) == 2
     assert "such a run takes no step (max_epochs=0, max_steps=-1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_check_goes_on_from_a_checkpoint(tmp_path, scenes, capsys):
+    words = quick(tmp_path / "run", scenes, max_steps=4)
+    last = train(words).last
+    before = sorted(path.stat().st_mtime_ns for path in Path(last).parent.iterdir())
+    more = [*words, "--trainer.max_steps", "10", "--resume", "last"]
+    assert check(more).steps == 6
+    assert main(["train", *words, "--check", "--resume", last]) == 2
+    assert f"takes no step after step 4 of {last}" in capsys.readouterr().err
+    assert main(["train", *more, "--check", "--model.lr", "0.5"]) == 2
+    assert "is of a run with other settings: model.lr" in capsys.readouterr().err
+    assert main(["train", *words, "--check", "--resume", "no.ckpt"]) == 2
+    assert "--resume no.ckpt does not exist" in capsys.readouterr().err
+    assert before == sorted(path.stat().st_mtime_ns for path in Path(last).parent.iterdir())
+
+
+class Plain(pl.LightningDataModule):
+    """Images of somebody else, in loaders of Lightning's own forms."""
+
+    def __init__(self, own: pl.LightningDataModule) -> None:
+        super().__init__()
+        self.own = own
+
+    def setup(self, stage: str) -> None:
+        self.own.setup(stage)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(self.own.train_set, 4, collate_fn=collate)
+
+
+class Validated(Plain):
+    """With two loaders for the validation."""
+
+    def val_dataloader(self) -> Any:
+        return [torch.utils.data.DataLoader(self.own.val_set, 3, collate_fn=collate)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "validated"), [(Plain, 0), (Validated, 12)])
+def test_check_takes_the_data_of_others(tmp_path, scenes, monkeypatch, kind, validated):
+    model = module()
+    monkeypatch.setattr(model, "validation_step", lambda batch, batch_idx, dataloader_idx=0: None)
+    run, images = trainer(tmp_path, max_steps=3), kind(data(scenes, model))
+    found = check_run(run, model, images, str(tmp_path), Signals())
+    assert (found.images, found.validated, found.steps) == (24, validated, 3)
+    assert f"24 training and {validated} validation images" in found.lines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_check(tmp_path, scenes, in_step, number, capsys):
+    before = signal.getsignal(number)
+    in_step(1, lambda batch: os.kill(os.getpid(), number))
+    assert main(["train", *quick(tmp_path / "run", scenes), "--check"]) == 128 + number
+    assert signal.getsignal(number) == before
+    assert capsys.readouterr().err.splitlines()[-1] == "ocvtp: stopped; a check keeps nothing"
 
 
 def _learnt(words):

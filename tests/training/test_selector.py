@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from ocvtp.cli import main
 from ocvtp.export import export_checkpoint
 from ocvtp.hosts.asking import attention_rows
 from ocvtp.hosts.loading import load_model
+from ocvtp.images import most_pixels
 from ocvtp.selectors.choices import parse_choice
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
@@ -400,8 +402,12 @@ def test_a_drawn_set_is_rewarded_by_the_answer(words):
 # ---------------------------------------------------------------- the stored teacher
 
 
+BEFORE = ["--max-pixels", str(most_pixels())]
+
+
 def stored(words, recipe, folder, *more):
-    return main(["teacher", *words(recipe, *more), "--output", str(folder), "--shard-size", "10"])
+    flags = ["--output", str(folder), "--shard-size", "10"]
+    return main([*BEFORE, "teacher", *words(recipe, *more), *flags])
 
 
 @pytest.mark.parametrize("recipe", ["distil", "kl"])
@@ -409,7 +415,11 @@ def stored(words, recipe, folder, *more):
 def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, capsys):
     folder = tmp_path / "teacher"
     assert stored(words, recipe, folder) == 0
-    assert "24 questions" in capsys.readouterr().out
+    said, again = capsys.readouterr().out.split("train on them with:")
+    assert "24 questions" in said
+    own = [word for word in words(recipe) if not word.startswith("--output=")]
+    expected = ["ocvtp", *BEFORE, "train", *own, "--model.teacher", str(folder)]
+    assert shlex.split(again) == expected
     steps = []
     for more in ((), (f"--model.teacher={folder}",)):
         module, batch = module_of(words(recipe, *more))

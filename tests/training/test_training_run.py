@@ -20,9 +20,10 @@ from torch.testing import assert_close
 from ocvtp.cli import main
 from ocvtp.commands.train import run_words
 from ocvtp.export import export_checkpoint
+from ocvtp.images import most_pixels
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.training.module import OCPrunerModule
-from ocvtp.training.run import TrainingStopped, build, train
+from ocvtp.training.run import TrainingResult, TrainingStopped, build, train
 
 pytestmark = pytest.mark.slow
 
@@ -407,14 +408,25 @@ def test_a_stopped_run_continues_bit_for_bit(
 def test_the_command_says_how_to_go_on(tmp_path, scenes, signal_in_step, capsys):
     words = quick(tmp_path, scenes)
     signal_in_step(signal.SIGINT, 1, 2)
-    assert main(["train", *words]) == 130
+    before = ["--max-pixels", str(most_pixels())]
+    assert main([*before, "train", *words]) == 130
     last = tmp_path / "checkpoints/last.ckpt"
-    again = f"ocvtp train --config {words[1]} --resume {last}"
+    again = f"ocvtp {' '.join(before)} train --config {words[1]} --resume {last}"
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"ocvtp: stopped after 2 steps; continue with:  {again}"
     assert content(last)["ocvtp"]["training"]["epochs"] == 0.333
     assert main(["train", *words, f"--resume={last}"]) == 130  # again, at step 2
     assert f"--config {words[1]} --resume {last}\n" in capsys.readouterr().err
+
+
+def test_the_command_that_exports_runs_as_it_stands(monkeypatch, capsys):
+    best = "my runs/best.ckpt"
+    monkeypatch.setattr("ocvtp.training.run.train", lambda words: TrainingResult(best, best, None))
+    before = ["--max-pixels", str(most_pixels())]
+    assert main([*before, "train", "--seed_everything", "1"]) == 0
+    said = capsys.readouterr().out.split("export it with:")[1]
+    words = ["export", "--checkpoint", best, "--output", "DIR"]
+    assert shlex.split(said) == ["ocvtp", *before, *words]
 
 
 def test_a_second_signal_stops_at_once(tmp_path, scenes, monkeypatch):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from ocvtp.evaluation.conditions import Budget, Place, pruner_conditions
+from ocvtp.field_types import no_such
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec, names_budget
 
@@ -62,11 +62,10 @@ class ModelArgs:
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ValueError(
-                    f"model_args has {name!r}{hint}; known are {', '.join(known)}. Settings of a"
-                    ' pruner go after its name: pruner="NAME:KEY=VALUE,KEY=VALUE".'
+                    f"model_args has {name!r}, which is none of them{no_such(name, known)} Known"
+                    f" are {', '.join(known)}. Settings of a pruner go after its name:"
+                    ' pruner="NAME:KEY=VALUE,KEY=VALUE".'
                 )
         if "pretrained" not in given:
             raise ValueError("model_args lacks pretrained=; pass a folder or hub id of a model.")

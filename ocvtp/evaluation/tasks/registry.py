@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -72,9 +71,9 @@ def task_class(name: str) -> type[Task]:
     else:
         plugins.load_installed(GROUP)
     if name not in _REGISTRY:
-        close = get_close_matches(name, list_tasks(), n=3)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown task {name!r}; {hint}Known: {', '.join(list_tasks())}.")
+        known = list_tasks()
+        hint = no_such(name, known, 3, ";")
+        raise ValueError(f"unknown task {name!r}{hint} Known: {', '.join(known)}.")
     return _REGISTRY[name]
 
 

@@ -7,6 +7,7 @@ U views that pruners see (images, or tiles), M tokens of a view.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -58,6 +59,7 @@ class InternVLHost(ClipFamilyHost):
     tiny: ClassVar[Tiny | None] = Tiny(tiny_internvl.tiny_internvl, tiny_internvl.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("internvl",)
     towers: ClassVar[dict[str, int]] = {"internvl_vision": 1}
+    counts_operations: ClassVar[bool] = True
     image_keys: ClassVar[tuple[str, ...]] = (
         "pixel_values",
         "vision_feature_layer",
@@ -179,6 +181,11 @@ class InternVLHost(ClipFamilyHost):
         config, side = self.tower.config, self.unit_side
         rows, columns = (n // p for n, p in zip(config.image_size, config.patch_size, strict=True))
         return rows // side, columns // side
+
+    @property
+    def usual_tokens(self) -> int:
+        """Of an image of two tiles by two, and its thumbnail."""
+        return 5 * math.prod(self.grid_hw)
 
     @property
     def unit_side(self) -> int:

@@ -35,7 +35,6 @@ class LlavaOnevisionHost(LlavaNextHost):
     """
 
     family: ClassVar[str] = "LLaVA-OneVision"
-    counts_operations: ClassVar[bool] = False
     tiny: ClassVar[Tiny | None] = Tiny(tiny_llava.tiny_onevision, tiny_llava.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("llava_onevision",)
     image_keys: ClassVar[tuple[str, ...]] = (

@@ -26,6 +26,7 @@ from ocvtp.towers.windows import Units, segment_means, window_order
 from ocvtp.transformers_names import rotate_patches
 
 _NO_GRID = (0, 0)
+_USUAL_SIDE = 672  # pixels
 
 
 class QwenHost(Host):
@@ -47,6 +48,7 @@ class QwenHost(Host):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     plain_positions_tell: ClassVar[bool] = False
     features_are_projected: ClassVar[bool] = True
+    counts_operations: ClassVar[bool] = True
     family: ClassVar[str]
     """Its name in messages."""
 
@@ -62,6 +64,11 @@ class QwenHost(Host):
     @property
     def unit_side(self) -> int:
         return int(self.tower.spatial_merge_size)
+
+    @property
+    def usual_tokens(self) -> int:
+        """Of a square of 672 pixels."""
+        return int(_USUAL_SIDE // (self.tower.config.patch_size * self.unit_side)) ** 2
 
     def tower_parts(self) -> taps.Tower:
         def fused(block: Any) -> tuple[nn.Module, nn.Module]:
@@ -246,12 +253,6 @@ class Qwen25VLHost(QwenHost):
     tiny: ClassVar[Tiny | None] = Tiny(tiny_qwen.tiny_qwen, tiny_qwen.SPECIAL_TOKENS)
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_5_vl",)
     family: ClassVar[str] = "Qwen2.5-VL"
-    counts_operations: ClassVar[bool] = True
-
-    @property
-    def usual_tokens(self) -> int:
-        """Of a square of 672 pixels."""
-        return 576
 
     @property
     def _window(self) -> int:
