@@ -9,7 +9,7 @@ from torch import Tensor
 from ocvtp.ops.merging import kept_and_rest, merged
 from ocvtp.ops.selection import count_outliers, descending
 from ocvtp.ops.similarity import full, unit
-from ocvtp.pruners.base import AdaptivePruner, Status
+from ocvtp.pruners.base import AdaptivePruner, NamedSettings, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
@@ -27,7 +27,8 @@ class PruMerge(AdaptivePruner):
     Args:
         num_keep: tokens kept per image, the last one included.
         adaptive: keep the outliers of the attention, above Q3 + 1.5 (Q3 - Q1), as the paper does.
-            So it does without `num_keep`; with it, at most so many are kept.
+            So it does without a budget, also as `setting="paper"`; with one, at most so many are
+            kept.
         num_neighbours: paper: 32.
         block: whose queries and keys are read, at full width (no heads); paper: the last one.
     Deviations: an image without an outlier keeps one token; the official code fails.
@@ -43,6 +44,7 @@ class PruMerge(AdaptivePruner):
     reads: ClassVar[str] = "keys (with CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
     merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from ocvtp.ops.merging import kept_and_rest, merged
 from ocvtp.ops.prompt_text import clip_parts
 from ocvtp.ops.selection import count_outliers, descending, ranks
 from ocvtp.ops.similarity import full
-from ocvtp.pruners.base import AdaptivePruner, Status
+from ocvtp.pruners.base import AdaptivePruner, NamedSettings, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 
@@ -25,7 +25,8 @@ class TRIM(AdaptivePruner):
     Args:
         num_keep: tokens kept per image, the mean of the others included.
         adaptive: keep the tokens whose score is an outlier, above Q3 + 1.5 (Q3 - Q1), as the paper
-            does. So it does without `num_keep`; with it, at most so many are kept.
+            does. So it does without a budget, also as `setting="paper"`; with one, at most so many
+            are kept.
         nearest: prefer the tokens nearest to the prompt; the official code reverses the sign,
             because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
     Deviations: none. As in the official code the dot products are not normalised, and of a long
@@ -40,6 +41,7 @@ class TRIM(AdaptivePruner):
     reads: ClassVar[str] = "clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2409.10994"
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
     merging: ClassVar[bool] = True
 
     @property
