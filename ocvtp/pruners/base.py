@@ -17,12 +17,12 @@ from torch import Tensor
 from ocvtp.lazy import bound
 from ocvtp.ops.merging import keep_all, keep_short_images
 from ocvtp.ops.selection import together
-from ocvtp.pruners.budgets import BUDGETS, count_kept
+from ocvtp.pruners.budgets import BUDGETS, check_quality, count_kept
 from ocvtp.pruners.budgets import Budget as Amount
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control", "yours"]
-Budget = Literal["exact", "adaptive", "average"]
+Budget = Literal["exact", "adaptive", "quality", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
@@ -58,8 +58,9 @@ class Pruner(ABC):
     class that does not say so itself is `yours`, whatever it is made from."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
-    """`adaptive` after `exact` if the method can also choose how many tokens an image keeps;
-    `average` if the budget is one over the layers of the language model."""
+    """`adaptive` after `exact` if the method can also choose how many tokens an image keeps, and
+    `quality` if it can be told what they must hold; `average` if the budget is one over the layers
+    of the language model."""
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
     budget among them (none where the paper's own holds without one)."""
@@ -301,6 +302,34 @@ class AdaptivePruner(Pruner):
     @property
     def exact(self) -> bool:
         return not self.adaptive
+
+
+@dataclass(kw_only=True, eq=False)
+class QualityPruner(Pruner):
+    """A pruner that knows what a token is worth, as a share of the whole image.
+
+    What is shared out is in the docstring of each: attention, or what is restored.
+
+    Args:
+        quality: every image keeps the fewest tokens, in the method's own order, that hold this
+            share; a budget is then the most that it may keep. None to keep what the budget says.
+    """
+
+    quality: float | None = None
+
+    budgets: ClassVar[tuple[Budget, ...]] = ("exact", "quality")
+
+    def __post_init__(self) -> None:
+        if self.quality is None:
+            super().__post_init__()
+            return
+        self.quality = check_quality(self.quality)
+        if self.has_budget:
+            self._check_budget()
+
+    @property
+    def exact(self) -> bool:
+        return self.quality is None and super().exact
 
 
 def _image(values: Tensor, number: int) -> Tensor:

@@ -135,6 +135,20 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_quality(value: Any) -> float:
+    """The share of what a method keeps tokens for that they must hold, as a plain float.
+
+    Raises:
+        ValueError: that says what it may be.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(
+            f"quality={value!r}; pass the share that the kept tokens must hold, a number above 0,"
+            " at most 1."
+        )
+    return float(value)
+
+
 def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
     """`(layer, K)` pairs in plain numbers; K is a count if it is an int, a share if a float.
 

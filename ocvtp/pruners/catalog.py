@@ -18,7 +18,7 @@ class Entry:
         title: `Pruner.title`.
         stage: where it acts, e.g. `llm_input + llm_layers`.
         needs: what the host must supply, `Pruner.reads`.
-        budget: `exact`, `exact or adaptive` or `average`.
+        budget: `exact`, `exact or adaptive`, `exact or quality`, `average` and the like.
         merges: whether kept tokens are mixtures.
         settings: names of the published ones, `Pruner.named_settings`.
         status: `Pruner.status`.

@@ -190,13 +190,16 @@ def test_a_chain_and_a_single_composed_pruner_take_one(llava: Any) -> None:
             assert kept == [4, 2, 2]
 
 
-def test_a_pruner_that_counts_for_itself_keeps_at_most_so_many(llava: Any) -> None:
+@pytest.mark.parametrize(
+    "pruner", [build_pruner("prumerge"), build_pruner("fastervlm", quality=0.4)]
+)
+def test_a_pruner_that_counts_for_itself_keeps_at_most_so_many(llava: Any, pruner: Any) -> None:
     inputs, seen = make_batch(BATCH), list[Any]()
-    pruner = build_pruner("prumerge")
     with pruner(llava, on_prune=seen.append):
         own = run(llava, inputs, seen)[1]["visual_tokens_kept"]
         kept = run(llava, inputs, seen, num_keep=[2, None])[1]["visual_tokens_kept"]
         assert kept == [min(own[0], 2), *own[1:]]
+        assert len(llava.generate(**inputs, **GREEDY)) == 2
 
 
 # ----------------------------------------------------------------------------------------- blocks
