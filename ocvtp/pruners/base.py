@@ -175,6 +175,11 @@ class Pruner(ABC):
         return any(getattr(self, name) is not None for name in BUDGETS)
 
     @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """Its budget; of a chain, those of its steps."""
+        return (Amount(self.num_keep, self.keep_ratio, self.max_keep),)
+
+    @property
     def counts_by(self) -> str | None:
         """The name of the setting that is a number of tokens; None for a share alone."""
         return next((n for n in ("num_keep", "max_keep") if getattr(self, n) is not None), None)
@@ -269,7 +274,7 @@ class Pruner(ABC):
 
     def _check_numbers(self) -> None:
         """Refuse what is no count or share; keep the others as plain numbers."""
-        amount = Amount(self.num_keep, self.keep_ratio, self.max_keep).checked(self._called)
+        amount = self.amounts[0].checked(self._called)
         self.num_keep, self.keep_ratio = amount.num_keep, amount.keep_ratio
         self.max_keep = amount.max_keep
 

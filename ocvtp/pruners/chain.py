@@ -86,6 +86,10 @@ class Chain(Pruner):
         return reduce(or_, (step.needs for step in self.steps))
 
     @property
+    def amounts(self) -> tuple[Budget, ...]:
+        return tuple(amount for step in self.steps for amount in step.amounts)
+
+    @property
     def keeps_share(self) -> bool:
         return any(step.keeps_share for step in self.steps)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.budgets import Budget
 from ocvtp.structures import Selection, VisualTokens
 
 Select = Callable[[Pruner, VisualTokens], Selection]
@@ -30,7 +31,8 @@ def compiled(pruner: Pruner, backend: str = "inductor") -> Select:
     """`select` as one graph, made at the first call and for every new kind of tokens.
 
     On a GPU the graph is launched as a whole, as a CUDA graph. What was compiled for a pruner is
-    kept as long as the pruner.
+    kept as long as the pruner. Each budget that a call gives it has graphs of its own, as those of
+    one function may be few.
 
     Args:
         pruner: the one that will be run.
@@ -38,7 +40,14 @@ def compiled(pruner: Pruner, backend: str = "inductor") -> Select:
     """
     made = _COMPILED.setdefault(pruner, {})
     if backend not in made:
-        made[backend] = _compile(backend)
+        graphs: dict[tuple[Budget, ...], Select] = {}
+
+        def run(own: Pruner, tokens: VisualTokens) -> Selection:
+            if own.amounts not in graphs:
+                graphs[own.amounts] = _compile(backend)
+            return graphs[own.amounts](own, tokens)
+
+        made[backend] = run
     return made[backend]
 
 
