@@ -44,12 +44,11 @@ class CallBudgets:
         Raises:
             ValueError: if there are more or fewer than rows.
         """
-        if self.by_row and len(self.budgets) != rows:
-            each = "prompt" if rows == 1 else "prompts"
+        if self.by_row and (given := len(self.budgets)) != rows:
             raise ValueError(
-                f"{self.said} has {len(self.budgets)} values for {rows} {each}; pass one number"
-                " for all, or one for each row of input_ids (its images, beams and returned"
-                " sequences share it)."
+                f"{self.said} has {given} value{'s' * (given != 1)} for {rows}"
+                f" prompt{'s' * (rows != 1)}; pass one number for all, or one for each row of"
+                " input_ids (its images, beams and returned sequences share it)."
             )
         return self.budgets
 

@@ -122,7 +122,7 @@ def chunks(made: list[Any], size: int) -> list[Any]:
 
 
 WRONG = [
-    ({"num_keep": [3]}, r"num_keep=\[3\] has 1 values for 2 prompts; pass one number for all, or"),
+    ({"num_keep": [3]}, r"num_keep=\[3\] has 1 value for 2 prompts; pass one number for all, or"),
     ({"num_keep": [3, 4, 5, 6]}, "has 4 values for 2 prompts; .* beams and returned sequences"),
     ({"num_keep": []}, "has 0 values for 2 prompts"),
     ({"num_keep": 0}, "num_keep=0; pass at least 1 token"),
