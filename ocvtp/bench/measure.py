@@ -25,7 +25,7 @@ from ocvtp.bench.memory import (
 from ocvtp.bench.timeline import Marks, Tokens, watching
 from ocvtp.bench.variants import Variant
 from ocvtp.bench.workload import Request
-from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.runner import Subject, visual_token_counts
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 from ocvtp.transformers_names import cache_of
@@ -122,10 +122,15 @@ class Bench:
             found = self._watch(variant, inputs)
             active = None if handle is None else handle.savings
         return {
-            "kept": prompts[0].summary() if prompts else None,
+            "kept": self._kept(prompts[0]) if prompts else None,
             "savings": None if active is None else vars(active),
             **found,
         }
+
+    def _kept(self, prompt: Prompt) -> dict[str, Any]:
+        """Counts of a prompt, and what is left of each image on average over the layers."""
+        counts = visual_token_counts(prompt, self.host)
+        return prompt.summary() | {"visual_tokens_average": [one["kept"] for one in counts]}
 
     @torch.no_grad()
     def _time(self, variant: Variant, inputs: Any, prepared: float) -> dict[str, float]:

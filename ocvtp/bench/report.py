@@ -152,6 +152,8 @@ def _kept(row: Facts) -> str:
     texts += [
         f"{fmean(at['visual_tokens_kept']):.4g} from layer {at['layer']}" for at in kept["layers"]
     ]
+    if kept["layers"] and (average := kept.get("visual_tokens_average")):
+        texts.append(f"{fmean(average):.4g} on average")
     return ", ".join(texts)
 
 

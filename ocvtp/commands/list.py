@@ -25,11 +25,13 @@ def run(arguments: argparse.Namespace) -> int:
         output.emit({"pruners": [asdict(e) for e in entries]}, "", as_json=True)
         return 0
     table = _table(f"{len(entries)} pruners")
-    for column in ("name", "stage", "needs", "budget", "merges", "status", "paper"):
-        table.add_column(column, no_wrap=column not in ("needs", "budget"), overflow="fold")
+    wide = ("needs", "budget", "settings")
+    for column in ("name", "stage", "needs", "budget", "merges", "settings", "status", "paper"):
+        table.add_column(column, no_wrap=column not in wide, overflow="fold")
     for e in entries:
         merges, paper = "yes" if e.merges else "no", e.paper_id or "-"
-        table.add_row(e.name, e.stage, e.needs, e.budget, merges, e.status, paper)
+        named = ", ".join(e.settings) or "-"
+        table.add_row(e.name, e.stage, e.needs, e.budget, merges, named, e.status, paper)
     _print(table)
     return 0
 

@@ -100,6 +100,9 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="e.g. cpu, cuda (default: %(default)s)")
 
 
+_PRUNER_SETTINGS = ("num_keep", "keep_ratio", "max_keep", "checkpoint")
+
+
 def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     """Which pruner(s), and the budget."""
     parser.add_argument(
@@ -112,13 +115,16 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--num-keep", type=int, help="tokens kept per image")
     budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
+    budget.add_argument(
+        "--max-keep", type=int, help="the most tokens of an image; one that has no more stays whole"
+    )
     parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
     add_text_tower(parser)
 
 
 def pruner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_pruner` asks for besides the pruner, for `build_spec`."""
-    return {name: getattr(arguments, name) for name in ("num_keep", "keep_ratio", "checkpoint")}
+    return {name: getattr(arguments, name) for name in _PRUNER_SETTINGS}
 
 
 def add_text_tower(parser: argparse.ArgumentParser) -> None:

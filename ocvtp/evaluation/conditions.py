@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from ocvtp.evaluation.oracle import Oracle
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME
 from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
+from ocvtp.pruners.budgets import Budget as Budget
 from ocvtp.pruners.specs import (
     build_spec,
+    has_budget,
     known_settings,
     names_budget,
-    names_setting,
     parse_spec,
     with_budget,
 )
@@ -37,31 +38,6 @@ CONTROLS = (RANDOM, "uniform", POOL, DOWNSAMPLE, "fill_only", UNTRAINED, ORACLE)
 """What runs besides all pruners, at every budget."""
 
 _SEED_STEP = 1_000_003  # more than there are items
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Tokens kept of an image, or their share; one of the two."""
-
-    num_keep: int | None = None
-    keep_ratio: float | None = None
-
-    def __str__(self) -> str:
-        if self.num_keep is not None:
-            return str(self.num_keep)
-        assert self.keep_ratio is not None
-        return f"{100 * self.keep_ratio:g}%"
-
-    def count(self, num_tokens: int) -> int:
-        """Tokens kept of `num_tokens`."""
-        if self.num_keep is not None:
-            return self.num_keep
-        assert self.keep_ratio is not None
-        return max(1, round(self.keep_ratio * num_tokens))
-
-    def settings(self) -> dict[str, Any]:
-        """As arguments of a pruner."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
 
 
 @dataclass(frozen=True)
@@ -143,7 +119,8 @@ def pruner_conditions(
 
     Args:
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
-            `fastv:stages=[[1,K]]`. With other `stages`, or a published `setting`, it runs once.
+            `fastv:stages=[[1,K]]`. With a budget of its own, other `stages` or a published
+            `setting`, it runs once.
         budgets: see `Budget`. seeds: of what is random. checkpoints: exported networks; it is run
             with those that it can read.
         num_tokens: of an image.
@@ -155,7 +132,7 @@ def pruner_conditions(
     known, (_, own) = known_settings(spec), parse_spec(spec)
     of_budget = names_budget(spec)
     made: list[Condition] = []
-    once = ("stages" in own or names_setting(spec)) and not of_budget
+    once = ("stages" in own or has_budget(spec)) and not of_budget
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:

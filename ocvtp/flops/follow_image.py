@@ -175,10 +175,10 @@ def _check_tiles(parts: Mapping[str, Pruner], num_views: int) -> None:
     """Refuse a budget of an image where a pruner sees its tiles one by one; hosts do so too."""
     for stage in ("pixels", "encoder"):
         part = parts.get(stage)
-        if num_views > 1 and part is not None and part.num_keep is not None:
+        if num_views > 1 and part is not None and (name := part.counts_by) is not None:
             raise ValueError(
                 f"{part.name!r} acts in the vision tower, on one tile at a time, so that"
-                f" num_keep={part.num_keep} cannot be that of an image; pass keep_ratio."
+                f" {name}={getattr(part, name)} cannot be that of an image; pass keep_ratio."
             )
 
 

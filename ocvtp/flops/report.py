@@ -33,6 +33,8 @@ _LEGEND = """\
   far as these are matrix products, convolutions or attention. CLIP's text tower is not in it.
 - `total` is tower, projector, select and the true language model. `any` has K tokens, whatever
   chooses them, and nothing left out before it.
+- `average tokens` is what the language model reads of an image, newlines included, on average over
+  its layers, whatever K says.
 - K of pruners inside the language model is an average over its layers. Where `stages` or a
   published `setting` say how many tokens stay, K is the number that stands for K in `stages`, if
   any: what each layer reads is in the list of layers."""
@@ -66,7 +68,9 @@ def to_markdown(facts: Facts) -> str:
     unit, scale = _unit(facts)
     names = [f"`{name}`" for name in CONVENTIONS]
     head = ["pruner", "K", *names, "tower", "projector", "select", "total", "of unpruned"]
-    body = [_cells(row, scale) for row in facts["rows"]]
+    head += ["average tokens"]
+    images = facts["settings"]["num_images"]
+    body = [_cells(row, scale, images) for row in facts["rows"]]
     title = f"# Operations of {markdown(facts['model'])}, in {unit}FLOPs"
     parts = [title, _settings(facts["settings"]), table(head, body)]
     if stages := [line for row in facts["rows"] for line in _layers(row, unit, scale)]:
@@ -114,12 +118,14 @@ def _row(label: str, k: int, found: Count, whole: int) -> dict[str, Any]:
     }
 
 
-def _cells(row: Facts, scale: float) -> list[str]:
+def _cells(row: Facts, scale: float, num_images: int) -> list[str]:
+    average = f"{sum(row['visual']) / len(row['visual']) / num_images:.5g}"
     conventions = [f"{row['conventions'][name] / scale:.2f}" for name in CONVENTIONS]
     shares = [f"{row[key] / scale:.4f}" for key in ("tower", "projector", "select")]
     total = f"{row['total'] / scale:.2f}"
     share = f"{100 * row['of_unpruned']:.1f}%"
-    return [markdown(row["label"]), str(row["num_keep"]), *conventions, *shares, total, share]
+    name = markdown(row["label"])
+    return [name, str(row["num_keep"]), *conventions, *shares, total, share, average]
 
 
 def _settings(settings: Facts) -> str:

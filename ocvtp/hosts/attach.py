@@ -25,12 +25,13 @@ from ocvtp.hosts.prompt.select import Select, compiled, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
 from ocvtp.hosts.runtime import caller_processors, calls
-from ocvtp.hosts.runtime.attachment import Attachment, attachment_of
+from ocvtp.hosts.runtime.attachment import IN_TOWER, Attachment, attachment_of, by_stage
 from ocvtp.hosts.runtime.forward_output import Logits, check_logits
 from ocvtp.hosts.runtime.installed_hooks import InstalledHooks
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.hosts.wrap_methods import Wrapped
 from ocvtp.pruners import Compose, Pruner
+from ocvtp.pruners.budgets import BUDGETS, Budget
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import Needs
 from ocvtp.towers.hooks import Hook
@@ -42,12 +43,11 @@ class Handle:
 
     Args:
         attachment: what the model carries.
-        savings: those that have an effect.
     """
 
-    def __init__(self, attachment: Attachment, savings: Savings) -> None:
+    def __init__(self, attachment: Attachment) -> None:
         self._attachment = attachment
-        self.savings = savings
+        self.savings = attachment.savings
         """Which of the wanted savings have an effect with this pruner in this model."""
 
     def remove(self) -> None:
@@ -68,8 +68,15 @@ def attach(
     shared: SharedEncodings | None = None,
     savings: Savings | None = None,
     logits: Logits = "short",
+    num_keep: int | None = None,
+    keep_ratio: float | None = None,
+    max_keep: int | None = None,
 ) -> Handle:
     """Prune the visual tokens of every call of `model(...)` and `model.generate(...)`.
+
+    A call may say another budget: `model.generate(**inputs, num_keep=64)`, or `num_keep=[64, 128]`,
+    a value for each row of input_ids; so may `keep_ratio` and `max_keep`. Nothing of it is left
+    for the next call, and other threads do not see it.
 
     Args:
         model: a supported transformers VLM, or what holds one: PEFT, DDP, FSDP, torch.compile,
@@ -98,6 +105,8 @@ def attach(
             the labels of a call as `output.labels` [B, L']. `full`: the caller's, L, for
             trainers that line them up with labels of their own; a dropped column has the values of
             the last kept one before it. See docs/training-with-a-pruner.md.
+        num_keep: the budget in place of the pruner's own, which stays as it is. keep_ratio: the
+            same as a share. max_keep: the same as a cap.
 
     Returns:
         a handle whose `remove()` leaves the model as it was.
@@ -110,37 +119,39 @@ def attach(
     warn_if_untested()
     model = unwrap(model)
     _check_free(model)
+    given, pruner = pruner, _at(pruner, Budget(num_keep, keep_ratio, max_keep))
     positions = _trained_positions(pruner) if positions is None else positions
     _check_positions(positions)
     check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
     _check_all(host, pruner)
-    needs = pruner.tower_needs
-    in_tower = [part for part in pruner.parts if part.stage in ("pixels", "encoder")]
-    host.set_stages(in_tower, needs, processor)
-    by_stage = {part.stage: part for part in pruner.parts}
-    inside = by_stage.get("llm_layers")
-    assert inside is None or isinstance(inside, LayerPruner)
+    needs, parts = pruner.tower_needs, by_stage(pruner)
+    host.set_stages([parts[stage] for stage in IN_TOWER if stage in parts], needs, processor)
     encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
-    chosen = by_stage.get("llm_input")
+    chosen = parts.get("llm_input")
     run: Select = select if chosen is None or not host.savings.compile_select else compiled(chosen)
     attachment = Attachment(
         host=host,
-        pruner=chosen,
+        given=given,
+        pruner=pruner,
+        parts=parts,
         needs=needs,
         positions=positions,
         on_prune=on_prune,
         reader=make_reader(host, needs, processor, text_tower),
-        layers=inside,
         encode=encode,
         select=run,
         logits=logits,
         keeps_all=pruner.name == "none" and shared is None,
     )
-    savings = replace(host.savings_for(looked_for), compile_select=run is not select)
+    attachment.savings = replace(host.savings_for(looked_for), compile_select=run is not select)
     attachment.hooks = _installed_hooks(attachment, pruner, looked_for)
     attachment.put()
-    return Handle(attachment, savings)
+    return Handle(attachment)
+
+
+def _at(pruner: Pruner | Compose, budget: Budget) -> Pruner | Compose:
+    return pruner.with_budget(budget) if budget.settings() else pruner
 
 
 def _check_positions(positions: Positions) -> None:
@@ -211,7 +222,16 @@ def _check_all(host: Host, pruner: Pruner | Compose) -> None:
 
 @contextmanager
 def attached(model: Any, pruner: Pruner | Compose, **options: Any) -> Iterator[Handle]:
-    """`attach` inside a `with` block; removed at its end, also after an exception."""
+    """`attach` inside a `with` block; removed at its end, also after an exception.
+
+    Where the same pruner is attached already, and the options are a budget alone, it stays
+    attached: calls of this thread inside the block have that budget.
+    """
+    there = attachment_of(unwrap(model))
+    if there is not None and there.given is pruner and options and {*options} <= {*BUDGETS}:
+        with there.inside_block(Budget(**options)):
+            yield Handle(there)
+        return
     handle = attach(model, pruner, **options)
     try:
         yield handle

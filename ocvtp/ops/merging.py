@@ -141,12 +141,15 @@ def keep_all(tokens: VisualTokens) -> Selection:
     return ascending(everything.repeat(tokens.batch_size, 1), tokens.valid, tokens.num_tokens)
 
 
-def keep_short_images(selection: Selection, tokens: VisualTokens) -> Selection:
+def keep_short_images(
+    selection: Selection, tokens: VisualTokens, or_equal: bool = False
+) -> Selection:
     """Leave images alone that have fewer real tokens than the budget.
 
     Args:
         selection: of exactly K rows.
         tokens: with `valid`.
+        or_equal: whether those with as many are left alone too.
     """
     assert tokens.valid is not None
     assert selection.merge is not None
@@ -156,7 +159,7 @@ def keep_short_images(selection: Selection, tokens: VisualTokens) -> Selection:
     keep, real = whole.keep_indices[:, :num_keep], whole.valid[:, :num_keep]
     columns = torch.arange(-1, num_tokens, device=keep.device)  # the CLS first
     identity = (keep[:, :, None] == columns) & real[:, :, None]
-    short = tokens.valid.sum(dim=1, keepdim=True) < num_keep  # [B, 1]
+    short = tokens.valid.sum(dim=1, keepdim=True) < num_keep + or_equal  # [B, 1]
     anchors = selection.keep_indices if selection.anchors is None else selection.anchors
     return Selection(
         keep_indices=torch.where(short, keep, selection.keep_indices),

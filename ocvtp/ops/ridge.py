@@ -163,17 +163,29 @@ def greedy_ridge(
     Returns:
         [B, K] token numbers in the order of picking, unique. Ties go to the lower number.
     """
+    return greedy_ridge_shares(targets, weights, num, penalty, valid)[0]
+
+
+@torch.no_grad()
+def greedy_ridge_shares(
+    targets: Tensor, weights: Tensor, num: int, penalty: float = 0.3, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """What `greedy_ridge` picks, and [B, K] the share of the tokens that is restored after each.
+
+    That is `1 - sum_n omega_n |R_n|^2 / e` of what its steps leave; it does not fall.
+    """
     steps = RidgeSteps(targets, weights, num, penalty)
     blocked = torch.zeros_like(steps.energy)
     if valid is not None:
         blocked = blocked.masked_fill(~valid, -1e30)
-    picks = []
+    picks, left, energy = [], [], mean_energy(targets, weights)
     for _ in range(num):
         pick = (steps.gains() + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
         blocked = blocked.scatter(1, pick, float("-inf"))
         steps.take(pick)
-    return torch.cat(picks, dim=1)
+        left.append((weights * steps.energy).sum(dim=1, keepdim=True))
+    return torch.cat(picks, dim=1), 1 - torch.cat(left, dim=1) / energy
 
 
 class RidgeSteps:

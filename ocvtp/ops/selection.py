@@ -104,6 +104,33 @@ def descending(scores: Tensor, valid: Tensor | None) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
+def keep_first(order: Tensor, count: Tensor, valid: Tensor | None, num_tokens: int) -> Selection:
+    """The first so many tokens of an order.
+
+    Args:
+        order: [B, K] token numbers, unique, real ones first.
+        count: [B, 1] how many of them stay, at least 1.
+        valid: [B, N] bool. num_tokens: N.
+    """
+    stays = torch.arange(order.shape[1], device=order.device) < count
+    kept = torch.zeros(len(order), num_tokens, dtype=torch.bool, device=order.device)
+    kept = kept.scatter(1, order, stays)
+    return ascending(order, kept if valid is None else kept & valid, num_tokens)
+
+
+def count_for_share(masses: Tensor, share: float, valid: Tensor | None) -> Tensor:
+    """[B, 1] the fewest of the largest masses [B, N] that add up to a share of all, at least 1.
+
+    Args:
+        masses: 0 or more. share: above 0, at most 1. valid: [B, N] bool.
+    """
+    if valid is not None:
+        masses = masses.masked_fill(~valid, 0.0)
+    held = masses.float().sort(dim=1, descending=True).values.cumsum(dim=1)
+    fewer: Tensor = held < share * held[:, -1:]
+    return fewer.sum(dim=1, keepdim=True) + 1
+
+
 def count_outliers(scores: Tensor, valid: Tensor | None) -> Tensor:
     """[B, 1] how many scores lie above Q3 + 1.5 (Q3 - Q1): at most N // 4 + 1 do."""
     if valid is not None:

@@ -19,11 +19,12 @@ from ocvtp.field_types import shown
 from ocvtp.lazy import bound
 from ocvtp.ops.merging import keep_all, keep_short_images
 from ocvtp.ops.selection import together
-from ocvtp.pruners.budgets import check_count, check_share
+from ocvtp.pruners.budgets import BUDGETS, check_quality, count_kept
+from ocvtp.pruners.budgets import Budget as Amount
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control", "yours"]
-Budget = Literal["exact", "adaptive", "average"]
+Budget = Literal["exact", "adaptive", "quality", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
@@ -52,10 +53,13 @@ class Pruner(ABC):
     Args:
         num_keep: tokens kept per image, tiles included.
         keep_ratio: the same as a share of the image's own tokens; give one of the two.
+        max_keep: the most tokens of an image, which stays whole if it has no more; alone, or as a
+            cap on `keep_ratio`.
     """
 
     num_keep: int | None = None
     keep_ratio: float | None = None
+    max_keep: int | None = None
 
     name: ClassVar[str] = ""
     """Key in the registry; `register` sets it."""
@@ -71,8 +75,9 @@ class Pruner(ABC):
     class that does not say so itself is `yours`, whatever it is made from."""
     paper: ClassVar[str | None] = None
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
-    """`adaptive` after `exact` if the method can also choose how many tokens an image keeps;
-    `average` if the budget is one over the layers of the language model."""
+    """`adaptive` after `exact` if the method can also choose how many tokens an image keeps, and
+    `quality` if it can be told what they must hold; `average` if the budget is one over the layers
+    of the language model."""
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
     budget among them (none where the paper's own holds without one)."""
@@ -151,7 +156,9 @@ class Pruner(ABC):
         num_keep = self.budget(tokens.num_tokens)
         selection = together([self._select(part, num_keep) for part in self._parts_of(tokens)])
         if tokens.valid is not None and self.merging and self.exact:
-            return keep_short_images(selection, tokens)
+            return keep_short_images(
+                selection, tokens, self.spares(selection.keep_indices.shape[1])
+            )
         return selection
 
     @abstractmethod
@@ -176,19 +183,39 @@ class Pruner(ABC):
         return [tokens.map(partial(_image, number=b)) for b in range(tokens.batch_size)]
 
     def budget(self, num_tokens: int) -> int:
-        """K for an image of N tokens: all of them where `num_keep` is more."""
-        if self.num_keep is None:
-            assert self.keep_ratio is not None
-            return max(1, round(num_tokens * self.keep_ratio))
-        return min(self.num_keep, num_tokens)
+        """K for an image of N tokens: all of them where `num_keep` or `max_keep` is more."""
+        return count_kept(num_tokens, self.num_keep, self.keep_ratio, self.max_keep)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether it was told how many tokens stay."""
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    @property
+    def amounts(self) -> tuple[Amount, ...]:
+        """Its budget; of a chain, those of its steps."""
+        return (Amount(self.num_keep, self.keep_ratio, self.max_keep),)
+
+    @property
+    def counts_by(self) -> str | None:
+        """The name of the setting that is a number of tokens; None for a share alone."""
+        return next((n for n in ("num_keep", "max_keep") if getattr(self, n) is not None), None)
 
     def exceeds(self, num_tokens: int) -> bool:
         """Whether `num_keep` is more than an image of N tokens has."""
         return self.num_keep is not None and self.num_keep > num_tokens
 
     def spares(self, num_tokens: int) -> bool:
-        """Whether an image of N tokens stays as it is, because it has fewer than it may keep."""
-        return self.exact and self.exceeds(num_tokens)
+        """Whether an image of N tokens stays as it is, because it has fewer than it may keep.
+
+        It may have as many, where the budget is a cap alone.
+        """
+        return self.exact and (self.exceeds(num_tokens) or self._is_within_cap(num_tokens))
+
+    def _is_within_cap(self, num_tokens: int) -> bool:
+        """Whether a budget that is a cap alone has room for N tokens."""
+        alone = self.num_keep is None and self.keep_ratio is None
+        return alone and self.max_keep is not None and num_tokens <= self.max_keep
 
     @property
     def keeps_share(self) -> bool:
@@ -201,6 +228,32 @@ class Pruner(ABC):
             return self
         changed = copy(self)
         changed.num_keep, changed.keep_ratio = self.budget(num_tokens), None
+        changed.max_keep = None
+        return changed
+
+    @property
+    def fixed_by(self) -> str | None:
+        """Why no call can say how many tokens stay, as of the pruner; None where one can."""
+        stages = getattr(self, "stages", None)
+        return None if stages is None else f"was built with stages={stages!r}"
+
+    def with_budget(self, budget: Amount) -> Pruner:
+        """The same pruner with another budget, e.g. that of one call.
+
+        One that counts for itself keeps at most so many.
+
+        Raises:
+            ValueError: if the method, or how it was built, fixes how many tokens stay.
+        """
+        if (fixed := self.fixed_by) is not None:
+            raise ValueError(
+                f"pruner {self._called!r} {fixed}, so that {budget.said} cannot be said later; use"
+                " one that was built with num_keep, keep_ratio or max_keep."
+            )
+        changed = copy(self)
+        for name, value in vars(budget.checked(repr(self._called))).items():
+            setattr(changed, name, value)
+        changed.parts  # noqa: B018 - checks what hangs on the budget
         return changed
 
     def masks(self, tokens: VisualTokens) -> Tensor | None:
@@ -229,19 +282,22 @@ class Pruner(ABC):
         return height, width
 
     def _check_budget(self) -> None:
-        if (self.num_keep is None) == (self.keep_ratio is None):
+        if not self.has_budget:
             raise ValueError(
-                f"{self.name or type(self).__name__} got num_keep={self.num_keep} and"
-                f" keep_ratio={self.keep_ratio}; pass exactly one of them."
+                f"{self._called} got num_keep=None and keep_ratio=None; pass exactly one of them,"
+                " or max_keep."
             )
         self._check_numbers()
 
     def _check_numbers(self) -> None:
         """Refuse what is no count or share; keep the others as plain numbers."""
-        if self.num_keep is not None:
-            self.num_keep = check_count("num_keep", self.num_keep)
-        if self.keep_ratio is not None:
-            self.keep_ratio = check_share("keep_ratio", self.keep_ratio)
+        amount = self.amounts[0].checked(self._called)
+        self.num_keep, self.keep_ratio = amount.num_keep, amount.keep_ratio
+        self.max_keep = amount.max_keep
+
+    @property
+    def _called(self) -> str:
+        return self.name or type(self).__name__
 
 
 @dataclass(kw_only=True, eq=False)
@@ -260,20 +316,42 @@ class AdaptivePruner(Pruner):
     budgets: ClassVar[tuple[Budget, ...]] = ("exact", "adaptive")
 
     def __post_init__(self) -> None:
-        if self.num_keep is None and self.keep_ratio is None:
-            self.adaptive = True
-        else:
+        if self.has_budget:
             self._check_budget()
+        else:
+            self.adaptive = True
 
     @property
     def exact(self) -> bool:
         return not self.adaptive
 
-    def budget(self, num_tokens: int) -> int:
-        """K, or the most tokens that may be kept."""
-        if self.num_keep is None and self.keep_ratio is None:
-            return num_tokens
-        return super().budget(num_tokens)
+
+@dataclass(kw_only=True, eq=False)
+class QualityPruner(Pruner):
+    """A pruner that knows what a token is worth, as a share of the whole image.
+
+    What is shared out is in the docstring of each: attention, or what is restored.
+
+    Args:
+        quality: every image keeps the fewest tokens, in the method's own order, that hold this
+            share; a budget is then the most that it may keep. None to keep what the budget says.
+    """
+
+    quality: float | None = None
+
+    budgets: ClassVar[tuple[Budget, ...]] = ("exact", "quality")
+
+    def __post_init__(self) -> None:
+        if self.quality is None:
+            super().__post_init__()
+            return
+        self.quality = check_quality(self.quality)
+        if self.has_budget:
+            self._check_budget()
+
+    @property
+    def exact(self) -> bool:
+        return self.quality is None and super().exact
 
 
 def _image(values: Tensor, number: int) -> Tensor:

@@ -1,16 +1,107 @@
 """What a budget may be: counts are whole numbers of tokens, shares are floats up to 1.0.
 
 So `64` and `1` count tokens, `0.5` and `1.0` are shares of them, in Python as in YAML and in specs.
+
+How many tokens a budget leaves of an image is resolved here alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
 from typing import Any
 
 StagePairs = Sequence[tuple[int, float]]
 """`(layer, K)` pairs: before which layer how many tokens stay, or which share of them."""
+
+BUDGETS = ("num_keep", "keep_ratio", "max_keep")
+"""The settings of any pruner that say how many tokens of an image stay."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens of an image are kept, as every pruner takes it.
+
+    Args:
+        num_keep: a count.
+        keep_ratio: a share of the image's own tokens; one of the two.
+        max_keep: the most: an image of at most so many stays whole; or a cap on the share.
+    """
+
+    num_keep: int | None = None
+    keep_ratio: float | None = None
+    max_keep: int | None = None
+
+    def __str__(self) -> str:
+        if self.num_keep is not None:
+            return str(self.num_keep)
+        share = "" if self.keep_ratio is None else f"{100 * self.keep_ratio:g}%"
+        cap = "" if self.max_keep is None else f"at most {self.max_keep}"
+        return ", ".join(filter(None, (share, cap)))
+
+    def count(self, num_tokens: int) -> int:
+        """Tokens kept of `num_tokens`; `num_keep` as it is."""
+        return self.num_keep or count_kept(num_tokens, **asdict(self))
+
+    @property
+    def said(self) -> str:
+        """As it was written: `num_keep=64`."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+
+    def settings(self) -> dict[str, Any]:
+        """As arguments of a pruner."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def checked(self, who: str) -> Budget:
+        """The same in plain numbers.
+
+        Args:
+            who: got it, for messages.
+
+        Raises:
+            ValueError: for what is no count or share, and for those that contradict each other.
+        """
+        num_keep, ratio, most = self.num_keep, self.keep_ratio, self.max_keep
+        if num_keep is not None and ratio is not None:
+            raise ValueError(
+                f"{who} got num_keep={num_keep} and keep_ratio={ratio}; pass exactly one of them."
+            )
+        if num_keep is not None and most is not None:
+            raise ValueError(
+                f"{who} got num_keep={num_keep} and max_keep={most}; pass one of them: max_keep is"
+                " the most tokens of an image, alone or of a share (keep_ratio)."
+            )
+        return Budget(
+            None if num_keep is None else check_count("num_keep", num_keep),
+            None if ratio is None else check_share("keep_ratio", ratio),
+            None if most is None else check_count("max_keep", most),
+        )
+
+
+def count_kept(
+    num_tokens: int, num_keep: int | None, keep_ratio: float | None, max_keep: int | None
+) -> int:
+    """K of an image of N tokens: at most N, and all of them where there is no budget.
+
+    Args:
+        num_tokens: N.
+        num_keep: see `Budget`. keep_ratio: see there. max_keep: see there.
+    """
+    wanted = num_tokens if keep_ratio is None else max(1, round(num_tokens * keep_ratio))
+    return min([wanted, num_tokens, *_counts(num_keep, max_keep)])
+
+
+def average_kept(
+    num_tokens: int, num_keep: int | None, keep_ratio: float | None, max_keep: int | None
+) -> float:
+    """The same as an average over layers, which need not be whole."""
+    wanted = num_tokens if keep_ratio is None else num_tokens * keep_ratio
+    return min([wanted, num_tokens, *_counts(num_keep, max_keep)])
+
+
+def _counts(*counts: int | None) -> list[int]:
+    return [count for count in counts if count is not None]
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
@@ -40,6 +131,20 @@ def check_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
         raise ValueError(
             f"{name}={value!r}; pass the share of tokens KEPT, a number above 0, at most 1."
+        )
+    return float(value)
+
+
+def check_quality(value: Any) -> float:
+    """The share of what a method keeps tokens for that they must hold, as a plain float.
+
+    Raises:
+        ValueError: that says what it may be.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+        raise ValueError(
+            f"quality={value!r}; pass the share that the kept tokens must hold, a number above 0,"
+            " at most 1."
         )
     return float(value)
 

@@ -18,8 +18,9 @@ class Entry:
         title: `Pruner.title`.
         stage: where it acts, e.g. `llm_input + llm_layers`.
         needs: what the host must supply, `Pruner.reads`.
-        budget: `exact`, `exact or adaptive` or `average`.
+        budget: `exact`, `exact or adaptive`, `exact or quality`, `average` and the like.
         merges: whether kept tokens are mixtures.
+        settings: names of the published ones, `Pruner.named_settings`.
         status: `Pruner.status`.
         paper: URL.
     """
@@ -30,6 +31,7 @@ class Entry:
     needs: str
     budget: str
     merges: bool
+    settings: tuple[str, ...]
     status: str
     paper: str | None
 
@@ -54,6 +56,7 @@ def entry(name: str) -> Entry:
         needs=cls.reads,
         budget=" or ".join(cls.budgets),
         merges=cls.merging or any(part.merging for part in parts),
+        settings=tuple(cls.named_settings),
         status=cls.status,
         paper=cls.paper,
     )
@@ -77,13 +80,14 @@ def catalog() -> list[Entry]:
 def markdown_table() -> str:
     """The README's table of pruners."""
     lines = [
-        "| pruner | method | stage | needs | budget | merges | status | paper |",
-        "|---|---|---|---|---|---|---|---|",
+        "| pruner | method | stage | needs | budget | merges | settings | status | paper |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in catalog():
         cells = asdict(row)
         cells["name"] = f"`{row.name}`"
         cells["merges"] = "yes" if row.merges else "no"
+        cells["settings"] = ", ".join(f"`{name}`" for name in row.settings) or "-"
         cells["paper"] = f"[{row.paper_id}]({row.paper})" if row.paper else "-"
         lines.append("| " + " | ".join(str(value) for value in cells.values()) + " |")
     return "\n".join(lines) + "\n"

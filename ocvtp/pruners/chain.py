@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.budgets import BUDGETS, Budget
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
@@ -51,15 +52,9 @@ class Chain(Pruner):
                     f"{step.name!r} merges tokens, so what it leaves has no attention or keys to"
                     " choose by; put it last."
                 )
-        counts = [(step.name, step.num_keep) for step in self.steps if step.num_keep is not None]
-        for (before, fewer), (name, more) in zip(counts, counts[1:], strict=False):
-            if more > fewer:
-                raise ValueError(
-                    f"Chain got {name!r} with num_keep={more} after {before!r}, which leaves"
-                    f" {fewer}; pass budgets that do not grow."
-                )
+        self._check_counts()
         last = self.steps[-1]
-        super().__init__(num_keep=last.num_keep, keep_ratio=last.keep_ratio)
+        super().__init__(**{name: getattr(last, name) for name in BUDGETS})
         self.name = ">".join(step.name for step in self.steps)  # type: ignore[misc]
         self.stage = last.stage  # type: ignore[misc]
         self.status = "unofficial"  # type: ignore[misc]
@@ -69,6 +64,19 @@ class Chain(Pruner):
     def __post_init__(self) -> None:
         """The steps checked their budgets."""
 
+    def _check_counts(self) -> None:
+        """A cap may be larger than what is there; a count may not."""
+        before, fewest = "", None
+        for step in self.steps:
+            if fewest is not None and step.num_keep is not None and step.num_keep > fewest:
+                raise ValueError(
+                    f"Chain got {step.name!r} with num_keep={step.num_keep} after {before!r}, which"
+                    f" leaves {fewest}; pass budgets that do not grow."
+                )
+            most = step.max_keep if step.num_keep is None else step.num_keep
+            if most is not None and (fewest is None or most < fewest):
+                before, fewest = step.name, most
+
     @property
     def exact(self) -> bool:
         return all(step.exact for step in self.steps)
@@ -76,6 +84,10 @@ class Chain(Pruner):
     @property
     def needs(self) -> Needs:
         return reduce(or_, (step.needs for step in self.steps))
+
+    @property
+    def amounts(self) -> tuple[Budget, ...]:
+        return tuple(amount for step in self.steps for amount in step.amounts)
 
     @property
     def keeps_share(self) -> bool:
@@ -87,8 +99,13 @@ class Chain(Pruner):
             steps.append(step.of_size(num_tokens))
             num_tokens = step.budget(num_tokens)
         changed.steps = tuple(steps)
-        changed.num_keep, changed.keep_ratio = steps[-1].num_keep, steps[-1].keep_ratio
+        for name in BUDGETS:
+            setattr(changed, name, getattr(steps[-1], name))
         return changed
+
+    def with_budget(self, budget: Budget) -> Chain:
+        """With a last pruner of another budget."""
+        return Chain([*self.steps[:-1], self.steps[-1].with_budget(budget)])
 
     def select(self, tokens: VisualTokens) -> Selection:
         selection = self.steps[0].select(tokens)

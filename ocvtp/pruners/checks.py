@@ -205,15 +205,19 @@ def _check_alone(
     counts = tokens.real.sum(dim=1).tolist()
     for image in range(tokens.batch_size if pruner.batch_invariant else 1):
         alone = _cut(tokens, image, counts[image], grid_hw)
-        found = pruner.select(alone).keep_indices[0]
-        kept = together.keep_indices[image]
-        kept = kept if together.valid is None else kept[together.valid[image]]
+        found, kept = _counted(pruner.select(alone), 0), _counted(together, image)
         if not torch.equal(found, kept):
             beside = "" if tokens.valid is None else " and beside padding (`tokens.valid`)"
             raise _Broken(
                 f"image {image} keeps {kept.tolist()} in a batch{beside}, but {found.tolist()}"
                 " alone; sum over dim=1 only, and mask what is padding."
             )
+
+
+def _counted(selection: Selection, image: int) -> Tensor:
+    """What is kept of an image, without the entries that do not count."""
+    kept = selection.keep_indices[image]
+    return kept if selection.valid is None else kept[selection.valid[image]]
 
 
 def _cut(tokens: VisualTokens, image: int, count: int, grid_hw: tuple[int, int]) -> VisualTokens:

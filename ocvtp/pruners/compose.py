@@ -10,6 +10,7 @@ from typing import Any
 
 from ocvtp.lazy import bound
 from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.budgets import Budget
 from ocvtp.structures import STAGES, Needs
 
 
@@ -29,6 +30,7 @@ class Compose:
     """
 
     def __init__(self, pruners: Sequence[Pruner]) -> None:
+        self._pruners = tuple(pruners)
         parts = [part for pruner in pruners for part in pruner.parts]
         self.parts: tuple[Pruner, ...] = tuple(sorted(parts, key=lambda p: STAGES.index(p.stage)))
         if not self.parts:
@@ -51,6 +53,20 @@ class Compose:
     def tower_needs(self) -> Needs:
         """`needs`, as of a single pruner."""
         return self.needs
+
+    def with_budget(self, budget: Budget) -> Compose:
+        """The same with another budget, if it is of one pruner.
+
+        Raises:
+            ValueError: if each of several has its own.
+        """
+        if len(self._pruners) > 1:
+            raise ValueError(
+                f"{self.name!r} is composed of {len(self._pruners)} pruners with a budget each, so"
+                f" that {budget.said} cannot be that of all; attach one pruner to give it budgets"
+                " call by call, or compose others for this budget."
+            )
+        return Compose([self._pruners[0].with_budget(budget)])
 
     def __call__(self, model: Any, **options: Any) -> AbstractContextManager[Any]:
         """`with composed(model): model.generate(...)`, see `ocvtp.attach`."""

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ocvtp.pruners.base import Budget, Pruner
-from ocvtp.pruners.budgets import StagePairs, check_stages, count_stages
+from ocvtp.pruners.budgets import StagePairs, average_kept, check_stages, count_stages
 from ocvtp.structures import LayerTokens, Needs, Selection, Stage, VisualTokens
 
 Norm = Literal["final", "layer"]
@@ -59,6 +59,7 @@ class LayerPruner(Pruner):
     Args:
         num_keep: tokens kept per image, on average over the layers.
         keep_ratio: the same as a share of the tokens that the language model reads.
+        max_keep: the most tokens of an image on average; alone, or as a cap on `keep_ratio`.
         stages: `(layer, K)` pairs that replace the method's own schedule: before which layer
             how many tokens stay. An int is their number, at most; a float, up to 1.0, their share
             of the image's tokens. No stage may keep more than the one before.
@@ -74,7 +75,7 @@ class LayerPruner(Pruner):
     def __post_init__(self) -> None:
         if self.stages is not None:
             self._check_stages()
-        elif self.num_keep is not None or self.keep_ratio is not None or not self.published:
+        elif self.has_budget or not self.published:
             self._check_budget()
 
     @abstractmethod
@@ -173,16 +174,13 @@ class LayerPruner(Pruner):
 
     def budget(self, num_tokens: int) -> int:
         """K of the first choice, where that is what `select` is asked for."""
-        if self.num_keep is None and self.keep_ratio is None:
+        if not self.has_budget:
             return self.schedule(32, num_tokens)[0].num_keep
         return super().budget(num_tokens)
 
     def _average(self, num_tokens: int) -> float:
         """Tokens of an image on average over the layers; at most N."""
-        if self.num_keep is None:
-            assert self.keep_ratio is not None
-            return self.keep_ratio * num_tokens
-        return min(self.num_keep, num_tokens)
+        return average_kept(num_tokens, self.num_keep, self.keep_ratio, self.max_keep)
 
     def _check_unpadded(self, tokens: VisualTokens) -> None:
         if tokens.valid is not None:
@@ -193,10 +191,10 @@ class LayerPruner(Pruner):
 
     def _check_stages(self) -> None:
         assert self.stages is not None
-        if self.num_keep is not None or self.keep_ratio is not None:
+        if self.has_budget:
             raise ValueError(
-                f"{self.name} got stages and a budget; pass stages, or one of num_keep and"
-                " keep_ratio."
+                f"{self.name} got stages and a budget; pass stages, or one of num_keep, keep_ratio"
+                " and max_keep."
             )
         check_stages(self.stages)
 
@@ -225,7 +223,7 @@ class OneStagePruner(LayerPruner):
         return (self.layer,)
 
     def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        if self.num_keep is None and self.keep_ratio is None:
+        if not self.has_budget:
             assert self.paper_share is not None
             return (LayerStage(self.layer, max(1, round(num_tokens * self.paper_share))),)
         average = self._average(num_tokens)

@@ -13,13 +13,14 @@ from typing import Any, TypeVar, get_args, get_type_hints
 from ocvtp import plugins
 from ocvtp.field_types import no_such, shown
 from ocvtp.pruners.base import Pruner
+from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.structures import Stage
 
 _REGISTRY: dict[str, type[Pruner]] = {}
 _P = TypeVar("_P", bound=type[Pruner])
 GROUP = "ocvtp.pruners"
 """Of entry points."""
-_BUDGETS = ("num_keep", "keep_ratio", "stages")
+_BUDGETS = (*BUDGETS, "stages")
 
 
 def register(name: str) -> Callable[[_P], _P]:
@@ -63,8 +64,9 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
 
     Args:
         name: see `list_pruners()`.
-        settings: `num_keep` or `keep_ratio`, and the method's own parameters; or `setting`, the
-            name of a published one in place of a budget, e.g. `paper-64` of `sparsevlm`.
+        settings: `num_keep`, `keep_ratio` or `max_keep`, and the method's own parameters; or
+            `setting`, the name of a published one in place of a budget, e.g. `paper-64` of
+            `sparsevlm`.
 
     Raises:
         ValueError: for unknown names and settings.

@@ -9,6 +9,7 @@ from typing import Any
 from ocvtp.field_types import shown
 from ocvtp.plain_yaml import read_value
 from ocvtp.pruners.base import Pruner, naming
+from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
@@ -71,14 +72,25 @@ def names_setting(spec: str) -> bool:
     return "setting" in settings and takes_named_setting(pruner_class(name))
 
 
+def has_budget(spec: str) -> bool:
+    """Whether a spec says itself how many tokens stay, so that a shared budget does not count.
+
+    It does so by a budget of its own, a published setting, or `stages` of a pruner of stage
+    `llm_layers` alone.
+    """
+    name, settings = parse_spec(spec)
+    staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
+    return staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
+
+
 def build_spec(spec: str, **shared: Any) -> Pruner:
     """The pruner of a spec.
 
     Args:
         spec: `NAME:KEY=VALUE,...`; a K in the settings stands for `num_keep`.
         shared: settings for any pruner, e.g. `num_keep`: those that are None or that this one does
-            not know are left out, and those of the spec go first. A published `setting` is a budget
-            of its own, and so are `stages` for a pruner of stage `llm_layers` alone.
+            not know are left out, and those of the spec go first; budgets do not count where the
+            spec has one, see `has_budget`.
 
     Raises:
         ValueError: for a spec that does not parse, a K without `num_keep`, and what `build_pruner`
@@ -90,9 +102,8 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
         spec = with_budget(spec, shared["num_keep"])
     name, settings = parse_spec(spec)
     known = known_settings(spec)
-    staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
-    if staged or names_setting(spec):
-        shared |= {"num_keep": None, "keep_ratio": None}
+    if has_budget(spec):
+        shared |= dict.fromkeys(BUDGETS)
     shared = {k: v for k, v in shared.items() if v is not None and k in known}
     with naming(name, spec):
         return build_pruner(name, **shared | settings)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
-from ocvtp.pruners.budgets import StagePairs, check_stages
+from ocvtp.pruners.budgets import BUDGETS, StagePairs, average_kept, check_stages
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
 
@@ -35,7 +35,7 @@ class FirstHalf(Pruner):
         choose: Callable[[VisualTokens], Selection],
         before: Callable[[int], int] = lambda num_keep: num_keep,
     ) -> None:
-        super().__init__(num_keep=whole.num_keep, keep_ratio=whole.keep_ratio)
+        super().__init__(**{name: getattr(whole, name) for name in BUDGETS})
         self._whole, self._choose, self._before = whole, choose, before
         self.name = whole.name  # type: ignore[misc]
         self.status = whole.status  # type: ignore[misc]
@@ -49,7 +49,12 @@ class FirstHalf(Pruner):
         return self._whole.budget(num_tokens)
 
     def spares(self, num_tokens: int) -> bool:
-        return self.num_keep is not None and num_tokens < self._before(self.num_keep)
+        count = (
+            self.max_keep if self.num_keep is None and self.keep_ratio is None else self.num_keep
+        )
+        return count is not None and num_tokens < self._before(count) + self._is_within_cap(
+            num_tokens
+        )
 
     def of_size(self, num_tokens: int) -> Pruner:
         return self._whole.of_size(num_tokens).parts[0] if self.keeps_share else self
@@ -71,9 +76,10 @@ class LaterHalf(LayerPruner):
 
     def _average(self, num_tokens: int) -> float:
         """Tokens of an image on average over the layers, not above the N' that are there."""
-        if self.keep_ratio is not None:
-            return num_tokens * min(1.0, self.keep_ratio / self.share_before)
-        return super()._average(num_tokens)
+        ratio = self.keep_ratio
+        if ratio is not None:
+            ratio = min(1.0, ratio / self.share_before)
+        return average_kept(num_tokens, self.num_keep, ratio, self.max_keep)
 
 
 def later_settings(
@@ -101,7 +107,7 @@ def later_settings(
         return {"stages": stages}
     ratio = whole.keep_ratio
     before = 1.0 if ratio is None else min(1.0, share_before(ratio))
-    return {"num_keep": whole.num_keep, "keep_ratio": ratio, "share_before": before}
+    return {**{name: getattr(whole, name) for name in BUDGETS}, "share_before": before}
 
 
 def needs_of(parts: Sequence[Pruner]) -> Needs:

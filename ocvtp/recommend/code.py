@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ocvtp.evaluation.conditions import takes_checkpoints
-from ocvtp.pruners.layer_pruner import LayerPruner
-from ocvtp.pruners.registry import pruner_class
-from ocvtp.pruners.specs import names_budget, names_setting, parse_spec, with_budget
+from ocvtp.pruners.specs import has_budget, names_budget, parse_spec, with_budget
 from ocvtp.recommend.choice import Option
 
 
@@ -23,7 +21,7 @@ def lines(option: Option, checkpoint: str | None = None, text_tower: Any = None)
     if option.num_keep is not None and names_budget(spec):
         spec = with_budget(spec, option.num_keep)
     name, settings = parse_spec(spec)
-    if option.num_keep is not None and not _has_budget(spec, settings):
+    if option.num_keep is not None and not has_budget(spec):
         settings = {"num_keep": option.num_keep, **settings}
     if checkpoint is not None and takes_checkpoints(spec):
         settings["checkpoint"] = checkpoint
@@ -34,9 +32,3 @@ def lines(option: Option, checkpoint: str | None = None, text_tower: Any = None)
         f"pruner = ocvtp.build_pruner({', '.join(words)})",
         f"handle = ocvtp.attach(model, pruner, processor=processor{given})",
     ]
-
-
-def _has_budget(spec: str, settings: dict[str, Any]) -> bool:
-    """Whether the spec says itself how many tokens stay, as `build_spec` reads it."""
-    staged = "stages" in settings and issubclass(pruner_class(spec.partition(":")[0]), LayerPruner)
-    return staged or names_setting(spec)

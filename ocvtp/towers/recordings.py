@@ -90,10 +90,12 @@ class TowerCall:
     Attributes:
         recording: the current forward of the tower.
         block_run: the run of the block that this thread is in, between its attention and its end.
+        around: the call that this one is inside of; None if it is the outermost.
     """
 
     recording: Recording | None = field(default=None, kw_only=True)
     block_run: TowerRun | None = field(default=None, kw_only=True)
+    around: TowerCall | None = field(default=None, kw_only=True, repr=False)
 
 
 CALL: ContextVar[TowerCall | None] = ContextVar("ocvtp_call", default=None)
@@ -111,7 +113,7 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
             refused.
     """
     record = Recording()
-    token = CALL.set(TowerCall(recording=record))
+    token = CALL.set(TowerCall(recording=record, around=CALL.get()))
     try:
         yield record
     finally:

@@ -13,6 +13,7 @@ from PIL import Image
 from ocvtp import cli
 from ocvtp.bench.compare import compare
 from ocvtp.bench.measure import Bench
+from ocvtp.bench.report import times_table
 from ocvtp.pruners.methods.fopru import FoPru
 
 FLAGS = ("--model", "random:tiny-llava", "--threads", "1", "--image-size", "96", "96",
@@ -68,6 +69,18 @@ def test_everything_is_on_record(made):
         assert shares[1] < shares[2] < 1
     kept = [row["kept"]["visual_tokens_kept"] for row in found["cells"][1]["rows"][1:]]
     assert kept == [[16, 16], [64, 64]] * 2
+
+
+def test_the_report_has_true_averages(made):
+    cell = load(made)["cells"][0]
+    kept = cell["rows"][1]["kept"]
+    assert kept["visual_tokens_average"] == [16]
+    assert "average" not in times_table(cell)
+    kept["layers"] = [{"layer": 2, "visual_tokens_kept": [4]}]
+    kept["visual_tokens_average"] = [8]
+    assert "| 16, 4 from layer 2, 8 on average" in times_table(cell)
+    del kept["visual_tokens_average"]  # of an earlier version
+    assert "| 16, 4 from layer 2 " in times_table(cell)
 
 
 def test_the_report_says_what_was_measured(made):

@@ -95,8 +95,9 @@ def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
     assert drawn["deep"] == drawn["plain"] != drawn["sideways"]
 
 
-def test_answer_with_several_images_and_a_ratio(capsys, photo):
-    words = ["answer", *MODEL, "--pruner", "uniform", "--keep-ratio", "0.25", "--json"]
+@pytest.mark.parametrize("budget", [["--keep-ratio", "0.25"], ["--max-keep", "36"]])
+def test_answer_with_several_images_and_a_ratio_or_a_cap(capsys, photo, budget):
+    words = ["answer", *MODEL, "--pruner", "uniform", *budget, "--json"]
     words += ["--image", photo, photo, "--prompt", "Same?", "--max-new-tokens", "2"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out)["visual_tokens_kept"] == [36, 36]

@@ -63,8 +63,10 @@ def test_k_of_stages_is_no_average(capsys):
     _, row = json.loads(capsys.readouterr().out)["rows"]
     assert (row["num_keep"], row["visual"][2]) == (64, 64)
     assert sum(row["visual"]) / len(row["visual"]) == 96
-    assert main([*words, "fastv:stages=[[2,K]]"]) == 0
-    legend = " ".join(capsys.readouterr().out.split())
+    assert main([*words, "fastv:stages=[[2,K]]", "sparsevlm:setting=paper-64"]) == 0
+    out = capsys.readouterr().out
+    assert [row[-1] for row in _cells(out)] == ["576", "96", "82.25"]  # true averages
+    legend = " ".join(out.split())
     assert "an average over its layers. Where `stages` or a published `setting` say" in legend
 
 

@@ -220,3 +220,14 @@ def test_the_entry_point_imports_lmms_eval_only_when_called(monkeypatch):
     manifest = getattr(importlib.import_module(name), function)
     with pytest.raises(ModuleNotFoundError, match="lmms_eval"):
         manifest()
+
+
+def test_a_cap_is_a_budget_too():
+    pruner = read(pruner="divprune", max_keep=9).pruner_maker()(0)
+    assert (pruner.num_keep, pruner.keep_ratio, pruner.max_keep) == (None, None, 9)
+    pruner = read(pruner="divprune", keep_ratio=0.5, max_keep=9).pruner_maker()(0)
+    assert (pruner.keep_ratio, pruner.max_keep) == (0.5, 9)
+    with pytest.raises(ValueError, match="num_keep=3 and max_keep=9; pass one of them"):
+        read(pruner="divprune", num_keep=3, max_keep=9).pruner_maker()
+    with pytest.raises(ValueError, match="stands for num_keep; pass that in place of max_keep=9"):
+        read(pruner="fastv:stages=[[1,K]]", max_keep=9).pruner_maker()

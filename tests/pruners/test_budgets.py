@@ -11,7 +11,7 @@ from small_networks import network_setting
 
 import ocvtp
 from ocvtp.pruners import pruner_class
-from ocvtp.pruners.budgets import check_stages, count_stages
+from ocvtp.pruners.budgets import Budget, check_stages, count_stages
 from ocvtp.pruners.layer_pruner import LayerPruner, LayerStage, OneStagePruner
 from ocvtp.pruners.specs import build_spec
 
@@ -48,6 +48,70 @@ def test_numbers_of_numpy_become_plain_ones(build):
         assert type(build(num_keep=count).num_keep) is int
     for share in (np.float32(0.5), np.float64(0.5), 1):
         assert type(build(keep_ratio=share).keep_ratio) is float
+
+
+def test_a_cap_is_a_count_alone_or_of_a_share(build):
+    for value in NO_COUNTS:
+        with pytest.raises(ValueError, match=r"max_keep=.*; pass (a whole number of|at least 1)"):
+            build(max_keep=value)
+    with pytest.raises(ValueError, match="num_keep=4 and max_keep=9; pass one of them"):
+        build(num_keep=4, max_keep=9)
+    capped, share = build(max_keep=np.int64(9)), build(keep_ratio=0.5, max_keep=9)
+    assert type(capped.max_keep) is int
+    if capped.name == "none":
+        return
+    assert [capped.budget(n) for n in (4, 9, 30)] == [4, 9, 9]
+    assert [share.budget(n) for n in (4, 18, 30)] == [2, 9, 9]
+    assert not any(capped.exceeds(n) for n in (4, 9, 30))
+    if capped.parts == (capped,):
+        assert [capped.spares(n) for n in (4, 9, 10)] == [True, True, False]
+        assert not any(share.spares(n) for n in (4, 9, 30))
+        assert share.of_size(30).num_keep == 9
+    for part in share.parts:
+        if isinstance(part, LayerPruner) and part.layers(40)[0] < 16:
+            (*_, last) = part.schedule(40, 16)
+            assert last.num_keep <= 9
+
+
+def test_another_budget_is_that_of_another_pruner(build):
+    first = build(num_keep=4)
+    if first.name == "none":
+        return
+    for budget in ({"num_keep": 9}, {"keep_ratio": 0.5}, {"max_keep": 9}):
+        pruner, expected = first.with_budget(Budget(**budget)), build(**budget)
+        assert type(pruner) is type(first)
+        for part, own in zip(pruner.parts, expected.parts, strict=True):
+            assert [part.budget(n) for n in (5, 30)] == [own.budget(n) for n in (5, 30)]
+            assert [part.spares(n) for n in (5, 30)] == [own.spares(n) for n in (5, 30)]
+            assert part.exact == own.exact
+    assert first.num_keep == 4
+    with pytest.raises(ValueError, match="num_keep=0; pass at least 1"):
+        first.with_budget(Budget(num_keep=0))
+
+
+@pytest.mark.parametrize(("name", "settings"), [("visiondrop", {"later": True}), ("vitcop", {})])
+def test_halves_of_a_method_are_capped_as_counted(name, settings):
+    capped = ocvtp.build_pruner(name, max_keep=64, **settings).parts
+    counted = ocvtp.build_pruner(name, num_keep=64, **settings).parts
+    shared = ocvtp.build_pruner(name, keep_ratio=0.5, max_keep=64, **settings).parts
+    for first, later in (capped, shared):
+        assert first.budget(576) == counted[0].budget(576) == 64
+        assert later.schedule(32, 172) == counted[1].schedule(32, 172)
+    assert capped[0].spares(64)
+    assert capped[1].schedule(32, 64)[-1].num_keep == 64
+    assert shared[0].budget(100) == 50
+
+
+def test_a_chain_may_have_caps_of_any_size():
+    def chain(*budgets):
+        steps = [ocvtp.build_pruner("uniform", **budget) for budget in budgets]
+        return ocvtp.Chain(steps)
+
+    assert chain({"num_keep": 4}, {"max_keep": 9}).budget(30) == 9
+    assert chain({"max_keep": 9}, {"num_keep": 4}).with_budget(Budget(num_keep=9)).num_keep == 9
+    for first in ({"num_keep": 4}, {"max_keep": 4}, {"keep_ratio": 0.5, "max_keep": 4}):
+        with pytest.raises(ValueError, match="num_keep=5 after 'uniform', which leaves 4"):
+            chain(first, {"max_keep": 20}, {"num_keep": 5})
 
 
 def test_other_counts_of_tokens():

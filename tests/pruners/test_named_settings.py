@@ -9,6 +9,7 @@ import pytest
 import ocvtp
 from ocvtp.evaluation.conditions import Budget, pruner_conditions
 from ocvtp.pruners import pruner_class
+from ocvtp.pruners.catalog import catalog, markdown_table
 from ocvtp.pruners.layer_pruner import LayerStage
 from ocvtp.pruners.methods.fastervlm import FasterVLM
 from ocvtp.pruners.registry import _REGISTRY, register
@@ -29,6 +30,9 @@ def scheduled(pruner, num_tokens=576, num_layers=32):
     ("name", "setting", "expected"),
     [
         ("fastv", "paper", [(2, 288)]),
+        ("fastv", "paper-192", [(2, 166)]),
+        ("fastv", "paper-64", [(2, 30)]),
+        ("fastv", "layer3-128", [(3, 82)]),
         ("pyramiddrop", "paper", [(8, 288), (16, 144), (24, 72)]),
         ("sparsevlm", "paper-192", [(3, 309), (7, 204), (16, 113)]),
         ("sparsevlm", "plus-64", [(3, 66), (7, 34), (16, 20)]),
@@ -47,10 +51,43 @@ def test_published_counts(name, setting, expected):
         assert scheduled(pruner) == expected
 
 
+def test_counts_of_fastv_are_those_of_its_averages():
+    for count in (192, 128, 64):
+        for setting, layer in ((f"paper-{count}", 2), (f"layer3-{count}", 3)):
+            ((_, left),) = scheduled(ocvtp.build_pruner("fastv", setting=setting))
+            assert abs((layer * 576 + (32 - layer) * left) / 32 - count) < 0.6
+
+
+@pytest.mark.parametrize("count", [192, 128, 64])
+def test_published_shares_of_merged_tokens_and_anchors(count):
+    pruner = ocvtp.build_pruner("visionzip", setting=f"paper-{count}")
+    expected = {192: (162, 30), 128: (108, 20), 64: (54, 10)}[count]
+    assert (pruner.num_keep - pruner.num_contextual, pruner.num_contextual) == expected
+    pruner = ocvtp.build_pruner("hiprune", setting=f"paper-{count}")
+    anchors = {192: 4, 128: 3, 64: 1}[count]
+    assert (pruner.num_keep, round(count * pruner.alpha / 5)) == (count, anchors)
+    assert ocvtp.build_pruner("cdpruner", setting=f"paper-{count}").num_keep == count
+
+
+@pytest.mark.parametrize("name", ["prumerge", "prumerge_plus", "trim"])
+def test_papers_that_count_by_themselves(name):
+    pruner = ocvtp.build_pruner(name, setting="paper")
+    assert (pruner.exact, pruner.num_keep, pruner.keep_ratio) == (False, None, None)
+    assert not build_spec(f"{name}:setting=paper", num_keep=7).has_budget
+
+
+def test_every_pruner_lists_its_own():
+    rows = {row.name: row for row in catalog()}
+    assert rows["sparsevlm"].settings[:3] == ("paper-192", "paper-128", "paper-64")
+    assert rows["divprune"].settings == ()
+    line = next(line for line in markdown_table().splitlines() if "`pyramiddrop`" in line)
+    assert "| `paper` |" in line
+
+
 @pytest.mark.parametrize(("name", "setting"), NAMED)
 def test_a_setting_is_a_budget_of_its_own(name, setting):
     own = pruner_class(name).named_settings[setting]
-    passed = {"num_keep": 4, "keep_ratio": 0.5, "stages": ((2, 5),)}
+    passed = {"num_keep": 4, "keep_ratio": 0.5, "max_keep": 4, "stages": ((2, 5),)}
     for key, value in passed.items():
         message = f"'{name}' got setting='{setting}' and {key}; pass one of them: .*stands for"
         with pytest.raises(ValueError, match=message):
@@ -75,6 +112,14 @@ def test_vitcops_settings_are_those_of_its_budgets():
 def test_small_images_keep_what_they_have():
     pruner = ocvtp.build_pruner("sparsevlm", setting="paper-64")
     assert pruner.schedule(32, 20) == (LayerStage(3, 20), LayerStage(7, 20), LayerStage(16, 18))
+
+
+def test_a_count_that_no_paper_published_has_no_name():
+    message = "'pyramiddrop' has no published setting 'paper-64'; pass one of paper, or num_keep"
+    with pytest.raises(ValueError, match=message):
+        ocvtp.build_pruner("pyramiddrop", setting="paper-64")
+    with pytest.raises(ValueError, match=message):
+        build_spec("pyramiddrop:setting=paper-64", num_keep=64)
 
 
 @pytest.mark.parametrize("setting", ["paper-65", 64, ["paper-64"], ""])

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from small_networks import network_setting
 
-from ocvtp.pruners.specs import build_spec, names_budget, parse_spec, with_budget
+from ocvtp.bench.variants import variants
+from ocvtp.evaluation.conditions import Budget, pruner_conditions
+from ocvtp.pruners.specs import (
+    build_spec,
+    has_budget,
+    names_budget,
+    parse_spec,
+    with_budget,
+)
 
 
 def test_a_k_in_the_settings_is_the_budget():
@@ -56,3 +65,43 @@ def test_what_a_pruner_refuses_says_which_it_is(spec):
         build_spec(spec, num_keep=4)
     with pytest.raises(ValueError, match="^pruner 'fopru' got block='x'"):  # said already
         build_spec("fopru:block=x", num_keep=4)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "divprune:max_keep=9",
+        "divprune:num_keep=9",
+        "divprune:keep_ratio=0.5,max_keep=9",
+        "fastv:stages=[[2,9]]",
+        "visionzip:setting=paper-64",
+    ],
+)
+def test_a_spec_may_have_a_budget_of_its_own(spec):
+    """What a command says for all pruners does not count then, nor is it in its row."""
+    assert has_budget(spec)
+    alone = build_spec(spec)
+    for shared in ({"num_keep": 4}, {"keep_ratio": 0.25}, {"max_keep": 4}):
+        pruner = build_spec(spec, **shared)
+        for name in ("num_keep", "keep_ratio", "max_keep"):
+            assert getattr(pruner, name) == getattr(alone, name)
+    (one,) = pruner_conditions(spec, [Budget(64), Budget(32)], [0], [], 576)
+    assert one.budget is None
+    assert [variant.num_keep for variant in variants([spec], [64, 32], 576)] == [None, None]
+    assert not has_budget(spec.partition(":")[0])
+
+
+def test_a_budget_of_a_network_that_is_not_trained_yet():
+    network = network_setting("learned", 8)["network"]
+    specs = [variants([s], [8, 4], 16, network=network) for s in ("learned", "learned:max_keep=9")]
+    assert [[one.num_keep for one in found] for found in specs] == [[None, 8, 4], [None, None]]
+
+
+def test_budgets_in_words():
+    assert [str(b) for b in (Budget(64), Budget(keep_ratio=0.5), Budget(max_keep=9))] == [
+        "64",
+        "50%",
+        "at most 9",
+    ]
+    assert str(Budget(keep_ratio=0.5, max_keep=9)) == "50%, at most 9"
+    assert [Budget(64).count(10), Budget(keep_ratio=0.5, max_keep=9).count(100)] == [64, 9]

@@ -34,6 +34,7 @@ class ModelArgs:
         pretrained: folder or hub id of the model, or random weights; see `load_model`.
         pruner: `NAME:KEY=VALUE,...`, see `build_spec`; in quotes where it has several settings.
         num_keep: tokens kept of every image. keep_ratio: their share; at most one of the two.
+        max_keep: the most of an image; alone, or of a share.
         checkpoint: exported OC-pruner. text_tower: see `ocvtp.attach`.
         seed: of pruners that draw.
         dtype: see `load_model`.
@@ -48,6 +49,7 @@ class ModelArgs:
     pruner: str = "none"
     num_keep: int | None = None
     keep_ratio: float | None = None
+    max_keep: int | None = None
     checkpoint: str | None = None
     text_tower: str | None = None
     seed: int = 0
@@ -83,16 +85,16 @@ class ModelArgs:
             raise ValueError(
                 f"num_keep={self.num_keep} and keep_ratio={self.keep_ratio}; pass one of them."
             )
-        if self.num_keep is None and self.keep_ratio is None:
+        budget = Budget(self.num_keep, self.keep_ratio, self.max_keep).checked("model_args")
+        if not budget.settings():
             pruner = build_spec(self.pruner, checkpoint=self.checkpoint)
             return lambda start: pruner
         if self.num_keep is None and names_budget(self.pruner):
             raise ValueError(
                 f"pruner={self.pruner!r} has a K, which stands for num_keep; pass that in place of"
-                f" keep_ratio={self.keep_ratio}."
+                f" {budget.said}."
             )
         checkpoints = [] if self.checkpoint is None else [self.checkpoint]
-        budget = Budget(self.num_keep, self.keep_ratio)
         (condition,) = pruner_conditions(self.pruner, [budget], [self.seed], checkpoints, 0)
         return lambda start: condition.make(Place(start, list))
 

@@ -70,11 +70,12 @@ class LlavaNextHost(ClipFamilyHost):
     def set_stages(self, parts: Sequence[Pruner], needs: Needs, processor: Any = None) -> None:
         """Each tile is one image to them."""
         for part in parts:
-            if part.num_keep is not None and self.tiling.budget == "per_image":
+            name = part.counts_by
+            if name is not None and self.tiling.budget == "per_image":
                 raise ValueError(
                     f"pruner {part.name!r} acts in the vision tower, on one tile at a time, so that"
-                    f" num_keep={part.num_keep} cannot be that of an image; pass"
-                    " budget='per_tile', or keep_ratio in place of num_keep."
+                    f" {name}={getattr(part, name)} cannot be that of an image; pass"
+                    f" budget='per_tile', or keep_ratio in place of {name}."
                 )
         super().set_stages(parts, needs, processor)
 

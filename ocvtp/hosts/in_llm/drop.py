@@ -83,7 +83,8 @@ def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Te
     for group in current.groups:
         with torch.no_grad():
             tokens = tokens_at(plan, current, group, place)
-            selection = plan.pruner.select_at(tokens, place.number, group.num_keep(place.number))
+            num_keep = group.num_keep(place.number)
+            selection = group.pruner.select_at(tokens, place.number, num_keep)
         if not plan.renumber:
             selection = selection.in_raster_order()
         rows, kept = group.rows[:, None], selection.keep_indices

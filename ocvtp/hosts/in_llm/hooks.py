@@ -87,7 +87,7 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     """Before the language model: begin a pass, if tokens are or were dropped."""
     call, cache = CALL.get(), cache_in(kwargs)
     if type(call) is LayerCall:  # of a step that Ctrl-C ended: torch runs no hooks after that
-        CALL.set(call := None)
+        CALL.set(call := call.around)
     if isinstance(call, LayerCall):
         call.layer_pass = None
     plan = call.plan if isinstance(call, LayerCall) else None
@@ -115,7 +115,7 @@ def _before(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     positions = _plain_positions(kwargs, past, num_columns)
     run = Pass(model, note, plan, positions, tail, num_tail, current)
     if not isinstance(call, LayerCall):  # a step of the caller, on a cache that we filled
-        CALL.set(call := LayerCall())
+        CALL.set(call := LayerCall(around=call))
     call.layer_pass = run
 
 
@@ -137,7 +137,7 @@ def _behind(model: Any, args: Any, output: Any) -> Any:
         return output
     run, call.layer_pass = call.layer_pass, None
     if type(call) is LayerCall:
-        CALL.set(None)
+        CALL.set(call.around)
     if run is None or run.current is None or output is None:
         return output
     states = output[0]

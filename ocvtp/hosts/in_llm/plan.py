@@ -5,6 +5,7 @@ L' columns of the short prompt; I images of a group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ class Group:
     """Images with equally many tokens, which are chosen together.
 
     Args:
+        pruner: the one that chooses.
         schedule: what stays where.
         images: [I] their numbers in the call.
         rows: [I] the row of the batch that each is in. row_numbers: the same, to count with.
@@ -31,6 +33,7 @@ class Group:
         raters: [I, M] bool, see `LayerPruner.raters`.
     """
 
+    pruner: LayerPruner
     schedule: tuple[LayerStage, ...]
     images: Tensor
     rows: Tensor
@@ -87,7 +90,7 @@ class LayerPlan:
     """What will be dropped of one prompt inside the language model.
 
     Args:
-        pruner: the one that chooses.
+        pruner: the one that chooses; its groups have it with the budgets of their rows.
         groups: its images.
         layers: before which tokens are dropped, ascending.
         mask: [B, L'] bool, False on padding.
@@ -152,6 +155,7 @@ def plan_layers(
     mask: Tensor,
     renumber: bool,
     tower: VisualTokens | None = None,
+    of_rows: Sequence[LayerPruner] | None = None,
 ) -> LayerPlan:
     """Group the images of a prompt and look up their schedules.
 
@@ -164,13 +168,15 @@ def plan_layers(
         mask: [B, L'] bool, False on padding.
         tower: what the vision tower gave of all images, where the pruner reads it.
         renumber: whether what stays is numbered again.
+        of_rows: [B] the pruner with the budget of each row; None for `pruner` in all.
 
     Raises:
         ValueError: if the language model has no such layers, or the budget cannot be met.
     """
     numbers, real = image.cpu(), mask.cpu()
     _check_images(pruner, tower, int(numbers.max()) + 1)
-    groups = _groups(pruner, num_layers, numbers, places, real)
+    pruners = [pruner] * len(real) if of_rows is None else of_rows
+    groups = _groups(pruners, num_layers, numbers, places, real)
     layers = {tuple(stage.layer for stage in group.schedule) for group in groups}
     assert len(layers) <= 1, layers
     width = torch.arange(real.shape[1])
@@ -188,20 +194,29 @@ def plan_layers(
 
 
 def _groups(
-    pruner: LayerPruner, num_layers: int, numbers: Tensor, places: Tensor, real: Tensor
+    pruners: Sequence[LayerPruner], num_layers: int, numbers: Tensor, places: Tensor, real: Tensor
 ) -> tuple[Group, ...]:
-    """The images by their number of tokens; `places` may be on a device, the rest is not."""
+    """The images by their number of tokens and by the pruner of their row.
+
+    `places` may be on a device, the rest is not.
+    """
     device, groups = places.device, []
     slots = (numbers >= 0).nonzero()  # [T, 2], image after image
     names, counts = numbers[numbers >= 0].unique_consecutive(return_counts=True)
-    for size in counts.unique().tolist():
-        mine = counts == size
+    first = counts.cumsum(dim=0) - counts
+    own = [pruners[row] for row in slots[first, 0].tolist()]
+    kinds = list(dict.fromkeys(own))
+    kind_of = torch.tensor([kinds.index(pruner) for pruner in own])
+    found = torch.stack([counts, kind_of], dim=1).unique(dim=0).tolist() if own else []
+    for size, kind in found:
+        mine = (counts == size) & (kind_of == kind)
         tokens = slots[mine.repeat_interleave(counts)].view(-1, size, 2)
         rows, columns = tokens[:, 0, 0], tokens[:, :, 1]
         text, text_valid = text_after(numbers[rows], real[rows], columns[:, -1:])
         groups.append(
             Group(
-                schedule=pruner.schedule(num_layers, size),
+                pruner=kinds[kind],
+                schedule=kinds[kind].schedule(num_layers, size),
                 images=names[mine].to(device),
                 rows=rows.to(device),
                 row_numbers=tuple(rows.tolist()),

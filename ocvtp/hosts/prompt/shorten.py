@@ -5,6 +5,7 @@ L tokens of the caller's prompt, L' of the short one, R image tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from ocvtp.hosts.prompt.tower_output import of_kept
 from ocvtp.ops.merging import keep_all
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.layer_pruner import LayerPruner
-from ocvtp.structures import Needs, Selection, take
+from ocvtp.structures import Needs, Selection, Stage, take
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def shorten(
     positions: Positions = "contiguous",
     layers: LayerPruner | None = None,
     run: Select = select,
+    of_rows: Sequence[Mapping[Stage, Pruner]] | None = None,
 ) -> Shortened:
     """Let the pruner choose, and drop the other placeholders from the prompt.
 
@@ -150,6 +152,8 @@ def shorten(
             tokens have coordinates, they always keep them.
         layers: what drops further tokens inside the language model.
         run: what runs `pruner.select`.
+        of_rows: [B] `pruner` and `layers` by their stages, with the budget of each row; None where
+            all have that of these two.
 
     Returns:
         the inputs without image arguments, shortened, and the prompt with its embeddings.
@@ -163,11 +167,7 @@ def shorten(
     pad_id = _pad_id(host, ids, real)
     coordinates, given = host.rope_positions(inputs, seen.images), inputs.pop("position_ids", None)
     packed = packing_of(seen.packed, coordinates is None, positions, layers)
-    if pruner is None:
-        selection = keep_all(encoded.tokens)
-    else:
-        selection = select_shares(pruner, encoded.tokens, run)
-        check_selection(pruner, encoded.tokens, selection)
+    selection = _choose(pruner, seen, run, of_rows)
     fixed = coordinates is not None or (given is not None and packed is None)
     if positions == "original" or fixed:
         selection = selection.in_raster_order()  # every row has the position of its place
@@ -178,7 +178,7 @@ def shorten(
     lined = line_up(inputs, keep, real, given, coordinates, packed, positions, layers, pad_id)
     short, index, padding = lined.inputs, lined.index, lined.padding
     image_tokens = seen.placeholder.gather(1, index) & ~padding
-    rows, renumber = kept.deepstack, positions == "contiguous" and not fixed
+    added, renumber = kept.deepstack, positions == "contiguous" and not fixed
     prompt = Prompt(
         input_ids=ids,
         keep=keep,
@@ -191,28 +191,49 @@ def shorten(
         images=seen.images,
         encoded=replace(encoded, output=None),  # prompts are kept for as long as an answer takes
         selection=selection,
-        deepstack=None if rows is None else Deepstack.at(image_tokens, rows),
-        layers=(
-            None if layers is None else _plan(host, layers, seen, kept, index, padding, renumber)
-        ),
+        deepstack=None if added is None else Deepstack.at(image_tokens, added),
+        layers=_plan(host, layers, of_rows, seen, kept, index, padding, renumber),
     )
     return Shortened(short, prompt, encoded.output, kept)
 
 
+def _choose(
+    pruner: Pruner | None,
+    seen: Seen,
+    run: Select,
+    of_rows: Sequence[Mapping[Stage, Pruner]] | None,
+) -> Selection:
+    tokens, own = seen.encoded.tokens, None
+    if pruner is None:
+        return keep_all(tokens)
+    if of_rows is not None:
+        rows = seen.slots[seen.encoded.first_rows(seen.slots.device), 0].tolist()
+        own = [of_rows[row]["llm_input"] for row in rows]
+    selection = select_shares(pruner, tokens, run, own)
+    check_selection(pruner, tokens, selection)
+    return selection
+
+
 def _plan(
     host: Host,
-    layers: LayerPruner,
+    layers: LayerPruner | None,
+    of_rows: Sequence[Mapping[Stage, Pruner]] | None,
     seen: Seen,
     kept: Kept,
     index: Tensor,
     padding: Tensor,
     may_renumber: bool,
-) -> LayerPlan:
+) -> LayerPlan | None:
+    if layers is None:
+        return None
     images = _image_columns(host, seen, kept, index, padding)
     tower = seen.encoded.tokens if layers.tower_needs != Needs() else None
     renumber = may_renumber and layers.positions == "contiguous"
     num_layers = len(host.language_model.layers)
-    return plan_layers(layers, num_layers, *images, ~padding, renumber, tower)
+    own = None
+    if of_rows is not None:
+        own = [part for row in of_rows if isinstance(part := row["llm_layers"], LayerPruner)]
+    return plan_layers(layers, num_layers, *images, ~padding, renumber, tower, own)
 
 
 def _image_columns(

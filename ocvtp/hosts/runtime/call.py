@@ -41,6 +41,7 @@ class Call(LayerCall):
     @contextmanager
     def on_its_way(self) -> Iterator[None]:
         """Inside the block, hooks see this call."""
+        self.around = CALL.get()
         token = CALL.set(self)
         try:
             yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from ocvtp.hosts.runtime import conversation, forward_output, generate_arguments
 from ocvtp.hosts.runtime.attachment import Attachment
 from ocvtp.hosts.runtime.call import Call
+from ocvtp.hosts.runtime.call_budgets import CallBudgets, inside_block, take_budgets
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.towers.recordings import CALL
@@ -34,6 +36,7 @@ def forward(
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     if args:
         kwargs = _by_name(model, "forward", args, kwargs)
+    kwargs, budgets = take_budgets(kwargs)
     call = CALL.get()
     if isinstance(call, Call) and call.model is model and call.prompt is not None:
         kwargs, deepstack = call.step(kwargs, cache_length(kwargs))  # the ids are short already
@@ -43,14 +46,15 @@ def forward(
     if not brings_images(kwargs):
         return original(**conversation.next_step(kwargs, ids))
     if attachment.logits == "full":  # the inner model prunes, and hands back all columns
-        with Call(model, wants_tuple=_wants_tuple(model, kwargs)).on_its_way():
+        block = nullcontext() if budgets is None else inside_block(attachment, budgets)
+        with Call(model, wants_tuple=_wants_tuple(model, kwargs)).on_its_way(), block:
             return original(**kwargs)
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise ValueError(
             "logits_to_keep is a tensor of token numbers, which pruning changes; pass an int, or"
             " attach with logits='full'."
         )
-    return _pruned(attachment, model, original, kwargs)
+    return _pruned(attachment, model, original, kwargs, budgets)
 
 
 def inner_forward(
@@ -68,14 +72,18 @@ def inner_forward(
         return original(*args, **kwargs)
     if args:
         kwargs = _by_name(module, "forward", args, kwargs)
-    kwargs = name_cache(kwargs, attachment.cache_name)
+    kwargs, budgets = take_budgets(name_cache(kwargs, attachment.cache_name))
     if not brings_images(kwargs):
         return original(**kwargs)
-    return _pruned(attachment, module, original, kwargs)
+    return _pruned(attachment, module, original, kwargs, budgets)
 
 
 def _pruned(
-    attachment: Attachment, module: Any, original: Callable[..., Any], kwargs: dict[str, Any]
+    attachment: Attachment,
+    module: Any,
+    original: Callable[..., Any],
+    kwargs: dict[str, Any],
+    budgets: CallBudgets | None,
 ) -> Any:
     """Run a forward() that brings images on the short prompt.
 
@@ -84,6 +92,7 @@ def _pruned(
         module: that model, or the one inside it that has no head.
         original: its forward().
         kwargs: of the call.
+        budgets: that it says.
     """
     if cache_length(kwargs):
         raise ValueError(
@@ -96,7 +105,7 @@ def _pruned(
     whole = is_tuple or attachment.keeps_all or (isinstance(around, Call) and around.wants_tuple)
     call = Call(attachment.host.model)
     with call.on_its_way():
-        short = attachment.shorten(kwargs, whole)
+        short = attachment.shorten(kwargs, whole, budgets)
         prompt, inputs = short.prompt, short.inputs | {"input_ids": None}
         inputs["inputs_embeds"] = prompt.embeddings
         if is_tuple:
@@ -120,10 +129,12 @@ def generate(
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
+    kwargs, budgets = take_budgets(kwargs)
     cache, has_images = cache_in(kwargs), brings_images(kwargs)
     has_pixels = kwargs.get("pixel_values") is not None
     note, prompt = conversation.remembered_prompt(cache, has_pixels), None
     if note is not None:  # a later turn: the images are in the cache
+        conversation.refuse_budgets(budgets)
         attachment.hooks.renew()
         turn, shown = conversation.later_turn(attachment.host, note, kwargs)
         deltas = note.rope_deltas
@@ -135,7 +146,7 @@ def generate(
             kwargs["attention_mask"] = torch.ones_like(kwargs["input_ids"])
         if attachment.layers is not None:
             generate_arguments.check_layers(model, kwargs)
-        short = attachment.shorten(kwargs)
+        short = attachment.shorten(kwargs, budgets=budgets)
         turn, prompt = short.inputs, short.prompt
         shown = generate_arguments.Shown(prompt.input_ids, turn["input_ids"].shape[1])
         deltas = prompt.rope_deltas

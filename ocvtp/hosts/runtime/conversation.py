@@ -15,6 +15,7 @@ from ocvtp.hosts.cache_notes import PromptNote, leave_note, notes_on
 from ocvtp.hosts.prompt.checks import USE_GENERATE, check_mask
 from ocvtp.hosts.prompt.columns import continue_positions
 from ocvtp.hosts.prompt.shorten import Prompt
+from ocvtp.hosts.runtime.call_budgets import CallBudgets
 from ocvtp.hosts.runtime.generate_arguments import Shown, given_or_inferred_mask
 from ocvtp.transformers_names import cache_in, cache_length, cache_of
 
@@ -56,6 +57,19 @@ def remembered_prompt(cache: Any, has_images: bool) -> PromptNote | None:
             " cache, or the one that a pruned generate() filled."
         )
     return found
+
+
+def refuse_budgets(budgets: CallBudgets | None) -> None:
+    """Refuse a budget that comes with a later turn.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if budgets is not None:
+        raise ValueError(
+            f"{budgets.said} comes with a cache whose images were pruned when they were read; pass"
+            " it with the turn that brings the images, or leave it out."
+        )
 
 
 def later_turn(

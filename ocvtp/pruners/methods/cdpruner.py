@@ -9,7 +9,7 @@ from ocvtp.ops.diversity import dpp_map
 from ocvtp.ops.prompt_text import clip_parts
 from ocvtp.ops.selection import ascending
 from ocvtp.ops.similarity import pairs_pay, unit
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 
@@ -22,7 +22,8 @@ class CDPruner(Pruner):
     Paper: https://arxiv.org/abs/2506.10967, section 3.
 
     Args:
-        num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576.
+        num_keep: tokens kept per image; paper: 192, 128, 64 or 32 of 576, also as
+            `setting="paper-192"` etc.
         nearest: prefer the tokens nearest to the prompt; the official code reverses the sign,
             because patches of OpenAI's CLIP lie opposite to the text that they show. Not all do.
     Deviations: relevance is scaled to 0..1 over each image; the official code scales it over the
@@ -38,6 +39,9 @@ class CDPruner(Pruner):
     reads: ClassVar[str] = "projected, clip"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2506.10967"
+    named_settings: ClassVar[NamedSettings] = {
+        f"paper-{n}": {"num_keep": n} for n in (192, 128, 64, 32)
+    }
 
     @property
     def needs(self) -> Needs:

@@ -3,23 +3,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ocvtp.ops.selection import top_k
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.ops.selection import count_for_share, descending, keep_first, top_k
+from ocvtp.pruners.base import QualityPruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 
 
 @register("fastervlm")
 @dataclass(kw_only=True, eq=False)
-class FasterVLM(Pruner):
+class FasterVLM(QualityPruner):
     """FasterVLM: keep the K tokens that the CLS token attends to most.
 
     Paper: https://arxiv.org/abs/2412.01818, section 3.
 
     Args:
         num_keep: tokens kept per image; paper: 288 to 29 of 576.
+        quality: share of the CLS's attention to the image that the kept tokens must get.
         block: block of the tower whose attention is read; paper: 22 of 24, LLaVA's selected one.
-    Deviations: none.
+    Deviations: `quality` is ours.
     """
 
     block: int = -2
@@ -34,4 +35,10 @@ class FasterVLM(Pruner):
         return Needs(attention=((self.block, "cls"),))
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        return top_k(tokens.attention[self.block, "cls"], num_keep, tokens.valid)
+        attention, valid = tokens.attention[self.block, "cls"], tokens.valid
+        if self.quality is None:
+            return top_k(attention, num_keep, valid)
+        count = count_for_share(attention, self.quality, valid)
+        return keep_first(
+            descending(attention, valid)[:, :num_keep], count, valid, tokens.num_tokens
+        )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.selection import descending, fill_up, mask_of
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
 
@@ -23,7 +23,8 @@ class HiPrune(Pruner):
     below them are kept; the rest of the budget goes to what the deep block attends to.
 
     Args:
-        num_keep: tokens kept per image; paper: 192, 128 or 64 of 576.
+        num_keep: tokens kept per image; paper: 192, 128 or 64 of 576, also as
+            `setting="paper-192"` etc.
         alpha: share of the budget for anchors with their four neighbours; paper: 0.1.
         object_block: a middle block; paper: 8 of 24 (the ninth).
         deep_block: paper: 22 of 24, LLaVA's selected one.
@@ -42,6 +43,9 @@ class HiPrune(Pruner):
     reads: ClassVar[str] = "attention (received, two blocks)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2508.00553"
+    named_settings: ClassVar[NamedSettings] = {
+        f"paper-{n}": {"num_keep": n, "alpha": 0.1} for n in (192, 128, 64)
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,7 +53,9 @@ class Learned(SelectorPruner, AdaptivePruner):
         return self.trained.config.positions
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        told = self.num_keep if self.adaptive and not self.keeps_share else num_keep
+        told = num_keep if self.has_budget else None
+        if self.adaptive and self.num_keep is not None:
+            told = self.num_keep
         scores = self._scores(tokens, told)
         if self.adaptive:
             tokens = replace(tokens, valid=self._passing(scores, tokens.real))

@@ -57,11 +57,11 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
         return self.threshold is None
 
     def _check_budget(self) -> None:
-        if self.exact or self.num_keep is not None or self.keep_ratio is not None:
+        if self.exact or self.has_budget:
             super()._check_budget()
 
     def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        if self.num_keep is None and self.keep_ratio is None:  # as the threshold says
+        if not self.has_budget:  # as the threshold says
             return (LayerStage(self.layer, num_tokens),)
         return super()._schedule(num_layers, num_tokens)
 

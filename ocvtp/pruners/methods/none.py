@@ -28,6 +28,10 @@ class NoPruning(Pruner):
     def __post_init__(self) -> None:
         self._check_numbers()
 
+    @property
+    def fixed_by(self) -> str | None:
+        return "keeps every token"
+
     def budget(self, num_tokens: int) -> int:
         return num_tokens
 

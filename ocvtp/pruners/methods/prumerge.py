@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.merging import kept_and_rest, merged
-from ocvtp.ops.selection import count_outliers, descending
+from ocvtp.ops.selection import count_for_share, count_outliers, descending
 from ocvtp.ops.similarity import full, unit
-from ocvtp.pruners.base import AdaptivePruner, Status
+from ocvtp.pruners.base import AdaptivePruner, Budget, NamedSettings, QualityPruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens, take
 
 
 @register("prumerge")
 @dataclass(kw_only=True, eq=False)
-class PruMerge(AdaptivePruner):
+class PruMerge(QualityPruner, AdaptivePruner):
     """PruMerge: keep the tokens the CLS attends to, add their neighbours to them, sum up the rest.
 
     Paper: https://arxiv.org/abs/2403.15388, section 3.
@@ -27,10 +27,14 @@ class PruMerge(AdaptivePruner):
     Args:
         num_keep: tokens kept per image, the last one included.
         adaptive: keep the outliers of the attention, above Q3 + 1.5 (Q3 - Q1), as the paper does.
-            So it does without `num_keep`; with it, at most so many are kept.
+            So it does without a budget, also as `setting="paper"`; with one, at most so many are
+            kept.
+        quality: share of the CLS's attention to the image, at full width, that the tokens kept by
+            it must get, in place of the outliers.
         num_neighbours: paper: 32.
         block: whose queries and keys are read, at full width (no heads); paper: the last one.
-    Deviations: an image without an outlier keeps one token; the official code fails.
+    Deviations: an image without an outlier keeps one token; the official code fails. `quality` is
+        ours.
     """
 
     num_neighbours: int = 32
@@ -43,6 +47,8 @@ class PruMerge(AdaptivePruner):
     reads: ClassVar[str] = "keys (with CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
+    budgets: ClassVar[tuple[Budget, ...]] = ("exact", "adaptive", "quality")
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
     merging: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -56,8 +62,11 @@ class PruMerge(AdaptivePruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         attention = self._attention(tokens)
-        if self.adaptive:
-            num_kept = count_outliers(attention, tokens.valid).clamp(min=1)
+        if not self.exact:
+            if self.quality is None:
+                num_kept = count_outliers(attention, tokens.valid).clamp(min=1)
+            else:
+                num_kept = count_for_share(attention, self.quality, tokens.valid)
             order, num_kept, num_rows = self._counted(attention, tokens.valid, num_kept, num_keep)
             num_kept = num_kept.minimum(tokens.real.sum(dim=1, keepdim=True) - 1)  # and the last
         else:
@@ -68,7 +77,7 @@ class PruMerge(AdaptivePruner):
         kept = torch.arange(num_rows - 1, device=order.device) < num_kept
         merge[:, :-1, 1:] += near * kept[:, :, None] * attention[:, None]
         counts = torch.arange(num_rows, device=order.device) <= num_kept
-        return merged(merge, order[:, :num_rows], counts if self.adaptive else None)
+        return merged(merge, order[:, :num_rows], None if self.exact else counts)
 
     def _attention(self, tokens: VisualTokens) -> Tensor:
         """[B, N] the CLS row at full width, 0 on padding."""
@@ -84,7 +93,7 @@ class PruMerge(AdaptivePruner):
         self, attention: Tensor, valid: Tensor | None, num_kept: Tensor, most: int
     ) -> tuple[Tensor, Tensor, int]:
         """Token numbers, kept first; how many are kept [B, 1]; rows for the most that may be."""
-        num_rows = min(most, attention.shape[1] // 4 + 2)
+        num_rows = min(most, attention.shape[1] // 4 + 2) if self.quality is None else most
         return descending(attention, valid), num_kept.clamp(max=num_rows - 1), num_rows
 
     def _exact(self, attention: Tensor, valid: Tensor | None, num_keep: int) -> Tensor:

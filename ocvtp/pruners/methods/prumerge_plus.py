@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.selection import descending, ranks, spaced
-from ocvtp.pruners.base import Status
+from ocvtp.pruners.base import NamedSettings, Status
 from ocvtp.pruners.methods.prumerge import PruMerge
 from ocvtp.pruners.registry import register
 
@@ -23,19 +23,23 @@ class PruMergePlus(PruMerge):
         num_keep: tokens kept per image: a quarter of them by attention, the others at equal steps
             among the rest, and the last one, which sums up what is not kept.
         adaptive: keep the outliers of the attention and every s-th token, s a third of N over their
-            number, as the paper does. So it does without `num_keep`; with it, at most so many.
+            number, as the paper does. So it does without a budget, also as `setting="paper"`; with
+            one, at most so many.
+        quality: share of the CLS's attention to the image, at full width, that the tokens kept by
+            it must get, in place of the outliers; every s-th token comes on top.
         num_neighbours: paper: 32.
         block: whose queries and keys are read, at full width (no heads); paper: the last one.
-    Deviations: an exact budget is ours; the quarter is what the adaptive rule comes to. A step
-        below 1 counts as 1, where the official code fails. Where that code keeps all N tokens and
-        the sum of no others besides, N + 1 rows (577 of 576), there are N here, as many as places:
-        the last one of its order is what is summed up.
+    Deviations: an exact budget and `quality` are ours; the quarter is what the adaptive rule comes
+        to. A step below 1 counts as 1, where the official code fails. Where that code keeps all N
+        tokens and the sum of no others besides, N + 1 rows (577 of 576), there are N here, as many
+        as places: the last one of its order is what is summed up.
     """
 
     title: ClassVar[str] = "PruMerge+: PruMerge with further tokens at equal steps over the image."
     reads: ClassVar[str] = "keys (with CLS)"
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2403.15388"
+    named_settings: ClassVar[NamedSettings] = {"paper": {}}
 
     def _counted(
         self, attention: Tensor, valid: Tensor | None, num_kept: Tensor, most: int

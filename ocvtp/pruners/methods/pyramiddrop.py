@@ -50,7 +50,7 @@ class PyramidDrop(LayerPruner):
 
     def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
         layers = self._layers(num_layers)
-        if self.num_keep is None and self.keep_ratio is None:
+        if not self.has_budget:
             counts = (max(1, int(num_tokens * share)) for share in _SHARES)
             return tuple(map(LayerStage, layers, counts))
         average = self._average(num_tokens)

@@ -6,10 +6,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from ocvtp import slots
-from ocvtp.ops.ridge import WeightKind, greedy_ridge, token_weights, weight_attention
-from ocvtp.ops.selection import ascending
+from ocvtp.ops.ridge import (
+    WeightKind,
+    greedy_ridge,
+    greedy_ridge_shares,
+    token_weights,
+    weight_attention,
+)
+from ocvtp.ops.selection import ascending, keep_first
 from ocvtp.ops.similarity import full
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import QualityPruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.slots.statistics import FeatureStatistics, centred, standardized
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -17,7 +23,7 @@ from ocvtp.structures import Needs, Selection, VisualTokens
 
 @register("ridge")
 @dataclass(kw_only=True, eq=False)
-class Ridge(Pruner):
+class Ridge(QualityPruner):
     """Ridge: keep, one by one, the tokens from which ridge regression restores the others best.
 
     Paper: none.
@@ -29,6 +35,8 @@ class Ridge(Pruner):
 
     Args:
         num_keep: tokens kept per image.
+        quality: share of the tokens, as they are weighted, that must be restored; the power is then
+            4 over the most that an image may keep.
         weights: of the tokens to restore: attention of the `cls`, `received` attention, or `none`.
         block: block of the tower whose attention is read; the last one.
         power: the weights are attention ** (power / K).
@@ -80,8 +88,12 @@ class Ridge(Pruner):
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         weights = token_weights(tokens, self.weights, self.block, num_keep, self.power)
         targets = self._targets(tokens)
-        picks = greedy_ridge(targets, weights.to(targets), num_keep, self.penalty, tokens.valid)
-        return ascending(picks, tokens.valid, tokens.num_tokens)
+        given = targets, weights.to(targets), num_keep, self.penalty, tokens.valid
+        if self.quality is None:
+            return ascending(greedy_ridge(*given), tokens.valid, tokens.num_tokens)
+        picks, restored = greedy_ridge_shares(*given)
+        count = 1 + (restored < self.quality).sum(dim=1, keepdim=True)
+        return keep_first(picks, count, tokens.valid, tokens.num_tokens)
 
     def _targets(self, tokens: VisualTokens) -> Tensor:
         """What is to be restored, [B, N, D]."""

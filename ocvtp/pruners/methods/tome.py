@@ -59,12 +59,17 @@ class ToMe(BlockMerger):
     def __post_init__(self) -> None:
         if self.r is None:
             self._check_budget()
-        elif self.num_keep is not None or self.keep_ratio is not None:
+        elif self.has_budget:
             raise ValueError(
-                f"tome got r={self.r} and a budget; pass r, or one of num_keep and keep_ratio."
+                f"tome got r={self.r} and a budget; pass r, or one of num_keep, keep_ratio and"
+                " max_keep."
             )
         else:
             self._first_r(self.r)  # refuses what says nothing
+
+    @property
+    def fixed_by(self) -> str | None:
+        return None if self.r is None else f"was built with r={self.r!r}"
 
     @property
     def needs(self) -> Needs:

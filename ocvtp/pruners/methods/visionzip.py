@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean
-from ocvtp.pruners.base import Pruner, Status
+from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import check_count
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -18,7 +18,9 @@ class VisionZip(Pruner):
     Paper: https://arxiv.org/abs/2412.04467, section 3.
 
     Args:
-        num_keep: tokens kept per image, the CLS included; paper: 192, 128 or 64 of 576.
+        num_keep: tokens kept per image, the CLS included; paper: 192, 128 or 64 of 576, also as
+            `setting="paper-192"` etc. With `budget="per_tile"` `paper-128`, `paper-64` and
+            `paper-32` are its 640, 320 and 160 of LLaVA-NeXT.
         num_contextual: merged tokens among them; None for the paper's share of 10 / 64.
         guidance: `cls` as in the paper; `received` for towers without a CLS, which then has no
             row of its own.
@@ -37,6 +39,10 @@ class VisionZip(Pruner):
     status: ClassVar[Status] = "official"
     paper: ClassVar[str | None] = "https://arxiv.org/abs/2412.04467"
     merging: ClassVar[bool] = True
+    named_settings: ClassVar[NamedSettings] = {
+        f"paper-{n}": {"num_keep": n, "num_contextual": merged}
+        for n, merged in ((192, 30), (128, 20), (64, 10), (32, 5))
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -93,8 +93,9 @@ class ViTCoP(Pruner):
         if tokens.valid is None:
             return self._select(tokens, most)
         real = tokens.valid.sum(dim=1, keepdim=True)  # [B, 1]
-        ratio = self.keep_ratio
-        wanted = num_keep if ratio is None else (real * ratio).round().long().clamp(min=1)
+        wanted = real.new_full(real.shape, num_keep)
+        if (ratio := self.keep_ratio) is not None:
+            wanted = (real * ratio).round().long().clamp(min=1, max=self.max_keep)
         counts = (2 * real + 9 * wanted) // 10
         order = descending(tokens.attention[self.block, self.guidance], tokens.valid)
         chosen = tokens.valid & (ranks(order) < counts)
@@ -128,8 +129,10 @@ class ViTCoPLater(LaterHalf):
 
     def _num_clusters(self, num_tokens: int) -> int:
         share, budget = self.cluster_share, self.keep_ratio
-        if share is None and self.num_keep is not None:  # N is .2 of all and .9 K
-            budget = self.num_keep / max(num_tokens, 5 * num_tokens - 4.5 * self.num_keep)
+        count = self.max_keep if self.num_keep is None else self.num_keep
+        if share is None and count is not None:  # N is .2 of all and .9 K
+            own = count / max(num_tokens, 5 * num_tokens - 4.5 * count)
+            budget = own if budget is None else min(own, budget)
         if share is None:
             share = 0.15 if budget is None else 0.09 + 0.27 * min(1.0, budget)
         return max(1, int(share * num_tokens))

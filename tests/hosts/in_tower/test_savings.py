@@ -37,6 +37,7 @@ from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.select import compiled
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
+from ocvtp.pruners.budgets import Budget
 from ocvtp.slots import OCPrunerConfig
 from ocvtp.towers import taps
 
@@ -358,6 +359,10 @@ def test_graphs_of_many_pruners(llava: Any) -> None:
         run = compiled(pruner, "eager")
         assert compiled(pruner, "eager") is run
         assert run(pruner, tokens).keep_indices.equal(expected)
+    run = compiled(pruner, "eager")  # and so has each budget that calls give one pruner
+    for num_keep in (*range(2, 11), 10):
+        own = pruner.with_budget(Budget(num_keep=num_keep))
+        assert run(own, tokens).keep_indices.equal(own.select(tokens).keep_indices)
 
 
 def test_only_pruners_in_front_of_the_language_model_compile(llava: Any) -> None:
