@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,7 @@ def evaluate(
     unfit, notes = _tried(subject, task, found, batch_size)
     found, instead = _without_downsampling(found, unfit)
     if not skip_unfit:
-        named = {c[0] for c in chosen}
-        _refuse(subject, {k: w for k, w in unfit.items() if k[0].removesuffix(ORIGINAL) in named})
+        _refuse(subject, unfit, {part[0] for part in chosen})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
     answers = Path(output) / ANSWERS
     records = run(subject, task, fit, answers, batch_size)
@@ -269,7 +268,9 @@ def _without_downsampling(
     return left, f"no `{DOWNSAMPLE}`: {why}; {instead}."
 
 
-def _refuse(subject: Judged, problems: Words) -> None:
+def _refuse(subject: Judged, unfit: Words, named: Collection[str]) -> None:
+    """Refuse rows of these labels that cannot run."""
+    problems = {key: why for key, why in unfit.items() if key[0].removesuffix(ORIGINAL) in named}
     if not problems:
         return
     lines = "".join(
