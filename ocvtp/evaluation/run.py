@@ -89,10 +89,8 @@ def evaluate(
     num_tokens, grid = subject.shape(task)
     groups, remark = grouped(checkpoints)
     chosen = [part for spec in dict.fromkeys(pruners) for part in _parts(spec, groups)]
-    found = _conditions(
-        subject, task, num_tokens, grid, chosen, budgets, seeds, checkpoints, controls
-    )
-    found = made.at_positions(found, positions)
+    settings = (num_tokens, grid, chosen, budgets, seeds, checkpoints, controls)
+    found = made.at_positions(_conditions(subject, task, *settings), positions)
     unfit, notes = _tried(subject, task, found, batch_size)
     found, instead = _without_downsampling(found, unfit)
     if not skip_unfit:
