@@ -49,7 +49,7 @@ def test_old_words_keep_their_numbers_and_all_new_ones_are_known(tokenizer):
     assert old.items() <= tokenizer.get_vocab().items()
     encoder = ConversationEncoder(tokenizer)
     for kind in set(CYCLE):
-        read = draw_batch(encoder, kind, 3, 0, 96).read
+        read = draw_batch(encoder, kind, 3, 0, 96, 8).read
         assert not (read.words == tokenizer.unk_token_id).any()
         assert (read.targets != IGNORE).any(dim=2).all()
         assert read.boxes.any() == (kind != "several")
@@ -78,7 +78,8 @@ def test_the_loss_is_that_of_the_model_on_the_prompt(reader, tokenizer):
     read = ConversationEncoder(tokenizer)([TALK])
     read = replace(read, **{name: value[None] for name, value in vars(read).items()})
     pixels = torch.stack([to_pixels(image) for image in images])[None]
-    found = reader.loss(Batch(pixels, read), 0.0, generator())
+    shown = torch.zeros(1, 2, MODEL.side**2, dtype=torch.bool)
+    found = reader.loss(Batch(pixels, shown, read), 0.0, 0.0, generator())
     processor = llava_processor(build_processor(MODEL).image_processor, tokenizer, MODEL.patch_size)
     text = "USER: <image>\n<image>\nIs there a red star in the image? ASSISTANT: no USER: Where"
     text += " is the red star? ASSISTANT: 4 6 12 20"
@@ -117,7 +118,12 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path, monkey
     build_processor(MODEL).save_pretrained(base)
     monkeypatch.setattr("tools.demo_grounding.batches.PROMPTS", dict.fromkeys(CYCLE, 2))
     settings = GroundingSettings(
-        str(tmp_path / "whole"), str(base), tower_steps=2, steps=3, checkpoint_every=2
+        str(tmp_path / "whole"),
+        str(base),
+        tower_steps=2,
+        steps=3,
+        terse_steps=2,
+        checkpoint_every=2,
     )
     whole = train(settings).state_dict()
     halves = replace(settings, output=str(tmp_path / "halves"))

@@ -23,15 +23,16 @@ from tools.demo_grounding.conversations import ConversationEncoder, Read, Turn, 
 from tools.demo_vlm.batches import IGNORE, LEAST_COVER, to_pixels
 
 Kind = Literal["boxes", "turns", "several"]
+TERSE: tuple[Kind, ...] = ("boxes", "boxes", "boxes", "several")
 CYCLE: tuple[Kind, ...] = ("boxes", "turns", "boxes", "several")
-"""What the steps read in turn."""
-PROMPTS: dict[Kind, int] = {"boxes": 20, "turns": 12, "several": 10}
+"""What the steps read in turn: while questions are terse, and in English."""
+PROMPTS: dict[Kind, int] = {"boxes": 24, "turns": 10, "several": 12}
 """Prompts of a step."""
-_ASKED: dict[Kind, int] = {"boxes": 5, "turns": 4, "several": 8}
+_ASKED: dict[Kind, int] = {"boxes": 6, "turns": 4, "several": 12}
 _IMAGES: dict[Kind, int] = {"boxes": 1, "turns": 1, "several": 2}
 _MOST_TURNS = 3
 _BOX_SHARE = 0.3  # of the turns
-_NUM_OBJECTS = (2, 6)
+_NUM_OBJECTS = (3, 7)
 _STREAM = 4  # of random numbers, beside those of drawing
 _FIRST_SCENE = 50 * 10**8  # beyond those that the demo VLM has read
 _FIRST_TOWER_SCENE = 60 * 10**8
@@ -44,10 +45,12 @@ class Batch:
 
     Args:
         pixel_values: [B, I, 3, H, W] in -1..1.
+        shown: [B, I, N] bool, which patches show an object.
         read: of [B, Q, L], see `Read`.
     """
 
     pixel_values: Tensor
+    shown: Tensor
     read: Read
 
 
@@ -57,19 +60,22 @@ def draw_batch(
     step: int,
     seed: int,
     size: int,
+    patch: int,
+    terse: bool = False,
     split: Split = "train",
 ) -> Batch:
-    """The batch of a step."""
+    """The batch of a step; `terse` are questions of a few words."""
     stream = split_seed(split, seed)
     count, images = PROMPTS[kind], _IMAGES[kind]
-    pixels, reads = [], []
+    pixels, shown, reads = [], [], []
     for number in range(count):
         first = _FIRST_SCENE + (step * max(PROMPTS.values()) + number) * max(_IMAGES.values())
         scenes = [draw_scene(stream, first + image, size, _NUM_OBJECTS) for image in range(images)]
         rng = np.random.default_rng([stream, first, _STREAM])
         pixels.append(torch.stack([to_pixels(scene.image) for scene in scenes]))
-        reads.append(encoder(_conversations(kind, scenes, rng)))
-    return Batch(torch.stack(pixels), _joined(reads))
+        shown.append(torch.stack([_patch_boxes(scene, patch)[1] for scene in scenes]))
+        reads.append(encoder(_conversations(kind, scenes, rng, terse), terse))
+    return Batch(torch.stack(pixels), torch.stack(shown), _joined(reads))
 
 
 @dataclass
@@ -108,15 +114,15 @@ def _patch_boxes(scene: Scene, patch: int) -> tuple[Tensor, Tensor]:
 
 
 def _conversations(
-    kind: Kind, scenes: Sequence[Scene], rng: np.random.Generator
+    kind: Kind, scenes: Sequence[Scene], rng: np.random.Generator, terse: bool
 ) -> list[list[Turn]]:
     """As many of every prompt; some are asked twice where a scene has too few."""
     num = _ASKED[kind]
     if kind == "several":
         found = ask_of_several([scene.objects for scene in scenes], num, rng)
-        made = [[Turn(one.text, one.answer)] for one in found]
+        made = [[Turn(_shortened(one.text) if terse else one.text, one.answer)] for one in found]
     elif kind == "boxes":
-        made = [[turn] for turn in _boxes(scenes[0], num, rng)]
+        made = [[turn] for turn in _boxes(scenes[0], num, rng, terse)]
     else:
         made = [_talk(scenes[0], rng) for _ in range(num)]
     made = made or [_talk(scenes[0], rng)[:1]]
@@ -133,9 +139,16 @@ def _talk(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     return turns
 
 
-def _boxes(scene: Scene, num: int, rng: np.random.Generator) -> list[Turn]:
+def _boxes(scene: Scene, num: int, rng: np.random.Generator, terse: bool = False) -> list[Turn]:
+    prompt = "where {object}" if terse else PROMPT
     sought = seek(scene.objects, num, rng)
-    return [Turn(PROMPT.format(object=one.name), box_answer(one.box), True) for one in sought]
+    return [Turn(prompt.format(object=one.name), box_answer(one.box), True) for one in sought]
+
+
+def _shortened(text: str) -> str:
+    """`is red circle second`, of a question about one of several images."""
+    words = text.removesuffix("?").lower().split()
+    return " ".join([words[0], *words[3:5], words[-2]])
 
 
 def _joined(reads: Sequence[Read]) -> Read:

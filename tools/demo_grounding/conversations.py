@@ -77,9 +77,13 @@ class ConversationEncoder:
         self._end = tokenizer.eos_token_id
         self._known: dict[str, list[int]] = {}
 
-    def __call__(self, conversations: Sequence[Sequence[Turn]]) -> Read:
-        """Every answer is learnt, and that nothing follows it."""
-        rows = [self._row(turns) for turns in conversations]
+    def __call__(self, conversations: Sequence[Sequence[Turn]], terse: bool = False) -> Read:
+        """Every answer is learnt, and that nothing follows it.
+
+        Args:
+            conversations: of one prompt. terse: nothing stands between a question and its answer.
+        """
+        rows = [self._row(turns, "" if terse else f" {AFTER_QUESTION}") for turns in conversations]
         shape = len(rows), max(len(row) for row in rows)
         words = torch.zeros(shape, dtype=torch.long)
         targets, boxes = torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.bool)
@@ -90,12 +94,12 @@ class ConversationEncoder:
             boxes[number, : len(row)] = torch.tensor(box)
         return Read(words, targets, boxes)
 
-    def _row(self, turns: Sequence[Turn]) -> list[tuple[int, int, bool]]:
+    def _row(self, turns: Sequence[Turn], after: str) -> list[tuple[int, int, bool]]:
         """Of every token its number, the one to follow it, and whether that is a coordinate."""
         row: list[tuple[int, int, bool]] = []
         for number, turn in enumerate(turns):
             before = f"{BEFORE_QUESTION} " if number else ""
-            asked = self._ids(f"{before}{turn.question} {AFTER_QUESTION}")
+            asked = self._ids(f"{before}{turn.question}{after}")
             said = self._ids(turn.answer)
             row += [(word, IGNORE, False) for word in asked[:-1]]
             row += zip(

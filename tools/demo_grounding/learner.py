@@ -56,21 +56,30 @@ class GroundingReader(Reader):
         features = _features(self.model.model.vision_tower, pixel_values.flatten(0, 1))
         return features.reshape(*pixel_values.shape[:2], *features.shape[1:])
 
-    def loss(self, batch: Batch, drop: float, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, batch: Batch, spotlight: float, drop: float, generator: torch.Generator
+    ) -> Tensor:
         """Cross-entropy of the answers, that of coordinates blurred, and a little of their ends.
+
+        Tokens that are read have the positions that they have in the whole image.
 
         Args:
             batch: of a step.
-            drop: how likely the model reads a random part of the tokens, at their own positions.
+            spotlight: how likely the model reads a third of the tokens, those on objects first.
+            drop: how likely it reads a random part of them.
             generator: of what is random.
         """
         features = self.encode(batch.pixel_values)
         num_prompts, images, num_tokens = features.shape[:3]
         rows = features.flatten(0, 1)
         places = torch.arange(num_tokens).expand(len(rows), -1)
-        if torch.rand(1, generator=generator).item() < drop:
+        which = torch.rand(1, generator=generator).item()
+        if which < spotlight:
+            noise = torch.rand(rows.shape[:2], generator=generator) + batch.shown.flatten(0, 1)
+            places = noise.topk(num_tokens // 3, dim=1).indices.sort(dim=1).values
+        elif which < spotlight + drop:
             places = random_subset(self.standardise(rows), generator)
-            rows = rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
+        rows = rows.gather(1, places[..., None].expand(-1, -1, rows.shape[2]))
         first = num_tokens * torch.arange(images).repeat(num_prompts)[:, None]
         visual = self.project(rows).reshape(num_prompts, -1, self.weight.shape[0])
         own = (places + first).reshape(num_prompts, -1), images * num_tokens

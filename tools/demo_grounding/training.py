@@ -18,7 +18,7 @@ from torch import nn
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
-from tools.demo_grounding.batches import CYCLE, draw_batch, draw_tower_batch
+from tools.demo_grounding.batches import CYCLE, TERSE, draw_batch, draw_tower_batch
 from tools.demo_grounding.conversations import ConversationEncoder, grounding_tokenizer
 from tools.demo_grounding.learner import GroundingReader, TowerTeacher, trained
 
@@ -38,21 +38,25 @@ class GroundingSettings:
         tower_learning_rate, learning_rate: of the two, at their highest.
         warmup: steps in which they rise. hold: share of the steps after which they fall, on a
             cosine to 2%.
-        drop: share of the steps in which the model reads a random part of the tokens, each at the
-            position that it has in the whole image.
+        terse_steps: the first of `steps`, whose questions are a few words.
+        spotlight: share of the terse steps in which the model reads a third of the tokens, those
+            on objects first; half as many in English. drop: share of the steps in English in which
+            it reads a random part of them. Tokens have the positions that they have in the image.
         seed: of new words, scenes and questions.
         checkpoint_every: steps from one saved state to the next.
     """
 
     output: str
     base: str = "checkpoints/demo-vlm"
-    tower_steps: int = 400
-    steps: int = 1600
+    tower_steps: int = 500
+    steps: int = 1400
+    terse_steps: int = 900
     tower_learning_rate: float = 2e-3
     learning_rate: float = 2e-3
     warmup: int = 25
     hold: float = 0.4
-    drop: float = 0.85
+    spotlight: float = 0.8
+    drop: float = 0.3
     seed: int = 0
     checkpoint_every: int = 25
 
@@ -62,8 +66,14 @@ class GroundingSettings:
             raise ValueError(
                 f"tower_steps={self.tower_steps}, steps={self.steps}: pass at least 1 of each."
             )
-        if not 0 <= self.drop <= 1:
-            raise ValueError(f"drop={self.drop} is no share; pass 0 to 1.")
+        if (
+            min(self.spotlight, self.drop) < 0
+            or max(self.spotlight, self.spotlight / 2 + self.drop) > 1
+        ):
+            raise ValueError(
+                f"spotlight={self.spotlight}, drop={self.drop} are no shares; pass 0 to 1, half of"
+                " the first and the second no more than 1 together."
+            )
 
 
 def train(settings: GroundingSettings, resume: bool = False) -> GroundingReader:
@@ -139,12 +149,17 @@ class _Run:
             batch = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             loss = self.teacher.loss(batch)
         else:
-            kind, total, number = CYCLE[step % len(CYCLE)], settings.steps, step
+            terse = step < settings.terse_steps
+            cycle = TERSE if terse else CYCLE
+            kind, total, number = cycle[step % len(cycle)], settings.steps, step
             generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-            read = draw_batch(self.encoder, kind, step, settings.seed, self._size)
+            read = draw_batch(
+                self.encoder, kind, step, settings.seed, self._size, self._patch, terse
+            )
             if step == 0:
                 self.reader.fit(self.reader.encode(read.pixel_values).flatten(0, 1))
-            loss = self.reader.loss(read, settings.drop, generator)
+            shares = (settings.spotlight, 0.0) if terse else (settings.spotlight / 2, settings.drop)
+            loss = self.reader.loss(read, *shares, generator)
         optimizer, part = self.optimizers[step >= 0], self._parts[step >= 0]
         optimizer.zero_grad()
         loss.backward()
