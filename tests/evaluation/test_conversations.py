@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ocvtp import build_pruner
+from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene, split_seed
 from ocvtp.data.several_images import ask_of_several
 from ocvtp.evaluation.conditions import ORIGINAL, Budget
@@ -147,3 +148,9 @@ def test_original_positions_are_rows_of_their_own_beside_contiguous_ones(
     assert "## easy/all, original positions minus contiguous" in to_markdown(report)
     with pytest.raises(ValueError, match="positions='gaps'; pass 'contiguous' or 'original'"):
         evaluate(subject, several, [], [], tmp_path, positions=("gaps",))
+
+
+def test_a_tower_alone_has_no_positions(tmp_path, capsys):
+    words = ["evaluate", "--tower", "random:tiny", "--task", "coverage", "--num-keep", "9"]
+    assert main([*words, "--output", str(tmp_path), "--positions", "original"]) == 2
+    assert "--positions original are those in a language model" in capsys.readouterr().err
