@@ -13,6 +13,7 @@ from tiny_demo_vlm import MODEL, generator, tiny_learner
 
 from ocvtp.data.scenes import draw_scene
 from ocvtp.hosts.loading import load_model
+from tools.demo_grounding.__main__ import save
 from tools.demo_grounding.batches import CYCLE, Batch, draw_batch, draw_tower_batch
 from tools.demo_grounding.conversations import (
     ConversationEncoder,
@@ -143,8 +144,14 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path, monkey
         train(halves)
     with pytest.raises(ValueError, match="other settings"):
         train(replace(halves, drop=0.1), resume=True)
-    again = train(halves, resume=True).state_dict()
+    reader = train(halves, resume=True)
+    again = reader.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in whole.items())
-    learnt, _ = load_model(str(base), "float32")
-    tower = {f"model.{k}": v for k, v in learnt.state_dict().items() if "vision_tower" in k}
+    before, _ = load_model(str(base), "float32")
+    tower = {f"model.{k}": v for k, v in before.state_dict().items() if "vision_tower" in k}
     assert any(not torch.equal(value, whole[name]) for name, value in tower.items())
+    save(reader, halves)
+    model, processor = load_model(halves.output, "float32")
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert processor.decode(processor.tokenizer("24 96 0 2").input_ids[1:]) == "24 96 0 2"
+    assert "2 steps of the vision tower" in (tmp_path / "halves" / "README.md").read_text()

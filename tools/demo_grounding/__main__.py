@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
 
 from ocvtp.hosts.loading import load_model
-from tools.demo_grounding.conversations import grounding_tokenizer
+from ocvtp.reporting.files import replacing
+from tools.demo_grounding.conversations import STEP, grounding_tokenizer
 from tools.demo_grounding.training import GroundingSettings, train
 from tools.demo_vlm.processor import llava_processor
+
+_CARD = Path(__file__).with_name("card.md")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -32,13 +37,16 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def save(reader: Any, settings: GroundingSettings) -> None:
-    """Write weights (fp16 safetensors), tokenizer and processor; the reader is spent."""
+    """Write weights (fp16 safetensors), tokenizer, processor and card; the reader is spent."""
     _, processor = load_model(settings.base, "float32")
     folder = Path(settings.output)
     reader.model.generation_config.max_new_tokens = 5
     reader.model.to(torch.float16).save_pretrained(folder)
     made = llava_processor(processor.image_processor, grounding_tokenizer(), processor.patch_size)
     made.save_pretrained(folder)
+    card = Template(_CARD.read_text(encoding="utf-8")).substitute(asdict(settings), step=STEP)
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
