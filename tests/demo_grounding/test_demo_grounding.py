@@ -22,7 +22,7 @@ from tools.demo_grounding.conversations import (
     coordinates,
     grounding_tokenizer,
 )
-from tools.demo_grounding.learner import GroundingReader
+from tools.demo_grounding.learner import GroundingReader, TowerTeacher
 from tools.demo_grounding.training import GroundingSettings, train
 from tools.demo_vlm.batches import IGNORE, to_pixels
 from tools.demo_vlm.processor import build_processor, llava_processor, word_tokenizer
@@ -99,6 +99,21 @@ def test_the_loss_is_that_of_the_model_on_the_prompt(reader, tokenizer):
             near = torch.tensor(near / near.sum(), dtype=torch.float)
             total, weight = total - near @ logs[place, ids(coordinates())], weight + 1
     assert float(found) == pytest.approx(float(total / weight), abs=1e-4)
+
+
+@torch.no_grad()
+def test_a_tower_is_told_places_before_it_learns_them():
+    """Linearly, in two directions of its own, whatever the patches are."""
+    tower = tiny_learner().model.model.vision_tower
+    teacher = TowerTeacher(tower, MODEL.side)
+    embedding = next(m for m in tower.modules() if isinstance(m, torch.nn.Embedding))
+    before = embedding.weight.clone()
+    teacher.begin(generator())
+    added = embedding.weight - before
+    assert (added[0] == 0).all()  # the CLS has no place
+    centred = 2 * teacher.places - 1
+    assert torch.linalg.matrix_rank(added[1:], atol=1e-4) == 2
+    torch.testing.assert_close(added[1:] @ added[1:].T, 9 * centred @ centred.T)
 
 
 def test_patches_are_told_the_edges_of_their_object():

@@ -21,6 +21,7 @@ from tools.demo_vlm.packing import random_subset, read_packed
 from tools.demo_vlm.reader import Reader
 
 _END_WEIGHT = 0.1
+_PLACE = 3.0  # how far apart the edges of the image are in the position embedding, halved
 _NEAR = 0.1  # weight of what the tower was
 _BLUR = 1.0  # standard deviation of what counts as right of a coordinate, in steps of coordinates
 _WAVES = 6  # of the new words for coordinates, which begin as neighbours
@@ -116,6 +117,16 @@ class TowerTeacher(nn.Module):
         middle = (torch.arange(side) + 0.5) / side
         rows, columns = middle.repeat_interleave(side), middle.repeat(side)
         self.register_buffer("places", torch.stack([columns, rows], 1), persistent=False)
+
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator) -> None:
+        """Write where each patch is into its position embedding, in two directions of its own.
+
+        The demo VLM's tower has learnt without need of places, and forgets them on the way.
+        """
+        weight = next(m for m in self.tower.modules() if isinstance(m, nn.Embedding)).weight
+        noise = torch.randn(weight.shape[1], 2, generator=generator)
+        weight[1:] += _PLACE * (2 * self.places - 1) @ torch.linalg.qr(noise)[0].T
 
     def loss(self, batch: TowerBatch) -> Tensor:
         """Distance of places and edges, and of the features to those before."""

@@ -48,9 +48,9 @@ class GroundingSettings:
 
     output: str
     base: str = "checkpoints/demo-vlm"
-    tower_steps: int = 500
-    steps: int = 1400
-    terse_steps: int = 900
+    tower_steps: int = 200
+    steps: int = 1100
+    terse_steps: int = 700
     tower_learning_rate: float = 2e-3
     learning_rate: float = 2e-3
     warmup: int = 25
@@ -146,6 +146,8 @@ class _Run:
         self.reader.model.model.vision_tower.requires_grad_(step < 0)
         if step < 0:
             kind, total, number = "tower", settings.tower_steps, self.step
+            if number == 0:
+                self.teacher.begin(torch.Generator().manual_seed(settings.seed))
             batch = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             loss = self.teacher.loss(batch)
         else:
