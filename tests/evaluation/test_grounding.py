@@ -140,16 +140,18 @@ def test_cocos_images_are_asked_for_what_they_have_one_of(coco, tmp_path):
 def test_a_file_of_ones_own(coco, tmp_path):
     entries = [
         {"image": "a.png", "question": "The dog?", "box": [2, 1, 7, 4]},
-        {"image": "b.png", "question": "A cat?", "answers": ["[0, 0, 4, 4]", "5 10 15 30"]},
+        {"image": "b.png", "question": "A cat?", "answers": [[0, 0, 4, 4], "5 10 15 30"]},
+        {"image": "b.png", "question": "Cat?", "answer": [5, 10, 15, 30], "kind": "again"},
     ]
     file = tmp_path / "boxes.json"
     file.write_text(json.dumps(entries))
     settings = {"questions_file": [str(file)], "images": coco["images"]}
     task = asked(tmp_path, **settings, suffix=" As JSON.")
-    assert [item.question for item in task.items] == ["The dog? As JSON.", "A cat? As JSON."]
-    figures = task.ratios(answers(["2 1 7 4", "5 10 15 30"]))
-    assert figures["all/acc@0.5"].value == 1
-    for wrong in ([1, 2, 3], [7, 4, 2, 1], "a dog", None):
+    asks = ["The dog? As JSON.", "A cat? As JSON.", "Cat? As JSON."]
+    assert [item.question for item in task.items] == asks
+    figures = task.ratios(answers(["2 1 7 4", "5 10 15 30", "{'bbox_2d': [5, 10, 15, 30]}"]))
+    assert figures["all/acc@0.5"].value == figures["again/iou"].value == 1
+    for wrong in ([1, 2, 3], [7, 4, 2, 1], "a dog", None, {"x": 1}):
         file.write_text(json.dumps([entries[1], entries[0] | {"box": wrong}]))
         with pytest.raises(ValueError, match=r"entry 2 of .* as its box; pass \[x1, y1, x2, y2\]"):
             asked(tmp_path, **settings)

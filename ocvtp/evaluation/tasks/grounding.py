@@ -5,6 +5,7 @@ Boxes are x1, y1, x2, y2 in pixels of the upright image.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -254,8 +255,9 @@ def box_text(box: Box) -> str:
 def read_asked(file: str | Path) -> list[Asked]:
     """The questions of a file: a JSON list, or JSON lines.
 
-    Every entry has `image`, `question`, and `box`, [x1, y1, x2, y2] in pixels of the upright image;
-    or such boxes as texts, `answer`, or `answers` of which any is right. `kind` groups them.
+    Every entry has `image`, `question`, and `box` or `answer`, [x1, y1, x2, y2] in pixels of the
+    upright image, as a list or as a text; or a list of these, `answers`, of which any is right.
+    `kind` groups them.
 
     Raises:
         ValueError: if the file is missing, or an entry lacks a part or a readable box.
@@ -315,20 +317,22 @@ def _upright_size(path: Path) -> Size:
         return image.size if turn is None else image.transpose(turn).size
 
 
+def _as_text(value: Any) -> str:
+    """A box as a list, or as a text."""
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+
+
 def _asked(entry: Entry) -> Asked:
-    content, answers = entry.content, list[Any]()
-    if "box" in content:
-        answers = [content["box"] if isinstance(content["box"], str) else str(content["box"])]
-    elif "answers" in content:
-        answers = content["answers"] if isinstance(content["answers"], list) else []
-    else:
-        answers = [entry.text("answer")]
-    for answer in answers or [None]:
-        box = parse_box(answer) if isinstance(answer, str) else None
+    content = entry.content
+    given = next((content[key] for key in ("box", "answer") if key in content), None)
+    listed = content.get("answers", [given])
+    answers = [_as_text(one) for one in (listed if isinstance(listed, list) else [listed])]
+    for answer in answers or [""]:
+        box = parse_box(answer)
         if box is None or overlap(box, box) == 0:
             raise ValueError(
-                f"{entry.where} has {answer!r} as its box; pass [x1, y1, x2, y2] in pixels of the"
-                " upright image, with x1 < x2 and y1 < y2."
+                f"{entry.where} has {answer or None!r} as its box; pass [x1, y1, x2, y2] in pixels"
+                " of the upright image, with x1 < x2 and y1 < y2."
             )
     kind = entry.text("kind") if "kind" in content else ""
     if kind.split("/")[-1] == "all":
