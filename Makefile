@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy turns grounding learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
+.PHONY: install demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy turns positions grounding learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
 
 install: $(STAMP)
 
@@ -166,6 +166,17 @@ turns: install
 		mkdir -p $(TURNS)/$$how && $(TURNS_ASK) --$$how --output outputs/turns/$$how > $(TURNS)/$$how/results.json && \
 		cp outputs/turns/$$how/report.md outputs/turns/$$how/*.png $(TURNS)/$$how/ || exit 1; \
 	done
+
+# Tokens numbered from 0, and at the positions that they had.
+POSITIONS := docs/results/positions
+
+positions: export OMP_NUM_THREADS := 1
+positions: install
+	mkdir -p $(POSITIONS)
+	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --levels easy --num-images 200 --questions 4 \
+		--pruners random divprune fopru --num-keep 36 16 --positions contiguous original --seeds 1 --no-controls --batch-size 64 \
+		--output outputs/positions --json > $(POSITIONS)/results.json
+	cp outputs/positions/report.md outputs/positions/*.png $(POSITIONS)/
 
 # The demo VLM taught boxes, and what it is worth to it that tokens keep their positions. What was trained is not trained again.
 GROUNDING := outputs/demo-grounding
