@@ -54,7 +54,7 @@ class GroundingReader(Reader):
     @torch.no_grad()
     def encode(self, pixel_values: Tensor) -> Tensor:
         """[B, I, 3, H, W] -> [B, I, N, D] what the tower makes of images."""
-        features = _features(self.model.model.vision_tower, pixel_values.flatten(0, 1))
+        features = tower_features(self.model.model.vision_tower, pixel_values.flatten(0, 1))
         return features.reshape(*pixel_values.shape[:2], *features.shape[1:])
 
     def loss(
@@ -131,8 +131,8 @@ class TowerTeacher(nn.Module):
     def loss(self, batch: TowerBatch) -> Tensor:
         """Distance of places and edges, and of the features to those before."""
         with torch.no_grad():
-            old = _features(self._before[0], batch.pixel_values)
-        new = _features(self.tower, batch.pixel_values)
+            old = tower_features(self._before[0], batch.pixel_values)
+        new = tower_features(self.tower, batch.pixel_values)
         spread = old.std((0, 1)) + 1e-2
         said = self.where(new / spread)
         own = (said[..., :2] - self.places).abs().mean()
@@ -141,7 +141,7 @@ class TowerTeacher(nn.Module):
         return loss
 
 
-def _features(tower: Any, pixel_values: Tensor) -> Tensor:
+def tower_features(tower: Any, pixel_values: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, N, D]."""
     out = tower(pixel_values, output_hidden_states=True)
     features: Tensor = out.hidden_states[FEATURE_LAYER][:, 1:]
