@@ -9,7 +9,13 @@ from ocvtp import build_pruner
 from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene, split_seed
 from ocvtp.data.several_images import ask_of_several
-from ocvtp.evaluation.conditions import ORIGINAL, Budget
+from ocvtp.evaluation.conditions import (
+    ORIGINAL,
+    Budget,
+    at_positions,
+    pruner_conditions,
+    unpruned_conditions,
+)
 from ocvtp.evaluation.prompts import make_prompts
 from ocvtp.evaluation.report import results, to_markdown
 from ocvtp.evaluation.run import evaluate
@@ -28,7 +34,7 @@ def subject():
 
 @pytest.fixture(scope="module")
 def turns():
-    return TurnsTask(["easy"], num_images=3, size=48)
+    return TurnsTask(["easy"], num_images=2, size=48)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,7 @@ def observed(subject, task, pruner, items=None):
 
 
 def test_a_turn_comes_after_the_right_answers_to_those_before_it(turns):
-    for owner in range(3):
+    for owner in range(2):
         own = [item for item in turns.items if item.owner == owner]
         said = [text for item in own for text in (item.question, *item.answers)]
         assert [item.before for item in own] == [tuple(said[: 2 * n]) for n in range(len(own))]
@@ -80,7 +86,10 @@ def by_hand(subject, task, item, pruner):
     return processor.decode(made.sequences[0, start:], skip_special_tokens=True).strip()
 
 
-@pytest.mark.parametrize("pruner", ["none", "divprune", "zspaprune"])
+@pytest.mark.parametrize(
+    "pruner",
+    ["zspaprune", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "divprune"))],
+)
 def test_a_batch_goes_on_from_the_tokens_of_the_first_question(subject, turns, pruner):
     """Also where a pruner reads the prompt, and rows of a batch are at other turns."""
     pruner = build_pruner(pruner, **({} if pruner == "none" else {"num_keep": 9}))
@@ -89,7 +98,7 @@ def test_a_batch_goes_on_from_the_tokens_of_the_first_question(subject, turns, p
 
 
 def test_read_again_a_pruner_without_a_prompt_gives_the_same(subject, turns):
-    again = TurnsTask(["easy"], num_images=3, size=48, cache=False)
+    again = TurnsTask(["easy"], num_images=2, size=48, cache=False)
     assert again.items == turns.items
     assert again.describe() != turns.describe()
     pruner = build_pruner("fopru", num_keep=9)
@@ -123,6 +132,18 @@ def test_every_image_of_a_prompt_keeps_its_own_tokens(subject, several):
     assert typical(subject, several).images == 2
 
 
+def test_what_drops_nothing_has_no_positions():
+    budgets = [Budget(num_keep=9)]
+    found = [*unpruned_conditions(), *pruner_conditions("fopru", budgets, [0], [], 36)]
+    assert at_positions(found, ()) == found
+    both = at_positions(found, ("contiguous", "original"))
+    labels = ["unpruned", "shuffled", "fopru", "fopru" + ORIGINAL]
+    assert [one.label for one in both] == labels
+    assert [one.positions for one in both] == [None, None, "contiguous", "original"]
+    assert len({one.key for one in both}) == 4
+
+
+@pytest.mark.slow
 def test_original_positions_are_rows_of_their_own_beside_contiguous_ones(
     subject, several, tmp_path
 ):
