@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 DEMO := outputs/demo
 SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
 
-.PHONY: install environments demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
+.PHONY: install environments demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy turns positions grounding learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
 
 install: $(STAMP)
 
@@ -156,6 +156,44 @@ accuracy: install
 	cp outputs/accuracy/summary.json $(RESULTS)/results.json
 	cp outputs/accuracy/report.md outputs/accuracy/*.png $(RESULTS)/
 	$(BIN)/python -m benchmarks.readme
+
+# Whether tokens that were kept for a question serve the next ones, beside tokens chosen again for all questions.
+TURNS := docs/results/turns
+TURNS_ASK = $(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task turns --levels easy --num-images 150 \
+	--pruners learned zspaprune "sparsevlm:stages=[[1,K]]" divprune --checkpoint checkpoints/demo-learned/0 --num-keep 16 8 \
+	--seeds 1 --no-controls --batch-size 64 --json
+
+turns: export OMP_NUM_THREADS := 1
+turns: install
+	for how in cache no-cache; do \
+		mkdir -p $(TURNS)/$$how && $(TURNS_ASK) --$$how --output outputs/turns/$$how > $(TURNS)/$$how/results.json && \
+		cp outputs/turns/$$how/report.md outputs/turns/$$how/*.png $(TURNS)/$$how/ || exit 1; \
+	done
+
+# Tokens numbered from 0, and at the positions that they had.
+POSITIONS := docs/results/positions
+
+positions: export OMP_NUM_THREADS := 1
+positions: install
+	mkdir -p $(POSITIONS)
+	$(BIN)/ocvtp evaluate --model checkpoints/demo-vlm --dtype float32 --task scenes --levels easy --num-images 200 --questions 4 \
+		--pruners random divprune fopru --num-keep 36 16 --positions contiguous original --seeds 1 --no-controls --batch-size 64 \
+		--output outputs/positions --json > $(POSITIONS)/results.json
+	cp outputs/positions/report.md outputs/positions/*.png $(POSITIONS)/
+
+# The demo VLM taught boxes, and what it is worth to it that tokens keep their positions. What was trained is not trained again.
+GROUNDING := outputs/demo-grounding
+GROUNDING_RESULTS := docs/results/grounding
+
+grounding: export OMP_NUM_THREADS := 1
+grounding: install
+	$(BIN)/python -m tools.demo_grounding --output $(GROUNDING) --resume
+	mkdir -p $(GROUNDING_RESULTS)
+	$(BIN)/ocvtp evaluate --model $(GROUNDING) --dtype float32 --task grounding --levels easy --num-images 200 \
+		--pruners divprune fopru --num-keep 36 16 --positions contiguous original --seeds 1 --batch-size 64 \
+		--output $(GROUNDING)/judged --json > $(GROUNDING)/judged.json
+	cp $(GROUNDING)/judged.json $(GROUNDING_RESULTS)/results.json
+	cp $(GROUNDING)/judged/report.md $(GROUNDING)/judged/*.png $(GROUNDING_RESULTS)/
 
 # Scorers that read the prompt, with three seeds: by masks first, then by the answers. Beside the best of the others on the same
 # scenes: docs/learned-pruners.md. What was trained is not trained again.

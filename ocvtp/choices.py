@@ -12,6 +12,13 @@ Level = Literal["easy", "hard"]
 Split = Literal["train", "val", "test"]
 """Which drawn scenes."""
 
+Coordinates = Literal["auto", "pixels", "unit", "thousand"]
+"""In which numbers a model says where a box is: pixels of the picture that it sees, parts of its
+edges from 0 to 1, or thousandths of them; `auto` is what models of its family do."""
+
+Positions = Literal["contiguous", "original"]
+"""Of tokens that are left: numbered from 0, or each as in the whole prompt."""
+
 TileBudget = Literal["per_image", "per_tile"]
 """What `num_keep` counts where a model cuts images into tiles."""
 Separators = Literal["rows", "all", "none"]

@@ -254,6 +254,17 @@ def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:
     return cut
 
 
+# Processors.
+
+BOX_COORDINATES = {
+    "Qwen2VLProcessor": "thousand",
+    "Qwen3VLProcessor": "thousand",
+    "InternVLProcessor": "thousand",
+}
+"""The whole numbers in which models say where boxes are, as `ocvtp.choices.Coordinates`, by the
+class of their processor; others say pixels (Qwen2.5-VL)."""
+
+
 # Vision towers.
 
 CLIP_TOWERS = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")

@@ -52,6 +52,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         batch_size=arguments.batch_size,
         controls=() if arguments.no_controls else CONTROLS,
         skip_unfit=arguments.skip_unfit,
+        positions=arguments.positions or (),
         command=output.command(arguments),
     )
     paths = write(report, folder, answers_of(task, records))

@@ -176,6 +176,13 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-controls", action="store_true", help="unpruned and shuffled images alone"
     )
+    parser.add_argument(
+        "--positions",
+        nargs="+",
+        choices=get_args(choices.Positions),
+        help="of the tokens that are left: numbered from 0, or as in the whole prompt; or both, in"
+        " rows of their own (default: contiguous, or as a pruner was trained)",
+    )
     options.add_skip_unfit(parser)
     parser.add_argument(
         "--output",

@@ -79,6 +79,11 @@ def check_tower(arguments: argparse.Namespace) -> None:
         ValueError: for the first that does not fit.
     """
     of_model = arguments.tower is None
+    if not of_model and getattr(arguments, "positions", None):
+        raise ValueError(
+            f"--positions {' '.join(arguments.positions)} are those in a language model, and"
+            " --tower has none; leave them out, or pass --model."
+        )
     for name in ("img_size", "feature_layer") if of_model else ("text_tower", "prompt"):
         if (value := getattr(arguments, name, None)) is None:
             continue

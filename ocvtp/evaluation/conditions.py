@@ -7,11 +7,12 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ocvtp.choices import Positions
 from ocvtp.evaluation.oracle import Oracle
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME
 from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
@@ -66,6 +67,8 @@ class Condition:
         image: `own`; `other`: that of the next item that has another; or `smaller`: the own one
             at the size of which the model makes about `budget` tokens.
         trained: whether it learned from data.
+        positions: of the tokens that are left, see `ocvtp.attach`; None is what the pruner was
+            trained with, and else contiguous.
     """
 
     label: str
@@ -77,12 +80,46 @@ class Condition:
     image: Literal["own", "other", "smaller"] = "own"
     trained: bool = False
     yours: bool = False
+    positions: Positions | None = None
 
     @property
     def key(self) -> str:
         """The name that tells it from the others."""
         budget = "" if self.budget is None else f" @ {self.budget}"
         return f"{self.label}{budget} # {self.seed}"
+
+
+ORIGINAL = " (original positions)"
+"""What follows the label of a pruner whose tokens keep the positions that they had."""
+
+
+def at_positions(found: Sequence[Condition], positions: Sequence[Positions]) -> list[Condition]:
+    """Conditions with the tokens that are left at each of these positions.
+
+    Original positions have labels of their own. What drops nothing is as it was, once.
+
+    Args:
+        found: all conditions. positions: to try; none: those that each pruner was trained with.
+
+    Raises:
+        ValueError: for others.
+    """
+    if wrong := [one for one in positions if one not in get_args(Positions)]:
+        raise ValueError(f"positions={wrong[0]!r}; pass 'contiguous' or 'original'.")
+    if not positions:
+        return list(found)
+    made = []
+    for condition in found:
+        if condition.label in (UNPRUNED, SHUFFLED, DOWNSAMPLE):
+            made.append(condition)
+            continue
+        for name in dict.fromkeys(positions):
+            label = condition.label + (ORIGINAL if name == "original" else "")
+            settings = condition.settings | {"positions": name}
+            made.append(
+                dataclasses.replace(condition, label=label, settings=settings, positions=name)
+            )
+    return made
 
 
 UNPRUNED_KEY = f"{UNPRUNED} # 0"

@@ -119,6 +119,10 @@ class Downsampled(Task):
     def __init__(self, asked: Task, sizer: Sizer, budget: Budget) -> None:
         self._asked, self._sizer, self._budget = asked, sizer, budget
         self.items, self.metrics = asked.items, asked.metrics
+        self.keeps_cache = asked.keeps_cache
+
+    def shown(self, owner: int) -> tuple[int, ...]:
+        return self._asked.shown(owner)
 
     def image(self, owner: int) -> Image.Image:
         return self._sizer.smaller(self._asked.image(owner), self._budget)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ocvtp.choices import Positions
 from ocvtp.evaluation.downsample import Sizer
 from ocvtp.evaluation.tasks.base import Item, Record, Task
 from ocvtp.pruners import Compose, Pruner
@@ -94,12 +95,19 @@ class Judged(ABC):
 
     @abstractmethod
     def observe(
-        self, task: Task, items: Sequence[Item], pruner: Pruner | Compose, inputs: Any, shared: Any
+        self,
+        task: Task,
+        items: Sequence[Item],
+        pruner: Pruner | Compose,
+        inputs: Any,
+        shared: Any,
+        positions: Positions | None = None,
     ) -> list[Record]:
         """What comes of items under a pruner.
 
         Args:
             task: of the items. pruner: that can run. inputs: of the items. shared: see `sharing`.
+            positions: of the tokens that are left, see `ocvtp.attach`.
 
         Returns:
             of each `answer`, or what the task finds; and `given` and `kept`, visual tokens of its

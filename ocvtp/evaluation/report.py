@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.evaluation import plots, tables
+from ocvtp.evaluation.by_positions import by_positions
 from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.hard_questions import hard_questions
 from ocvtp.evaluation.intervals import difference, estimate
@@ -143,6 +144,8 @@ def results(report: Report) -> dict[str, Any]:
         "warnings": [text for metric in report.metrics for text in _warnings(report, metric)],
         SCORES: packed([row.figures for row in report.rows], [row.seeds for row in report.rows]),
     }
+    if positions := by_positions(ratios, report.metrics):
+        facts["original_minus_contiguous"] = positions
     plain: dict[str, Any] = _plain(facts)
     return plain
 
@@ -218,7 +221,8 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
         )
     show = partial(tables.difference_text, percent=report.percent)
     by_label = {row.label: row for row in rows}
-    if UNPRUNED in by_label and SHUFFLED in by_label:
+    judged = metric not in report.not_judged
+    if judged and UNPRUNED in by_label and SHUFFLED in by_label:
         pair = [by_label[label].figures[metric] for label in (UNPRUNED, SHUFFLED)]
         lead = difference(*pair)
         if not lead.low > 0:
@@ -228,7 +232,7 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
                 "not clearly need the image, so these figures say nothing about pruners.",
             )
     for oracle in rows:
-        if oracle.label == ORACLE and metric not in report.not_judged:
+        if oracle.label == ORACLE and judged:
             yield from _oracle_warning(oracle, rows, metric, show)
 
 

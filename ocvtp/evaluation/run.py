@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from ocvtp.choices import Positions
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation import earlier_runs
 from ocvtp.evaluation.checkpoint_groups import grouped
@@ -16,6 +17,7 @@ from ocvtp.evaluation.conditions import (
     CONTROLS,
     DOWNSAMPLE,
     ORACLE,
+    ORIGINAL,
     POOL,
     UNTRAINED,
     Budget,
@@ -27,7 +29,7 @@ from ocvtp.evaluation.conditions import (
 from ocvtp.evaluation.intervals import average
 from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.report import DIGITS, Report, Row
-from ocvtp.evaluation.runner import run, shared_settings
+from ocvtp.evaluation.runner import run, seen_of, shared_settings
 from ocvtp.evaluation.tasks.base import Record, Task, TokenTask
 from ocvtp.pruners import trainable
 from ocvtp.reporting.environment import environment_of
@@ -52,6 +54,7 @@ def evaluate(
     controls: Sequence[str] = CONTROLS,
     skip_unfit: bool = False,
     command: str | None = None,
+    positions: Sequence[Positions] = (),
 ) -> tuple[Report, dict[str, list[Record]]]:
     """Run pruners at budgets, and the controls beside them.
 
@@ -71,6 +74,9 @@ def evaluate(
             do.
         skip_unfit: whether pruners that cannot run at a budget are left out, with a note.
         command: what to type for the same, for the report.
+        positions: of the tokens that are left, `contiguous`, `original` or both, see
+            `ocvtp.attach`; none: those that each pruner was trained with, and else contiguous.
+            Original ones have rows of their own, compared with the others where both are tried.
 
     Returns:
         the report, and the records of every condition.
@@ -83,13 +89,12 @@ def evaluate(
     num_tokens, grid = subject.shape(task)
     groups, remark = grouped(checkpoints)
     chosen = [part for spec in dict.fromkeys(pruners) for part in _parts(spec, groups)]
-    found = _conditions(
-        subject, task, num_tokens, grid, chosen, budgets, seeds, checkpoints, controls
-    )
+    settings = (num_tokens, grid, chosen, budgets, seeds, checkpoints, controls)
+    found = made.at_positions(_conditions(subject, task, *settings), positions)
     unfit, notes = _tried(subject, task, found, batch_size)
     found, instead = _without_downsampling(found, unfit)
     if not skip_unfit:
-        _refuse(subject, {k: why for k, why in unfit.items() if k[0] in {c[0] for c in chosen}})
+        _refuse(subject, unfit, {part[0] for part in chosen})
     fit = [condition for condition in found if (condition.label, condition.budget) not in unfit]
     answers, shared = Path(output) / ANSWERS, shared_settings(subject, task, batch_size)
     asked = {(one.label, _share(one.label, one.budget, num_tokens)) for one in fit}
@@ -182,7 +187,11 @@ def _conditions(
 
 def answers_of(task: Task, records: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """What was asked, and what came back under each condition in that order, as JSON."""
-    items = [{"key": i.key, "question": i.question, "answers": list(i.answers)} for i in task.items]
+    items = [
+        {"key": i.key, "question": i.question, "answers": list(i.answers)}
+        | ({"before": list(i.before)} if i.before else {})
+        for i in task.items
+    ]
     answered = {
         key: [record.get("answer", record) for record in some] for key, some in records.items()
     }
@@ -218,7 +227,7 @@ def _tried(
     items = task.items[:batch_size]
     owners = [item.owner for item in items]
     inputs = subject.inputs(task, items, owners)
-    place = Place(0, lambda: [subject.seen(task, owner) for owner in owners])
+    place = Place(0, lambda: seen_of(subject, task, owners))
     pruners = [condition.make(place) for condition in found]
     shared = subject.sharing(pruners)
     problems, notes = {}, {}
@@ -239,7 +248,8 @@ def _check_size(subject: Judged, task: Task, budget: Budget | None) -> None:
     assert budget is not None
     if subject.sizer is None:
         raise ValueError("a tower alone sees images in one size")
-    subject.sizer.check(task.image(task.items[0].owner).size, budget)
+    first = task.shown(task.items[0].owner)[0]
+    subject.sizer.check(task.image(first).size, budget)
 
 
 def _without_downsampling(
@@ -257,7 +267,9 @@ def _without_downsampling(
     return left, f"no `{DOWNSAMPLE}`: {why}; {instead}."
 
 
-def _refuse(subject: Judged, problems: Words) -> None:
+def _refuse(subject: Judged, unfit: Words, named: Collection[str]) -> None:
+    """Refuse rows of these labels that cannot run."""
+    problems = {key: why for key, why in unfit.items() if key[0].removesuffix(ORIGINAL) in named}
     if not problems:
         return
     lines = "".join(
@@ -295,7 +307,7 @@ def _rows(
         rows.append(
             Row(
                 label=label,
-                pruner=label.partition(":")[0],
+                pruner=label.removesuffix(ORIGINAL).partition(":")[0],
                 budget=_share(label, budget, num_tokens),
                 num_keep=None if budget is None else budget.num_keep,
                 seeds=len(group),

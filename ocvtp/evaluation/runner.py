@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ocvtp.choices import Positions
 from ocvtp.evaluation.conditions import Budget, Condition, Place, content_hash
 from ocvtp.evaluation.downsample import Downsampled, Sizer
 from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.logs import Log
+from ocvtp.evaluation.prompts import Prompts, answers, make_prompts
 from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
 from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_host
 from ocvtp.hosts.attach import attached
-from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
@@ -94,25 +95,15 @@ class Subject(Judged):
         host = find_host(self.model)
         hooks = host.install(needs)
         try:
-            return look(host, needs, inputs).encoded.tokens
+            return look(host, needs, inputs.first).encoded.tokens
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def inputs(self, task: Task, items: Sequence[Item], owners: Sequence[int]) -> Any:
+    def inputs(self, task: Task, items: Sequence[Item], owners: Sequence[int]) -> Prompts:
         """The processor's tensors: the questions of items on the images of `owners`."""
-        images = {owner: task.image(owner) for owner in owners}
-        texts = [with_template(self.processor, item.question, 1) for item in items]
-        tokenizer = getattr(self.processor, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.padding_side = "left"
-        made = self.processor(
-            images=[[images[owner]] for owner in owners],
-            text=texts,
-            return_tensors="pt",
-            padding=True,
-        )
-        return made.to(self.model.device, self.model.dtype)
+        place = self.model.device, self.model.dtype
+        return make_prompts(self.processor, task, items, owners, *place)
 
     def seen(self, task: Task, owner: int) -> NDArray[np.bool_]:
         masks = task.masks(owner)
@@ -122,24 +113,26 @@ class Subject(Judged):
     def sharing(self, pruners: Sequence[Pruner | Compose]) -> SharedEncodings:
         return SharedEncodings.of(self.model, pruners)
 
-    def attempt(self, pruner: Pruner | Compose, inputs: Any, shared: SharedEncodings) -> None:
+    def attempt(self, pruner: Pruner | Compose, inputs: Prompts, shared: SharedEncodings) -> None:
         refuse_beyond_all(find_host(self.model), pruner)
         with self._attached(pruner, shared):
-            self.model(**inputs, logits_to_keep=1)
+            self.model(**inputs.first, logits_to_keep=1)
 
     def observe(
         self,
         task: Task,
         items: Sequence[Item],
         pruner: Pruner | Compose,
-        inputs: Any,
+        inputs: Prompts,
         shared: SharedEncodings,
+        positions: Positions | None = None,
     ) -> list[Record]:
         prompts: list[Prompt] = []
         host = find_host(self.model)
-        with self._attached(pruner, shared, on_prune=prompts.append):
+        how = {"on_prune": prompts.append, "positions": positions}
+        with self._attached(pruner, shared, **how):
             found = _ask(self, task, items, inputs, host, prompts)
-        counts = visual_token_counts(prompts[0], host)
+        counts = _of_rows(visual_token_counts(prompts[0], host), len(items))
         return [{**record, **count} for record, count in zip(found, counts, strict=True)]
 
     def _attached(
@@ -234,14 +227,17 @@ def _observe(
             last = task.items[-1].owner
             owners = [(owner + 1) % (last + 1) for owner in owners]
         inputs = subject.inputs(shown, items, owners)
-        place = Place(start, partial(_seen, subject, task, owners))
+        place = Place(start, partial(seen_of, subject, task, owners))
         pruners = [condition.make(place) for condition in group]
         for condition, pruner in zip(group, pruners, strict=True):
             try:
-                found = subject.observe(task, items, pruner, inputs, shared)
+                found = subject.observe(task, items, pruner, inputs, shared, condition.positions)
             except Exception as error:
                 error.add_note(f"while {condition.key!r} ran on items {start} and following")
                 raise
+            if image == "smaller":
+                sizes = [list(shown.image(task.shown(owner)[0]).size) for owner in owners]
+                found = [{**one, "shown": size} for one, size in zip(found, sizes, strict=True)]
             yield condition, found
 
 
@@ -261,18 +257,27 @@ def _ask(
     subject: Subject,
     task: Task,
     items: Sequence[Item],
-    inputs: Any,
+    inputs: Prompts,
     host: Any,
     prompts: Sequence[Prompt],
 ) -> Sequence[Record]:
     if isinstance(task, TokenTask):
-        subject.model(**inputs, logits_to_keep=1)
+        subject.model(**inputs.first, logits_to_keep=1)
         return task.look(host, prompts[0], items)
-    made = subject.model.generate(**inputs, do_sample=False, max_new_tokens=task.max_new_tokens)
-    texts = subject.processor.batch_decode(
-        made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    return [{"answer": text.strip()} for text in texts]
+    said = answers(subject.model, subject.processor, inputs, task.max_new_tokens)
+    return [{"answer": text} for text in said]
+
+
+def _of_rows(counts: Sequence[dict[str, float]], rows: int) -> list[dict[str, float]]:
+    """Visual tokens of an image, on average over those that a row shows."""
+    each = len(counts) // rows
+    if each == 1:
+        return list(counts)
+    groups = [counts[start : start + each] for start in range(0, len(counts), each)]
+    return [
+        {name: float(np.mean([one[name] for one in group])) for name in group[0]}
+        for group in groups
+    ]
 
 
 def visual_token_counts(prompt: Prompt, host: Any) -> list[dict[str, float]]:
@@ -291,7 +296,8 @@ def visual_token_counts(prompt: Prompt, host: Any) -> list[dict[str, float]]:
     ]
 
 
-def _seen(subject: Judged, task: Task, owners: Sequence[int]) -> list[NDArray[np.bool_]]:
-    """The objects of each row's image, as the tower sees them."""
-    by_owner = {owner: subject.seen(task, owner) for owner in set(owners)}
-    return [by_owner[owner] for owner in owners]
+def seen_of(subject: Judged, task: Task, owners: Sequence[int]) -> list[NDArray[np.bool_]]:
+    """The objects of each image that rows show, as the tower sees them."""
+    numbers = [number for owner in owners for number in task.shown(owner)]
+    by_number = {number: subject.seen(task, number) for number in set(numbers)}
+    return [by_number[number] for number in numbers]

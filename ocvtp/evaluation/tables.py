@@ -41,6 +41,7 @@ def full(facts: Facts) -> str:
         for budget in budgets(facts):
             parts += [f"### {_heading(budget)}", _budget_table(facts, metric, budget)]
     parts += hard_questions(facts)
+    parts += positions(facts)
     noted = [row for row in facts["rows"] if row["note"]]
     if noted:
         lines = [
@@ -68,6 +69,25 @@ def hard_questions(facts: Facts) -> list[str]:
             few = f"As few as {least} {facts['counts']}: these intervals rank little."
             texts.append(f"> Note. {few}")
         texts.append(_hard_table(parts, facts["percent"]))
+    return texts
+
+
+def positions(facts: Facts) -> list[str]:
+    """What original positions are worth: a table a metric, a column a budget; none without both."""
+    found, texts = facts.get("original_minus_contiguous") or [], list[str]()
+    for metric in dict.fromkeys(part["metric"] for part in found):
+        own = {(p["label"], p["budget"]): p for p in found if p["metric"] == metric}
+        at = list(dict.fromkeys(budget for _, budget in own))
+        cells = [
+            [code(label), *(_with_interval(own.get((label, b)), facts["percent"], "+") for b in at)]
+            for label in dict.fromkeys(label for label, _ in own)
+        ]
+        texts += [
+            f"## {markdown(metric)}, original positions minus contiguous",
+            "Paired; of the same tokens, at the positions that they had in the whole prompt and"
+            " numbered from 0.",
+            table(["pruner", *map(budget_text, at)], cells),
+        ]
     return texts
 
 

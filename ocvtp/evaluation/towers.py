@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ocvtp.choices import Positions
 from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.encoders.loading import build_encoder, source_of
 from ocvtp.evaluation.conditions import content_hash
@@ -197,7 +198,9 @@ class TowerSubject(Judged):
         pruner: Pruner | Compose,
         inputs: Tensor,
         shared: TowerEncodings,
+        positions: Positions | None = None,
     ) -> list[Record]:
+        del positions  # no language model reads the tokens
         assert isinstance(task, PlaceTask)
         (part,) = pruner.parts
         tokens = shared.tokens(inputs, pruner.tower_needs)

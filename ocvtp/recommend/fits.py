@@ -52,7 +52,7 @@ def fits(subject: Subject) -> list[Fit]:
 def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
     pruner, network, lacks_network = None, None, bool(lacking_network([name], None))
     try:
-        network = network_for(subject, inputs, name) if lacks_network else None
+        network = network_for(subject, inputs.first, name) if lacks_network else None
         pruner = build_spec(name, num_keep=num_keep, network=network)
         subject.attempt(pruner, inputs, subject.sharing([pruner]))
     except ValueError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
+from ocvtp.choices import Positions as Positions
 from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, of_fields, read_fields
 from ocvtp.learning import artifact
 from ocvtp.learning.network import PrunerNetwork
@@ -17,7 +18,6 @@ from ocvtp.selectors.scorers.slots import OC_PRUNER, read_oc_pruner
 from ocvtp.structures import Layout, Needs, VisualTokens
 
 SelectorStage = Literal["llm_input", "llm_layers"]
-Positions = Literal["contiguous", "original"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,16 +47,17 @@ class Given(Pruner):
         return Selection(self.keep[: len(tokens.features)])
 
 
-def packed_logits(learner, pixels, words, keep):
+def packed_logits(learner, pixels, words, keep, positions="contiguous"):
     features, _ = learner.encode(pixels)
     visual = learner.project(features)
     if keep is not None:
         visual = visual.gather(1, keep[..., None].expand(-1, -1, visual.shape[2]))
-    hidden = read_packed(learner.model, learner.before, visual, words)
+    places = (keep, NUM_TOKENS) if positions == "original" else None
+    hidden = read_packed(learner.model, learner.before, visual, words, places)
     return learner.model.lm_head(hidden)
 
 
-@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("dropped", ["", "contiguous", "original"])
 @torch.no_grad()
 def test_packed_questions_are_read_as_the_model_reads_each_alone(learner, dropped):
     """With dropped tokens: as the model reads it with a pruner that keeps the others."""
@@ -79,7 +80,7 @@ def test_packed_questions_are_read_as_the_model_reads_each_alone(learner, droppe
         features, _ = learner.encode(pixels)
         keep = random_subset(learner.standardise(features), generator(4))
         assert 1 < keep.shape[1] < NUM_TOKENS
-    found = packed_logits(learner, pixels, words, keep)
+    found = packed_logits(learner, pixels, words, keep, dropped)
     for image in range(2):
         for number in range(2):
             prompt = f"USER: <image>\n{texts[image][number]} ASSISTANT: yes"
@@ -90,7 +91,7 @@ def test_packed_questions_are_read_as_the_model_reads_each_alone(learner, droppe
                 alone = learner.model(**inputs).logits[0]
             else:
                 pruner = Given(keep=keep[image][None], num_keep=keep.shape[1])
-                with pruner(learner.model):
+                with pruner(learner.model, positions=dropped):
                     alone = learner.model(**inputs).logits[0]
             length = len(rows[image][number])
             torch.testing.assert_close(

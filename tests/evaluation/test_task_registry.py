@@ -227,8 +227,8 @@ def test_its_flags_are_shown(squares, tmp_path, capsys):
         ("squares", ["--num-images", "0"], "error: num_images=0 asks nothing; pass at least 1."),
         ("squares", ["--num-images", "few"], "argument --num-images: invalid int value: 'few'"),
         ("squares", ["--num-imagse", "3"], "unrecognized arguments: --num-imagse 3"),
-        ("squares", ["--suffix", "x"], "--task squares has no flag --suffix, which is one of pope, "
-         "vqa; leave it out. It takes --colours, --num-images."),
+        ("squares", ["--suffix", "x"], "--task squares has no flag --suffix, which is one of "
+         "grounding, pope, vqa; leave it out. It takes --colours, --num-images."),
         ("coverage", ["--colours", "red"], "--task coverage has no flag --colours, which is one of "
          "squares; leave it out. It takes --images, --instances, --num-images."),
         ("squars", [], "unknown task 'squars'; did you mean 'squares'? Known: "),

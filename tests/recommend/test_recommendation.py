@@ -143,7 +143,7 @@ def test_the_request_is_the_tasks_own(tmp_path):
     assert usual.image_size == task.image(1).size
     assert usual.num_tokens == 144
     inputs = subject.inputs(task, [task.items[1]], [1])
-    assert usual.text_length == inputs["input_ids"].shape[1] - 144
+    assert usual.text_length == inputs.first["input_ids"].shape[1] - 144
     assert usual.counts((), (0.5, 0.25)) == [72, 36]
     assert usual.counts((9, 9), (0.0625, 1e-9)) == [9, 1]
     assert usual.cell(4).batch_size == 4

@@ -17,7 +17,13 @@ LEAST_KEPT, MOST_KEPT = 1 / 24, 3 / 4
 _MOST_BIAS = 3.0
 
 
-def read_packed(model: Any, before: Tensor, visual: Tensor, words: Tensor) -> Tensor:
+def read_packed(
+    model: Any,
+    before: Tensor,
+    visual: Tensor,
+    words: Tensor,
+    places: tuple[Tensor, int] | None = None,
+) -> Tensor:
     """What the language model makes of every word of every question.
 
     Args:
@@ -25,6 +31,8 @@ def read_packed(model: Any, before: Tensor, visual: Tensor, words: Tensor) -> Te
         before: [P] token numbers before the image.
         visual: [B, K, H] projected tokens, at the positions P to P + K - 1.
         words: [B, Q, L] token numbers.
+        places: [B, K] which of so many places each visual token is at, so that positions have gaps
+            where tokens were left out.
 
     Returns:
         [B, Q, L, H] last hidden states.
@@ -39,10 +47,17 @@ def read_packed(model: Any, before: Tensor, visual: Tensor, words: Tensor) -> Te
     order = torch.arange(len(block), device=words.device)
     seen = (order[:, None] >= order) & ((block < 0) | (block[:, None] == block))
     positions = torch.cat([order[:shared], shared + (order[shared:] - shared) % length])
+    positions = positions.expand(batch, -1)
+    if places is not None:
+        own_places, num_places = places
+        start_of_image = start.shape[1]
+        shown = slice(start_of_image, shared)
+        positions = positions + (num_places - visual.shape[1]) * (order >= shared)
+        positions[:, shown] = start_of_image + own_places
     hidden: Tensor = model.model.language_model(
         inputs_embeds=inputs,
         attention_mask=seen[None, None].expand(batch, 1, -1, -1),
-        position_ids=positions.expand(batch, -1),
+        position_ids=positions,
         use_cache=False,
     ).last_hidden_state
     return hidden[:, shared:].reshape(batch, num_questions, length, -1)

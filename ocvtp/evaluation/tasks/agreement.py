@@ -54,8 +54,11 @@ class Agreement(Task):
         self._asked = asked
         self.items, self.metrics = asked.items, (f"all/{AGREEMENT}",)
         self.remarks = (REMARK,)
-        for name in ("name", "max_new_tokens", "counts"):
+        for name in ("name", "max_new_tokens", "counts", "keeps_cache"):
             setattr(self, name, getattr(asked, name))
+
+    def shown(self, owner: int) -> tuple[int, ...]:
+        return self._asked.shown(owner)
 
     def image(self, owner: int) -> Image.Image:
         return self._asked.image(owner)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,7 @@ class Item:
         question: plain text, without the model's chat template.
         answers: what is right; the first is the one to show.
         kind: of question, e.g. `existence`; items of a kind are counted together.
+        before: what was said on the image before: a question, its answer, and so on.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Item:
     question: str
     answers: tuple[str, ...]
     kind: str = ""
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +126,15 @@ class Task(ABC):
     """What items are called."""
     remarks: Sequence[str] = ()
     """What a reader of every report must know."""
+    keeps_cache: bool = False
+    """Whether a question with others before it is asked on the KV cache that the first of them
+    filled, whose visual tokens stay; else the model reads the whole conversation again."""
     lmms: ClassVar[str | None] = None
     """Who scores the answers where lmms-eval asks: `scenes`, `pope` or `vqa`, see
     `ocvtp/evaluation/lmms/tasks`; None where it cannot ask."""
 
     @classmethod
-    def from_command(cls, supplied: Supplied, *_: Any, **settings: Any) -> Self:
+    def from_command(cls, supplied: Supplied, *_: Any, **settings: Any) -> Task:
         """The task of a command line.
 
         A task that needs what the model or the command knows has one of its own; then its
@@ -145,6 +150,10 @@ class Task(ABC):
     @abstractmethod
     def image(self, owner: int) -> Image.Image:
         """The RGB image of that number."""
+
+    def shown(self, owner: int) -> tuple[int, ...]:
+        """The numbers of the images that an owner's questions show together; itself, for most."""
+        return (owner,)
 
     @abstractmethod
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:

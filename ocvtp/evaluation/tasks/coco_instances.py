@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ocvtp.data.annotations import CocoFile
+from ocvtp.data.annotations import CocoFile, Entry
+from ocvtp.data.grounding import Box, turned
 from ocvtp.evaluation.tasks.question_files import name_of_2017
+from ocvtp.images import opened, turn_of
 
 
 class CocoInstances:
     """A COCO `instances` file, by the names of its images.
 
     Attributes:
-        categories: names of all objects, in the file's order.
+        categories: names of all objects, in the file's order. names: the same by id.
         present: by image, the distinct objects in the order in which they are listed; crowds too,
             since what is in a crowd is in the image. Images in the file's order.
         image_ids: by image, its number.
@@ -32,7 +35,7 @@ class CocoInstances:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._coco = CocoFile(path, with_categories=True)
-        names = self._coco.categories
+        names = self.names = self._coco.categories
         self.categories: list[str] = list(names.values())
         self.image_ids: dict[str, int] = {
             entry["file_name"]: number for number, entry in self._coco.images.items()
@@ -49,6 +52,39 @@ class CocoInstances:
             name: list(dict.fromkeys(names[e["category_id"]] for e in self._coco.objects(number)))
             for name, number in self.image_ids.items()
         }
+
+    def objects(self, name: str) -> list[Entry]:
+        """The annotations of an image, crowds too, in the file's order."""
+        return self._coco.objects(self.image_ids[name])
+
+    def upright_boxes(self, name: str, boxes: Sequence[Box], path: Path) -> list[Box]:
+        """Boxes of an image's annotations on its upright picture, in pixels of that.
+
+        Args:
+            name: of an image that is listed. boxes: as x1, y1, x2, y2.
+            path: of the image, which may have been resized.
+
+        Raises:
+            ValueError: if the image has another shape.
+        """
+        number = self._later_names[name_of_2017(name)]
+        listed = self._coco.images[number]
+        with opened(path) as image:
+            image.load()  # a PNG's orientation may come after its pixels
+            size, turn = image.size, turn_of(image)
+        with self._fitting(name):
+            self._coco.check_shape(number, size)
+        scale = size[0] / listed["width"], size[1] / listed["height"]
+        scaled = [
+            (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]) for x1, y1, x2, y2 in boxes
+        ]
+        return [turned(box, size, turn) for box in scaled]
+
+    def masks_of_file(self, name: str, path: Path) -> NDArray[np.bool_]:
+        """`masks` of the image that lies there, upright."""
+        with opened(path) as image:
+            image.load()
+            return self.masks(name, image.size, turn_of(image))
 
     def knows_masks(self, name: str) -> bool:
         """Whether an image is listed, and each of its objects has a mask; crowds do not count."""
@@ -70,8 +106,14 @@ class CocoInstances:
             ValueError: if a mask is unreadable, or the image has another shape.
         """
         number = self._later_names[name_of_2017(name)]
-        try:
+        with self._fitting(name):
             return self._coco.upright_masks(number, self._coco.masked(number), size, turn)
+
+    @contextmanager
+    def _fitting(self, name: str) -> Iterator[None]:
+        """Says of which image and file something is wrong."""
+        try:
+            yield
         except ValueError as error:
             raise ValueError(
                 f"image {name} cannot be used with {self.path}: {error}; repair the file, or pass "

@@ -32,7 +32,6 @@ from ocvtp.evaluation.tasks.question_files import (
     read_entries,
 )
 from ocvtp.evaluation.tasks.registry import register_task
-from ocvtp.images import opened, turn_of
 from ocvtp.reporting.files import replacing
 
 Files = str | Path | Sequence[str | Path] | Mapping[str, str | Path]
@@ -126,9 +125,7 @@ class PopeTask(ListedTask):
         """[O, H, W] masks on the upright image, without crowds; None where not all are known."""
         if self._instances is None or not self._known:
             return None
-        with opened(self._paths[owner]) as image:
-            image.load()
-            return self._instances.masks(self.image_names[owner], image.size, turn_of(image))
+        return self._instances.masks_of_file(self.image_names[owner], self._paths[owner])
 
 
 def pope_ratios(items: Sequence[Item], answers: Sequence[str]) -> dict[str, Ratio]:

@@ -16,7 +16,7 @@ from ocvtp.field_types import no_such
 if TYPE_CHECKING:
     from ocvtp.evaluation.tasks.base import Task
 
-BUILT_IN = ("scenes", "pope", "vqa", "coverage")
+BUILT_IN = ("scenes", "grounding", "turns", "several", "pope", "vqa", "coverage")
 """Those of this package, each in the file of its name beside this one."""
 GROUP = "ocvtp.tasks"
 """Of entry points."""

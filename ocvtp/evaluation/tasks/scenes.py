@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar
-
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
+from typing import Annotated, ClassVar
 
 from ocvtp.choices import Level, Split
 from ocvtp.data.questions import KINDS, ask
-from ocvtp.data.scenes import Scene, draw_scene, scene_style, split_seed
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, Task, shares
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
+from ocvtp.evaluation.tasks.drawn import DrawnTask, edge_of
 from ocvtp.evaluation.tasks.registry import register_task
 
 _EVEN = dict.fromkeys(KINDS, 1 / len(KINDS))
 _STREAM = 2  # of random numbers, beside those of drawing and training
-_CACHED = 256
 
 
 @register_task("scenes")
-class SceneTask(Task):
+class SceneTask(DrawnTask):
     """Existence, colour, shape and number of drawn objects; an answer is right if it is the word.
 
     Questions are of each kind alike, and none is asked twice on an image. Figures: `easy/colour`
@@ -52,16 +46,7 @@ class SceneTask(Task):
         seed: int = 0,
         size: int = 96,
     ) -> None:
-        if num_images < 1 or questions < 1 or not levels:
-            raise ValueError(f"{levels=}, {num_images=}, {questions=}: pass at least one of each.")
-        self.levels, self.split, self.seed, self.size = tuple(levels), split, seed, size
-        self.num_images, self.questions = num_images, questions
-        self._styles = {level: scene_style(level) for level in levels}
-        self._stream = split_seed(split, seed)
-        self._scene = lru_cache(_CACHED)(self._draw)
-        self.items = [
-            item for owner in range(num_images * len(levels)) for item in self._ask(owner)
-        ]
+        super().__init__(levels, split, num_images, questions, seed, size)
         self.metrics = tuple(f"{level}/all" for level in levels)
 
     @classmethod
@@ -75,16 +60,7 @@ class SceneTask(Task):
         questions: Annotated[int, "on an image"] = 8,
         seed: Annotated[int, "of scenes and questions"] = 0,
     ) -> SceneTask:
-        processor = supplied.processor("the VLM whose image size to draw")
-        size = getattr(processor.image_processor, "crop_size", None)
-        edge = size["height"] if size else 96
-        return cls(levels, split, num_images, questions, seed, edge)
-
-    def image(self, owner: int) -> Image.Image:
-        return Image.fromarray(self._scene(owner).image)
-
-    def masks(self, owner: int) -> NDArray[np.bool_]:
-        return np.stack([item.mask for item in self._scene(owner).objects])
+        return cls(levels, split, num_images, questions, seed, edge_of(supplied))
 
     def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
         right = [
@@ -93,20 +69,9 @@ class SceneTask(Task):
         ]
         return shares(self.items, right)
 
-    def describe(self) -> dict[str, Any]:
-        names = ("levels", "split", "num_images", "questions", "seed", "size")
-        return {name: getattr(self, name) for name in names} | {"levels": list(self.levels)}
-
-    def _draw(self, owner: int) -> Scene:
-        level, index = self._place(owner)
-        return draw_scene(self._stream, index, self.size, style=self._styles[level])
-
-    def _place(self, owner: int) -> tuple[Level, int]:
-        return self.levels[owner // self.num_images], owner % self.num_images
-
     def _ask(self, owner: int) -> list[Item]:
         level, index = self._place(owner)
-        rng = np.random.default_rng([self._stream, index, _STREAM])
+        rng = self._random(owner, _STREAM)
         asked = ask(self._scene(owner).objects, self.questions, rng, _EVEN, distinct=True)
         return [
             Item(f"{level}/{index}/{n}", owner, q.text, (q.answer,), f"{level}/{q.kind}")

@@ -6,12 +6,13 @@ L tokens of the caller's prompt, L' of the short one, C coordinates of a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ocvtp.choices import Positions as Positions
 from ocvtp.hosts.prompt.columns import (
     gather,
     gather_columns,
@@ -23,8 +24,6 @@ from ocvtp.hosts.prompt.columns import (
 )
 from ocvtp.hosts.prompt.packed_rows import Packed, shorten_ends
 from ocvtp.pruners.layer_pruner import LayerPruner
-
-Positions = Literal["contiguous", "original"]
 
 
 @dataclass(frozen=True)
