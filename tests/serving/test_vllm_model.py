@@ -376,7 +376,7 @@ def test_the_log_says_what_came_in_and_went_out(served, caplog, monkeypatch):
     import logging
 
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="vllm.ocvtp"):
         Case(served, "clip", (SQUARE, WIDE), {"pruner": "divprune", "num_keep": 7})
     assert "visual tokens: 144 + 144 in, 7 + 7 out (divprune)" in caplog.text
 
