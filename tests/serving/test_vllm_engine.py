@@ -90,6 +90,7 @@ def by_vllm(folder: Any, family: str, spec: str, tiling: Any) -> list[list[Any]]
         max_model_len=1024,
         max_num_seqs=4,
         max_num_batched_tokens=16,
+        block_size=32,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         enforce_eager=True,
