@@ -55,8 +55,8 @@ SQUARE, WIDE, TALL, TINY = (96, 96), (300, 140), (110, 250), (20, 12)
 TILED = ("next", "onevision", "internvl")
 OF = {family: (SQUARE, WIDE, TALL) for family in FAMILIES}
 OF["onevision"] = ((200, 100), (100, 210))
-"""Widths and heights; of a LLaVA-OneVision, no single tile, which would repeat the base view token by
-token, and none so large that tokens are resized: they have tests of their own."""
+"""Widths and heights; of a LLaVA-OneVision, no single tile, which would repeat the base view token
+by token, and none so large that tokens are resized: they have tests of their own."""
 
 
 @pytest.fixture(scope="module")
