@@ -91,7 +91,7 @@ def check(
         "model": model,
         "dtype": precision,
         "max_model_len": longest,
-        "max_num_seqs": len(requests),
+        "max_num_seqs": min(len(requests), chunk),
         "enforce_eager": True,
         "gpu_memory_utilization": memory,
         "limit_mm_per_prompt": {"image": 2},
