@@ -153,8 +153,15 @@ class Pieces(StoppingCriteria):
         return row.is_over
 
 
+PATIENCE = 0.05
+"""Seconds that a batch may wait for as many questions as the last one had."""
+
+
 class Worker:
     """Answers questions, all that wait at once.
+
+    Clients that were answered together ask again one after the other: without patience the first of
+    them would run alone, while all others wait for its end.
 
     Args:
         model, processor: see `ocvtp.hosts.loading.load_model`.
@@ -175,6 +182,7 @@ class Worker:
         self.context = model.config.get_text_config().max_position_embeddings
         self.waiting: queue.Queue[Question | None] = queue.Queue(max_waiting)
         self.thread = threading.Thread(target=self._run, daemon=True)
+        self.answered = self.batches = 0
         self._asked: list[Question] = []
         self._handle = ocvtp.attach(model, pruner, processor=processor, on_prune=self._note)
 
@@ -193,14 +201,23 @@ class Worker:
         self.waiting.put_nowait(question)
 
     def _run(self) -> None:
-        is_open = True
-        while is_open:
-            batch = [self.waiting.get()]
-            while len(batch) < self.max_batch and not self.waiting.empty():
-                batch.append(self.waiting.get())
-            is_open = None not in batch
+        batch: list[Question | None] = []
+        while None not in batch:
+            batch = self._next_batch(len(batch))
             for group in alike(one for one in batch if one is not None and not one.gave_up):
+                self.answered, self.batches = self.answered + len(group), self.batches + 1
                 self._answer(group)
+
+    def _next_batch(self, expected: int) -> list[Question | None]:
+        """All that wait; as long as they are fewer than expected, others have a moment to come."""
+        batch, end = [self.waiting.get()], time.monotonic() + PATIENCE
+        while None not in batch and len(batch) < self.max_batch:
+            left = end - time.monotonic() if len(batch) < expected else 0
+            try:
+                batch.append(self.waiting.get(block=left > 0, timeout=max(left, 0)))
+            except queue.Empty:
+                break
+        return batch
 
     def _answer(self, group: list[Question]) -> None:
         """Answer a group; where that fails, each alone, so that only what is wrong is refused."""
@@ -300,6 +317,8 @@ def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
             "pruner": worker.pruner.name,
             "num_keep": worker.num_keep,
             "waiting": worker.waiting.qsize(),
+            "answered": worker.answered,
+            "batches": worker.batches,
         }
         return JSONResponse(facts, 200 if is_alive else 503)
 

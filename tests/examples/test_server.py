@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import sys
+import threading
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from types import SimpleNamespace
@@ -262,6 +263,7 @@ def test_health_models_and_a_queue_that_is_full(served):
     (health, models), answers = conversation(app, get, asks)
     facts = json.loads(health.text)
     assert (facts["status"], facts["pruner"], facts["num_keep"]) == ("ok", "divprune", 36)
+    assert facts["batches"] <= facts["answered"] <= 5
     assert json.loads(models.text)["data"][0]["id"] == "demo"
     statuses = [answer.status for answer in answers]
     assert set(statuses) == {200, 429}
@@ -277,6 +279,30 @@ def test_health_models_and_a_queue_that_is_full(served):
     app, worker = served()
     (gone,) = conversation(app, dead)
     assert gone.status == 503
+
+
+def test_a_batch_waits_for_those_that_were_answered_together(server, demo, monkeypatch):
+    """But not for ever, and not for more than there were."""
+    worker = server.Worker(*demo, build_pruner("divprune", num_keep=4), max_batch=6, max_waiting=9)
+    worker._handle.remove()
+    monkeypatch.setattr(server, "PATIENCE", 30)
+
+    def late(*items: Any) -> None:
+        threading.Timer(0.02, lambda: [worker.waiting.put(item) for item in items]).start()
+
+    worker.ask(1)
+    assert worker._next_batch(1) == [1]
+    worker.ask(1)
+    late(2, 3)
+    assert worker._next_batch(3) == [1, 2, 3]
+    for number in range(8):
+        worker.ask(number)
+    assert worker._next_batch(3) == [0, 1, 2, 3, 4, 5]
+    late(None)
+    assert worker._next_batch(6) == [6, 7, None]
+    monkeypatch.setattr(server, "PATIENCE", 0.01)
+    worker.ask(1)
+    assert worker._next_batch(6) == [1]
 
 
 def test_a_client_that_goes_away_ends_its_answer(server, served):
