@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from ocvtp.cli import main
 from ocvtp.commands import serve
@@ -85,6 +86,17 @@ def test_settings_and_overrides_of_the_user_come_along(capsys):
     own = {"pruner": "ocvtp:early=false", "keep_ratio": 0.2, "max_keep": 32, "separators": "none"}
     assert found["ocvtp"] == own
     assert command[5:] == ["--dtype", "float32"]
+
+
+def test_the_compose_file_has_a_command_that_can_be_served(capsys):
+    service = yaml.safe_load(Path("examples/compose.yaml").read_text())["services"]["vllm"]
+    program, command = service["entrypoint"]
+    words = [re.sub(r"\$\{\w+:-(.*)\}", r"\1", word) for word in service["command"]]
+    assert (program, words[0]) == ("ocvtp", "llava-hf/llava-1.5-7b-hf")
+    made = dry(capsys, DEMO, *words[1:])
+    assert command == made[1] == "serve"
+    assert json.loads(made[4]) == {"ocvtp": {"pruner": "divprune", "num_keep": 64}}
+    assert made[5:] == words[3:]
 
 
 @pytest.mark.parametrize(
