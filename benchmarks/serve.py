@@ -8,7 +8,8 @@ Any two servers that speak OpenAI's `/v1/chat/completions`, of one model on one 
 round each concurrency asks one server and then the other the same questions about the same drawn
 images, none of which was asked before; which comes first changes from round to round. Answers are
 streamed and have `--new-tokens` tokens. Only a loopback address is asked, and a run is bounded: in
-requests by its flags, in time by `--minutes`.
+requests by its flags, in time by `--minutes`. With `--pids` (Linux) the processor time that each
+server takes of a request is counted too: other programs on the machine are not in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import base64
 import http.client
 import ipaddress
 import json
+import os
 import queue
 import time
 from collections.abc import Mapping, Sequence
@@ -42,7 +44,7 @@ DEFAULT_OUTPUT = Path(__file__).parent / "results" / "serve-cpu.json"
 SIDES = ("unpruned", "pruned")
 MOST = {"concurrency": 64, "rounds": 100, "requests": 256}
 LEAST_REQUESTS = 8
-METRICS = ("ttft_ms", "requests_per_second", "tokens_per_second")
+METRICS = ("ttft_ms", "requests_per_second", "tokens_per_second", "cpu_ms_per_request")
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,29 @@ def load(
         return found, time.perf_counter() - start
 
 
+def processor_seconds(pid: int) -> float:
+    """Of a process and all that it began, from when they began.
+
+    Raises:
+        ValueError: if there is no such process.
+    """
+    spent, parents = {}, {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        own = int(file.parent.name)
+        parents[own], spent[own] = int(fields[1]), sum(map(int, fields[11:13]))
+    if pid not in spent:
+        raise ValueError(f"--pids: there is no process {pid}; pass those of the two servers.")
+    wanted, size = {pid}, 0
+    while len(wanted) > size:
+        size = len(wanted)
+        wanted |= {one for one, parent in parents.items() if parent in wanted}
+    return sum(spent[one] for one in wanted) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(arguments: argparse.Namespace, servers: Mapping[str, Server]) -> dict[str, Any]:
     """Rounds as long as there is time: concurrency -> side -> metric -> a value a round."""
     samples: dict[int, dict[str, dict[str, list[float]]]] = {
@@ -188,6 +213,11 @@ def measure(arguments: argparse.Namespace, servers: Mapping[str, Server]) -> dic
     }
     prompts: dict[str, set[int]] = {side: set() for side in SIDES}
     extra = {"pruned": arguments.pruned_body, "unpruned": arguments.unpruned_body}
+    pids = dict(zip(SIDES[::-1], arguments.pids or (), strict=False))
+
+    def spent(side: str) -> float:
+        return processor_seconds(pids[side]) if pids else 0.0
+
     end, number, rounds = time.monotonic() + 60 * arguments.minutes, 0, 0
     longest = 0.0
     while rounds < arguments.warmup + arguments.rounds:
@@ -202,7 +232,9 @@ def measure(arguments: argparse.Namespace, servers: Mapping[str, Server]) -> dic
                     body_of(server, number + n, arguments.new_tokens, extra[side])
                     for n in range(count)
                 ]
+                before = spent(side)
                 answers, seconds = load(server, bodies, concurrency, arguments.timeout)
+                taken = spent(side) - before
                 prompts[side] |= {one.prompt_tokens for one in answers}
                 if rounds >= arguments.warmup:
                     found = samples[concurrency][side]
@@ -210,6 +242,7 @@ def measure(arguments: argparse.Namespace, servers: Mapping[str, Server]) -> dic
                     found["requests_per_second"].append(count / seconds)
                     new = sum(one.new_tokens for one in answers)
                     found["tokens_per_second"].append(new / seconds)
+                    found["cpu_ms_per_request"].append(1e3 * taken / count)
             number += count
         longest, rounds = max(longest, time.monotonic() - begin), rounds + 1
         print(f"round {rounds}: {time.monotonic() - begin:.1f} s", flush=True)
@@ -224,6 +257,8 @@ def figures(samples: Mapping[int, Any]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"concurrency": concurrency}
         for metric in METRICS:
             bare, own = (sides[side][metric] for side in SIDES)
+            if min(*bare, *own) <= 0:  # was not counted
+                continue
             block = statistics.block_length([bare, own])
             row[metric] = {
                 "unpruned": rounded(statistics.median(bare, block)),
@@ -271,7 +306,7 @@ def table(results: Mapping[str, Any]) -> str:
     """The figures as text."""
     lines = [f"{'at a time':>9} {'metric':<20} {'unpruned':>9} {'pruned':>9}  pruned / unpruned"]
     for row in results["figures"]:
-        for metric in METRICS:
+        for metric in [metric for metric in METRICS if metric in row]:
             one = row[metric]
             ratio = one["ratio"]
             lines.append(
@@ -322,6 +357,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--unpruned", default="http://127.0.0.1:8001", help="of the other")
     parser.add_argument("--pruned-body", type=json.loads, default={}, help="more of its requests")
     parser.add_argument("--unpruned-body", type=json.loads, default={})
+    parser.add_argument(
+        "--pids", type=int, nargs=2, metavar=("PRUNED", "UNPRUNED"), help="of the servers"
+    )
     parser.add_argument("--engine", default="examples/server.py", help="what they are, for plots")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--rounds", type=int, default=12, help="at most")

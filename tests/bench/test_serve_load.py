@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -80,6 +83,7 @@ def test_a_pruned_server_beside_an_unpruned_one(server, tmp_path, monkeypatch, c
     fast, slow = server(0.002, 28), server(0.012, 156)
     words = ["--pruned", url(fast), "--unpruned", url(slow), "--rounds", "5", "--warmup", "0"]
     words += ["--concurrency", "1", "2", "--requests-per-client", "1", "--new-tokens", "3"]
+    words += ["--pids", str(os.getpid()), str(os.getpid())]
     words += ["--pruned-body", '{"num_keep": 4}', "--output", str(tmp_path / "found.json")]
     serve.main(words)
     found = json.loads((tmp_path / "found.json").read_text())
@@ -91,6 +95,9 @@ def test_a_pruned_server_beside_an_unpruned_one(server, tmp_path, monkeypatch, c
         ratio = row["ttft_ms"]["ratio"]
         assert ratio["low"] <= ratio["value"] <= ratio["high"]
         assert ratio["value"] < 1 < row["requests_per_second"]["ratio"]["value"]
+        spent = found["samples"][str(concurrency)]["pruned"]["cpu_ms_per_request"]
+        assert len(spent) == 5
+        assert 0 <= min(spent) <= max(spent) < 1000
     assert (fast.most, slow.most) == (2, 2)
     images = [json.dumps(chat["messages"]) for chat in slow.asked]
     assert len(set(images)) == len(images) == 2 * 5 * 2, "a cache would answer"
@@ -117,6 +124,19 @@ def test_a_pruned_server_beside_an_unpruned_one(server, tmp_path, monkeypatch, c
 def test_no_other_machine_is_put_under_load(url):
     with pytest.raises(ValueError, match="load is put on a loopback address alone"):
         serve.find(url, 1)
+
+
+def test_processor_time_has_that_of_processes_begun():
+    before = serve.processor_seconds(os.getpid())
+    code = "import os\nwhile sum(os.times()[:2]) < 0.1: pass\nprint(flush=True); input()"
+    words = [sys.executable, "-S", "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert serve.processor_seconds(os.getpid()) >= before + 0.08
+        assert 0.08 <= serve.processor_seconds(child.pid) < 5
+        child.stdin.close()
+    with pytest.raises(ValueError, match="there is no process 999999999"):
+        serve.processor_seconds(999999999)
 
 
 def test_addresses_of_this_machine():
