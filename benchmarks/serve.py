@@ -334,7 +334,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "engine": arguments.engine,
         "model": servers["pruned"].model,
         "settings": {name: getattr(arguments, name) for name in names},
-        "environment": environment(),
+        "client": environment(),
         **found,
         "figures": figures(samples),
         "samples": samples,
