@@ -255,7 +255,7 @@ def serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
     parser.epilog = (
         "All other flags are handed to `vllm serve`, e.g. --port 8000 --max-model-len 4096"
-        " --tensor-parallel-size 2; MODEL comes before them."
+        " --gpu-memory-utilization 0.9 --trust-request-mm-kwargs; MODEL comes before them."
     )
     options.add_json(parser)
 
