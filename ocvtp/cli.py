@@ -32,6 +32,8 @@ _COMMANDS = {
     "recommend": "which pruner at which budget, for a model and a task of evaluate",
     "lmms-task": "a task of evaluate, written for lmms-eval",
     "bench": "time and memory of pruners, side by side with the bare model",
+    "serve": "`vllm serve` with a pruner (flags of vLLM come after)",
+    "serve-check": "whether vLLM with a pruner answers as transformers does",
     "table": "a table for a paper, of what evaluate and bench wrote: Markdown, LaTeX or CSV",
     "plot": "their plots again, as wide as a column, of the pruners that are named",
     "merge": "two evaluations of one task and model, as one",
@@ -46,6 +48,8 @@ _ASKS_A_TASK = {"evaluate": False, "recommend": False, "lmms-task": True}
 """Whether lmms-eval is to ask it."""
 _SETTINGS_OF_TRAINING = ("train", "extract", "teacher")
 """Commands that take the settings of a training run."""
+_HANDS_ON = ("serve",)
+"""Commands that hand on the flags that they do not know, as `further`."""
 _CONTINUES = ("evaluate", "recommend", "bench", "extract", "teacher")
 """Commands that write down what is done as they go."""
 
@@ -71,7 +75,12 @@ def _command(words: list[str]) -> int:
     if words and words[0] in _SETTINGS_OF_TRAINING:  # LightningCLI has a parser of its own
         command = importlib.import_module(f"ocvtp.commands.{words[0]}")
         return int(command.run_words(words[1:]))
-    arguments = _parser(words).parse_args(words)
+    parser = _parser(words)
+    if words and words[0] in _HANDS_ON:
+        arguments, further = parser.parse_known_args(words)
+        arguments.further = [word for word in further if word != "--"]
+    else:
+        arguments = parser.parse_args(words)
     arguments.words = words
     command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
     return int(command.run(arguments))

@@ -297,6 +297,48 @@ def bench(parser: argparse.ArgumentParser) -> None:
     options.add_json(parser)
 
 
+def serve(parser: argparse.ArgumentParser) -> None:
+    """A model, the pruner of all requests, and what vLLM is told besides."""
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a VLM")
+    options.add_served(parser)
+    parser.add_argument(
+        "--hf-overrides",
+        default="{}",
+        metavar="JSON",
+        help="of vLLM; the pruner is added to it",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
+    parser.epilog = (
+        "All other flags are handed to `vllm serve`, e.g. --port 8000 --max-model-len 4096"
+        " --gpu-memory-utilization 0.9 --trust-request-mm-kwargs; MODEL comes before them."
+    )
+    options.add_json(parser)
+
+
+def serve_check(parser: argparse.ArgumentParser) -> None:
+    """A model, a pruner, and a small engine."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default="checkpoints/demo-vlm",
+        metavar="MODEL",
+        help="folder or hub id of a VLM (default: %(default)s)",
+    )
+    options.add_served(parser)
+    parser.add_argument("--dtype", default="float32", help="auto, float32, bfloat16 or float16")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="of an answer (default: 8)")
+    parser.add_argument(
+        "--chunk", type=int, default=16, help="tokens of prompts in a step (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.5,
+        help="of vLLM, a share (default: %(default)s)",
+    )
+    options.add_json(parser)
+
+
 def compare(parser: argparse.ArgumentParser) -> None:
     """Two files, and what counts as a change."""
     parser.add_argument("a", help="results.json of `ocvtp bench`: before")
@@ -429,6 +471,8 @@ FLAGS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "recommend": recommend,
     "lmms-task": lmms_task,
     "bench": bench,
+    "serve": serve,
+    "serve-check": serve_check,
     "compare": compare,
     "flops": flops,
     "probe": probe,

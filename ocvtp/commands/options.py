@@ -109,7 +109,12 @@ _PRUNER_SETTINGS = ("num_keep", "keep_ratio", "max_keep", "checkpoint")
 
 
 def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
-    """Which pruner(s), and the budget."""
+    """Which pruner(s), the budget, and what those need that read the prompt."""
+    _add_pruner(parser, several)
+    add_text_tower(parser)
+
+
+def _add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     parser.add_argument(
         "--pruner",
         required=True,
@@ -124,12 +129,33 @@ def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
         "--max-keep", type=int, help="the most tokens of an image; one that has no more stays whole"
     )
     parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
-    add_text_tower(parser)
 
 
 def pruner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_pruner` asks for besides the pruner, for `build_spec`."""
     return {name: getattr(arguments, name) for name in _PRUNER_SETTINGS}
+
+
+def add_served(parser: argparse.ArgumentParser) -> None:
+    """The pruner of a server: its budget is that of requests that name none."""
+    _add_pruner(parser, several=False)
+    parser.add_argument("--max-keep", type=int, help="tokens of an image that any request keeps")
+    add_budget(parser)
+    parser.add_argument(
+        "--separators",
+        choices=("all", "none"),
+        default="all",
+        help="whether tokens that end rows of tiles stay (default: %(default)s)",
+    )
+
+
+def served_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a server, of what `add_served` asks for; what is not given is left out."""
+    given = {"pruner": arguments.pruner, **pruner_settings(arguments)}
+    given["max_keep"] = arguments.max_keep
+    plain = {"budget": "per_image", "separators": "all"}
+    given |= {name: getattr(arguments, name) for name in plain}
+    return {k: v for k, v in given.items() if v is not None and plain.get(k) != v}
 
 
 def add_text_tower(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,17 @@ def print_or_write(text: str, path: Path | None, facts: dict[str, Any], as_json:
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     emit(facts, text.rstrip("\n") if path is None else f"wrote {path}", as_json)
+
+
+@contextmanager
+def kept_for_results() -> Iterator[None]:
+    """What is written to stdout inside the block, by processes begun there too, goes to stderr."""
+    sys.stdout.flush()
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(own, 1)
+        os.close(own)

@@ -27,7 +27,7 @@ from ocvtp.serving.layouts import (
     Shape,
     TiledLayout,
 )
-from ocvtp.structures import AttentionKind, Needs, Stage
+from ocvtp.structures import OF_CLS, AttentionKind, Needs, Stage
 
 KEY = "ocvtp"
 """Of the model's configuration, and of the processor arguments of a request: where settings are."""
@@ -39,7 +39,7 @@ LAYOUTS: dict[str, type[Layout]] = {
 }
 """By the `model_type` of the models that are served."""
 _STAGE: Stage = "llm_input"
-_OF_TOWERS: tuple[AttentionKind, ...] = ("cls", "received", "given", "global")
+_OF_TOWERS: tuple[AttentionKind, ...] = (*OF_CLS, "received", "given", "global")
 _OF_THE_PLAN = ("pruner", "max_keep", "budget", "separators")
 _BUDGETS = ("num_keep", "keep_ratio", "setting")
 _EXAMPLE = '{"ocvtp": {"pruner": "divprune", "num_keep": 64}}'
@@ -264,7 +264,7 @@ def _not_in_tower(needs: Needs, tower: ServedTower) -> str | None:
     kinds = {kind for _, kind in needs.attention}
     if others := sorted(kinds - set(_OF_TOWERS)):
         return f"reads attention of kind {', '.join(others)}, which is not that of a vision tower"
-    if tower.num_prefix == 0 and (needs.cls or needs.cls_queries or "cls" in kinds):
+    if tower.num_prefix == 0 and needs.reads_cls:
         return "reads the CLS token, which this tower has not"
     try:
         blocks = {tower.block(n) for n in (*needs.keys, *(block for block, _ in needs.attention))}

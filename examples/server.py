@@ -1,0 +1,570 @@
+"""A pruned model as an OpenAI-like server, without vLLM; requests that wait are answered together.
+
+    python examples/server.py
+    python examples/server.py --model llava-hf/llava-1.5-7b-hf --device cuda --pruner divprune \
+        --num-keep 64 --port 8000
+
+Needs `pip install "ocvtp[serve]"`. `POST /v1/chat/completions` takes what OpenAI's clients send:
+text, images as data URLs, `stream`, `max_tokens`; and `num_keep`, the visual tokens of each image
+of this request. Answers are greedy. `GET /health` says what is served. A client: docs/serving.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import binascii
+import json
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from PIL.Image import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.concurrency import run_in_threadpool
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+import ocvtp
+from ocvtp.hosts.loading import load_model
+from ocvtp.images import IMAGE_ERRORS, decode_image, limit_pixels
+from ocvtp.pruners.specs import build_spec
+
+
+class Text(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Url(BaseModel):
+    """Where an image is: in the request itself."""
+
+    url: str
+
+
+class Picture(BaseModel):
+    """A part of a message."""
+
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class Message(BaseModel):
+    """A turn of the conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Annotated[Text | Picture, Field(discriminator="type")]]
+
+
+class Chat(BaseModel):
+    """A request; what would be ignored is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[Message] = Field(min_length=1)
+    model: str | None = None
+    num_keep: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    stream: bool = False
+    stream_options: dict[str, bool] | None = None  # the usage always comes with the last piece
+    ignore_eos: bool = False
+    temperature: Literal[0] = 0
+    n: Literal[1] = 1
+    seed: int | None = None
+    user: str | None = None
+
+
+class Refused(Exception):
+    """What a client did wrong, and the status that says so."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What is new of an answer; the last one says why it ended."""
+
+    text: str
+    ended: Literal["stop", "length"] | None = None
+
+
+@dataclass(eq=False)
+class Question:
+    """A request that waits or runs. `put` takes pieces and errors, from any thread."""
+
+    text: str
+    images: list[Image]
+    num_keep: int | None
+    max_tokens: int
+    ignore_eos: bool
+    put: Callable[[Piece | Exception], None]
+    tokens: list[int] = field(default_factory=list)
+    shown: str = ""
+    is_over: bool = False
+    gave_up: bool = False
+    prompt_tokens: int = 0
+    visual_tokens: list[int] = field(default_factory=list)
+    visual_tokens_kept: list[int] = field(default_factory=list)
+
+    def end(self, last: Piece | Exception) -> None:
+        """Nothing comes after it."""
+        self.is_over = True
+        self.put(last)
+
+
+class Pieces(StoppingCriteria):
+    """Hands each row of a batch its tokens as they come, and says which rows are done."""
+
+    def __init__(self, rows: Sequence[Question], processor: Any, ends: set[int]) -> None:
+        self.rows, self.processor, self.ends = rows, processor, ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        tokens = input_ids[:, -1].tolist()
+        done = [self._is_done(row, token) for row, token in zip(self.rows, tokens, strict=True)]
+        return torch.tensor(done, device=input_ids.device)
+
+    def _is_done(self, row: Question, token: int) -> bool:
+        if row.is_over or row.gave_up:
+            return True
+        row.tokens.append(token)
+        at_end = token in self.ends and not row.ignore_eos
+        is_long = len(row.tokens) == row.max_tokens
+        text = self.processor.decode(row.tokens, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not (at_end or is_long):
+            return False  # the rest of a character is in the next token
+        new, row.shown = text[len(row.shown) :], text
+        if at_end or is_long:
+            row.end(Piece(new, "stop" if at_end else "length"))
+        elif new:
+            row.put(Piece(new))
+        return row.is_over
+
+
+PATIENCE = 0.05
+"""Seconds that a batch may wait for as many questions as the last one had."""
+
+
+class Worker:
+    """Answers questions, all that wait at once.
+
+    Clients that were answered together ask again one after the other: without patience the first of
+    them would run alone, while all others wait for its end.
+
+    Args:
+        model, processor: see `ocvtp.hosts.loading.load_model`.
+        pruner: of all requests; its `num_keep` is that of requests that name none.
+        max_batch: questions at a time. max_waiting: more are refused.
+    """
+
+    def __init__(
+        self, model: Any, processor: Any, pruner: Any, max_batch: int, max_waiting: int
+    ) -> None:
+        self.model, self.processor, self.pruner = model, processor, pruner
+        processor.tokenizer.padding_side = "left"  # answers follow their prompts, in batches too
+        # of a pruner of several parts, each has its own
+        self.num_keep = pruner.num_keep if pruner.parts == (pruner,) else None
+        self.max_batch = max_batch
+        ends = model.generation_config.eos_token_id
+        self.ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self.context = model.config.get_text_config().max_position_embeddings
+        self.waiting: queue.Queue[Question | None] = queue.Queue(max_waiting)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.answered = self.batches = 0
+        self._asked: list[Question] = []
+        self._handle = ocvtp.attach(model, pruner, processor=processor, on_prune=self._note)
+
+    def stop(self) -> None:
+        """Finish what waits, and leave the model as it was."""
+        self.waiting.put(None)
+        self.thread.join()
+        self._handle.remove()
+
+    def ask(self, question: Question) -> None:
+        """Let a question wait.
+
+        Raises:
+            queue.Full: if as many wait as may.
+        """
+        self.waiting.put_nowait(question)
+
+    def _run(self) -> None:
+        batch: list[Question | None] = []
+        while None not in batch:
+            batch = self._next_batch(len(batch))
+            for group in alike(one for one in batch if one is not None and not one.gave_up):
+                self.answered, self.batches = self.answered + len(group), self.batches + 1
+                self._answer(group)
+
+    def _next_batch(self, expected: int) -> list[Question | None]:
+        """All that wait; as long as they are fewer than expected, others have a moment to come."""
+        batch, end = [self.waiting.get()], time.monotonic() + PATIENCE
+        while None not in batch and len(batch) < self.max_batch:
+            left = end - time.monotonic() if len(batch) < expected else 0
+            try:
+                batch.append(self.waiting.get(block=left > 0, timeout=max(left, 0)))
+            except queue.Empty:
+                break
+        return batch
+
+    def _answer(self, group: list[Question]) -> None:
+        """Answer a group; where that fails, each alone, so that only what is wrong is refused."""
+        try:
+            self._generate(group)
+        except Exception as error:
+            untouched = [one for one in group if not (one.tokens or one.gave_up)]
+            for one in group:
+                if not one.is_over and (one.tokens or len(group) == 1):
+                    one.end(error)
+            if len(group) > 1:
+                for one in untouched:
+                    self._answer([one])
+
+    @torch.no_grad()
+    def _generate(self, group: list[Question]) -> None:
+        first = group[0]
+        has_images = bool(first.images)
+        inputs = self.processor(
+            images=[one.images for one in group] if has_images else None,
+            text=[one.text for one in group],
+            return_tensors="pt",
+            padding=True,
+        ).to(self.model.device, self.model.dtype)
+        for one, mask in zip(group, inputs["attention_mask"], strict=True):
+            one.prompt_tokens = int(mask.sum())
+        if not has_images:
+            self._check_lengths(group)
+        self._asked = group
+        if has_images and self.num_keep is not None:  # of a group it is one number, see `alike`
+            self.pruner.num_keep = first.num_keep or self.num_keep
+        longest = max(one.max_tokens for one in group)
+        self.model.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=longest,
+            min_new_tokens=longest if first.ignore_eos else None,
+            stopping_criteria=StoppingCriteriaList([Pieces(group, self.processor, self.ends)]),
+        )
+
+    def _note(self, prompt: Any) -> None:
+        """Write down what was pruned of each question, before the language model reads it."""
+        counts = prompt.summary()
+        before, after = iter(counts["visual_tokens"]), iter(counts["visual_tokens_kept"])
+        for one, length in zip(self._asked, counts["prompt_tokens_kept"], strict=True):
+            one.prompt_tokens = length
+            one.visual_tokens = [next(before) for _ in one.images]
+            one.visual_tokens_kept = [next(after) for _ in one.images]
+        self._check_lengths(self._asked)
+
+    def _check_lengths(self, group: Sequence[Question]) -> None:
+        for one in group:
+            if one.prompt_tokens + one.max_tokens > self.context:
+                raise Refused(
+                    400,
+                    f"the prompt has {one.prompt_tokens} tokens after pruning, and with"
+                    f" max_tokens={one.max_tokens} more than the {self.context} that the model"
+                    " reads; pass a smaller max_tokens, num_keep or prompt.",
+                )
+
+
+def alike(batch: Iterable[Question]) -> Iterator[list[Question]]:
+    """The questions of a batch that one `generate` can answer, group by group.
+
+    All rows of a call keep as many tokens of an image, so that each num_keep is a group of its own.
+    """
+    groups: dict[Any, list[Question]] = {}
+    for one in batch:
+        key = (one.num_keep, bool(one.images), one.ignore_eos)
+        groups.setdefault(key, []).append(one)
+    yield from groups.values()
+
+
+def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
+    """The application; `limits` are flags of `parse`."""
+    name = limits.model
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.thread.start()
+        yield
+        await run_in_threadpool(worker.stop)
+
+    app = FastAPI(title="a pruned model", lifespan=lifespan)
+
+    @app.exception_handler(Refused)
+    async def refuse(request: Request, error: Refused) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status == 429 else None
+        return JSONResponse(as_error(error.message, error.status), error.status, headers)
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        is_alive = worker.thread.is_alive()
+        facts = {
+            "status": "ok" if is_alive else "the model's thread has ended",
+            "model": name,
+            "pruner": worker.pruner.name,
+            "num_keep": worker.num_keep,
+            "waiting": worker.waiting.qsize(),
+            "answered": worker.answered,
+            "batches": worker.batches,
+        }
+        return JSONResponse(facts, 200 if is_alive else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "ocvtp"}]}
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Any:
+        if worker.waiting.full():  # before its body is read
+            raise Refused(429, "as many requests wait as may; try again later.")
+        chat = parse_chat(await read_body(request, limits.max_body_bytes))
+        check_chat(chat, worker, limits)
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
+
+        def put(piece: Piece | Exception) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        question = await run_in_threadpool(as_question, chat, worker, limits, put)
+        try:
+            worker.ask(question)
+        except queue.Full:
+            raise Refused(429, "as many requests wait as may; try again later.") from None
+        first = checked(await pieces.get())  # what is wrong has a status, in streams too
+        reply = Reply(question, pieces, first, name)
+        if chat.stream:
+            return StreamingResponse(reply.events(), media_type="text/event-stream")
+        return await reply.whole()
+
+    return app
+
+
+@dataclass
+class Reply:
+    """What a client gets, from the first piece on."""
+
+    question: Question
+    pieces: asyncio.Queue[Piece | Exception]
+    first: Piece
+    model: str
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        texts, piece = [self.first.text], self.first
+        while piece.ended is None:
+            piece = checked(await self.pieces.get())
+            texts.append(piece.text)
+        message = {"role": "assistant", "content": "".join(texts)}
+        choice = {"index": 0, "message": message, "finish_reason": piece.ended}
+        return {**self._head("chat.completion"), "choices": [choice], **self._counts()}
+
+    async def events(self) -> AsyncIterator[str]:
+        """The answer as server-sent events; a client that goes away ends it."""
+        try:
+            yield self._event({"role": "assistant", "content": ""})
+            piece: Piece | Exception = self.first
+            while isinstance(piece, Piece):
+                if piece.text:
+                    yield self._event({"content": piece.text})
+                if piece.ended is not None:
+                    yield self._event({}, piece.ended, self._counts())
+                    yield "data: [DONE]\n\n"
+                    return
+                piece = await self.pieces.get()
+            yield f"data: {json.dumps(as_error(str(piece), 500))}\n\n"
+        finally:
+            self.question.gave_up = True
+
+    def _event(self, delta: Any, ended: str | None = None, more: Any = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": ended}
+        chunk = {**self._head("chat.completion.chunk"), "choices": [choice], **(more or {})}
+        return f"data: {json.dumps(chunk)}\n\n"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _counts(self) -> dict[str, Any]:
+        asked = self.question
+        new = len(asked.tokens)
+        usage = {
+            "prompt_tokens": asked.prompt_tokens,
+            "completion_tokens": new,
+            "total_tokens": asked.prompt_tokens + new,
+        }
+        pruned = {"visual_tokens": asked.visual_tokens, "kept": asked.visual_tokens_kept}
+        return {"usage": usage, "ocvtp": pruned}
+
+
+def as_error(message: str, status: int) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "code": status}}
+
+
+def checked(piece: Piece | Exception) -> Piece:
+    """A piece; what a client can mend is refused, all else is a fault of the server's.
+
+    Raises:
+        Refused: for an error.
+    """
+    if isinstance(piece, Piece):
+        return piece
+    if isinstance(piece, Refused):
+        raise piece
+    status = 400 if isinstance(piece, ValueError) else 500
+    raise Refused(status, f"{type(piece).__name__}: {piece}") from piece
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        Refused: if it has more bytes than `most`, or says so.
+    """
+    problem = Refused(413, f"the request has more than {most} bytes; send smaller images.")
+    said = request.headers.get("content-length", "0")
+    if said.isdecimal() and int(said) > most:
+        raise problem
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > most:
+            raise problem
+    return bytes(body)
+
+
+def parse_chat(body: bytes) -> Chat:
+    """A request.
+
+    Raises:
+        Refused: for what is wrong with it.
+    """
+    try:
+        return Chat.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        told = (f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in found)
+        raise Refused(400, "; ".join(told)) from error
+
+
+def check_chat(chat: Chat, worker: Worker, limits: argparse.Namespace) -> None:
+    """Refuse what this server cannot do.
+
+    Raises:
+        Refused: for the first.
+    """
+    if chat.model not in (None, limits.model):
+        raise Refused(404, f"model {chat.model!r} is not served; pass {limits.model!r}.")
+    if chat.num_keep is not None and worker.num_keep is None:
+        raise Refused(
+            400,
+            f"the pruner {worker.pruner.name} of this server has no num_keep that a request could"
+            " change; leave it out.",
+        )
+    wanted = chat.max_completion_tokens or chat.max_tokens or 1
+    if wanted > limits.max_new_tokens:
+        raise Refused(400, f"max_tokens={wanted}; pass at most {limits.max_new_tokens}.")
+
+
+def as_question(
+    chat: Chat, worker: Worker, limits: argparse.Namespace, put: Callable[[Piece | Exception], None]
+) -> Question:
+    """What the model is asked.
+
+    Raises:
+        Refused: for images that cannot be read or are too many, and for a conversation that the
+            model's template does not take.
+    """
+    turns, images = [], list[Image]()
+    for message in chat.messages:
+        parts: list[dict[str, str]] = []
+        for part in [message.content] if isinstance(message.content, str) else message.content:
+            if isinstance(part, Picture):
+                if len(images) == limits.max_images:
+                    raise Refused(400, f"a request may have up to {limits.max_images} images.")
+                images.append(as_image(part.image_url.url, len(images)))
+                parts.append({"type": "image"})
+            else:
+                parts.append({"type": "text", "text": part if isinstance(part, str) else part.text})
+        turns.append({"role": message.role, "content": parts})
+    try:
+        text = worker.processor.apply_chat_template(turns, add_generation_prompt=True)
+    except Exception as error:  # templates raise anything at conversations that they do not take
+        raise Refused(400, f"the model's chat template does not take it: {error}") from error
+    if text.count(worker.processor.image_token) != len(images):
+        raise Refused(400, f"{worker.processor.image_token} stands for an image; leave it out.")
+    default = min(256, limits.max_new_tokens)
+    max_tokens = chat.max_completion_tokens or chat.max_tokens or default
+    return Question(str(text), images, chat.num_keep, max_tokens, chat.ignore_eos, put)
+
+
+def as_image(url: str, number: int) -> Image:
+    """An image that a data URL holds; no other place is asked for one.
+
+    Raises:
+        Refused: if it holds none.
+    """
+    head, comma, data = url.partition(",")
+    if not (comma and head.startswith("data:") and head.endswith(";base64")):
+        raise Refused(
+            400, f"image {number} is no data URL; pass data:image/png;base64,... or image/jpeg."
+        )
+    try:
+        return decode_image(base64.b64decode(data, validate=True))
+    except (*IMAGE_ERRORS, binascii.Error) as error:
+        raise Refused(
+            400, f"image {number} cannot be read ({error}); pass a JPEG or PNG."
+        ) from error
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Load the model, and serve it."""
+    arguments = parse(words)
+    import uvicorn
+
+    limit_pixels(arguments.max_pixels)
+    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
+    pruner = build_spec(
+        arguments.pruner, num_keep=arguments.num_keep, checkpoint=arguments.checkpoint
+    )
+    worker = Worker(model, processor, pruner, arguments.max_batch, arguments.max_waiting)
+    app = build_app(worker, arguments)
+    uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description="serve a pruned model")
+    parser.add_argument("--model", default="checkpoints/demo-vlm", help="folder or hub id")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--pruner", default="divprune", help="see `ocvtp list`; none: no pruning")
+    parser.add_argument("--num-keep", type=int, default=36, help="of requests that name none")
+    parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
+    parser.add_argument("--host", default="127.0.0.1", help="who may ask (default: this machine)")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max-batch", type=int, default=32, help="requests at a time")
+    parser.add_argument("--max-waiting", type=int, default=64, help="more are refused (429)")
+    parser.add_argument("--max-body-bytes", type=int, default=20_000_000)
+    parser.add_argument("--max-images", type=int, default=8, help="of a request")
+    parser.add_argument("--max-pixels", type=int, default=2**24, help="of an image")
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    return parser.parse_args(words)
+
+
+if __name__ == "__main__":
+    main()
