@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "inside": ("learned_layers", "prompted", {}),
     "inside, by the tower": ("learned_layers", "vip", VIP),
     "inside, by every head": ("learned_layers", "vip", VIP | {"kind": "last_heads"}),
+    "inside, by a column of its own": ("learned_layers", "vip", VIP | {"learnt": True}),
 }
 
 
@@ -84,7 +85,8 @@ def test_training_and_inference_read_the_same(subject: Any, case: str) -> None:
     read = Needs(hidden=needs.hidden)
     with Asker(model, processor, read) as asker, torch.no_grad():
         questions = asker.ask(inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
-        inside = before_layer(asker.host, questions, pruner.layer, needs.attention)
+        reads = needs.attention, needs.column
+        inside = before_layer(asker.host, questions, pruner.layer, *reads)
         scores = pruner.network(at_layer(inside.tokens, needs)).values
     assert_close(scores[inside.tokens.real], found[0].flatten(), rtol=1e-4, atol=1e-5)
 
