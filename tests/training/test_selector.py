@@ -172,6 +172,7 @@ def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_
     network = export_checkpoint(result.last, tmp_path / "artifact")
     assert (network.config.stage, network.config.layer) == ("llm_layers", 1)
     assert network.scorer.attended.in_features == 4  # heads
+    assert network.scorer.added.shape == (2, 128)
     assert all(int(own.num_tokens) for _, own in network.statistics())
     model, processor = load_model("checkpoints/demo-vlm", "float32")
     pruner = ocvtp.build_pruner(
@@ -181,6 +182,31 @@ def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_
                        return_tensors="pt")  # fmt: skip
     with pruner(model, processor=processor):
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_a_column_of_its_own_learns_from_answers_and_from_masks(words):
+    module, batch = module_of(words("glimpse"))
+    scorer = module.network.scorer
+    own = {f"scorer.{part}" for part in ("added", "to_column", "norm_column")}
+    asked = module.ask(batch)
+    found = module._step(batch, asked, 8, 0.5, module.losses)
+    for loss in module.losses:
+        module.network.zero_grad()
+        loss(found).mean().backward(retain_graph=True)
+        learns = {n for n, p in module.network.named_parameters() if p.grad is not None}
+        of_column = {n for n in learns if any(n.startswith(part) for part in own)}
+        assert of_column == {n for n, _ in module.network.named_parameters()
+                             if any(n.startswith(part) for part in own)}, loss.name  # fmt: skip
+        assert (learns == of_column) == (loss.name == "column_ce")
+    assert all(p.grad is None for p in module.vlm.parameters())
+    with torch.no_grad():
+        chosen = module._chosen(asked, found.scores, 8, batch["keys"])
+        assert chosen[""].equal(chosen["untrained"])  # which reads a column of its own
+        scorer.added += 1.0
+        scores = module.network(asked.tokens).values
+        after = module._chosen(asked, scores, 8, batch["keys"])
+    assert not scores.allclose(found.scores, atol=1e-3)
+    assert after["untrained"].equal(chosen["untrained"])
 
 
 @pytest.mark.slow
@@ -322,6 +348,9 @@ def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatc
 REWARD = ("--model.losses={reward: {}}", "--model.relaxation", "ocvtp.selectors.relaxations.Sample")
 
 
+BEFORE = ("--model.host.stage=llm_input", "--model.host.layer=null")
+
+
 @pytest.mark.slow
 def test_settings_that_make_no_sense_are_refused(words):
     for more, told in (
@@ -345,6 +374,9 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("mask", "--model.warmup_fraction=2"), "warmup_fraction=2.0; pass a share"),
         (("mask", "--model.losses={maks: {}}"), "did you mean 'mask'"),
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
+        (("mask", "--model.losses={column_ce: {}}"), "'prompted' has none; pass .*VIP with learnt"),
+        (("glimpse", "--model.host.checkpointing=true"), "leave model.host.checkpointing out"),
+        (("glimpse", *BEFORE), "'vip' reads a column .*pass the stage llm_layers"),
     ):
         with pytest.raises(ValueError, match=told):
             build(words(*more))
