@@ -29,7 +29,9 @@ def cache_for(host: Host) -> Any:
     Raises:
         ValueError: where layers run again in the backward pass, and do without one.
     """
-    if any(map(is_checkpointed, host.language_model.layers)):
+    with torch.enable_grad():  # as when the column is read
+        runs_again = any(map(is_checkpointed, host.language_model.layers))
+    if runs_again:
         raise ValueError(
             "a column after the prompt reads keys and values of the prompt, which layers that run"
             " again in the backward pass do not keep; leave checkpointing out."

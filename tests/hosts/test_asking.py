@@ -22,6 +22,7 @@ from ocvtp.hosts.asking import (
     read,
 )
 from ocvtp.hosts.attach import attached
+from ocvtp.hosts.gating import checkpointed
 from ocvtp.structures import Needs, Selection
 
 pytestmark = pytest.mark.sampled(3)
@@ -340,6 +341,15 @@ def test_attention_that_no_question_has_is_refused() -> None:
                 before_layer(asker.host, asked, 1, [(1, kind)])
         with pytest.raises(ValueError, match="does not run here"):
             before_layer(asker.host, asked, 1, [(9, "last")])
+        column = before_layer(asker.host, asked, 1, column=1).tokens.column
+        assert column is not None
+        with pytest.raises(ValueError, match="is 7 wide, and this language model 96; pass a check"):
+            column(torch.zeros(2, 7))
+        with (
+            checkpointed(model),
+            pytest.raises(ValueError, match="do not keep; leave checkpointing out"),
+        ):
+            before_layer(asker.host, asked, 1, column=1)
 
 
 @pytest.mark.parametrize("name", HOSTS)
