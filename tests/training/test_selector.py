@@ -348,9 +348,6 @@ def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatc
 REWARD = ("--model.losses={reward: {}}", "--model.relaxation", "ocvtp.selectors.relaxations.Sample")
 
 
-BEFORE = ("--model.host.stage=llm_input", "--model.host.layer=null")
-
-
 @pytest.mark.slow
 def test_settings_that_make_no_sense_are_refused(words):
     for more, told in (
@@ -376,7 +373,6 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
         (("mask", "--model.losses={column_ce: {}}"), "'prompted' has none; pass .*VIP with learnt"),
         (("glimpse", "--model.host.checkpointing=true"), "leave model.host.checkpointing out"),
-        (("glimpse", *BEFORE), "'vip' reads a column .*pass the stage llm_layers"),
     ):
         with pytest.raises(ValueError, match=told):
             build(words(*more))
