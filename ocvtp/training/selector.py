@@ -541,12 +541,12 @@ class SelectorModule(NetworkModule):
         whole = read(self.frozen_host, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
-            scored.append(self.network(asked.tokens, _told(budget, asked.tokens)).values)
+            scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
             for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
                 answered = read(self.frozen_host, short)
-                for key, value in _compared(whole, answered, size).items():
+                for key, value in compared(whole, answered, size).items():
                     figures[f"{key}_{budget}{ending}"] = value
                 if not name:
                     kept.append(keep)
@@ -572,20 +572,23 @@ class SelectorModule(NetworkModule):
     ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
-        num_keep = _told(budget, tokens)
-        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
-        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
-        random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
-        random = random.to(self.device)
+        num_keep = told(budget, tokens)
         if not self._control:
             network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
             self._control.append(network)
         untrained = self._control[0].to(self.device)(tokens, num_keep).values
         return {
             "": self._keep(tokens, scores, num_keep),
-            "random": hard_top_k(random, num_keep, tokens.real),
+            "random": self.at_random(tokens, budget, keys),
             "untrained": self._keep(tokens, untrained, num_keep),
         }
+
+    def at_random(self, tokens: VisualTokens, budget: float, keys: Sequence[str]) -> Tensor:
+        """[B, N] bool tokens drawn for a budget, by the names of the questions."""
+        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
+        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+        random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
+        return hard_top_k(random.to(self.device), told(budget, tokens), tokens.real)
 
     def _keep(self, tokens: VisualTokens, scores: Tensor, num_keep: NumKeep) -> Tensor:
         if isinstance(num_keep, int):
@@ -603,8 +606,8 @@ class SelectorModule(NetworkModule):
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
 
 
-def _told(budget: float, tokens: VisualTokens) -> NumKeep:
-    """K, no more than there are."""
+def told(budget: float, tokens: VisualTokens) -> NumKeep:
+    """[B] or int: K of a budget, no more than there are tokens."""
     num_keep = counts_of(budget, tokens)
     return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
 
@@ -638,8 +641,15 @@ def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
-    """An answer with few tokens beside that with all; the columns are the same."""
+def compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
+    """An answer with few tokens beside that with all; the columns are the same.
+
+    Args:
+        whole: with all tokens. answered: with few. size: B, the questions.
+
+    Returns:
+        `kl`, `ce`, `agreement` with the answer of all tokens, `accuracy`: means over the questions.
+    """
 
     def by_question(values: Tensor) -> Tensor:
         return mean_of_rows(values, answered.owner, size).values

@@ -453,6 +453,41 @@ def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_layers_are_ranked_by_answers_with_their_own_top_k(words, capsys):
+    given = [word for word in words("distil", "--json") if not word.startswith("--output")]
+    assert main(["teacher", *given, "--rank"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["questions"] == 8
+    *layers, random = facts["rows"]
+    assert {(row["layer"], row["rows"]) for row in layers} == {
+        (layer, rows) for layer in range(3) for rows in ("text", "last")
+    }
+    means = [row["accuracy_16"] + row["accuracy_8"] for row in layers]
+    assert means == sorted(means, reverse=True)
+    assert (random["layer"], random["rows"]) == (None, "random")
+    module, _ = module_of(words("distil"))
+    kept, right = [row for row in layers if (row["layer"], row["rows"]) == (1, "last")], []
+    with torch.no_grad():
+        for batch in module_data(words("distil")):
+            asked = module.ask(batch)
+            values = attention_rows(module.frozen_host, asked, [1], "last")[1]
+            keep = torch.zeros_like(values, dtype=torch.bool)
+            keep.scatter_(1, values.topk(8, dim=1).indices, True)
+            answered = selector.read(module.frozen_host, selector.drop(asked, keep))
+            hits = answered.logits.argmax(dim=1) == answered.targets
+            right += [bool(hits[answered.owner == row].all()) for row in range(len(values))]
+    assert kept[0]["accuracy_8"] == pytest.approx(sum(right) / len(right))
+
+
+def module_data(words):
+    """Batches of its validation."""
+    data = build(words).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    return data.val_dataloader()
+
+
+@pytest.mark.slow
 def test_a_stopped_teacher_continues_to_the_same_files(words, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     for folder in (whole, part):
