@@ -12,7 +12,7 @@ is block 22 and its output is `hidden_states[-2]`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -60,6 +60,8 @@ class Needs:
         projected: whether the projected tokens (what the language model would read) are wanted.
         text: whether the text embeddings of the language model are wanted.
         clip: whether CLIP's image and text embeddings of the shared space are wanted.
+        column: a layer of the language model, whose attention a column of the reader's own gets
+            after the prompt, see `LayerTokens.column`; None for no such column.
     """
 
     hidden: tuple[int, ...] = ()
@@ -71,6 +73,7 @@ class Needs:
     projected: bool = False
     text: bool = False
     clip: bool = False
+    column: int | None = None
 
     def __or__(self, other: Needs) -> Needs:
         """Everything that either asks for.
@@ -97,6 +100,7 @@ class Needs:
             projected=self.projected or other.projected,
             text=self.text or other.text,
             clip=self.clip or other.clip,
+            column=other.column if self.column is None else self.column,
         )
 
     @property
@@ -207,6 +211,8 @@ class VisualTokens:
         given = {"cls": self.cls, "projected": self.projected, "text": self.text}
         given["clip"] = self.clip_visual if self.clip_text is not None else None
         absent += [name for name, value in given.items() if getattr(needs, name) and value is None]
+        if needs.column is not None and getattr(self, "column", None) is None:
+            absent.append("column")
         return absent
 
     def map(self, function: Any) -> VisualTokens:
@@ -238,6 +244,10 @@ class LayerTokens(VisualTokens):
             after the norm that precedes the attention of the coming layer.
         text_normed: the same of `text`, where it is read.
         tower: what the vision tower gave, [B, ...] images of N' tokens, as `tower_needs` names it.
+        column: vectors [l + 1, D'] -> [B, N, H], the attention in layer l, of every head in fp32,
+            of one more column after the prompt: it begins as the first vector, and before every
+            further layer the next is added to it. Nothing else sees it. Gradients reach the
+            vectors. None where `Needs.column` did not ask for it.
     """
 
     places: Tensor
@@ -245,6 +255,16 @@ class LayerTokens(VisualTokens):
     normed: Mapping[str, Tensor] = field(default_factory=dict)
     text_normed: Mapping[str, Tensor] = field(default_factory=dict)
     tower: VisualTokens | None = None
+    column: Callable[[Tensor], Tensor] | None = None
+
+    def map(self, function: Any) -> LayerTokens:
+        """Apply `function` to every tensor, and to what `column` returns."""
+        mapped = super().map(function)
+        assert isinstance(mapped, LayerTokens)
+        read = self.column
+        if read is None:
+            return mapped
+        return replace(mapped, column=lambda vectors: function(read(vectors)))
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,50 @@ def causal_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, la
     )
 
 
+def new_cache() -> Any:
+    """An empty KV cache, which grows."""
+    from transformers import DynamicCache
+
+    return DynamicCache()
+
+
+def layer_keys(cache: Any, number: int) -> tuple[Tensor, Tensor]:
+    """Keys and values of a layer in a KV cache, each [B, H, S, d]."""
+    layer = cache.layers[number]
+    return layer.keys, layer.values
+
+
+def run_layer(
+    config: Any,
+    layer: Any,
+    number: int,
+    hidden: Tensor,
+    past: tuple[Tensor, Tensor],
+    mask: Tensor,
+    rope: Any,
+) -> Tensor:
+    """A decoder layer reads columns after others whose keys and values are known, and stay so.
+
+    Args:
+        config: of the language model.
+        layer: the module. number: which one it is.
+        hidden: [B, q, D'].
+        past: keys and values of the others, [B, H, S, d] each.
+        mask: [B, S + q] bool, False on padding.
+        rope: cosines and sines of the q.
+
+    Returns:
+        [B, q, D'].
+    """
+    cache = new_cache()
+    cache.update(*past, number)
+    own = {cache_name(): cache, "use_cache": True}
+    causal = causal_mask(config, hidden, mask, cache, number)
+    output = layer(hidden, attention_mask=causal, position_embeddings=rope, **own)
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
 # Functions and classes in a family's own files, which transformers may move as it likes.
 
 

@@ -44,6 +44,7 @@ HOST_STOREYS = (
     "in_llm in_tower sight",
     "prompt",
     "asked",
+    "asked_column",
     "answering",
     "families",
     "registry",

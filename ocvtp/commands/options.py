@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from ocvtp import choices
 
 
-def of_training(command: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command that takes the settings of a training run beside flags of its own."""
+def of_training(
+    command: str, description: str, instead: Mapping[str, str] | None = None
+) -> argparse.ArgumentParser:
+    """The parser of a command that takes the settings of a training run beside flags of its own.
+
+    Args:
+        command: its name. description: of it.
+        instead: switches that stand in place of --output, each with its help.
+    """
+    places = ["--output DIR", *(instead or ())]
+    said = places[0] if len(places) == 1 else f"({' | '.join(places)})"
     found = argparse.ArgumentParser(
         prog=f"ocvtp {command}",
         description=description,
-        usage="%(prog)s --config FILE|NAME --output DIR [flags] [--SETTING VALUE ...]",
+        usage=f"%(prog)s --config FILE|NAME {said} [flags] [--SETTING VALUE ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    found.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    output: dict[str, Any] = {"metavar": "DIR", "help": "folder to write"}
+    if instead:
+        either = found.add_mutually_exclusive_group(required=True)
+        either.add_argument("--output", **output)
+        for switch, told in instead.items():
+            either.add_argument(switch, action="store_true", help=told)
+    else:
+        found.add_argument("--output", required=True, **output)
     found.add_argument("--device", help="e.g. cpu, cuda:1 (default: a GPU where there is one)")
     add_json(found)
     return found
@@ -110,11 +127,14 @@ _PRUNER_SETTINGS = ("num_keep", "keep_ratio", "max_keep", "checkpoint")
 
 def add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     """Which pruner(s), the budget, and what those need that read the prompt."""
-    _add_pruner(parser, several)
+    _add_pruner(parser, several).add_argument(
+        "--max-keep", type=int, help="the most tokens of an image; one that has no more stays whole"
+    )
     add_text_tower(parser)
 
 
-def _add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
+def _add_pruner(parser: argparse.ArgumentParser, several: bool) -> Any:
+    """Returns the group of budgets, of which one may be given."""
     parser.add_argument(
         "--pruner",
         required=True,
@@ -125,10 +145,8 @@ def _add_pruner(parser: argparse.ArgumentParser, several: bool) -> None:
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--num-keep", type=int, help="tokens kept per image")
     budget.add_argument("--keep-ratio", type=float, help="share of tokens kept")
-    budget.add_argument(
-        "--max-keep", type=int, help="the most tokens of an image; one that has no more stays whole"
-    )
     parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
+    return budget
 
 
 def pruner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -152,7 +170,6 @@ def add_served(parser: argparse.ArgumentParser) -> None:
 def served_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings of a server, of what `add_served` asks for; what is not given is left out."""
     given = {"pruner": arguments.pruner, **pruner_settings(arguments)}
-    given["max_keep"] = arguments.max_keep
     plain = {"budget": "per_image", "separators": "all"}
     given |= {name: getattr(arguments, name) for name in plain}
     return {k: v for k, v in given.items() if v is not None and plain.get(k) != v}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.flops import operations
-from ocvtp.flops.formulas import BlockRows, linear
+from ocvtp.flops.formulas import BlockRows, decode_step, linear
 from ocvtp.flops.sizes import Sizes
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner
 from ocvtp.structures import AttentionKey, LayerTokens, Needs, VisualTokens
@@ -148,7 +148,10 @@ def layer_tokens(
         features=visual,
         grid_hw=(1, count),
         places=torch.arange(count)[None],
-        attention={key: draw(1, count).softmax(dim=1) for key in needs.attention},  # type: ignore[misc]
+        attention={
+            key: draw(1, count, *[text.heads] * (key[1] == "last_heads")).softmax(dim=1)  # type: ignore[misc]
+            for key in needs.attention
+        },
         keys=dict.fromkeys(needs.keys, keys),
         text_keys=dict.fromkeys(needs.keys, text_keys),
         num_heads=text.key_heads,
@@ -157,6 +160,7 @@ def layer_tokens(
         normed=dict.fromkeys(needs.normed, visual),
         text_normed=dict.fromkeys(needs.normed, words) if needs.text else {},
         tower=tower,
+        column=lambda vectors: draw(1, count, text.heads).softmax(dim=1),
     )
 
 
@@ -164,18 +168,22 @@ def layer_reads(sizes: Sizes, needs: LayerNeeds, number: int, count: int, text_l
     """Operations of what hosts compute for a choice before layer `number`.
 
     A score is one product of its query rows with the keys; for one of the coming layer these are
-    projected too.
+    projected too. A column of the pruner's own takes a decode step of every layer before.
     """
     text, prompt, total = sizes.text, count + text_length, 0
     for layer, kind in needs.attention:
-        asking = {"last": 1, "text": text_length, "visual": count}[kind]
+        asking = {"last": 1, "last_heads": 1, "text": text_length, "visual": count}[kind]
         asked = count if kind == "visual" else prompt
         total += linear(asking, text.query_width, asked)
         total += linear(1, asking, count) if kind == "text" else 0
         if layer == number:
             total += linear(asking, text.width, text.query_width)
             total += linear(prompt, text.width, text.key_width)
-    coming = sum(layer == number for layer in needs.keys)
+    if needs.column is not None:
+        total += needs.column * decode_step(text, prompt + 1)
+        total += linear(1, text.width, text.query_width + text.key_width)
+        total += linear(1, text.query_width, prompt + 1)
+    coming = sum(layer == number for layer in (*needs.keys, needs.column))
     return total + coming * linear(prompt, text.width, text.key_width)
 
 

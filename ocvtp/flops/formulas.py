@@ -45,6 +45,13 @@ def layer(text: TextSizes, num_tokens: int) -> int:
     return 2 * _macs(text, num_tokens, matrices=3)
 
 
+def decode_step(text: TextSizes, num_columns: int) -> int:
+    """True operations of one layer that reads one column, the last of `num_columns`."""
+    projections = linear(1, text.width, 2 * (text.query_width + text.key_width))
+    mlp = 3 * linear(1, text.width, text.ffn)
+    return projections + mlp + attention(1, num_columns, text.query_width)
+
+
 def lm_head(text: TextSizes) -> int:
     """Operations of the one row of `lm_head` that the first answered token takes."""
     return linear(1, text.width, text.vocabulary)

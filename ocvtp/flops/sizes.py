@@ -24,6 +24,7 @@ class TextSizes:
 
     Args:
         layers: L. width: D'. ffn: of the MLP.
+        heads: of queries.
         query_width: of all query heads together, and of what attention gives.
         key_width: of all key heads together, and of all value heads; `query_width` without
             grouped-query attention.
@@ -34,6 +35,7 @@ class TextSizes:
     layers: int
     width: int
     ffn: int
+    heads: int
     query_width: int
     key_width: int
     key_heads: int
@@ -126,6 +128,7 @@ def _text(config: Any) -> TextSizes:
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         ffn=text.intermediate_size,
+        heads=text.num_attention_heads,
         query_width=head * text.num_attention_heads,
         key_width=head * text.num_key_value_heads,
         key_heads=text.num_key_value_heads,

@@ -17,14 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from ocvtp.hosts.asked import Asked
+from ocvtp.hosts.asked_column import (
+    added,
+    answer_after,
+    attention_after,
+    cache_for,
+    rotary_positions,
+)
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.in_llm.attention import rows_of_attention, turn
 from ocvtp.hosts.prompt.columns import pads_behind
 from ocvtp.selectors.relaxations import Gates
 from ocvtp.structures import AttentionKey, AttentionKind, LayerTokens, take
-from ocvtp.towers.hooks import Hook, after, before, put
+from ocvtp.towers.hooks import after, before, placed
 from ocvtp.towers.module_state import on_device
-from ocvtp.transformers_names import GATED, attention_of
+from ocvtp.transformers_names import GATED, attention_of, cache_name
 
 Raters = Literal["text", "last"]
 """Whose attention is read: the mean over the text after the image, or the prompt's last token."""
@@ -133,7 +140,11 @@ def attention_rows(
 
 @torch.no_grad()
 def before_layer(
-    host: Host, asked: Asked, layer: int, attention: Sequence[AttentionKey] = ()
+    host: Host,
+    asked: Asked,
+    layer: int,
+    attention: Sequence[AttentionKey] = (),
+    column: int | None = None,
 ) -> Asked:
     """The same questions before a later layer; the language model reads on from there.
 
@@ -146,10 +157,12 @@ def before_layer(
         layer: counted from 0; not before the last that adds rows of the tower.
         attention: what of it a scorer reads there: `last`, `last_heads` and `text` of layers up to
             this one.
+        column: a layer up to this one, whose attention a column after the prompt gets, see
+            `LayerTokens.column`. Its gradient runs through the layers before.
 
     Raises:
-        ValueError: for a layer that the language model has not, or before these, and for other
-            attention.
+        ValueError: for a layer that the language model has not, or before these, for other
+            attention, and for a column where layers run again in the backward pass.
     """
     _check_layers(host, asked, [layer])
     if layer < host.num_deepstack_layers:
@@ -162,13 +175,9 @@ def before_layer(
     columns = order[:, : int(counts.max())]
     valid = torch.arange(columns.shape[1], device=columns.device) < counts
     seen_by = replace(asked, columns=columns.masked_fill(~valid, -1))
-    with _watched(host, seen_by, attention) as found:
-        hidden = _run(host, asked, layer, {})
-    places = torch.full_like(asked.labels, -1)
-    numbers = torch.arange(asked.columns.shape[1], device=places.device)
-    there = asked.columns >= 0
-    owners = there.nonzero()[:, 0]
-    places[owners, asked.columns[there]] = numbers.expand_as(asked.columns)[there]
+    past = None if column is None else cache_for(host)
+    with _watched(host, seen_by, attention) as found, rotary_positions(host) as positions:
+        hidden = _run(host, asked, layer, {}, past)
     text, text_valid = asked.text()
     seen = take(hidden, columns)
     tokens = LayerTokens(
@@ -176,11 +185,14 @@ def before_layer(
         projected=seen,
         grid_hw=(1, columns.shape[1]),
         valid=None if bool(valid.all()) else valid,
-        places=places.gather(1, columns).masked_fill(~valid, -1),
+        places=_places(asked).gather(1, columns).masked_fill(~valid, -1),
         text=take(hidden, text),
         text_valid=text_valid,
         attention=found,
         tower=asked.tokens,
+        column=None
+        if past is None
+        else attention_after(host, seen_by, layer, hidden, past, positions),
     )
     return replace(
         seen_by,
@@ -190,24 +202,65 @@ def before_layer(
         ends=None,
         deepstack=None,
         start=layer,
+        whole=asked,
     )
 
 
-def _run(host: Host, asked: Asked, stop: int | None, arguments: dict[str, Any]) -> Tensor:
+def _places(asked: Asked) -> Tensor:
+    """[B, L] which of the image's tokens each column is, -1 for others."""
+    places = torch.full_like(asked.labels, -1)
+    numbers = torch.arange(asked.columns.shape[1], device=places.device)
+    there = asked.columns >= 0
+    owners = there.nonzero()[:, 0]
+    places[owners, asked.columns[there]] = numbers.expand_as(asked.columns)[there]
+    return places
+
+
+def after_column(host: Host, asked: Asked, vectors: Tensor) -> Answered:
+    """Let the whole language model answer after one more column, with all visual tokens in place.
+
+    The column stands between the prompt and its answer: from there the model begins to answer, and
+    what it answers is read after the column. Gradients reach the vectors alone.
+
+    Args:
+        host: of the model.
+        asked: the questions, before any layer.
+        vectors: [l + 1, D'], see `LayerTokens.column`.
+
+    Raises:
+        ValueError: where layers run again in the backward pass.
+    """
+    asked, past = asked.whole or asked, cache_for(host)
+    with torch.no_grad():
+        _run(host, asked, None, {}, past)
+    answer, labels = answer_after(asked, vectors[0])
+    with placed(added(host, vectors)):
+        found = _run(host, answer, None, {}, past)
+    rows, columns = (labels >= 0).nonzero().unbind(dim=1)
+    states = found[rows, columns]
+    head = host.model.get_output_embeddings()
+    return Answered(head(states), states, rows, labels[rows, columns])
+
+
+def _run(
+    host: Host, asked: Asked, stop: int | None, arguments: dict[str, Any], cache: Any = None
+) -> Tensor:
     """[B, L, D'] normed states after the last layer; those before layer `stop`, not normed."""
     model, mask = host.language_model, asked.mask
+    if cache is not None:
+        arguments = arguments | {cache_name(): cache}
     if asked.deepstack is not None:
         arguments = arguments | asked.deepstack.arguments()
     if pads_behind(mask):  # which no token looks at, so that no mask is needed
         mask = torch.ones_like(mask)
     states: list[Tensor] = []
     watch = before(model.norm, lambda norm, args: states.append(args[0]))
-    with _layers(model, slice(asked.start, stop)), _put([] if stop is None else [watch]):
+    with _layers(model, slice(asked.start, stop)), placed([] if stop is None else [watch]):
         output = model(
             inputs_embeds=asked.embeddings,
             attention_mask=mask.long(),
             position_ids=asked.positions,
-            use_cache=False,
+            use_cache=cache is not None,
             **arguments,
         )
     final: Tensor = output.last_hidden_state if stop is None else states[0]
@@ -226,16 +279,6 @@ def _layers(model: Any, wanted: slice) -> Iterator[None]:
         yield
     finally:
         model.layers = own
-
-
-@contextmanager
-def _put(hooks: Sequence[Hook]) -> Iterator[None]:
-    placed = put(hooks)
-    try:
-        yield
-    finally:
-        for hook in placed:
-            hook.remove()
 
 
 def _keys(layers: Sequence[int], raters: Raters) -> list[AttentionKey]:
@@ -277,7 +320,7 @@ def _watched(
     for number in sorted(layers):
         hooks.append(before(own[number], partial(keep, number), with_kwargs=True))
     hooks.append(before(model.norm, partial(keep, furthest), with_kwargs=True))
-    with _put(hooks):
+    with placed(hooks):
         yield found
 
 

@@ -37,6 +37,8 @@ class Asked:
             do.
         deepstack: what the language model adds to its hidden states; None if it adds nothing.
         start: the layer that reads the embeddings, and the first that will run.
+        whole: the same questions before the first layer, with all their tokens; None where these
+            are.
     """
 
     embeddings: Tensor
@@ -50,6 +52,7 @@ class Asked:
     ends: Tensor | None = None
     deepstack: Deepstack | None = None
     start: int = 0
+    whole: Asked | None = None
 
     @property
     def last(self) -> Tensor:
@@ -112,6 +115,8 @@ class Asked:
             places = repeated(self.deepstack.places)
             there = places >= 0
             changed["deepstack"] = Deepstack.at(there, self.deepstack.rows[:, places[there]])
+        if self.whole is not None:
+            changed["whole"] = self.whole.repeat(times)
         return replace(self, tokens=self.tokens.map(repeated), **changed)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ocvtp.hosts.answering import Answered as Answered
 from ocvtp.hosts.answering import Raters as Raters
+from ocvtp.hosts.answering import after_column as after_column
 from ocvtp.hosts.answering import attention_rows as attention_rows
 from ocvtp.hosts.answering import before_layer as before_layer
 from ocvtp.hosts.answering import read as read

@@ -40,12 +40,15 @@ class LayerNeeds:
         keys: layers whose keys are read, of visual and of text tokens.
         text: whether the hidden states of the text are read.
         normed: see `LayerTokens.normed`.
+        column: a layer up to the coming one, whose attention is read of a column of the pruner's
+            own, see `LayerTokens.column`; None for no such column.
     """
 
     attention: tuple[tuple[int, str], ...] = ()
     keys: tuple[int, ...] = ()
     text: bool = False
     normed: tuple[Norm, ...] = ()
+    column: int | None = None
 
 
 @dataclass(kw_only=True, eq=False)

@@ -111,7 +111,14 @@ def check_inside(scorer: Scorer, layer: int) -> Needs:
     """
     needs, known = scorer.needs, range(max(0, layer - 1), layer + 1)
     within = {(block, kind) for block in known for kind in _KINDS}
-    if needs.keys or needs.cls or needs.clip or not within.issuperset(needs.attention):
+    column = needs.column is None or needs.column in known
+    if (
+        needs.keys
+        or needs.cls
+        or needs.clip
+        or not within.issuperset(needs.attention)
+        or not column
+    ):
         said = ", ".join(f"{name}={value!r}" for name, value in scorer.sizes().items())
         raise ValueError(
             f"scorer {scorer.name!r} reads what there is not before layer {layer}: its settings are"

@@ -119,6 +119,11 @@ class SelectorNetwork(PrunerNetwork):
 
     def __init__(self, config: SelectorConfig) -> None:
         scorer = build_scorer(config.scorer, config.sizes, config.widths)
+        if scorer.needs.column is not None and config.stage != "llm_layers":
+            raise ValueError(
+                f"scorer {config.scorer!r} reads a column of its own after the prompt, which there"
+                " is not before the language model; pass the stage llm_layers and a layer."
+            )
         super().__init__(replace(config, sizes=scorer.sizes()))  # those of its defaults too
         self.scorer = scorer
 

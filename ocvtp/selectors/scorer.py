@@ -110,6 +110,13 @@ class Scorer(nn.Module, Part):
         """What it reads; a reader of the prompt adds `text=True`."""
         return Needs(projected=True)
 
+    def column(self) -> Tensor | None:
+        """[l + 1, D'] the column of its own that `Needs.column` asks for; None without one.
+
+        `forward` reads it by `LayerTokens.column`, the loss `column_ce` by the whole model.
+        """
+        return None
+
     def sizes(self) -> dict[str, Any]:
         """Its fields, by name."""
         return self.settings()

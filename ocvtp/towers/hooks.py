@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -43,3 +44,14 @@ def after(module: nn.Module, function: Callable[..., Any], **options: Any) -> Ho
 def put(hooks: Iterable[Hook]) -> list[Removable]:
     """Put hooks into their modules; the result takes them out."""
     return [hook.put() for hook in hooks]
+
+
+@contextmanager
+def placed(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Inside the block hooks are in their modules."""
+    there = put(hooks)
+    try:
+        yield
+    finally:
+        for hook in there:
+            hook.remove()

@@ -123,6 +123,16 @@ def recording(tower: nn.Module | None = None) -> Iterator[Recording]:
         record.guard()
 
 
+@contextmanager
+def outside() -> Iterator[None]:
+    """Inside the block this thread is in no call, so that hooks find nothing to do."""
+    token = CALL.set(None)
+    try:
+        yield
+    finally:
+        CALL.reset(token)
+
+
 def current() -> Recording | None:
     """The recording that this thread is in."""
     call = CALL.get()

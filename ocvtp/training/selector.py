@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from ocvtp.hosts.asking import Answered, Asked, Asker, attention_rows, before_layer, drop, read
+from ocvtp.hosts.asking import (
+    Answered,
+    Asked,
+    Asker,
+    after_column,
+    attention_rows,
+    before_layer,
+    drop,
+    read,
+)
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.gating import Gate, NoGate, checkpointed, gating
 from ocvtp.hosts.loading import load_model
@@ -138,7 +147,7 @@ class SelectorModule(NetworkModule):
         self.losses = build_losses(losses)
         self.reads = frozenset[str]().union(*(loss.reads for loss in self.losses))
         self.host, self.relaxation = host, relaxation
-        self._check_parts(gate)
+        self._check_parts(gate, scorer)
         self.budgets = check_budgets("budgets", budgets, [16, 32, 64, 128])
         median = sorted(self.budgets)[len(self.budgets) // 2]
         self.val_budgets = check_budgets("val_budgets", val_budgets, [median])
@@ -163,7 +172,7 @@ class SelectorModule(NetworkModule):
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 
-    def _check_parts(self, gate: Gate | None) -> None:
+    def _check_parts(self, gate: Gate | None, scorer: Scorer) -> None:
         """Refuse losses that lack what they read."""
         through = sorted(self.reads & {"pruned", "states"})
         if through and (gate is None or not gate.reads_model):
@@ -181,6 +190,23 @@ class SelectorModule(NetworkModule):
             raise ValueError(
                 "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
                 " model.relaxation."
+            )
+        self._check_column(scorer)
+
+    def _check_column(self, scorer: Scorer) -> None:
+        """Refuse what does not go with a column of the scorer's own, or without one."""
+        if scorer.needs.column is None:
+            if "column" in self.reads:
+                raise ValueError(
+                    "the loss 'column_ce' reads the answer after a column of the scorer's own, and"
+                    f" {scorer.name!r} has none; pass ocvtp.selectors.scorers.vip.VIP with learnt:"
+                    " true, or leave the loss out."
+                )
+        elif self.host.checkpointing:
+            raise ValueError(
+                "a scorer with a column of its own reads keys and values of the prompt, which"
+                " layers that run again in the backward pass do not keep; leave"
+                " model.host.checkpointing out."
             )
 
     def _ask_of(self, scorer: Scorer) -> Asker:
@@ -377,7 +403,8 @@ class SelectorModule(NetworkModule):
         if self.host.layer is None:
             return asked
         needs = self.network.scorer.needs
-        asked = before_layer(self.frozen_host, asked, self.host.layer, needs.attention)
+        host, layer = self.frozen_host, self.host.layer
+        asked = before_layer(host, asked, layer, needs.attention, needs.column)
         return replace(asked, tokens=at_layer(asked.tokens, needs))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
@@ -442,6 +469,8 @@ class SelectorModule(NetworkModule):
             answered = read(self.frozen_host, asked, found["gates"], self.gate)
             found |= {"pruned_logits": answered.logits, "pruned_states": answered.states}
             found |= {"owner": answered.owner, "targets": answered.targets}
+        if "column" in reads:
+            found |= self._after_column(asked)
         if "objects" in reads:
             shares, known = self._shown(batch["objects"], asked.tokens)
             found |= {"objects": shares, "has_objects": known}
@@ -487,6 +516,14 @@ class SelectorModule(NetworkModule):
             "teacher": answered.attention,
         }
 
+    def _after_column(self, asked: Asked) -> dict[str, Any]:
+        """What the model answers with all tokens, after the scorer's own column."""
+        vectors = self.network.scorer.column()
+        assert vectors is not None
+        answered = after_column(self.frozen_host, asked, vectors)
+        logits, owner, targets = answered.logits, answered.owner, answered.targets
+        return {"column_logits": logits, "owner": owner, "targets": targets}
+
     @torch.no_grad()
     def _reward(self, asked: Asked, gates: Gates) -> Tensor:
         """[B] the mean log-likelihood of each answer, with the drawn tokens alone."""
@@ -504,12 +541,12 @@ class SelectorModule(NetworkModule):
         whole = read(self.frozen_host, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
-            scored.append(self.network(asked.tokens, _told(budget, asked.tokens)).values)
+            scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
             for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
                 answered = read(self.frozen_host, short)
-                for key, value in _compared(whole, answered, size).items():
+                for key, value in compared(whole, answered, size).items():
                     figures[f"{key}_{budget}{ending}"] = value
                 if not name:
                     kept.append(keep)
@@ -535,20 +572,23 @@ class SelectorModule(NetworkModule):
     ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
-        num_keep = _told(budget, tokens)
-        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
-        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
-        random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
-        random = random.to(self.device)
+        num_keep = told(budget, tokens)
         if not self._control:
             network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
             self._control.append(network)
         untrained = self._control[0].to(self.device)(tokens, num_keep).values
         return {
             "": self._keep(tokens, scores, num_keep),
-            "random": hard_top_k(random, num_keep, tokens.real),
+            "random": self.at_random(tokens, budget, keys),
             "untrained": self._keep(tokens, untrained, num_keep),
         }
+
+    def at_random(self, tokens: VisualTokens, budget: float, keys: Sequence[str]) -> Tensor:
+        """[B, N] bool tokens drawn for a budget, by the names of the questions."""
+        seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
+        drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
+        random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
+        return hard_top_k(random.to(self.device), told(budget, tokens), tokens.real)
 
     def _keep(self, tokens: VisualTokens, scores: Tensor, num_keep: NumKeep) -> Tensor:
         if isinstance(num_keep, int):
@@ -566,8 +606,8 @@ class SelectorModule(NetworkModule):
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
 
 
-def _told(budget: float, tokens: VisualTokens) -> NumKeep:
-    """K, no more than there are."""
+def told(budget: float, tokens: VisualTokens) -> NumKeep:
+    """[B] or int: K of a budget, no more than there are tokens."""
     num_keep = counts_of(budget, tokens)
     return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
 
@@ -601,8 +641,15 @@ def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def _compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
-    """An answer with few tokens beside that with all; the columns are the same."""
+def compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:
+    """An answer with few tokens beside that with all; the columns are the same.
+
+    Args:
+        whole: with all tokens. answered: with few. size: B, the questions.
+
+    Returns:
+        `kl`, `ce`, `agreement` with the answer of all tokens, `accuracy`: means over the questions.
+    """
 
     def by_question(values: Tensor) -> Tensor:
         return mean_of_rows(values, answered.owner, size).values

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_networks import selector
 
 from ocvtp import Compose, attach, build_pruner
 from ocvtp.flops import count, operations
@@ -117,6 +118,26 @@ def test_the_learned_pruner_also_inside_the_tower(models, early):
     with pruner(model):
         expected = _run(model, inputs)
     assert count(model, pruner=pruner, **sizes).total == pytest.approx(expected, rel=REL)
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
+@pytest.mark.parametrize("read", [{"kind": "last_heads"}, {"learnt": True}])
+@pytest.mark.parametrize("block", [3, 4])
+def test_a_learned_scorer_inside_the_language_model(models, family, read, block):
+    model, inputs, sizes, processor = models[family]
+    text = model.config.text_config
+    tower = getattr(model.config.vision_config, "embed_dim", None) or 64
+    vip = {"block": block, "hidden": [2, 1], "dim": 8, "condition": 8, "blocks": 1, "heads": 2}
+    heads = text.num_attention_heads
+    network = selector(
+        "llm_layers", tower, "vip", text.hidden_size, heads, layer=4, sizes=vip | read
+    )
+    pruner = build_pruner("learned_layers", network=network, stages=((4, 30),))
+    with pruner(model, processor=processor):
+        expected = _run(model, inputs)
+    found = count(model, pruner=pruner, **sizes)
+    assert found.total == pytest.approx(expected, rel=REL)
 
 
 @pytest.mark.sampled(1)

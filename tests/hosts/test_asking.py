@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,8 +12,17 @@ from reference import fingerprint
 from torch import Tensor
 
 from ocvtp import Pruner
-from ocvtp.hosts.asking import Asked, Asker, attention_rows, before_layer, drop, read
+from ocvtp.hosts.asking import (
+    Asked,
+    Asker,
+    after_column,
+    attention_rows,
+    before_layer,
+    drop,
+    read,
+)
 from ocvtp.hosts.attach import attached
+from ocvtp.hosts.gating import checkpointed
 from ocvtp.structures import Needs, Selection
 
 pytestmark = pytest.mark.sampled(3)
@@ -235,6 +244,94 @@ def test_what_a_scorer_reads_of_the_attention_before_a_layer(name: str) -> None:
             assert not values[~real].any()
 
 
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_column_after_the_prompt_is_as_one_that_the_model_reads_there(name: str) -> None:
+    """Put into the prompt of one question; with others in a batch it changes nothing."""
+    model, processor = tiny(name)
+    language = model.model.language_model
+    width, own = language.config.hidden_size, language.config._attn_implementation
+    drawn = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    vectors = (0.3 * drawn).requires_grad_()
+    with Asker(model, processor) as asker:
+        asked = asker.ask(*questions(name))
+        found = after_column(asker.host, asked, vectors)
+        inside = before_layer(asker.host, asked, 2, column=2)
+        rows = [inside.tokens.column(vectors[: block + 1]) for block in (0, 1, 2)]
+        expected = read(asker.host, asked)
+        assert after_column(asker.host, inside, vectors).logits.equal(found.logits)
+    assert read(asker.host, asked).logits.equal(expected.logits)
+    found.logits.square().sum().backward()
+    assert (vectors.grad.abs().amax(dim=1) > 0).all()
+    grads = torch.autograd.grad(rows[2].square().sum(), vectors)[0]
+    assert (grads.abs().amax(dim=1) > 0).all()
+    assert all(weight.grad is None for weight in model.parameters())
+    for row in range(2):
+        logits, attention = literally(model, asked, row, vectors.detach())
+        told = found.logits[found.owner == row]  # by another kernel
+        torch.testing.assert_close(told, logits, atol=5e-5, rtol=1e-4)
+        real = inside.columns[row] >= 0
+        for block, values in enumerate(rows):
+            wanted = attention[block][:, inside.columns[row][real]].T
+            torch.testing.assert_close(values[row][real], wanted, **TOLERANCE)
+            assert not values[row][~real].any()
+    assert language.config._attn_implementation == own
+
+
+def literally(model: Any, asked: Asked, row: int, vectors: Tensor) -> tuple[Tensor, Any]:
+    """Logits of a row's answer [T, V], and attention [H, L] of the column, that stands in it."""
+    language, at = model.model.language_model, int(asked.last[row]) + 1
+    own = language.config._attn_implementation
+    columns = asked.mask[row].nonzero()[:, 0]
+
+    def with_one(values: Tensor, more: Tensor) -> Tensor:
+        return torch.cat([values[..., :at], more, values[..., at:]], dim=-1)
+
+    numbers = asked.positions
+    if numbers is None:
+        numbers = torch.arange(asked.mask.shape[1]).expand_as(asked.mask)
+    numbers = numbers[..., row, columns]
+    more = numbers[..., at - 1 : at] + 1
+    numbers = torch.cat([numbers[..., :at], more, numbers[..., at:] + 1], dim=-1)
+    embeddings = with_one(asked.embeddings[row, columns].T, vectors[:1].T).T[None]
+    hooks = []
+    for layer, vector in zip(language.layers[1:3], vectors[1:], strict=True):
+
+        def add(layer: Any, args: Any, kwargs: Any, vector: Tensor = vector) -> Any:
+            hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+            hidden[:, at] += vector
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden}
+
+        hooks.append(layer.register_forward_pre_hook(add, with_kwargs=True))
+    arguments = {} if asked.deepstack is None else deepstack_of(asked, row, at)
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            output = language(
+                inputs_embeds=embeddings,
+                attention_mask=torch.ones(1, embeddings.shape[1]).long(),
+                position_ids=numbers[..., None, :],
+                output_attentions=True,
+                **arguments,
+            )
+    finally:
+        model.set_attn_implementation(own)
+        for hook in hooks:
+            hook.remove()
+    labels = asked.labels[row, columns]
+    predicting_columns = (labels >= 0).nonzero()[:, 0]  # each a column later now
+    states = output.last_hidden_state[0, predicting_columns]
+    return model.get_output_embeddings()(states), [a[0, :, at] for a in output.attentions]
+
+
+def deepstack_of(asked: Asked, row: int, at: int) -> dict[str, Any]:
+    assert asked.deepstack is not None
+    places = asked.deepstack.places[row][asked.mask[row]]
+    places = torch.cat([places[:at], places.new_full((1,), -1), places[at:]])
+    return replace(asked.deepstack, places=places[None]).arguments()
+
+
 def test_attention_that_no_question_has_is_refused() -> None:
     model, processor = tiny(HOSTS[0])
     with Asker(model, processor) as asker:
@@ -244,6 +341,15 @@ def test_attention_that_no_question_has_is_refused() -> None:
                 before_layer(asker.host, asked, 1, [(1, kind)])
         with pytest.raises(ValueError, match="does not run here"):
             before_layer(asker.host, asked, 1, [(9, "last")])
+        column = before_layer(asker.host, asked, 1, column=1).tokens.column
+        assert column is not None
+        with pytest.raises(ValueError, match="is 7 wide, and this language model 96; pass a check"):
+            column(torch.zeros(2, 7))
+        with (
+            checkpointed(model),
+            pytest.raises(ValueError, match="do not keep; leave checkpointing out"),
+        ):
+            before_layer(asker.host, asked, 1, column=1)
 
 
 @pytest.mark.parametrize("name", HOSTS)

@@ -27,6 +27,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "inside": ("learned_layers", "prompted", {}),
     "inside, by the tower": ("learned_layers", "vip", VIP),
     "inside, by every head": ("learned_layers", "vip", VIP | {"kind": "last_heads"}),
+    "inside, by a column of its own": ("learned_layers", "vip", VIP | {"learnt": True}),
 }
 
 
@@ -48,16 +49,16 @@ def asked(processor: Any, words: list[str]) -> Any:
     return processor(text=texts, images=images, padding=True, return_tensors="pt")
 
 
-def build(model: Any, case: str) -> Any:
+def build(model: Any, case: str, num_keep: int = 6) -> Any:
     """Before the first layer where tokens may be dropped; prompts weigh more than at random."""
     name, scorer, sizes = CASES[case]
     text, vision = model.config.get_text_config(), model.config.vision_config
     tower = getattr(vision, "embed_dim", None) or vision.hidden_size  # Qwen2-VL says its own
     layer = 2 if "qwen3" in model.config.model_type else 1  # which adds to tokens until there
     config: dict[str, Any] = {"sizes": sizes} if sizes else {}
-    budget: dict[str, Any] = {"num_keep": 6}
+    budget: dict[str, Any] = {"num_keep": num_keep}
     if name == "learned_layers":
-        budget = {"stages": ((layer, 6),)}
+        budget = {"stages": ((layer, num_keep),)}
         config |= {"layer": layer, "heads": text.num_attention_heads}
     network = selector(
         "llm_layers" if config.get("layer") else "llm_input",
@@ -84,7 +85,8 @@ def test_training_and_inference_read_the_same(subject: Any, case: str) -> None:
     read = Needs(hidden=needs.hidden)
     with Asker(model, processor, read) as asker, torch.no_grad():
         questions = asker.ask(inputs, torch.zeros_like(inputs["input_ids"], dtype=torch.bool))
-        inside = before_layer(asker.host, questions, pruner.layer, needs.attention)
+        reads = needs.attention, needs.column
+        inside = before_layer(asker.host, questions, pruner.layer, *reads)
         scores = pruner.network(at_layer(inside.tokens, needs)).values
     assert_close(scores[inside.tokens.real], found[0].flatten(), rtol=1e-4, atol=1e-5)
 
@@ -110,6 +112,24 @@ def test_questions_are_answered_apart(subject: Any, case: str) -> None:
         assert_close(alone[0][0], scores[row], atol=1e-4, rtol=1e-4)
         assert alone[1][0].equal(kept[row])
     assert not torch.allclose(scores[0], scores[1], atol=1e-3), "the question changes nothing"
+
+
+def test_nothing_sees_a_column_of_its_own(subject: Any) -> None:
+    """Where all tokens stay, answers are bit for bit those under a scorer without one."""
+    model, processor = subject
+    inputs, found = asked(processor, WORDS), []
+    for case in ("inside, by every head", "inside, by a column of its own"):
+        with build(model, case, num_keep=1000)(model, processor=processor), torch.no_grad():
+            made = model.generate(
+                **inputs,
+                max_new_tokens=3,
+                do_sample=False,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+        found.append((made.sequences, torch.stack(made.scores)))
+    for without, beside in zip(*found, strict=True):
+        assert beside.equal(without)
 
 
 def test_positions_are_those_of_the_training() -> None:

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from ocvtp.pruners.checks import WIDTH, random_tokens
 from ocvtp.selectors.scorer import Scores, Widths, build_scorer, list_scorers
-from ocvtp.structures import Needs
+from ocvtp.structures import LayerTokens, Needs
 
 GRID, COUNT = (4, 3), 12
 CASES = {
@@ -166,6 +166,7 @@ def test_a_share_is_one_of_the_images_own_tokens():
         ("prompted", Widths(4096, 1024), {}, 17_084_417),
         ("vip", Widths(4096, 1024, 32), {}, 8_932_097),
         ("vip", Widths(4096, 1024, 32), {"kind": "last_heads"}, 8_940_033),
+        ("vip", Widths(4096, 1024, 32), {"learnt": True}, 8_940_033 + 21 * 4096 + 4096 * 4098),
         ("slots", Widths(4096, 1024), {}, 7_616_512),
     ],
 )
@@ -298,8 +299,37 @@ def test_vip_reads_every_head():
     assert_close(scorer(tokens).values, mean(tokens).values)
     with pytest.raises(ValueError, match="is of 2 heads, and this scorer was trained on 3"):
         scorer(replace(tokens, attention={key: rows[:, :, :2]}))
-    with pytest.raises(ValueError, match="kind='last_heads' reads every .* kind='last'"):
-        build_scorer("vip", sizes | {"kind": "last_heads"}, Widths(WIDTH, WIDTH))
+    for told, of in (
+        ({"kind": "last_heads"}, "kind='last_heads'"),
+        ({"learnt": True}, "learnt=Tr"),
+    ):
+        with pytest.raises(ValueError, match=f"{of}.* reads every .* kind='last'"):
+            build_scorer("vip", sizes | told, Widths(WIDTH, WIDTH))
+
+
+def test_vip_reads_a_column_that_learns():
+    sizes = {"hidden": [3], "dim": 8, "condition": 8, "blocks": 1, "heads": 2, "block": 1}
+    scorer = build_scorer("vip", sizes | {"learnt": True}, Widths(WIDTH, WIDTH, 3))
+    tokens = random_tokens(scorer.needs, 3, (4, 3))
+    seen = []
+
+    def column(vectors):
+        seen.append(vectors)
+        return (tokens.features @ vectors.T).abs().repeat(1, 1, 2)[:, :, :3] + 0.1
+
+    inside = LayerTokens(**vars(tokens), places=torch.arange(12).expand(3, 12), column=column)
+    assert tokens.missing(scorer.needs) == ["column"]
+    assert not inside.missing(scorer.needs)
+    scorer(inside).values.square().sum().backward()
+    (vectors,) = seen
+    assert vectors.shape == (2, WIDTH)
+    assert_close(vectors.square().mean(dim=1), torch.ones(2), rtol=0.01, atol=0.01)  # normed
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in scorer.parameters())
+    with torch.no_grad():
+        one = scorer(inside.map(lambda values: values[1:2])).values
+        assert_close(one, scorer(inside).values[1:2])
+    with pytest.raises(ValueError, match="block=-1.*of a layer, from 0 on"):
+        build_scorer("vip", sizes | {"learnt": True, "block": -1}, Widths(WIDTH, WIDTH, 3))
 
 
 @torch.no_grad()

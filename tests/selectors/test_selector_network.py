@@ -115,6 +115,12 @@ def test_what_does_not_go_together_is_refused(changed, message):
         replace(CONFIG, **changed)
 
 
+def test_a_column_after_the_prompt_is_not_there_before_the_language_model():
+    vip = {"scorer": "vip", "widths": Widths(8, 6, 2), "sizes": {"learnt": True}}
+    with pytest.raises(ValueError, match="'vip' reads a column .*pass the stage llm_layers"):
+        SelectorNetwork(SelectorConfig(**vip))
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

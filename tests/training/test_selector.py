@@ -174,6 +174,7 @@ def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_
     network = export_checkpoint(result.last, tmp_path / "artifact")
     assert (network.config.stage, network.config.layer) == ("llm_layers", 1)
     assert network.scorer.attended.in_features == 4  # heads
+    assert network.scorer.added.shape == (2, 128)
     assert all(int(own.num_tokens) for _, own in network.statistics())
     model, processor = load_model("checkpoints/demo-vlm", "float32")
     pruner = ocvtp.build_pruner(
@@ -183,6 +184,31 @@ def test_a_scorer_learns_before_a_layer_what_attention_and_tower_say(words, tmp_
                        return_tensors="pt")  # fmt: skip
     with pruner(model, processor=processor):
         model.generate(**inputs, max_new_tokens=2)
+
+
+def test_a_column_of_its_own_learns_from_answers_and_from_masks(words):
+    module, batch = module_of(words("glimpse"))
+    scorer = module.network.scorer
+    own = {f"scorer.{part}" for part in ("added", "to_column", "norm_column")}
+    asked = module.ask(batch)
+    found = module._step(batch, asked, 8, 0.5, module.losses)
+    for loss in module.losses:
+        module.network.zero_grad()
+        loss(found).mean().backward(retain_graph=True)
+        learns = {n for n, p in module.network.named_parameters() if p.grad is not None}
+        of_column = {n for n in learns if any(n.startswith(part) for part in own)}
+        assert of_column == {n for n, _ in module.network.named_parameters()
+                             if any(n.startswith(part) for part in own)}, loss.name  # fmt: skip
+        assert (learns == of_column) == (loss.name == "column_ce")
+    assert all(p.grad is None for p in module.vlm.parameters())
+    with torch.no_grad():
+        chosen = module._chosen(asked, found.scores, 8, batch["keys"])
+        assert chosen[""].equal(chosen["untrained"])  # which reads a column of its own
+        scorer.added += 1.0
+        scores = module.network(asked.tokens).values
+        after = module._chosen(asked, scores, 8, batch["keys"])
+    assert not scores.allclose(found.scores, atol=1e-3)
+    assert after["untrained"].equal(chosen["untrained"])
 
 
 @pytest.mark.slow
@@ -347,6 +373,8 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("mask", "--model.warmup_fraction=2"), "warmup_fraction=2.0; pass a share"),
         (("mask", "--model.losses={maks: {}}"), "did you mean 'mask'"),
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
+        (("mask", "--model.losses={column_ce: {}}"), "'prompted' has none; pass .*VIP with learnt"),
+        (("glimpse", "--model.host.checkpointing=true"), "leave model.host.checkpointing out"),
     ):
         with pytest.raises(ValueError, match=told):
             build(words(*more))
@@ -432,6 +460,41 @@ def test_a_stored_teacher_says_what_the_model_says(recipe, words, tmp_path, caps
         assert torch.equal(other.targets, one.targets)
     else:
         assert_close(other.teacher[0], one.teacher[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_layers_are_ranked_by_answers_with_their_own_top_k(words, capsys):
+    given = [word for word in words("distil", "--json") if not word.startswith("--output")]
+    assert main(["teacher", *given, "--rank"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["questions"] == 8
+    *layers, random = facts["rows"]
+    assert {(row["layer"], row["rows"]) for row in layers} == {
+        (layer, rows) for layer in range(3) for rows in ("text", "last")
+    }
+    means = [row["accuracy_16"] + row["accuracy_8"] for row in layers]
+    assert means == sorted(means, reverse=True)
+    assert (random["layer"], random["rows"]) == (None, "random")
+    module, _ = module_of(words("distil"))
+    kept, right = [row for row in layers if (row["layer"], row["rows"]) == (1, "last")], []
+    with torch.no_grad():
+        for batch in module_data(words("distil")):
+            asked = module.ask(batch)
+            values = attention_rows(module.frozen_host, asked, [1], "last")[1]
+            keep = torch.zeros_like(values, dtype=torch.bool)
+            keep.scatter_(1, values.topk(8, dim=1).indices, True)
+            answered = selector.read(module.frozen_host, selector.drop(asked, keep))
+            hits = answered.logits.argmax(dim=1) == answered.targets
+            right += [bool(hits[answered.owner == row].all()) for row in range(len(values))]
+    assert kept[0]["accuracy_8"] == pytest.approx(sum(right) / len(right))
+
+
+def module_data(words):
+    """Batches of its validation."""
+    data = build(words).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    return data.val_dataloader()
 
 
 @pytest.mark.slow

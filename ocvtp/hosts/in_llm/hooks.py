@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.cache_notes import LayersNote, leave_note, notes_on
+from ocvtp.hosts.in_llm.column import given_positions
 from ocvtp.hosts.in_llm.drop import Pass, drop, prepare
 from ocvtp.hosts.in_llm.layer_call import LayerCall
 from ocvtp.hosts.in_llm.prompt_state import Current, Place
@@ -70,16 +71,19 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
     places = [layer for layer, _ in needs]
     asked = {b for layer, need in needs for b, _ in need.attention if b != layer}
     read = asked | {b for layer, need in needs for b in need.keys if b != layer}
+    columns = {need.column for _, need in needs if need.column is not None}
     found = [
         before(model, _before, with_kwargs=True),
         after(model, _behind, always_call=True),
     ]
-    for number in range(min({*read, *places}), count):
+    for number in range(min({*read, *columns, *places}), count):
         hook = partial(_before_layer, number)
         found.append(before(model.layers[number], hook, with_kwargs=True))
     for number in sorted(asked):
         query = model.layers[number].self_attn.q_proj
         found.append(after(query, partial(_keep_queries, number)))
+    if columns:
+        found.append(before(model.rotary_emb, _keep_positions, with_kwargs=True))
     return found
 
 
@@ -163,6 +167,12 @@ def _keep_queries(number: int, module: Any, args: Any, output: Tensor) -> None:
     run = _running()
     if run is not None and run.current is not None:
         run.current.queries[number] = output.detach()
+
+
+def _keep_positions(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    run = _running()
+    if run is not None and run.current is not None and run.current.positions is None:
+        run.current.positions = given_positions(args, kwargs)
 
 
 def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:

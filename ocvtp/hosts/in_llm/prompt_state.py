@@ -6,16 +6,20 @@ L' columns of the prompt as it is now, T after it; I images of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ocvtp.hosts.in_llm.attention import among_each_other, rows_of_attention, turn, turn_to_start
+from ocvtp.hosts.in_llm.column import Column, next_position
 from ocvtp.hosts.in_llm.plan import Group, LayerPlan
 from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.structures import LayerTokens, take
 from ocvtp.towers.module_state import on_device
+from ocvtp.towers.recordings import outside
+from ocvtp.transformers_names import layer_keys
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Current:
         num_tail: T.
         queries: layer -> [B, q, H d], as they were projected.
         ropes: layer -> cosines and sines of its positions. rope: those of what is left.
+        positions: [..., 1 or B, q], of which these were made; None where nobody asks.
     """
 
     needs: dict[int, LayerNeeds]
@@ -46,6 +51,7 @@ class Current:
     queries: dict[int, Tensor] = field(default_factory=dict)
     ropes: dict[int, Any] = field(default_factory=dict)
     rope: Any = None
+    positions: Tensor | None = None
 
     @classmethod
     def start(cls, plan: LayerPlan, embeddings: Tensor, num_tail: int) -> Current:
@@ -69,6 +75,8 @@ class Current:
         self.groups = tuple(group.to(device) for group in self.groups)
         self.mask, self.last = self.mask.to(device), self.last.to(device)
         self.origin = self.origin.to(device)
+        if self.positions is not None:
+            self.positions = self.positions.to(device)
 
     def shrink(self, index: Tensor, real: Tensor) -> Tensor:
         """Keep columns `index` [B, L''] of the prompt, of which some are not `real`.
@@ -158,6 +166,8 @@ def tokens_at(plan: LayerPlan, current: Current, group: Group, place: Place) -> 
             asked = needs.normed if tokens.text is not None else ()
             text: dict[str, Tensor] = {n: norms[n](tokens.text) for n in asked}
         tokens = replace(tokens, normed=normed, text_normed=text)
+    if needs.column is not None:
+        tokens = replace(tokens, column=partial(_column, current, group, place))
     if plan.tower is None:
         return tokens
     return replace(tokens, tower=plan.tower.map(lambda values: values[group.images]))
@@ -239,6 +249,29 @@ def _attention(current: Current, group: Group, place: Place, block: int, kind: s
     raters = group.text_valid if group.raters is None else group.raters & group.text_valid
     weights = raters / raters.sum(dim=1, keepdim=True).clamp(min=1)
     return (weights[:, None].to(shares) @ shares)[:, 0]
+
+
+def _column(current: Current, group: Group, place: Place, vectors: Tensor) -> Tensor:
+    """[I, N, H] what a column after the prompt attends to, see `LayerTokens.column`."""
+    assert current.positions is not None
+    rows, length = group.rows, current.mask.shape[1]
+
+    def own(part: Tensor) -> Tensor:
+        return part[rows, :, :length]
+
+    def past(block: int) -> tuple[Tensor, Tensor]:
+        keys, values = layer_keys(place.cache, block)
+        return own(keys), own(values)
+
+    column = Column(
+        place.model,
+        current.mask[rows],
+        next_position(current.positions, current.last)[..., rows, :],
+        past,
+        keys=lambda block: own(_keys(current, place, block)),
+    )
+    with outside():  # the layers run for this column alone
+        return take(column.attention(vectors), group.columns)
 
 
 def _at(part: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ class LearnedLayers(SelectorPruner, OneStagePruner):
 
     def needs_at(self, layer: int) -> LayerNeeds:
         needs = self.trained.scorer.needs
-        return LayerNeeds(attention=needs.attention, text=needs.text)
+        return LayerNeeds(attention=needs.attention, text=needs.text, column=needs.column)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         seen = at_layer(tokens, self.trained.scorer.needs)

@@ -57,6 +57,28 @@ class CE(Loss):
         return mean_of_rows(missed, step.owner, step.tokens.batch_size)
 
 
+@register_loss("column_ce")
+class ColumnCE(Loss):
+    """Cross-entropy of the answer after the scorer's own column, with all visual tokens in place.
+
+    The column stands between prompt and answer: from there the frozen model predicts the answer's
+    first token, and all further ones read it. It teaches the column alone what a question is about,
+    and no score. As in GlimpsePrune. Means over the answer tokens, then over the rows.
+
+    Args:
+        weight: see `Loss`.
+    """
+
+    reads = frozenset({"column"})
+
+    def _values(self, step: Step) -> LossValue:
+        assert step.column_logits is not None
+        assert step.targets is not None
+        assert step.owner is not None
+        missed: Tensor = cross_entropy(full(step.column_logits), step.targets, reduction="none")
+        return mean_of_rows(missed, step.owner, step.tokens.batch_size)
+
+
 @register_loss("hidden")
 class Hidden(Loss):
     """`|pruned - full|^2 / |full|^2` of the last normed states where answer tokens are predicted.

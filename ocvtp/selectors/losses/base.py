@@ -23,6 +23,7 @@ READS: dict[str, tuple[str, ...]] = {
     "states": ("full_states", "pruned_states", "owner"),
     "attention": ("teacher",),
     "objects": ("objects", "has_objects"),
+    "column": ("column_logits", "owner", "targets"),
     "gates": ("gates",),
     "reward": ("reward", "groups"),
     "tower": (),
@@ -30,9 +31,9 @@ READS: dict[str, tuple[str, ...]] = {
 """What a loss may read, by the word that says so, and where `Step` holds it.
 
 `full` and `pruned`: logits of the frozen model with all tokens and with the gates; `states`: its
-normed states in both; `attention`: what its layers attend to; `objects`: the question's; `gates`;
-`reward`: of sampled sets; `tower`: visual tokens as `Loss.needs` names them, which the scorer need
-not read."""
+normed states in both; `attention`: what its layers attend to; `objects`: the question's; `column`:
+logits with all tokens after the scorer's own column; `gates`; `reward`: of sampled sets; `tower`:
+visual tokens as `Loss.needs` names them, which the scorer need not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Step:
         full_logits: [T, V] at the columns that predict answer tokens. pruned_logits: the same under
             the gates.
         owner: [T] int64, the row of each. targets: [T] int64, the answer tokens.
+        column_logits: [T, V] the same after the scorer's own column, see `Scorer.column`.
         full_states: [T, D'] last normed states at those columns. pruned_states: the same under the
             gates.
         teacher: layer of the language model -> [B, N] its attention to each visual token, as it is,
@@ -76,6 +78,7 @@ class Step:
     targets: Tensor | None = None
     full_states: Tensor | None = None
     pruned_states: Tensor | None = None
+    column_logits: Tensor | None = None
     teacher: Mapping[int, Tensor] | None = None
     deposition: Mapping[int, Tensor] = field(default_factory=dict)
     objects: Tensor | None = None

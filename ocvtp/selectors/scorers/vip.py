@@ -19,11 +19,13 @@ from ocvtp.selectors.blocks import (
 from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.scorer import Scorer, Scores, Widths, register_scorer
 from ocvtp.slots.statistics import FeatureStatistics, relative_log
-from ocvtp.structures import AttentionKey, AttentionKind, Needs, VisualTokens
+from ocvtp.structures import AttentionKey, AttentionKind, LayerTokens, Needs, VisualTokens
 
 _CELLS = 24.0
 """Rows and columns that an image counts as, of any grid: those of LLaVA-1.5's."""
 _SLOWEST = 100.0
+_ADDED = 0.02
+"""Deviation of what is added to a column, before its training."""
 
 
 class _Block(nn.Module):
@@ -74,7 +76,8 @@ class VIP(Scorer):
     """A row of attention through blocks of attention that compare what the tower saw.
 
     Paper: https://arxiv.org/abs/2508.01548. The row is read as logarithms minus their mean over the
-    image. Published are heads apart (`last_heads`) of a learnt token; here it is the prompt's last.
+    image. Published are the heads apart of a learnt column (`learnt`); else it is the row of the
+    prompt's last token, heads apart (`last_heads`) or not.
 
     Args:
         block: whose attention is read: of the language model at stage `llm_layers`, else of the
@@ -85,9 +88,13 @@ class VIP(Scorer):
         condition: width to which the tower's layers are reduced together.
         blocks: how many.
         heads: of attention.
+        learnt: whether it reads, in place of `kind`, what every head of `block` attends to in a
+            column after the prompt that learns, too: before each layer l up to the block
+            `RMSNorm(W e_l + b)` is added to it. Of the language model alone.
 
     Raises:
-        ValueError: for sizes below 1, a `dim` that does not fit, an unknown `kind`, and no layers.
+        ValueError: for sizes below 1, a `dim` that does not fit, an unknown `kind`, no layers, and
+            a `block` below 0 of a learnt column.
     """
 
     block: int = 20
@@ -97,6 +104,7 @@ class VIP(Scorer):
     condition: int = 512
     blocks: int = 4
     heads: int = 4
+    learnt: bool = False
 
     def __post_init__(self) -> None:
         check_sizes(dim=self.dim, condition=self.condition, blocks=self.blocks, heads=self.heads)
@@ -110,6 +118,11 @@ class VIP(Scorer):
             raise ValueError(
                 f"kind={self.kind!r}; pass one of {', '.join(get_args(AttentionKind))}."
             )
+        if self.learnt and self.block < 0:
+            raise ValueError(
+                f"block={self.block}; with learnt: true pass the number of a layer, from 0 on: each"
+                " up to it has a vector of its own."
+            )
         self.hidden = list(self.hidden)
         if not self.hidden or not all(type(layer) is int for layer in self.hidden):
             raise ValueError(f"hidden={self.hidden}; pass numbers of layers of the tower.")
@@ -121,6 +134,8 @@ class VIP(Scorer):
 
     @property
     def needs(self) -> Needs:
+        if self.learnt:
+            return Needs(hidden=tuple(self.hidden), column=self.block)
         return Needs(hidden=tuple(self.hidden), attention=(self.key,))
 
     def build(self, widths: Widths) -> None:
@@ -132,6 +147,12 @@ class VIP(Scorer):
         )
         self.norm = nn.LayerNorm(self.dim)
         self.out = nn.Linear(self.dim, 1)
+        if self.learnt:
+            width = widths.projected
+            self.added = nn.Parameter(_ADDED * torch.randn(self.block + 1, width))
+            self.to_column, self.norm_column = nn.Linear(width, width), nn.RMSNorm(width, eps=1e-6)
+            nn.init.xavier_uniform_(self.to_column.weight)
+            nn.init.zeros_(self.to_column.bias)
 
     def forward(self, tokens: VisualTokens, num_keep: NumKeep | None = None) -> Scores:
         seen = [
@@ -139,14 +160,12 @@ class VIP(Scorer):
             for layer, statistics in self._measured()
         ]
         condition = self.see(torch.cat(seen, dim=2))
-        attention = tokens.attention[self.key]
-        if attention.ndim == 2:
-            attention = attention[:, :, None]
+        attention = self._read(tokens)
         if attention.shape[2] != self.attended.in_features:
             raise ValueError(
-                f"attention {self.key} is of {attention.shape[2]} heads, and this scorer was"
-                f" trained on {self.attended.in_features}; pass a checkpoint that was trained in"
-                " this model."
+                f"attention of layer {self.block} is of {attention.shape[2]} heads, and this scorer"
+                f" was trained on {self.attended.in_features}; pass a checkpoint that was trained"
+                " in this model."
             )
         logs = relative_log(attention, tokens.valid)
         known = self.attended(logs.to(condition.dtype))
@@ -156,18 +175,35 @@ class VIP(Scorer):
         values: Tensor = self.out(self.norm(known)).squeeze(2)
         return Scores(values.float())
 
+    def column(self) -> Tensor | None:
+        if not self.learnt:
+            return None
+        column: Tensor = self.norm_column(self.to_column(self.added))
+        return column
+
+    def _read(self, tokens: VisualTokens) -> Tensor:
+        """[B, N, H], or [B, N, 1]."""
+        column = self.column()
+        if column is not None:
+            assert isinstance(tokens, LayerTokens)
+            assert tokens.column is not None
+            return tokens.column(column)
+        attention = tokens.attention[self.key]
+        return attention if attention.ndim == 3 else attention[:, :, None]
+
     def _rows(self, widths: Widths) -> int:
         """H where heads are apart, else 1.
 
         Raises:
             ValueError: if nobody says how many there are.
         """
-        if self.kind != "last_heads":
+        if self.kind != "last_heads" and not self.learnt:
             return 1
         if widths.heads < 1:
             raise ValueError(
-                "kind='last_heads' reads every attention head of the language model, and their"
-                " number is not known; pass Widths(..., heads=H), or kind='last'."
+                f"{'learnt=True' if self.learnt else f'kind={self.kind!r}'} reads every attention"
+                " head of the language model, and their number is not known; pass Widths(...,"
+                " heads=H), or kind='last'."
             )
         return widths.heads
 

@@ -51,6 +51,7 @@ def draw(counts=COUNTS, *, num_keep=NUM_KEEP, relaxation="soft_topk", filling=7.
         gates=gates,
         full_logits=noise(6, 2 * rows, WORDS),
         pruned_logits=noise(7, 2 * rows, WORDS).requires_grad_(),
+        column_logits=noise(12, 2 * rows, WORDS).requires_grad_(),
         owner=torch.arange(rows).repeat_interleave(2),
         targets=torch.arange(2 * rows) % WORDS,
         full_states=noise(8, 2 * rows, 4),

@@ -25,6 +25,7 @@ from tests.selectors.losses.steps import COUNTS, draw
 SETTINGS = {
     "kl": [{}, {"temperature": 2.0}],
     "ce": [{}],
+    "column_ce": [{}],
     "hidden": [{}],
     "attention": [{}, {"temperature": 4.0}, {"kind": "mse"}],
     "rank": [{}, {"kind": "spearman"}, {"kind": "listnet", "temperature": 0.5}],
@@ -47,7 +48,8 @@ def one(name, given):
 
 def graded(step):
     """What a loss may send a gradient to."""
-    return [t for t in (step.scores, step.pruned_logits, step.pruned_states) if t is not None]
+    read = (step.scores, step.pruned_logits, step.pruned_states, step.column_logits)
+    return [values for values in read if values is not None]
 
 
 def test_all_are_known():
@@ -146,7 +148,14 @@ def row(step, b):
     tokens = replace(step.tokens.map(lambda t: t[b : b + 1, :count]), valid=None)
     changes = {
         name: getattr(step, name)[answers]
-        for name in ("full_logits", "pruned_logits", "targets", "full_states", "pruned_states")
+        for name in (
+            "full_logits",
+            "pruned_logits",
+            "targets",
+            "full_states",
+            "pruned_states",
+            "column_logits",
+        )
     }
     cut = {name: getattr(step, name)[b : b + 1, :count] for name in ("scores", "objects")}
     gates = step.gates
@@ -182,7 +191,7 @@ def test_batch_mates_and_padding_change_nothing(name, given, filling):
 @pytest.mark.parametrize(("name", "given"), CASES)
 def test_half_precision_and_autocast_change_no_type(name, given):
     step = draw(relaxation=relaxation_of(name))
-    names = ("full_logits", "pruned_logits", "full_states", "pruned_states")
+    names = ("full_logits", "pruned_logits", "full_states", "pruned_states", "column_logits")
     half = replace(step, **{n: getattr(step, n).bfloat16() for n in names})
     back = replace(step, **{n: getattr(half, n).float() for n in names})
     loss = one(name, given)
