@@ -247,11 +247,12 @@ class Worker:
         if not has_images:
             self._check_lengths(group)
         self._asked = group
-        if has_images and self.num_keep is not None:  # of a group it is one number, see `alike`
-            self.pruner.num_keep = first.num_keep or self.num_keep
+        asked = [one.num_keep for one in group]  # None where the pruner's own counts
+        budgets = {"num_keep": asked} if any(asked) else {}
         longest = max(one.max_tokens for one in group)
         self.model.generate(
             **inputs,
+            **budgets,
             do_sample=False,
             max_new_tokens=longest,
             min_new_tokens=longest if first.ignore_eos else None,
@@ -280,13 +281,10 @@ class Worker:
 
 
 def alike(batch: Iterable[Question]) -> Iterator[list[Question]]:
-    """The questions of a batch that one `generate` can answer, group by group.
-
-    All rows of a call keep as many tokens of an image, so that each num_keep is a group of its own.
-    """
+    """The questions of a batch that one `generate` can answer, group by group."""
     groups: dict[Any, list[Question]] = {}
     for one in batch:
-        key = (one.num_keep, bool(one.images), one.ignore_eos)
+        key = (bool(one.images), one.ignore_eos)
         groups.setdefault(key, []).append(one)
     yield from groups.values()
 
