@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -239,6 +240,30 @@ def tile_grid(size: Any, pinpoints: Any, side: int) -> tuple[int, int]:
 
     grid: tuple[int, int] = modeling_llava_next.get_anyres_image_grid_shape(size, pinpoints, side)
     return grid
+
+
+def pack_tiles(
+    config: Any, sizes: list[list[int]], tiles: Sequence[Tensor], newline: Tensor
+) -> list[Tensor]:
+    """Rows [n, C] of images in tiles, as a LLaVA-NeXT or LLaVA-OneVision packs them.
+
+    Args:
+        config: of the model, which itself is not needed.
+        sizes: heights and widths of the images, in pixels.
+        tiles: [tiles, N, C] of each image.
+        newline: [C].
+    """
+    from transformers import LlavaNextModel, LlavaOnevisionModel
+
+    settings: dict[str, Any] = {"image_newline": newline}
+    if config.model_type == "llava_next":
+        cls, name = LlavaNextModel, "vision_feature_select_strategy"
+    else:
+        cls, name = LlavaOnevisionModel, "vision_aspect_ratio"
+    settings[name] = getattr(config, name)
+    # of the model, the method reads the settings alone
+    packed, _ = cls.pack_image_features(SimpleNamespace(config=config), tiles, sizes, **settings)
+    return list(packed)
 
 
 def unpad(image: Tensor, size: tuple[int, int]) -> Tensor:

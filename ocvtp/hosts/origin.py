@@ -70,15 +70,24 @@ def check_origin(host: Host, pruner: Pruner | Compose) -> None:
     Raises:
         ValueError: that says what was trained, and what this is.
     """
-    layers = len(host.language_model.layers)
-    own = {"width": host.model.config.get_text_config().hidden_size, "num_layers": layers}
+    width = host.model.config.get_text_config().hidden_size
+    check_trained_in(pruner, width, len(host.language_model.layers))
+
+
+def check_trained_in(pruner: Pruner | Compose, width: int, num_layers: int) -> None:
+    """Refuse a pruner that was trained in a language model of another width or of other layers.
+
+    Raises:
+        ValueError: that says what was trained, and what this is.
+    """
+    own = {"width": width, "num_layers": num_layers}
     for part in pruner.parts:
         trained = part.trained_in
         if any(trained.get(name) not in (None, own[name]) for name in own):
             raise ValueError(
                 f"pruner {part.name!r} was trained in a language model of"
                 f" {trained.get('num_layers')} layers, {trained.get('width')} wide, and this one"
-                f" has {layers}, {own['width']} wide; pass a checkpoint that was trained in this"
+                f" has {num_layers}, {width} wide; pass a checkpoint that was trained in this"
                 " model."
             )
 

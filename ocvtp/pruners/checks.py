@@ -73,7 +73,16 @@ def check_pruner(pruner: Pruner, grid_hw: tuple[int, int] = (6, 3), batch_size: 
 
 
 def random_tokens(
-    needs: Needs, batch_size: int, grid_hw: tuple[int, int], *, seed: int = 0, ragged: bool = False
+    needs: Needs,
+    batch_size: int,
+    grid_hw: tuple[int, int],
+    *,
+    seed: int = 0,
+    ragged: bool = False,
+    features: int = WIDTH,
+    tower: int = WIDTH,
+    projected: int = WIDTH,
+    num_heads: int = 2,
 ) -> VisualTokens:
     """Visual tokens of normal random numbers that hold just what `needs` names.
 
@@ -83,6 +92,9 @@ def random_tokens(
         grid_hw: rows and columns.
         seed: of the numbers.
         ragged: whether every second image lacks the last row of the grid: padding.
+        features: width of these, and of the CLS. tower: of what is read inside of it.
+        projected: width of these, and of the text.
+        num_heads: of the tower.
     """
     count = grid_hw[0] * grid_hw[1]
     rows = torch.arange(batch_size)[:, None]
@@ -94,22 +106,22 @@ def random_tokens(
             images.append(torch.randn(*shape, generator=own))
         return torch.stack(images)
 
-    def many(stream: int) -> Tensor:
-        return draw(stream, count, WIDTH)
+    def many(stream: int, width: int = tower) -> Tensor:
+        return draw(stream, count, width)
 
     return VisualTokens(
-        features=many(0),
+        features=many(0, features),
         grid_hw=grid_hw,
         valid=torch.arange(count) < count - (rows % 2) * grid_hw[1] if ragged else None,
-        cls=draw(1, WIDTH) if needs.cls else None,
+        cls=draw(1, features) if needs.cls else None,
         hidden={layer: many(20 + i) for i, layer in enumerate(needs.hidden)},
         attention={k: draw(40 + i, count).softmax(1) for i, k in enumerate(needs.attention)},
         keys={block: many(60 + i) for i, block in enumerate(needs.keys)},
-        cls_keys={block: draw(80 + i, WIDTH) for i, block in enumerate(needs.keys)},
-        cls_queries={block: draw(90 + i, WIDTH) for i, block in enumerate(needs.keys)},
-        num_heads=2,
-        projected=many(2) if needs.projected else None,
-        text=draw(3, _TEXT, WIDTH) if needs.text else None,
+        cls_keys={block: draw(80 + i, tower) for i, block in enumerate(needs.keys)},
+        cls_queries={block: draw(90 + i, tower) for i, block in enumerate(needs.keys)},
+        num_heads=num_heads,
+        projected=many(2, projected) if needs.projected else None,
+        text=draw(3, _TEXT, projected) if needs.text else None,
         text_valid=torch.arange(_TEXT) < _TEXT - rows % 3 if needs.text else None,
         clip_visual=draw(4, count, 4) if needs.clip else None,
         clip_text=draw(5, _PARTS, 4) if needs.clip else None,

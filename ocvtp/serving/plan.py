@@ -2,150 +2,213 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from math import isqrt
 from typing import Any
 
+import torch
+
+from ocvtp.field_types import shown
+from ocvtp.hosts.base import Tiling
+from ocvtp.hosts.origin import check_trained_in
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
+from ocvtp.pruners.checks import random_tokens
 from ocvtp.pruners.specs import parse_spec
+from ocvtp.serving.budgets import Budget
+from ocvtp.serving.identity import identity_of
+from ocvtp.serving.layouts import (
+    InternVLLayout,
+    Layout,
+    LlavaLayout,
+    OnevisionLayout,
+    ServedTower,
+    Shape,
+    TiledLayout,
+)
 from ocvtp.structures import AttentionKind, Needs, Stage
-from ocvtp.towers.taps import resolve
 
 KEY = "ocvtp"
-"""Of the model's configuration, where the settings are."""
+"""Of the model's configuration, and of the processor arguments of a request: where settings are."""
+LAYOUTS: dict[str, type[Layout]] = {
+    "llava": LlavaLayout,
+    "llava_next": TiledLayout,
+    "llava_onevision": OnevisionLayout,
+    "internvl": InternVLLayout,
+}
+"""By the `model_type` of the models that are served."""
 _STAGE: Stage = "llm_input"
-_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
-"""The `model_type` of towers that servers build, and the tokens before the patches."""
 _OF_TOWERS: tuple[AttentionKind, ...] = ("cls", "received", "given", "global")
+_OF_THE_PLAN = ("pruner", "max_keep", "budget", "separators")
+_BUDGETS = ("num_keep", "keep_ratio", "setting")
 _EXAMPLE = '{"ocvtp": {"pruner": "divprune", "num_keep": 64}}'
-
-
-@dataclass(frozen=True)
-class ServedTower:
-    """What the vision tower of a server has.
-
-    Args:
-        num_blocks: of the whole tower.
-        num_built: blocks that the server builds and runs: those before the selected layer.
-        num_prefix: tokens before the patches: 1 with a CLS, else 0.
-        grid_hw: rows and columns of the patches.
-    """
-
-    num_blocks: int
-    num_built: int
-    num_prefix: int
-    grid_hw: tuple[int, int]
-
-    @property
-    def num_tokens(self) -> int:
-        """N, visual tokens of an image."""
-        return self.grid_hw[0] * self.grid_hw[1]
-
-    def layer(self, number: int) -> int:
-        """The non-negative number of a layer of `hidden_states` of the whole tower."""
-        return resolve(number, self.num_blocks + 1, "hidden_states")
-
-    def block(self, number: int) -> int:
-        """The non-negative number of a block of the whole tower."""
-        return resolve(number, self.num_blocks, "blocks")
+_MOST_BUDGETS = 4096  # that are remembered
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A pruner that a server can run, and how many tokens every image has after it.
+    """A pruner that a server can run, and how many tokens of an image stay.
 
     Args:
-        pruner: that keeps K of N tokens of every image.
-        tower: that it reads.
-        num_keep: K.
+        pruner: that keeps exactly as many tokens as it is asked for.
+        layout: of the model.
+        budget: of every image whose request does not say another.
+        spec: what the pruner was called in the settings.
+        identity: see `ocvtp.serving.identity`.
     """
 
     pruner: Pruner
-    tower: ServedTower
-    num_keep: int
+    layout: Layout
+    budget: Budget
+    spec: str
+    identity: str
+    at: Callable[[int], Pruner] = field(init=False, repr=False, compare=False)
+    """K -> the same pruner with that budget."""
+    _rehearse: Callable[[int, bool], None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        remember = lru_cache(maxsize=_MOST_BUDGETS)
+        object.__setattr__(self, "at", remember(partial(_at, self.pruner)))
+        object.__setattr__(self, "_rehearse", remember(partial(_rehearse, self)))
+
+    @property
+    def tower(self) -> ServedTower:
+        """What the pruner reads."""
+        return self.layout.tower
+
+    def of_request(self, given: Any) -> Budget:
+        """The budget of a request, from what it says under `ocvtp`; see `Budget.of_request`."""
+        return self.budget.of_request(given, self.spec)
+
+    def asked(self, shape: Shape, budget: Budget) -> tuple[int, ...]:
+        """How many tokens of each view of an image are asked for; all stay where it has fewer.
+
+        Args:
+            shape: of the image.
+            budget: of its request.
+
+        Raises:
+            ValueError: if the pruner cannot choose so many, or not from such an image.
+        """
+        self.layout.check(shape, self.pruner)
+        asked = tuple(map(budget.asked, shape.views))
+        for wanted, count in zip(asked, shape.views, strict=True):
+            if wanted <= count:
+                self._rehearse(wanted, shape.is_grid)
+        return asked
 
 
-def read_plan(config: Any) -> Plan:
-    """The plan that a LLaVA's configuration holds under `ocvtp`.
+def read_plan(config: Any, settings: Any = None) -> Plan:
+    """The plan that a model's configuration holds under `ocvtp`.
 
     Args:
-        config: a `LlavaConfig` of transformers.
+        config: of the model, as transformers has it.
+        settings: in place of those of the configuration.
 
     Raises:
         ValueError: for settings that name no pruner, and for models and pruners that cannot be
             served.
     """
-    tower = served_tower(config)
-    pruner = served_pruner(getattr(config, KEY, None), tower)
-    if pruner.exceeds(tower.num_tokens):
+    settings = getattr(config, KEY, None) if settings is None else settings
+    if not isinstance(settings, Mapping) or "pruner" not in settings:
         raise ValueError(
-            f"num_keep={pruner.num_keep} exceeds the {tower.num_tokens} visual tokens that every"
-            f" image has; pass at most {tower.num_tokens}."
+            f"the model's configuration holds {KEY}={shown(settings)}, which names no pruner; pass"
+            f" hf_overrides with e.g. {_EXAMPLE}."
         )
-    return Plan(pruner, tower, pruner.budget(tower.num_tokens))
+    layout = layout_of(config, tiling_of(settings))
+    spec, cap = str(settings["pruner"]), settings.get("max_keep")
+    own = {key: value for key, value in settings.items() if key not in _OF_THE_PLAN}
+    pruner = served_pruner(spec, own, cap, layout)
+    budget = Budget.of_pruner(pruner, cap)
+    most = layout.tower.num_tokens
+    if layout.fixed and pruner.exceeds(most) and budget.asked(most) > most:
+        raise ValueError(
+            f"num_keep={pruner.num_keep} exceeds the {most} visual tokens that every image has;"
+            f" pass at most {most}."
+        )
+    return Plan(pruner, layout, budget, spec, identity_of(pruner, layout.tiling))
 
 
-def served_tower(config: Any) -> ServedTower:
-    """What the tower of a LLaVA has, as servers build it: no block after the selected layer.
+def tiling_of(settings: Mapping[str, Any]) -> Tiling:
+    """How images in tiles are pruned: `budget` and `separators` of the settings.
 
     Raises:
-        ValueError: for other towers than CLIP and SigLIP, and where tokens are no grid of one
-            layer.
+        ValueError: for other values, and for newlines whose number depends on what is kept.
     """
-    vision, layer = config.vision_config, config.vision_feature_layer
-    if vision.model_type not in _TOWERS:
+    tiling = Tiling(settings.get("budget", "per_image"), settings.get("separators", "all"))
+    if tiling.separators == "rows":
         raise ValueError(
-            f"this LLaVA has a {vision.model_type} tower; in a server, visual tokens can be pruned"
-            f" after {' and '.join(_TOWERS)}."
+            "separators='rows' keeps the newlines of lines that kept a token, but a server reserves"
+            " the places of an image before it knows these; pass 'all' or 'none'."
         )
-    if not isinstance(layer, int):
-        raise ValueError(
-            f"vision_feature_layer={layer}: this model selects several layers, and pruning in a"
-            " server reads those of one; serve it without the pruner."
-        )
-    num_prefix = _TOWERS[vision.model_type]
-    wanted = "default" if num_prefix else "full"
-    if (strategy := config.vision_feature_select_strategy) != wanted:
-        raise ValueError(
-            f"vision_feature_select_strategy={strategy!r} does not hand the language model the"
-            f" token grid of a {vision.model_type}; pass {wanted!r}."
-        )
-    num_blocks, side = vision.num_hidden_layers, vision.image_size // vision.patch_size
-    built = resolve(layer, num_blocks + 1, "hidden_states")
-    return ServedTower(num_blocks, built, num_prefix, (side, side))
+    return tiling
 
 
-def served_pruner(settings: Mapping[str, Any] | None, tower: ServedTower) -> Pruner:
-    """The pruner of settings `{"pruner": NAME, "num_keep": K, ...}`.
+def layout_of(config: Any, tiling: Tiling | None = None) -> Layout:
+    """How a model turns images into rows.
+
+    Raises:
+        ValueError: for models that are not served.
+    """
+    if config.model_type not in LAYOUTS:
+        raise ValueError(
+            f"models of type {config.model_type!r} cannot be pruned in a server; serve one of"
+            f" {', '.join(LAYOUTS)}, or use transformers with `ocvtp.attach`."
+        )
+    return LAYOUTS[config.model_type](config, Tiling() if tiling is None else tiling)
+
+
+def served_pruner(spec: str, own: Mapping[str, Any], cap: int | None, layout: Layout) -> Pruner:
+    """A pruner that a server can run.
 
     Args:
-        settings: `pruner` is `NAME` or `NAME:KEY=VALUE,...`; the rest are settings of that pruner.
-        tower: that it is to read.
+        spec: `NAME` or `NAME:KEY=VALUE,...`; its settings go first.
+        own: further settings of the pruner, e.g. `num_keep`.
+        cap: its budget where these name none.
+        layout: of the model whose tower it is to read.
 
     Raises:
         ValueError: if they name no pruner or one that cannot be served, and what `build_pruner`
             refuses.
     """
-    if not isinstance(settings, Mapping) or "pruner" not in settings:
-        raise ValueError(
-            f"the model's configuration holds {KEY}={settings!r}, which names no pruner; pass"
-            f" hf_overrides with e.g. {_EXAMPLE}."
-        )
-    name, own = parse_spec(str(settings["pruner"]))
-    shared = {key: value for key, value in settings.items() if key != "pruner"}
+    name, named = parse_spec(spec)
+    settings = {**own, **named}
+    if cap is not None and all(settings.get(budget) is None for budget in _BUDGETS):
+        settings["num_keep"] = cap
     problem = _other_stage(pruner_class(name).stage)
     if problem is None:  # the budgets of other stages mean something else
-        pruner = build_pruner(name, **shared | own)
-        problem = _problem(pruner, tower)
+        pruner = build_pruner(name, **settings)
+        problem = _problem(pruner, layout)
     if problem is not None:
         raise ValueError(
-            f"pruner {name!r} {problem}; use one of {', '.join(alternatives(tower))}, or"
+            f"pruner {name!r} {problem}; use one of {', '.join(alternatives(layout))}, or"
             " transformers with `ocvtp.attach`."
         )
+    text = layout.config.get_text_config()
+    check_trained_in(pruner, text.hidden_size, text.num_hidden_layers)
     return pruner
 
 
-def alternatives(tower: ServedTower) -> list[str]:
+def _at(pruner: Pruner, num_keep: int) -> Pruner:
+    return replace(pruner, num_keep=num_keep, keep_ratio=None)
+
+
+def _rehearse(plan: Plan, num_keep: int, is_grid: bool) -> None:
+    """Choose from made-up tokens, so that what cannot be done is refused before an engine does it.
+
+    Raises:
+        ValueError: what the pruner raises.
+    """
+    side = isqrt(num_keep) + 1
+    tokens = random_tokens(plan.pruner.needs, 1, (side, side), **plan.layout.widths)
+    if not is_grid:
+        tokens = replace(tokens, grid_hw=(side, side + 1))
+    with torch.inference_mode():
+        plan.at(num_keep).select(tokens)
+
+
+def alternatives(layout: Layout) -> list[str]:
     """Pruners that can be served with their default settings, no trained network needed."""
     names = []
     for name in list_pruners(_STAGE):
@@ -153,12 +216,12 @@ def alternatives(tower: ServedTower) -> list[str]:
             pruner = build_pruner(name, num_keep=1)
         except ValueError:  # wants more than a budget
             continue
-        if _problem(pruner, tower) is None:
+        if _problem(pruner, layout) is None:
             names.append(name)
     return names
 
 
-def _problem(pruner: Pruner, tower: ServedTower) -> str | None:
+def _problem(pruner: Pruner, layout: Layout) -> str | None:
     """Why a server cannot run a pruner, by what it declares; None if it can."""
     for part in pruner.parts:
         if (problem := _other_stage(part.stage)) is not None:
@@ -173,13 +236,18 @@ def _problem(pruner: Pruner, tower: ServedTower) -> str | None:
             "keeps what depends on an image's place in the batch, which a server's scheduler"
             " chooses again each time"
         )
+    if pruner.prompt_positions == "original" and not layout.keeps_coordinates:
+        return (
+            "was trained to read tokens at the positions of their places (positions='original'),"
+            " but a server numbers those that are left from 0"
+        )
     needs = pruner.needs
     if needs.text or needs.clip:
         return (
             "reads the prompt, but a server encodes an image once and keeps the result by the image"
             " alone, for prompts that come later too"
         )
-    return _not_in_tower(needs, tower)
+    return _not_in_tower(needs, layout.tower)
 
 
 def _other_stage(stage: Stage) -> str | None:

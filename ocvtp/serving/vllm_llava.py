@@ -1,20 +1,12 @@
-"""LLaVA-1.5 in vLLM with K visual tokens an image. T are the tokens of the tower, its CLS included.
-
-Nothing here is imported before vLLM builds the architecture that `vllm_plugin` registers.
-"""
+"""LLaVA-1.5 in vLLM with K visual tokens an image: a CLIP or SigLIP tower, one grid of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
-from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -23,121 +15,76 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import InputProcessingContext
 
-from ocvtp.ops.merging import merge
-from ocvtp.serving.plan import Plan, read_plan
-from ocvtp.serving.tower import see
-from ocvtp.structures import Selection, take
+from ocvtp.serving.kept_rows import choose
+from ocvtp.serving.layouts import LlavaLayout, Shape
+from ocvtp.serving.plan import Plan
+from ocvtp.serving.tower import look
+from ocvtp.serving.vllm_core import PrunedInfo, PrunedModel, PrunedProcessor, whole_heads
+from ocvtp.structures import VisualTokens
 
 # transformers >= 5.17 saves a tower without the module around it that vLLM has
-_RENAMED = {
-    f"vision_tower.{part}.": f"vision_tower.vision_model.{part}."
-    for part in ("embeddings", "encoder", "pre_layrnorm", "post_layernorm", "head")
-}
+AS_SAVED = WeightsMapper(
+    orig_to_new_prefix={
+        f"{outer}vision_tower.{part}.": f"vision_tower.vision_model.{part}."
+        for part in ("embeddings", "encoder", "pre_layrnorm", "post_layernorm", "head")
+        for outer in ("", "model.")
+    }
+)
 
 
-class PrunedProcessingInfo(LlavaProcessingInfo):
-    """Tells vLLM how many places in a prompt an image takes: K, whatever its size."""
+class PrunedLlavaInfo(PrunedInfo, LlavaProcessingInfo):
+    """See `PrunedInfo`."""
 
-    @cached_property
-    def plan(self) -> Plan:
-        """What the model's configuration asks for."""
-        return read_plan(self.get_hf_config())
-
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
-        del image_width, image_height
-        return self.plan.num_keep
+    def largest_shape(self) -> Shape:
+        return _shape(self.plan)
 
 
-def _info(context: InputProcessingContext) -> PrunedProcessingInfo:
-    """Refuse in the first process what the others could not do.
+class PrunedLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
+    """See `PrunedProcessor`."""
 
-    Raises:
-        ValueError: see `read_plan`; and for embeddings in place of images.
-    """
-    info = PrunedProcessingInfo(context)
-    assert info.plan.num_keep >= 1
-    if context.get_mm_config().enable_mm_embeds:
-        raise ValueError(
-            "enable_mm_embeds lets callers pass image embeddings, which no pruner sees; leave it"
-            " out, and pass images."
-        )
-    return info
+    def shapes(self, mm_items: Any, processed: Any) -> list[Shape]:
+        return [_shape(self.info.plan)] * mm_items.get_all_counts()["image"]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    LlavaMultiModalProcessor, info=_info, dummy_inputs=LlavaDummyInputsBuilder
+    PrunedLlavaProcessor, info=PrunedLlavaInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class OCVTPLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """vLLM's LLaVA whose language model reads K tokens of every image.
+class OCVTPLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneration):
+    """vLLM's LLaVA whose language model reads K tokens of every image."""
 
-    Raises:
-        ValueError: for models and pruners that cannot be served, see `read_plan`.
+    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | AS_SAVED
+
+    def image_rows(self, asked: list[tuple[int, ...]], **images: Any) -> Sequence[Tensor]:
+        given = self._parse_and_validate_image_input(**images)
+        found = clip_tokens(self, given["pixel_values"])
+        tokens = VisualTokens(grid_hw=self.plan.tower.grid_hw, **found)
+        project = self.multi_modal_projector
+        rows: dict[int, Tensor] = {}
+        for (wanted,) in sorted(set(asked)):
+            these = [number for number, own in enumerate(asked) if own == (wanted,)]
+            some = tokens if len(these) == len(asked) else _images(tokens, these)
+            rows |= zip(these, choose(self.plan, some, wanted, project)[1], strict=True)
+        return [rows[number] for number in range(len(asked))]
+
+
+def clip_tokens(model: Any, pixel_values: Tensor) -> dict[str, Any]:
+    """What a plan's pruner reads of the CLIP or SigLIP of a model, as arguments of `VisualTokens`.
+
+    Args:
+        model: a `PrunedModel`. pixel_values: [B, 3, H, W].
     """
-
-    hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
-        orig_to_new_prefix=_RENAMED
-    )
-    # the tower reads N tokens where vLLM would count K
-    supports_tower_connector_lora = False
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        with _as_saved():
-            self.plan = read_plan(vllm_config.model_config.hf_config)
-
-    def _image_pixels_to_features(self, vision_tower: Any, pixel_values: Any) -> Tensor:
-        """[B, 3, H, W] -> [B, K, D], what goes to the projector."""
-        plan = self.plan
-        needs = plan.pruner.needs
-        heads = self._whole_heads(vision_tower)
-        tokens = see(vision_tower, pixel_values, needs, plan.tower, heads)
-        if needs.projected:
-            projected = self.multi_modal_projector(tokens.features)
-            tokens = replace(tokens, projected=projected)
-        selection = plan.pruner.select(tokens)
-        _check_number(plan, selection)
-        if selection.merge is None:
-            return take(tokens.features, selection.keep_indices)
-        return merge(tokens, selection.merge)
-
-    @staticmethod
-    def _whole_heads(vision_tower: Any) -> Any:
-        """What puts the heads of all ranks side by side, where they are spread."""
-        if vision_tower.vision_model.encoder.layers[0].self_attn.tp_size == 1:
-            return torch.Tensor.contiguous
-        return _all_heads
+    plan: Plan = model.plan
+    attention = model.vision_tower.vision_model.encoder.layers[0].self_attn
+    heads = whole_heads(attention.tp_size > 1)
+    return look(model.vision_tower, pixel_values, plan.pruner.needs, plan.tower, heads)
 
 
-def _all_heads(states: Tensor) -> Tensor:
-    """[B, T, D / R] of every rank -> [B, T, D]; ranks hold consecutive heads."""
-    heads: Tensor = tensor_model_parallel_all_gather(states.contiguous())
-    return heads
+def _shape(plan: Plan) -> Shape:
+    assert isinstance(plan.layout, LlavaLayout)
+    return plan.layout.shape()
 
 
-def _check_number(plan: Plan, selection: Selection) -> None:
-    """A wrong number of tokens would fill the places of another image.
-
-    Raises:
-        RuntimeError: if it is not K of every image.
-    """
-    kept = selection.keep_indices.shape[1]
-    if kept != plan.num_keep or selection.valid is not None:
-        ragged = "" if selection.valid is None else ", some of which do not count"
-        raise RuntimeError(
-            f"pruner {plan.pruner.name!r} kept {kept} tokens{ragged}, but {plan.num_keep} places of"
-            " every image are reserved."
-        )
-
-
-@contextmanager
-def _as_saved() -> Iterator[None]:
-    """Load a pruner's network as it was saved: vLLM builds models in the type of its weights."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def _images(tokens: VisualTokens, numbers: list[int]) -> VisualTokens:
+    index = torch.tensor(numbers).to(tokens.features.device, non_blocking=True)
+    return tokens.map(lambda values: values.index_select(0, index))

@@ -14,7 +14,7 @@ from tiny_models import tiny_vision
 import ocvtp
 from ocvtp.pruners import Pruner, register
 from ocvtp.pruners.registry import _REGISTRY
-from ocvtp.serving.plan import alternatives, read_plan, served_tower
+from ocvtp.serving.plan import alternatives, layout_of, read_plan
 from ocvtp.structures import Needs
 
 
@@ -22,18 +22,28 @@ def config(tower: str = "clip", settings: Any = None, **changes: Any) -> Any:
     """A LLaVA's, of 6 blocks and 16 tokens an image, 5 blocks of which are built."""
     strategy = "default" if tower == "clip" else "full"
     given = {"vision_feature_layer": -2, "vision_feature_select_strategy": strategy}
-    given |= {"vision_config": tiny_vision(tower), "ocvtp": settings}
-    return SimpleNamespace(**given | changes)
+    given |= {"vision_config": tiny_vision(tower), "ocvtp": settings, "model_type": "llava"}
+    text = SimpleNamespace(hidden_size=48, num_hidden_layers=3)
+    return SimpleNamespace(get_text_config=lambda: text, **given | changes)
 
 
 def plan(tower: str = "clip", **settings: Any) -> Any:
     return read_plan(config(tower, settings))
 
 
+def kept(served: Any) -> int:
+    """Rows of an image of 16 tokens."""
+    shape = served.layout.shape()
+    return shape.num_rows(served.asked(shape, served.budget))
+
+
 @pytest.mark.parametrize(
     ("settings", "num_keep"),
     [
         ({"pruner": "divprune", "num_keep": 5}, 5),
+        ({"pruner": "divprune", "max_keep": 5}, 5),
+        ({"pruner": "divprune", "keep_ratio": 0.5, "max_keep": 5}, 5),
+        ({"pruner": "divprune", "num_keep": 20, "max_keep": 6}, 6),
         ({"pruner": "divprune:num_keep=5"}, 5),
         ({"pruner": "divprune", "keep_ratio": 0.25}, 4),
         ({"pruner": "visionzip:num_contextual=2", "num_keep": 7}, 7),
@@ -42,29 +52,28 @@ def plan(tower: str = "clip", **settings: Any) -> Any:
 )
 def test_settings_name_a_pruner_and_fix_the_number(settings, num_keep):
     served = plan(**settings)
-    assert served.num_keep == num_keep
+    assert kept(served) == num_keep
     assert served.pruner.name == settings["pruner"].partition(":")[0]
 
 
 def test_settings_of_the_spec_go_first():
-    assert plan(pruner="visionzip:num_keep=3", num_keep=7).num_keep == 3
+    assert kept(plan(pruner="visionzip:num_keep=3", num_keep=7)) == 3
 
 
 @pytest.mark.parametrize(("layer", "built"), [(-2, 5), (4, 4), (-1, 6)])
 def test_the_tower_is_built_up_to_the_selected_layer(layer, built):
-    tower = served_tower(config(vision_feature_layer=layer))
+    tower = layout_of(config(vision_feature_layer=layer)).tower
     assert (tower.num_built, tower.num_blocks, tower.num_tokens) == (built, 6, 16)
     assert tower.block(-1) == 5
     assert tower.layer(-1) == 6
 
 
 def test_alternatives_are_what_is_served():
-    tower = served_tower(config())
-    names = alternatives(tower)
+    names = alternatives(layout_of(config()))
     assert {"divprune", "fastervlm", "visionzip", "fopru", "uniform"} <= set(names)
     for name in names:
         assert plan(pruner=name, num_keep=4).pruner.name == name
-    without_cls = alternatives(served_tower(config("siglip")))
+    without_cls = alternatives(layout_of(config("siglip")))
     assert {"divprune", "fopru"} <= set(without_cls) < set(names)
 
 
@@ -95,12 +104,12 @@ def test_what_cannot_be_served_is_refused(settings, message):
 
 
 def test_an_earlier_block_is_served():
-    assert plan(pruner="prumerge:block=-2", num_keep=4).num_keep == 4
-    assert plan(pruner="hiprune", object_block=2, num_keep=4).num_keep == 4
+    assert kept(plan(pruner="prumerge:block=-2", num_keep=4)) == 4
+    assert kept(plan(pruner="hiprune", object_block=2, num_keep=4)) == 4
 
 
 def test_a_tower_without_cls():
-    assert plan("siglip", pruner="visionzip:guidance=received", num_keep=4).num_keep == 4
+    assert kept(plan("siglip", pruner="visionzip:guidance=received", num_keep=4)) == 4
     with pytest.raises(ValueError, match=r"reads the CLS token.*use one of divprune"):
         plan("siglip", pruner="fastervlm", num_keep=4)
 
@@ -134,7 +143,7 @@ def reader():
 def test_needs_decide_and_not_names(reader, needs, message):
     reader.needs = needs
     if message is None:
-        assert plan(pruner="reader", num_keep=4).num_keep == 4
+        assert plan(pruner="reader", num_keep=4).pruner.name == "reader"
     else:
         with pytest.raises(ValueError, match=message):
             plan(pruner="reader", num_keep=4)
@@ -146,6 +155,7 @@ def test_needs_decide_and_not_names(reader, needs, message):
         ({"vision_feature_layer": [-2, -3]}, "selects several layers"),
         ({"vision_feature_select_strategy": "full"}, "pass 'default'"),
         ({"vision_config": SimpleNamespace(model_type="pixtral")}, "has a pixtral tower"),
+        ({"model_type": "gemma3"}, "models of type 'gemma3' cannot be pruned in a server"),
     ],
 )
 def test_other_models_are_refused(changes, message):
@@ -157,7 +167,7 @@ def test_other_models_are_refused(changes, message):
 def test_the_plugin_imports_neither_vllm_nor_transformers():
     code = (
         "import sys, ocvtp.serving.vllm_plugin, ocvtp.serving.plan;"
-        "heavy = {'vllm', 'transformers', 'pytorch_lightning', 'ocvtp.serving.vllm_llava'};"
+        "heavy = {'vllm', 'transformers', 'pytorch_lightning', 'ocvtp.serving.vllm_core'};"
         "sys.exit(', '.join(heavy & sys.modules.keys()) or 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -168,10 +178,10 @@ def test_what_is_served_is_what_is_published():
     """Every pruner in front of the language model that reads no prompt, some by a setting."""
     settings = {"hiprune": {"object_block": 2}, "prumerge": {"block": -2}}
     settings |= {"prumerge_plus": {"block": -2}, "ridge": {"block": -2}, "todre": {"block": -2}}
-    tower = served_tower(config())
+    layout = layout_of(config())
     for name, own in settings.items():
         assert plan(pruner=name, num_keep=4, **own).pruner.name == name
-    left = set(ocvtp.list_pruners("llm_input")) - set(alternatives(tower)) - set(settings)
+    left = set(ocvtp.list_pruners("llm_input")) - set(alternatives(layout)) - set(settings)
     assert left - {*TRAINED, "random"} == {
         name
         for name in left - {*TRAINED, "random"}

@@ -7,6 +7,7 @@ U views that pruners see (images, or tiles), M tokens of a view.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -211,12 +212,24 @@ class InternVLHost(ClipFamilyHost):
             )
 
     def _by_unit(self, patches: Tensor) -> Tensor:
-        """[T, P, ...] -> [T, N, ...], means over the units of the model's own pixel shuffle."""
-        side = round(patches.shape[1] ** 0.5)
-        square = patches.reshape(len(patches), side, side, -1)
-        units = self.model.model.pixel_shuffle(square, self.model.config.downsample_ratio)
-        means = units.unflatten(3, (self.unit_side**2, -1)).mean(dim=3)
-        return means.reshape(len(patches), -1, *patches.shape[2:])
+        return means_by_unit(patches, self.unit_side, self.model.model.pixel_shuffle)
+
+
+def means_by_unit(
+    patches: Tensor, unit_side: int, shuffle: Callable[[Tensor, float], Tensor]
+) -> Tensor:
+    """[T, P, ...] -> [T, N, ...], means over the units of the model's own pixel shuffle.
+
+    Args:
+        patches: of square tiles.
+        unit_side: patches along the side of a unit.
+        shuffle: [T, H, W, C] and the scale -> [T, H', W', C'], the patches of a unit side by side.
+    """
+    side = round(patches.shape[1] ** 0.5)
+    square = patches.reshape(len(patches), side, side, -1)
+    units = shuffle(square, 1 / unit_side)
+    means = units.unflatten(3, (unit_side**2, -1)).mean(dim=3)
+    return means.reshape(len(patches), -1, *patches.shape[2:])
 
 
 def _runs(slots: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Kept, Savings, Tiling, Tiny
 from ocvtp.hosts.families.clip_tower import ClipFamilyHost, Placed
-from ocvtp.hosts.families.tiles import TokenMap, newline_of
+from ocvtp.hosts.families.tiles import TokenMap, newline_of, with_ends
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.ops.token_views import numbers_of_rows, seen_of_tiles
 from ocvtp.pruners import Pruner
@@ -108,27 +109,24 @@ class LlavaNextHost(ClipFamilyHost):
             grid: of one tile.
             needs: of the pruner.
         """
-        num_tokens = token_map.num_tokens
         device = found["features"].device
         per_tile = self.tiling.budget == "per_tile"
         ran, given = found.pop("valid", None), None
         if ran is not None:
             given = (token_map.views(per_tile)[0] >= 0).sum(dim=1)
-        index, tiles, starts = token_map.views(per_tile, None if ran is None else ran.cpu())
-        valid = index >= 0
-        places = token_map.places().flatten()[index].masked_fill(~valid, -1).to(device)
-        index = torch.where(valid, index, tiles[:, None] * num_tokens).to(device)
+        views = token_map.seen(per_tile, None if ran is None else ran.cpu())
+        index, places = views.index.to(device), views.places.to(device)
         read = places.clamp(min=0).to(embeddings.device)
         tokens = VisualTokens(
             grid_hw=grid,
-            valid=None if bool(valid.all()) else valid.to(device),
+            valid=None if views.valid is None else views.valid.to(device),
             projected=embeddings[read].to(device) if needs.projected else None,
-            **seen_of_tiles(found, index, tiles.to(device)),
+            **seen_of_tiles(found, index, views.tiles.to(device)),
         )
         return Packed(
             tokens,
             embeddings,
-            starts,
+            views.starts,
             num_given=given,
             places=places,
             token_map=token_map,
@@ -139,13 +137,8 @@ class LlavaNextHost(ClipFamilyHost):
         assert isinstance(encoded, Packed)
         keep = selection.keep_indices.clamp(0, encoded.places.shape[1] - 1)
         kept = self._kept(encoded, selection.in_raster_order(), encoded.places.gather(1, keep))
-        newlines = self._newlines(encoded.token_map, kept.positions).to(keep.device)
-        positions, order = torch.cat([kept.positions, newlines]).sort()
-        rows = kept.embeddings
-        if encoded.newline is not None:
-            ends = encoded.newline.to(rows).expand(len(newlines), -1)
-            rows = torch.cat([rows, ends])
-        return Kept(positions, rows[order.to(rows.device)])
+        ends = encoded.token_map.ends(self.tiling.separators, kept.positions)
+        return Kept(*with_ends(kept.positions, kept.embeddings, ends, encoded.newline))
 
     def tokens_of_rows(self, encoded: Encoded) -> Tensor:
         """Where every tile is shown alone, tokens are counted in their tile."""
@@ -192,33 +185,8 @@ class LlavaNextHost(ClipFamilyHost):
                 " the processor returned."
             )
 
-    def _newlines(self, token_map: TokenMap, kept: Tensor) -> Tensor:
-        """Rows of the newlines that stay, if the rows `kept` do."""
-        newlines = (token_map.source < 0).nonzero()[:, 0]
-        if self.tiling.separators == "none":
-            return newlines[:0]
-        if self.tiling.separators == "all":
-            return newlines
-        lines = token_map.line[kept.to(token_map.line.device)]
-        return newlines[torch.isin(token_map.line[newlines], lines)]
-
     def _token_map(self, images: dict[str, Any], num_tokens: int) -> TokenMap:
-        """Send numbers and their squares in place of tokens through the model's own packing."""
-        num_tiles = self._num_tiles(images)
-        numbers = torch.arange(sum(num_tiles) * num_tokens, dtype=torch.float64)  # exact to 2^26
-        tiles = torch.stack([numbers, numbers**2], dim=1).view(-1, num_tokens, 2)
-        newline = numbers.new_tensor([-1.0, 1.0])
-        packed = self._pack(images, tiles.split(num_tiles), newline)
-        number, square = torch.cat(packed).unbind(dim=1)
-        # The square of a mean of different numbers is not the mean of their squares, even if whole.
-        mixed = not (number.equal(number.round()) and square.equal(number**2))
-        lengths = [len(image) for image in packed]
-        is_end = number < 0
-        is_base = torch.zeros_like(is_end)
-        for image, tiled in zip(is_base.split(lengths), num_tiles, strict=True):
-            image[: num_tokens if tiled > 1 else 0] = True
-        line = (is_end.cumsum(dim=0) - is_end.long()).masked_fill(is_base, -1)
-        return TokenMap(number.long(), line, lengths, num_tiles, num_tokens, mixed)
+        return TokenMap.of(partial(self._pack, images), self._num_tiles(images), num_tokens)
 
     def _num_tiles(self, images: dict[str, Any]) -> list[int]:
         """Tiles of each image, the base view included."""

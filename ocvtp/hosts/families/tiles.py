@@ -7,13 +7,36 @@ all images: tokens, and a newline after every row of an image's tiles. U views t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from ocvtp.choices import Separators
 from ocvtp.ops.token_views import left_over
+
+Pack = Callable[[Sequence[Tensor], Tensor], list[Tensor]]
+"""A model's packing of each image's tiles [tiles, N, C], with a newline [C], as rows [n, C]."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """The tokens that pruners see, U views of M.
+
+    Args:
+        index: [U, M] numbers of the tokens, counted over all tiles; on padding, of some token.
+        valid: [U, M] bool, False on padding; None where there is none.
+        places: [U, M] the row of every token, -1 on padding.
+        tiles: [U] the tile whose CLS speaks for each view.
+        starts: [U] the first row of the image that each is of.
+    """
+
+    index: Tensor
+    valid: Tensor | None
+    places: Tensor
+    tiles: Tensor
+    starts: Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +61,23 @@ class TokenMap:
     num_tiles: list[int]
     num_tokens: int
     mixed: bool = False
+
+    @classmethod
+    def of(cls, pack: Pack, num_tiles: list[int], num_tokens: int) -> TokenMap:
+        """Send numbers and their squares in place of tokens through a model's own packing."""
+        numbers = torch.arange(sum(num_tiles) * num_tokens, dtype=torch.float64)  # exact to 2^26
+        tiles = torch.stack([numbers, numbers**2], dim=1).view(-1, num_tokens, 2)
+        packed = pack(tiles.split(num_tiles), numbers.new_tensor([-1.0, 1.0]))
+        number, square = torch.cat(packed).unbind(dim=1)
+        # The square of a mean of different numbers is not the mean of their squares, even if whole.
+        mixed = not (number.equal(number.round()) and square.equal(number**2))
+        lengths = [len(image) for image in packed]
+        is_end = number < 0
+        is_base = torch.zeros_like(is_end)
+        for image, tiled in zip(is_base.split(lengths), num_tiles, strict=True):
+            image[: num_tokens if tiled > 1 else 0] = True
+        line = (is_end.cumsum(dim=0) - is_end.long()).masked_fill(is_base, -1)
+        return cls(number.long(), line, lengths, num_tiles, num_tokens, mixed)
 
     def by_rows(self) -> TokenMap:
         """Images as single tiles, whose tokens are the rows that are read, without newlines."""
@@ -65,6 +105,29 @@ class TokenMap:
         """[I] the first row of each image."""
         lengths = torch.tensor(self.lengths)
         return lengths.cumsum(dim=0) - lengths
+
+    def seen(self, per_tile: bool, there: Tensor | None = None) -> Views:
+        """`views`, and the rows of their tokens."""
+        index, tiles, starts = self.views(per_tile, there)
+        valid = index >= 0
+        places = self.places().flatten()[index].masked_fill(~valid, -1)
+        index = torch.where(valid, index, tiles[:, None] * self.num_tokens)
+        return Views(index, None if bool(valid.all()) else valid, places, tiles, starts)
+
+    def ends(self, separators: Separators, kept: Tensor) -> Tensor:
+        """Rows of the newlines that stay, if the rows `kept` do.
+
+        Args:
+            separators: those of `rows` that kept a token, `all`, or `none`.
+            kept: [R'] row numbers.
+        """
+        newlines = (self.source < 0).nonzero()[:, 0]
+        if separators == "none":
+            return newlines[:0]
+        if separators == "all":
+            return newlines
+        lines = self.line[kept.to(self.line.device)]
+        return newlines[torch.isin(self.line[newlines], lines)]
 
     def views(self, per_tile: bool, there: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What pruners see.
@@ -103,3 +166,18 @@ def newline_of(rows: Sequence[Tensor], token_map: TokenMap) -> Tensor | None:
         if bool((source < 0).any()):
             return image[int((source < 0).nonzero()[0])].clone()
     return None
+
+
+def with_ends(
+    positions: Tensor, rows: Tensor, ends: Tensor, newline: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Kept rows [n, D'] and the newlines [D'] after them, in the order of their row numbers.
+
+    Args:
+        positions: [n] the numbers of the kept rows. rows: they.
+        ends: [m] the numbers of the newlines. newline: what each is; None where there is none.
+    """
+    positions, order = torch.cat([positions, ends.to(positions.device)]).sort()
+    if newline is not None:
+        rows = torch.cat([rows, newline.to(rows).expand(len(ends), -1)])
+    return positions, rows[order.to(rows.device)]
