@@ -248,10 +248,12 @@ class InternVLLayout(Layout):
         rows, columns = patch_grid(vision)
         side = self.unit_side
         num_blocks = int(vision.num_hidden_layers)
-        built = resolve(
-            one_layer(self.config.vision_feature_layer), num_blocks + 1, "hidden_states"
-        )
-        return ServedTower(num_blocks, built, 1, (rows // side, columns // side))
+        if (layer := self.config.vision_feature_layer) != -1:
+            raise ValueError(
+                f"vision_feature_layer={layer}, but vLLM reads the last layer of an InternVL,"
+                " whatever this says; serve a model with -1."
+            )
+        return ServedTower(num_blocks, num_blocks, 1, (rows // side, columns // side))
 
     @property
     def unit_side(self) -> int:

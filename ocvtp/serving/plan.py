@@ -94,11 +94,14 @@ class Plan:
             ValueError: if the pruner cannot choose so many, or not from such an image.
         """
         self.layout.check(shape, self.pruner)
-        asked = tuple(map(budget.asked, shape.views))
-        for wanted, count in zip(asked, shape.views, strict=True):
+        asked = []
+        for count in shape.views:
+            wanted = budget.asked(count)
             if wanted <= count:
                 self._rehearse(wanted, shape.is_grid)
-        return asked
+                wanted = self.at(wanted).budget(count)  # one that drops nothing keeps all
+            asked.append(wanted)
+        return tuple(asked)
 
 
 def read_plan(config: Any, settings: Any = None) -> Plan:

@@ -32,7 +32,8 @@ from ocvtp.serving.plan import KEY, Plan, read_plan
 ASKED = "ocvtp_asked"
 """Of an image's tensors: [V] K of each view."""
 COUNTS = "ocvtp_counts"
-"""Of an image's tensors: [2] rows that it takes, and its visual tokens before it was pruned."""
+"""Of an image's tensors: [3] rows that it takes, how many of them end lines, and its visual tokens
+before it was pruned."""
 logger = init_logger("vllm.ocvtp")  # below vLLM's own, so that it is printed
 
 
@@ -105,10 +106,12 @@ class PrunedPlaces(PromptUpdateDetails):
     """The places of an image in the prompt.
 
     Args:
-        rows: that it takes. given: its visual tokens before it was pruned.
+        rows: that it takes. ends: how many of them end lines.
+        given: its visual tokens before it was pruned.
     """
 
     rows: int = 0
+    ends: int = 0
     given: int = 0
 
 
@@ -141,7 +144,8 @@ class PrunedProcessor:
         if mm_items.get_all_counts().get("image"):
             shapes = self.shapes(mm_items, processed)
             asked = [plan.asked(shape, budget) for shape in shapes]
-            counts = [[s.num_rows(a), s.num_tokens] for s, a in zip(shapes, asked, strict=True)]
+            pairs = zip(shapes, asked, strict=True)
+            counts = [[s.num_rows(own), s.ends, s.num_tokens] for s, own in pairs]
             processed[ASKED] = [torch.tensor(own) for own in asked]
             processed[COUNTS] = torch.tensor(counts)
         return processed
@@ -163,7 +167,7 @@ class PrunedProcessor:
         counts = [tuple(image[COUNTS].data.tolist()) for image in images]
         return [self._pruned(update, counts) for update in updates if update.modality == "image"]
 
-    def _pruned(self, update: Any, counts: Sequence[tuple[int, int]]) -> Any:
+    def _pruned(self, update: Any, counts: Sequence[tuple[int, ...]]) -> Any:
         assert isinstance(update, PromptReplacement), update
         token = self.image_token_id()
 
@@ -171,11 +175,11 @@ class PrunedProcessor:
             whole = update.replacement
             whole = whole(item_idx) if callable(whole) else whole
             whole = whole if isinstance(whole, PromptUpdateDetails) else PromptUpdateDetails(whole)
-            rows, given = counts[item_idx]
+            rows, *others = counts[item_idx]
             first = whole.full.index(token)
             last = len(whole.full) - whole.full[::-1].index(token)
             full = [*whole.full[:first], *[token] * rows, *whole.full[last:]]
-            return PrunedPlaces(full, whole.is_embed, rows, given)
+            return PrunedPlaces(full, whole.is_embed, rows, *others)
 
         return replace(update, replacement=places)
 
@@ -192,11 +196,12 @@ class PrunedProcessor:
         applied = parent._maybe_apply_prompt_updates(mm_items, mm_res)
         images = [updates[0].content for updates in mm_res.prompt_updates.get("image", ())]
         if images:
-            given, rows = (
-                " + ".join(str(getattr(i, n)) for i in images) for n in ("given", "rows")
-            )
+            given = " + ".join(str(image.given) for image in images)
+            kept = " + ".join(str(image.rows - image.ends) for image in images)
+            ends = sum(image.ends for image in images)
+            newlines = f" and {ends} newlines" if ends else ""
             name = self.info.plan.pruner.name
-            logger.info("visual tokens of a request: %s in, %s out (%s)", given, rows, name)
+            logger.info("visual tokens: %s in, %s%s out (%s)", given, kept, newlines, name)
         return applied
 
 

@@ -9,30 +9,74 @@ import torch
 from tiny_models import IMAGE_TOKEN, TEXT, tiny_processor, tiny_vision
 from torch import Tensor
 
+import ocvtp
 from ocvtp import Pruner
-from ocvtp.hosts import find_host
+from ocvtp.hosts.registry import hosts
+from ocvtp.random_models.byte_tokenizer import byte_tokenizer
+from ocvtp.random_models.weights import materialise
 
 DEMO = Path("checkpoints/demo-vlm")
 NETWORK = "checkpoints/demo-pruner/0"
-ARCHITECTURE = "OCVTPLlavaForConditionalGeneration"
+FAMILIES = {
+    "clip": "OCVTPLlavaForConditionalGeneration",
+    "siglip": "OCVTPLlavaForConditionalGeneration",
+    "next": "OCVTPLlavaNextForConditionalGeneration",
+    "onevision": "OCVTPLlavaOnevisionForConditionalGeneration",
+    "internvl": "OCVTPInternVLForConditionalGeneration",
+}
+"""Models of the tests, and vLLM's name of the class that serves each."""
+PLACEHOLDER = {family: "<image>" for family in FAMILIES} | {"internvl": "<IMG_CONTEXT>"}
 FOR_ANY = (
     "divprune",
     "fopru",
     "fill_only",
     "visionzip:guidance=received",
     "uniform",
-    "pool",
     "fps",
+    "kmeans",
+    "visiondrop",
+    "hiprune:object_block=2",
+    "none",
+    "ridge:weights=none",
 )
-FOR_ANY += ("kmeans", "visiondrop", "hiprune:object_block=2", "none", "ridge:weights=none")
-FOR_CLIP = ("fastervlm", "visionzip", "vispruner", "holov", "scope", "todre:block=-2")
-FOR_CLIP += ("prumerge:block=-2", "prumerge_plus:block=-2", "ridge:block=-2")
+FOR_GRIDS = ("pool",)
+FOR_CLS = ("fastervlm", "visionzip", "vispruner", "holov", "scope", "todre:block=-2")
+FOR_CLS += ("prumerge:block=-2", "prumerge_plus:block=-2", "ridge:block=-2")
 FOR_DEMO = (f"ocvtp:checkpoint={NETWORK}", f"ocvtp:checkpoint={NETWORK},early=false,fill=cls")
-SPECS = {"clip": FOR_ANY + FOR_CLIP + FOR_DEMO, "siglip": FOR_ANY}
+SPECS = {
+    "clip": FOR_ANY + FOR_GRIDS + FOR_CLS + FOR_DEMO,
+    "siglip": FOR_ANY + FOR_GRIDS,
+    "next": FOR_ANY + FOR_CLS,
+    "onevision": FOR_ANY,
+    "internvl": FOR_ANY + FOR_CLS,
+}
+_TINY = {"next": "llava-next", "onevision": "llava-onevision", "internvl": "internvl"}
 
 
-def save_siglip(folder: Path) -> Path:
-    """A LLaVA behind SigLIP with heads of 32, which every attention kernel takes."""
+def save(family: str, folder: Path) -> Path:
+    """A model of a family, and its processor; its attention has heads of 32, for any kernel."""
+    if family == "clip":
+        return DEMO
+    if family == "siglip":
+        return _save_siglip(folder)
+    tiny = hosts()[_TINY[family]].tiny
+    assert tiny is not None
+    small, processor = tiny.make(byte_tokenizer(tiny.special_tokens))
+    text = small.config.text_config
+    text.hidden_size, text.head_dim = 128, 32
+    model = materialise(small.config)
+    model.load_state_dict(small.state_dict() | _of_other_shape(model, small))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def _of_other_shape(model: Any, small: Any) -> dict[str, Tensor]:
+    before = small.state_dict()
+    return {k: v for k, v in model.state_dict().items() if v.shape != before[k].shape}
+
+
+def _save_siglip(folder: Path) -> Path:
     from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     config = LlavaConfig(
@@ -55,29 +99,42 @@ def save_siglip(folder: Path) -> Path:
 
 def load(folder: Path) -> Any:
     """The model in transformers, fp32."""
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def image(number: int, size: tuple[int, int]) -> Any:
+    """A drawing of this width and height: a square, a circle and colours that run."""
+    from PIL import Image, ImageDraw
+
+    width, height = size
+    drawn = Image.linear_gradient("L").resize(size)
+    other = Image.radial_gradient("L").resize(size)
+    drawn = Image.merge("RGB", (drawn, other, drawn.rotate(90)))
+    pen = ImageDraw.Draw(drawn)
+    colour = ("red", "blue", "green", "yellow")[number % 4]
+    pen.rectangle((width // 10, height // 10, width // 3, height // 3 + number), fill=colour)
+    pen.ellipse((width // 2, height // 2, width - 4, height - 4), fill="white")
+    return drawn
 
 
 @torch.inference_mode()
-def kept_by_transformers(model: Any, pruner: Pruner, pixel_values: Tensor) -> Tensor:
-    """[B, K, D'] what the language model reads of each image, by this project's own host."""
-    host = find_host(model)
-    handles = host.install(pruner.needs)
+def rows_by_transformers(model: Any, inputs: Any, pruner: Pruner, tiling: dict[str, Any]) -> Tensor:
+    """[R', D'] what the language model reads of all images of a prompt, pruned by `attach`."""
+    seen: list[Any] = []
+    handle = ocvtp.attach(model, pruner, on_prune=seen.append, **tiling)
     try:
-        encoded = host.encode({"pixel_values": pixel_values}, pruner.needs)
+        model(**inputs, use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    rows = host.apply(encoded, pruner.select(encoded.tokens)).embeddings
-    return rows.unflatten(0, (len(pixel_values), -1))
+        handle.remove()
+    [prompt] = seen
+    return prompt.embeddings[0][prompt.short_ids[0] == model.config.image_token_id]
 
 
-def overrides(spec: str, num_keep: int) -> dict[str, Any]:
+def overrides(spec: str, num_keep: int, **further: Any) -> dict[str, Any]:
     """What `hf_overrides` is given."""
-    settings = {"pruner": spec, "num_keep": num_keep}
-    return {"architectures": [ARCHITECTURE], "ocvtp": settings}
+    return {"ocvtp": {"pruner": spec, "num_keep": num_keep, **further}}
 
 
 def built(spec: str, num_keep: int) -> Pruner:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from served import DEMO, NETWORK, built, load, overrides
+from served import FAMILIES, NETWORK, PLACEHOLDER, built, image, load, save
+
+import ocvtp
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -21,104 +23,117 @@ from vllm.platforms import current_platform
 if not (current_platform.is_cuda() or (current_platform.is_cpu() and find_spec("vllm._C"))):
     pytest.skip("this build of vLLM has no kernels for this machine", allow_module_level=True)
 
-NUM_KEEP = 12
+NUM_KEEP, NEW_TOKENS = 12, 6
 QUESTIONS = ("how many circles are there in the image?", "is there a red square in the image?")
+SIZES = {family: ((96, 96), (136, 96), (96, 176)) for family in FAMILIES}
+SIZES["onevision"] = ((96, 96), (200, 100), (100, 210))  # larger ones are resized
+CASES = [
+    ("clip", "visionzip", {}),
+    ("clip", "divprune", {}),
+    ("clip", f"ocvtp:checkpoint={NETWORK}", {}),
+    ("siglip", "divprune", {}),
+    ("next", "visionzip", {"separators": "all"}),
+    ("next", "fopru", {"separators": "none", "budget": "per_tile"}),
+    ("onevision", "visiondrop", {"separators": "all"}),
+    ("internvl", "visionzip", {}),
+    ("internvl", "divprune", {"budget": "per_tile"}),
+]
 
 
-def images() -> list[Any]:
-    """Three drawings of a square and a circle."""
-    from PIL import Image, ImageDraw
-
-    drawn = []
-    for number, colour in enumerate(("red", "blue", "green")):
-        image = Image.new("RGB", (96 + 40 * number, 96), "white")
-        pen = ImageDraw.Draw(image)
-        pen.rectangle((10, 10, 35 + 8 * number, 35 + 8 * number), fill=colour)
-        pen.ellipse((55, 50, 85, 80), fill="blue")
-        drawn.append(image)
-    return drawn
-
-
-def requests() -> list[tuple[str, list[Any]]]:
-    """Texts and images: each question of each image, and two images in one prompt."""
-    first, second, third = images()
-    asked = [(f"<image>\n{q}", [image]) for image in (first, second, third) for q in QUESTIONS]
-    return [*asked, (f"<image>\n<image>\n{QUESTIONS[0]}", [first, third])]
+def requests(family: str) -> list[tuple[str, list[Any], int | None]]:
+    """Texts, images, and K where the request has its own: the same images at several K."""
+    first, second, third = (image(number, size) for number, size in enumerate(SIZES[family]))
+    one = f"{PLACEHOLDER[family]}\n"
+    asked: list[tuple[str, list[Any], int | None]] = []
+    for picture in (first, second, third):
+        asked += [(one + question, [picture], None) for question in QUESTIONS]
+    asked += [
+        (one + QUESTIONS[0], [picture], num_keep)
+        for picture, num_keep in ((first, 4), (second, 30), (third, 5000))
+    ]
+    return [*asked, (one + one + QUESTIONS[0], [first, third], None)]
 
 
 @torch.inference_mode()
-def by_transformers(spec: str) -> list[tuple[list[int], float]]:
-    """Answers, token by token, and the logarithm of the first one's probability."""
+def by_transformers(folder: Any, family: str, spec: str, tiling: Any) -> list[Any]:
+    """Answers, token by token, the logarithm of the first one's probability, and prompt lengths."""
     from transformers import AutoProcessor
 
-    model, processor = load(DEMO), AutoProcessor.from_pretrained(DEMO)
+    model, processor = load(folder), AutoProcessor.from_pretrained(folder)
     answers = []
-    with built(spec, NUM_KEEP)(model):
-        for text, pictures in requests():
-            inputs = processor(images=pictures, text=text, return_tensors="pt")
+    for text, pictures, num_keep in requests(family):
+        inputs = processor(images=pictures, text=text, return_tensors="pt")
+        seen: list[Any] = []
+        pruner = built(spec, num_keep or NUM_KEEP)
+        handle = ocvtp.attach(model, pruner, on_prune=seen.append, **tiling)
+        try:
             output = model.generate(
                 **inputs,
-                max_new_tokens=6,
+                max_new_tokens=NEW_TOKENS,
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-            ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-            answers.append((ids, output.logits[0][0].log_softmax(-1)[ids[0]].item()))
+        finally:
+            handle.remove()
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        first = output.logits[0][0].log_softmax(-1)[ids[0]].item()
+        answers.append((ids, first, seen[0].short_length))
     return answers
 
 
-def by_vllm(spec: str) -> tuple[list[tuple[list[int], float]], list[int]]:
-    """The same of vLLM, all requests at once; and how many tokens its prompts had."""
+def by_vllm(folder: Any, family: str, spec: str, tiling: Any) -> list[list[Any]]:
+    """The same of vLLM, all requests at once: twice, so that what is cached is read."""
     engine = LLM(
-        model=str(DEMO),
+        model=str(folder),
         dtype="float32",
-        max_model_len=512,
+        max_model_len=1024,
         max_num_seqs=4,
+        max_num_batched_tokens=16,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=True,
         enforce_eager=True,
         gpu_memory_utilization=0.2,
         distributed_executor_backend="uni",
         limit_mm_per_prompt={"image": 2},
         disable_log_stats=True,
-        hf_overrides=overrides(spec, NUM_KEEP),
+        hf_overrides={"ocvtp": {"pruner": spec, "num_keep": NUM_KEEP, **tiling}},
     )
     try:
-        prompts: Any = [
-            {"prompt": text, "multi_modal_data": {"image": pictures}}
-            for text, pictures in requests()
-        ]
-        settings = SamplingParams(max_tokens=6, temperature=0, logprobs=1)
-        outputs = engine.generate(prompts, settings, use_tqdm=False)
+        prompts: Any = []
+        for text, pictures, num_keep in requests(family):
+            prompts.append({"prompt": text, "multi_modal_data": {"image": pictures}})
+            if num_keep is not None:
+                prompts[-1]["mm_processor_kwargs"] = {"ocvtp": {"num_keep": num_keep}}
+        settings = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=1)
+        runs = [engine.generate(prompts, settings, use_tqdm=False) for _ in range(2)]
     finally:
         engine.llm_engine.engine_core.shutdown()
         del engine
         cleanup_dist_env_and_memory()
-    answers, lengths = [], []
-    for output in outputs:
-        ids = list(output.outputs[0].token_ids)
-        answers.append((ids, output.outputs[0].logprobs[0][ids[0]].logprob))
-        lengths.append(len(output.prompt_token_ids))
-    return answers, lengths
+    answers = []
+    for outputs in runs:
+        answers.append([])
+        for output in outputs:
+            ids = list(output.outputs[0].token_ids)
+            first = output.outputs[0].logprobs[0][ids[0]].logprob
+            answers[-1].append((ids, first, len(output.prompt_token_ids)))
+    assert any(output.num_cached_tokens for output in runs[1])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Any]:
+    return {family: save(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["visionzip", "divprune", f"ocvtp:checkpoint={NETWORK}"])
-def test_the_engine_answers_as_transformers_does(spec):
-    answers, lengths = by_vllm(spec)
-    expected = by_transformers(spec)
-    assert [ids for ids, _ in answers] == [ids for ids, _ in expected]
-    for (_, found), (_, wanted) in zip(answers, expected, strict=True):
-        assert found == pytest.approx(wanted, abs=1e-3)
-    bare = whole_lengths()
-    assert lengths == [length - count * (144 - NUM_KEEP) for length, count in bare]
-
-
-def whole_lengths() -> list[tuple[int, int]]:
-    """Of each request: tokens of its prompt with all visual tokens, and images."""
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(DEMO)
-    return [
-        (len(processor(images=pictures, text=text)["input_ids"][0]), len(pictures))
-        for text, pictures in requests()
-    ]
+@pytest.mark.parametrize(("family", "spec", "tiling"), CASES)
+def test_the_engine_answers_as_transformers_does(folders, family, spec, tiling):
+    tiling = {"separators": "all", **tiling}
+    expected = by_transformers(folders[family], family, spec, tiling)
+    for found in by_vllm(folders[family], family, spec, tiling):
+        assert [length for _, _, length in found] == [length for _, _, length in expected]
+        assert [ids for ids, _, _ in found] == [ids for ids, _, _ in expected]
+        for (_, first, _), (_, wanted, _) in zip(found, expected, strict=True):
+            assert first == pytest.approx(wanted, abs=1e-3)
