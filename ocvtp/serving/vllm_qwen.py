@@ -165,11 +165,9 @@ class PrunedPackedModel(PrunedModel):
         self._steps.zero_()
         rows = multimodal_embeddings
         if rows:
-            pairs = [apart(part) for part in rows]
-            rows = [own for own, _ in pairs]
-            _merge_multimodal_embeddings(
-                self._steps[:, : len(input_ids)].T, [steps for _, steps in pairs], is_multimodal
-            )
+            own, steps = apart(torch.cat([*rows]))
+            rows, places = [own], self._steps[:, : len(input_ids)].T
+            _merge_multimodal_embeddings(places, [steps], is_multimodal)
         parent: Any = super()
         embedded: Tensor = parent.embed_input_ids(input_ids, rows, is_multimodal=is_multimodal)
         return embedded
@@ -233,18 +231,19 @@ class OCVTPQwen3VLForConditionalGeneration(PrunedPackedModel, Qwen3VLForConditio
 
 
 def _check_engine(vllm_config: Any) -> None:
-    """Refuse engines in which something else than the model itself reads positions.
+    """Refuse engines in which others than this model read positions, or parts of them.
 
     Raises:
         ValueError: that says what to leave out.
     """
     refused = {"speculative_config": vllm_config.speculative_config is not None}
     refused["pipeline_parallel_size"] = vllm_config.parallel_config.pipeline_parallel_size > 1
+    refused["enable_dbo or ubatch_size"] = vllm_config.parallel_config.use_ubatching
     for name, is_set in refused.items():
         if is_set:
             raise ValueError(
                 f"{name} is set, but the coordinates of kept tokens are known to the rank and the"
-                " model that embed them, and to no other; leave it out."
+                " model that embed a whole step, and to no other; leave it out."
             )
 
 
