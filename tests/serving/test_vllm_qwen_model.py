@@ -5,13 +5,13 @@ I images of a prompt, L columns of it, R rows of its images. `make test-vllm` ru
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from served_qwen import FAMILIES, built, coordinates, drawn, load, prompt, save, short_prompt
+from served_qwen import FAMILIES, WIDTH, built, coordinates, drawn, load, prompt, save, short_prompt
+from small_networks import TRAINED, network_setting
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -25,10 +25,9 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import get_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import PlaceholderRange
 from vllm.platforms import current_platform
 
-from ocvtp.serving.coordinates import apart
+from ocvtp.pruners import pruner_class
 from ocvtp.serving.plan import alternatives, read_plan
 from ocvtp.serving.vllm_plugin import register
 
@@ -81,12 +80,15 @@ def served(folders, groups, request):
 class Case:
     """A prompt about images, as vLLM's processor and model make rows of it."""
 
-    def __init__(self, served: Any, sizes: Any, spec: str = "divprune", num_keep: int = 9):
-        self.served, self.spec, self.num_keep = served, spec, num_keep
+    def __init__(
+        self, served: Any, sizes: Any, spec: str = "divprune", num_keep: int = 9, **more: Any
+    ):
+        self.served, self.pruner = served, built(spec, num_keep, **more)
         colours = ("white", "yellow", "navy")
         self.images = [drawn(*size, colour) for size, colour in zip(sizes, colours, strict=False)]
         self.text = prompt(served.own, len(sizes), "what is it?")
-        plan = read_plan(served.model.config, {"pruner": spec, "num_keep": num_keep})
+        settings = {"pruner": spec, "num_keep": num_keep, **more}
+        plan = read_plan(served.model.config, settings)
         processor = served.processor
         before, processor.info.plan, served.ours.plan = processor.info.plan, plan, plan
         try:
@@ -116,8 +118,8 @@ class Case:
 
     def expected(self) -> Any:
         """What transformers' language model reads."""
-        pruner = built(self.spec, self.num_keep)
-        return short_prompt(self.served.model, self.served.own, pruner, self.text, self.images)
+        model, processor = self.served.model, self.served.own
+        return short_prompt(model, processor, self.pruner, self.text, self.images)
 
 
 class Read(torch.nn.Module):
@@ -213,8 +215,11 @@ def test_what_is_read_is_what_transformers_reads(served, sizes):
 def test_every_pruner_that_is_served_keeps_what_it_keeps_in_transformers(served):
     names = alternatives(served.ours.plan.layout)
     assert {"divprune", "fopru", "uniform"} <= set(names)
-    for spec in {*names, *FURTHER}:
-        case = Case(served, [TALL], spec)
+    for spec in {*names, *FURTHER, *TRAINED}:
+        network = network_setting(spec, 64, (4, 5), projected_dim=WIDTH)
+        if spec in TRAINED and pruner_class(spec).stage != "llm_input":
+            continue
+        case = Case(served, [TALL], spec, **network)
         expected = case.expected()
         found, embedded, _ = read_in_parts(case, 16)
         assert torch.equal(found, coordinates(expected)[0]), spec
@@ -274,17 +279,16 @@ def test_pruners_that_cannot_be_served_are_refused_in_the_first_process(served, 
         read_plan(served.model.config, {"pruner": spec, "num_keep": 4})
 
 
-@pytest.mark.parametrize("name", ["speculative_config", "pipeline_parallel_size"])
-def test_engines_in_which_others_read_coordinates_are_refused(served, name):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("speculative_config", object()), ("pipeline_parallel_size", 2), ("enable_dbo", True)],
+)
+def test_engines_in_which_others_read_coordinates_are_refused(served, name, value):
     config = arguments(served.folder).create_engine_config()
-    if name == "speculative_config":
-        changed = SimpleNamespace(**{**vars(config), name: object()})
-    else:
-        parallel = replace(config.parallel_config)
-        parallel.pipeline_parallel_size = 2
-        changed = SimpleNamespace(**{**vars(config), "parallel_config": parallel})
+    holder = config if hasattr(config, name) else config.parallel_config
+    object.__setattr__(holder, name, value)
     with pytest.raises(ValueError, match=name):
-        type(served.ours)(vllm_config=changed)
+        type(served.ours)(vllm_config=config)
 
 
 def test_a_language_model_has_room_for_coordinates_that_run_ahead(served):
@@ -293,15 +297,3 @@ def test_a_language_model_has_room_for_coordinates_that_run_ahead(served):
     most = served.model.config.get_text_config().max_position_embeddings
     assert layer.self_attn.rotary_emb.cos_sin_cache.shape[0] == 4 * most
     assert not served.ours.multimodal_config.is_multimodal_pruning_enabled()
-
-
-def test_rows_in_half_precision_keep_their_coordinates(served):
-    """Images of 300 x 2 tokens, whose columns bfloat16 cannot count."""
-    from ocvtp.serving.coordinates import with_columns
-
-    keep = torch.arange(0, 600, 7)
-    rows = torch.zeros(len(keep), 4, dtype=torch.bfloat16)
-    for grid in ((2, 300), (300, 2)):
-        _, steps = apart(with_columns(rows, keep, grid))
-        assert torch.equal(steps[:, 1] * grid[1] + steps[:, 2], keep)
-    assert PlaceholderRange(offset=0, length=3).get_num_embeds() == 3
