@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from served_qwen import FAMILIES, WIDTH, built, coordinates, drawn, load, prompt, save, short_prompt
-from small_networks import TRAINED, network_setting
+from small_networks import network_setting
 
 pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
 
@@ -27,7 +27,6 @@ from vllm.model_executor.model_loader import get_model
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.platforms import current_platform
 
-from ocvtp.pruners import pruner_class
 from ocvtp.serving.plan import alternatives, read_plan
 from ocvtp.serving.vllm_plugin import register
 
@@ -36,6 +35,7 @@ if not current_platform.device_type:
     pytest.skip(reason, allow_module_level=True)
 register()
 WIDE, TALL, SQUARE, TINY = (300, 140), (110, 330), (200, 200), (40, 30)
+TRAINED = ("ocvtp", "learned")  # here of random weights
 FURTHER = ("visionzip:guidance=received", "hiprune:object_block=2", "pool", "fps", "none")
 
 
@@ -217,8 +217,6 @@ def test_every_pruner_that_is_served_keeps_what_it_keeps_in_transformers(served)
     assert {"divprune", "fopru", "uniform"} <= set(names)
     for spec in {*names, *FURTHER, *TRAINED}:
         network = network_setting(spec, 64, (4, 5), projected_dim=WIDTH)
-        if spec in TRAINED and pruner_class(spec).stage != "llm_input":
-            continue
         case = Case(served, [TALL], spec, **network)
         expected = case.expected()
         found, embedded, _ = read_in_parts(case, 16)
