@@ -200,6 +200,13 @@ def rotate_patches(
     return turned
 
 
+def known_model_types() -> list[str]:
+    """The `model_type` of every family that the installed version has."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return list(CONFIG_MAPPING_NAMES)
+
+
 def qwen_vision_tower() -> Any:
     """The class of Qwen2.5-VL's vision tower."""
     from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ocvtp.transformers_names import known_model_types
+
 SUPPORTED = ("0.32", "0.33")
 """Minor versions of vLLM on which the classes of this package were tested."""
 _KEY = "ocvtp"
@@ -79,7 +81,7 @@ def register() -> None:
     for served in SERVED.values():
         ModelRegistry.register_model(served.name, f"{served.module}:{served.name}")
     known = convertors.MODEL_ARCH_CONFIG_CONVERTORS
-    for model_type in {*SERVED, *known, *_known_to_transformers(), *_OTHERS}:
+    for model_type in {*SERVED, *known, *known_model_types(), *_OTHERS}:
         own = known.get(model_type, convertors.ModelArchConfigConvertorBase)
         if not hasattr(own, _MARK):
             known[model_type] = _routed(own)
@@ -136,9 +138,3 @@ def check_version() -> None:
             f"vLLM {__version__} is installed, and ocvtp prunes in vLLM {', '.join(SUPPORTED)}:"
             " install one of these, or leave `ocvtp` out of hf_overrides."
         )
-
-
-def _known_to_transformers() -> list[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return list(CONFIG_MAPPING_NAMES)

@@ -60,6 +60,7 @@ def by_transformers(folder: Any, family: str, spec: str, tiling: Any) -> list[An
     from transformers import AutoProcessor
 
     model, processor = load(folder), AutoProcessor.from_pretrained(folder)
+    model.generation_config.eos_token_id = None  # vLLM would stop at the tokenizer's
     answers = []
     for text, pictures, num_keep in requests(family):
         inputs = processor(images=pictures, text=text, return_tensors="pt")
@@ -90,6 +91,7 @@ def by_vllm(folder: Any, family: str, spec: str, tiling: Any) -> list[list[Any]]
         max_model_len=1024,
         max_num_seqs=4,
         max_num_batched_tokens=16,
+        block_size=32,
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         enforce_eager=True,
@@ -105,7 +107,7 @@ def by_vllm(folder: Any, family: str, spec: str, tiling: Any) -> list[list[Any]]
             prompts.append({"prompt": text, "multi_modal_data": {"image": pictures}})
             if num_keep is not None:
                 prompts[-1]["mm_processor_kwargs"] = {"ocvtp": {"num_keep": num_keep}}
-        settings = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=1)
+        settings = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=1, ignore_eos=True)
         runs = [engine.generate(prompts, settings, use_tqdm=False) for _ in range(2)]
     finally:
         engine.llm_engine.engine_core.shutdown()

@@ -53,7 +53,10 @@ register()
 NUM_KEEP = 5
 SQUARE, WIDE, TALL, TINY = (96, 96), (300, 140), (110, 250), (20, 12)
 TILED = ("next", "onevision", "internvl")
-OF_TILES = {"next", "onevision"}
+OF = {family: (SQUARE, WIDE, TALL) for family in FAMILIES}
+OF["onevision"] = ((200, 100), (100, 210))
+"""Widths and heights; of a LLaVA-OneVision, no single tile, which would repeat the base view token
+by token, and none so large that tokens are resized: they have tests of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -216,26 +219,26 @@ def test_embeddings_in_place_of_images_are_refused(folders):
         MULTIMODAL_REGISTRY.create_processor(config)
 
 
-def test_settings_may_be_of_the_processor(folders):
+@pytest.mark.parametrize("family", ["clip", "internvl"])
+def test_settings_may_be_of_the_processor(folders, family):
     """Those of mm_processor_kwargs go first, and transformers' processor does not see them."""
     further = {"mm_processor_kwargs": {"ocvtp": {"num_keep": 7}}}
-    config = arguments(folders["clip"], **further).create_model_config()
+    config = arguments(folders[family], **further).create_model_config()
     processor = MULTIMODAL_REGISTRY.create_processor(config)
     items = processor.info.parse_mm_data({"image": [image(0, SQUARE)]})
-    ids = processor.info.get_tokenizer().encode("<image>")
+    ids = processor.info.get_tokenizer().encode(PLACEHOLDER[family])
     [place] = processor(ids, items, None)["mm_placeholders"]["image"]
-    assert place.length == 7
+    assert place.get_num_embeds() == 7
 
 
 @pytest.mark.parametrize(
     ("family", "spec"), [(family, spec) for family, specs in SPECS.items() for spec in specs]
 )
 def test_rows_are_those_of_transformers(served, family, spec):
-    """Three images at once: as large as a tile, wide or tall."""
-    sizes = (SQUARE, WIDE, TALL)
-    if family == "onevision":
-        sizes = (SQUARE, (200, 100))  # larger ones are resized: their own test
-    case = Case(served, family, sizes, {"pruner": spec, "num_keep": NUM_KEEP, "separators": "all"})
+    """Several images at once: square, wide, tall."""
+    case = Case(
+        served, family, OF[family], {"pruner": spec, "num_keep": NUM_KEEP, "separators": "all"}
+    )
     check_rows(case, built(spec, NUM_KEEP))
 
 
@@ -245,9 +248,8 @@ def test_rows_are_those_of_transformers(served, family, spec):
 @pytest.mark.parametrize("given", [{"num_keep": 3}, {"keep_ratio": 0.3}, {"num_keep": 40}])
 def test_tiles(served, family, budget, separators, given):
     """Whole tiles, and those that unpadding cuts; K above the tokens of some views."""
-    sizes = ((120, 118), (200, 100)) if family == "onevision" else (SQUARE, WIDE, TALL)
     tiling = {"budget": budget, "separators": separators}
-    case = Case(served, family, sizes, {"pruner": "visiondrop", **given, **tiling})
+    case = Case(served, family, OF[family], {"pruner": "visiondrop", **given, **tiling})
     check_rows(case, replace(case.plan.pruner))
 
 
@@ -255,7 +257,7 @@ def test_tiles(served, family, budget, separators, given):
 @pytest.mark.parametrize("num_keep", [1, 4, 100000])
 def test_a_request_has_a_budget_of_its_own(served, family, num_keep):
     settings = {"pruner": "divprune", "num_keep": NUM_KEEP}
-    case = Case(served, family, (SQUARE, SQUARE), settings, {"num_keep": num_keep})
+    case = Case(served, family, OF[family][:2], settings, {"num_keep": num_keep})
     check_rows(case, replace(case.plan.pruner, num_keep=num_keep))
 
 
@@ -347,7 +349,7 @@ def test_caches_tell_budgets_pruners_and_artifacts_apart(served, tmp_path, uuid)
     config = f"{NETWORK}/config.json"
     (other / "config.json").write_bytes(open(config, "rb").read())
     weights = load_file(f"{NETWORK}/model.safetensors")
-    some = next(iter(weights))
+    some = next(name for name, values in weights.items() if values.is_floating_point())
     save_file(weights | {some: weights[some] + 1e-3}, other / "model.safetensors")
 
     def of(spec: str, request: Any = None, **more: Any) -> str:
