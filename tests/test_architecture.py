@@ -176,7 +176,7 @@ def test_sizes_and_forbidden_things(path):
 
 
 EXTRAS = {"lmms_eval", "vllm"}
-OF_VLLM = ("core", "llava", "llava_next", "internvl")
+OF_VLLM = ("core", "llava", "llava_next", "internvl", "qwen")
 OF_EXTRAS = {"ocvtp.evaluation.lmms.model", *(f"ocvtp.serving.vllm_{n}" for n in OF_VLLM)}
 
 

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.families.tiles import TokenMap
 from ocvtp.pruners import Pruner
 from ocvtp.towers.taps import resolve
+from ocvtp.towers.windows import Units, window_order, window_sizes
 from ocvtp.transformers_names import both, count_tiles, pack_tiles, patch_grid
 
+_WHOLE = "fullatt_block_indexes"
+"""Of a tower with windows, its blocks that attend to whole images."""
 _CLIP_TOWERS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """The `model_type` of towers that servers build, and the tokens before the patches."""
 
@@ -281,3 +285,58 @@ def one_layer(layer: Any) -> int:
             " server reads those of one; serve it without the pruner."
         )
     return int(layer)
+
+
+class QwenLayout(Layout):
+    """Qwen2-VL, Qwen2.5-VL, Qwen3-VL: images of any shape; a token is a unit of 2 x 2 patches."""
+
+    keeps_coordinates: ClassVar[bool] = True
+
+    def _tower(self) -> ServedTower:
+        depth = int(self.config.vision_config.depth)
+        return ServedTower(depth, depth, 0, (0, 0))
+
+    @property
+    def unit_side(self) -> int:
+        """Patches along the side of a token."""
+        return int(self.config.vision_config.spatial_merge_size)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        vision, read = self.config.vision_config, int(self.config.get_text_config().hidden_size)
+        tower = int(getattr(vision, "embed_dim", vision.hidden_size))
+        heads = int(vision.num_heads)
+        return {"features": read, "tower": tower, "projected": read, "num_heads": heads}
+
+    def grid(self, grid_thw: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of an image's tokens, from those of its patches."""
+        _, rows, columns = grid_thw
+        return int(rows) // self.unit_side, int(columns) // self.unit_side
+
+    def shape(self, grid_thw: Sequence[int]) -> Shape:
+        """Of an image of so many frames (1), rows and columns of patches."""
+        rows, columns = self.grid(grid_thw)
+        return Shape((rows * columns,))
+
+    def units(self, grids: Sequence[tuple[int, int]]) -> Units:
+        """The tokens of images, among the patches as the tower runs them."""
+        counts = [rows * columns for rows, columns in grids]
+        places = torch.arange(sum(counts))
+        if (window := self._window) is not None:
+            places = window_order(grids, window).argsort()
+        return Units(self.unit_side**2, counts, places)
+
+    def ends(self, block: int, grids: Sequence[tuple[int, int]]) -> Tensor:
+        """Where the segments begin and end that attend inside themselves, among all patches."""
+        window, whole = self._window, getattr(self.config.vision_config, _WHOLE, ())
+        sizes = [rows * columns for rows, columns in grids]
+        if window is not None and block not in whole:
+            sizes = [size for grid in grids for size in window_sizes(grid, window)]
+        return torch.tensor([0, *sizes]).cumsum(dim=0) * self.unit_side**2
+
+    @property
+    def _window(self) -> int | None:
+        """Units along the side of a window; None for towers without."""
+        vision = self.config.vision_config
+        pixels = getattr(vision, "window_size", None)
+        return None if pixels is None else int(pixels) // int(vision.patch_size) // self.unit_side

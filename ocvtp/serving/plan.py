@@ -23,6 +23,7 @@ from ocvtp.serving.layouts import (
     Layout,
     LlavaLayout,
     OnevisionLayout,
+    QwenLayout,
     ServedTower,
     Shape,
     TiledLayout,
@@ -36,6 +37,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "llava_next": TiledLayout,
     "llava_onevision": OnevisionLayout,
     "internvl": InternVLLayout,
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), QwenLayout),
 }
 """By the `model_type` of the models that are served."""
 _STAGE: Stage = "llm_input"

@@ -10,6 +10,7 @@ from ocvtp.transformers_names import known_model_types
 SUPPORTED = ("0.32", "0.33")
 """Minor versions of vLLM on which the classes of this package were tested."""
 _KEY = "ocvtp"
+_ROUTED = "ocvtp_routed"
 _OTHERS = ("internvl_chat",)  # of models that only their own code reads
 
 
@@ -47,6 +48,21 @@ SERVED: dict[str, Served] = {
         "InternVLForConditionalGeneration",
         "ocvtp.serving.vllm_internvl",
         "OCVTPInternVLForConditionalGeneration",
+    ),
+    "qwen2_vl": Served(
+        "Qwen2VLForConditionalGeneration",
+        "ocvtp.serving.vllm_qwen",
+        "OCVTPQwen2VLForConditionalGeneration",
+    ),
+    "qwen2_5_vl": Served(
+        "Qwen2_5_VLForConditionalGeneration",
+        "ocvtp.serving.vllm_qwen",
+        "OCVTPQwen2_5_VLForConditionalGeneration",
+    ),
+    "qwen3_vl": Served(
+        "Qwen3VLForConditionalGeneration",
+        "ocvtp.serving.vllm_qwen",
+        "OCVTPQwen3VLForConditionalGeneration",
     ),
 }
 """By the `model_type` of the model's configuration."""
@@ -88,12 +104,13 @@ def route(config: Any) -> None:
     """Name the class that is to build a model: `architectures` of its configuration.
 
     Args:
-        config: of the model; one without an `ocvtp` section is left alone.
+        config: of the model; one without an `ocvtp` section is left alone, and so is one that was
+            routed: models whose text settings are not apart build their language model from it.
 
     Raises:
         ValueError: for models and versions of vLLM that are not served.
     """
-    if getattr(config, _KEY, None) is None:
+    if getattr(config, _KEY, None) is None or getattr(config, _ROUTED, False):
         return
     check_version()
     architectures = list(getattr(config, "architectures", None) or [])
@@ -105,6 +122,7 @@ def route(config: Any) -> None:
             " leave `ocvtp` out of hf_overrides."
         )
     config.architectures = [served.name]
+    setattr(config, _ROUTED, True)
 
 
 def check_version() -> None:

@@ -18,12 +18,18 @@ from ocvtp.hosts.in_llm.hooks import deepstack_hook
 from ocvtp.hosts.prompt import tower_output
 from ocvtp.ops.merging import merge
 from ocvtp.random_models import tiny_qwen
-from ocvtp.structures import AttentionKey, AttentionKind, Needs, Selection, VisualTokens, take
+from ocvtp.structures import Needs, Selection, VisualTokens, take
 from ocvtp.towers import taps
 from ocvtp.towers.hooks import Hook
 from ocvtp.towers.module_state import on_device
-from ocvtp.towers.windows import Units, segment_means, window_order
-from ocvtp.transformers_names import rotate_patches
+from ocvtp.towers.windows import (
+    PackedBlock,
+    Units,
+    blocks_of,
+    gather,
+    window_order,
+    window_sizes,
+)
 
 _NO_GRID = (0, 0)
 _USUAL_SIDE = 672  # pixels
@@ -91,13 +97,13 @@ class QwenHost(Host):
         view = self.tower_parts()
         for layer in needs.hidden:
             view.layer(layer)
-        for block in _blocks(needs):
+        for block in blocks_of(needs):
             view.block(block)
 
     def hooks(self, needs: Needs) -> list[Hook]:
         view = self.tower_parts()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
-        for number in sorted({view.block(block) for block in _blocks(needs)}):
+        for number in sorted({view.block(block) for block in blocks_of(needs)}):
             hooks += taps.keep_fused_of(number, self.tower.blocks[number].attn)
         return hooks
 
@@ -157,34 +163,12 @@ class QwenHost(Host):
 
     def _found(self, record: taps.Recording, needs: Needs, units: Units) -> dict[str, Any]:
         """What `needs` names of the tower, as keyword arguments of `VisualTokens`."""
-        view = self.tower_parts()
-        layers = {number: view.layer(number) for number in needs.hidden}
-        blocks = {number: view.block(number) for number in _blocks(needs)}
-        missing = {f"layer {n}" for n in layers.values() if n not in record.hidden}
-        missing |= {f"block {n}" for n in blocks.values() if n not in record.fused}
-        if missing:
-            raise RuntimeError(
-                f"the vision tower ran but the hooks on {sorted(missing)} did not fire: attach the"
-                " pruner before the tower is compiled or exported."
-            )
-        attention: dict[AttentionKey, Tensor] = {}
-        for number, kind in needs.attention:
-            by_patch = self._attention(record, blocks[number], kind)
-            attention[number, kind] = units.raster(by_patch)
-        keys = {}
-        for number in needs.keys:
-            _, of_patches, _ = record.fused[blocks[number]].chunk(3, dim=1)
-            keys[number] = units.raster(of_patches)
-        hidden = {number: units.raster(record.hidden[layer]) for number, layer in layers.items()}
-        return {"hidden": hidden, "attention": attention, "keys": keys}
-
-    def _attention(self, record: taps.Recording, block: int, kind: AttentionKind) -> Tensor:
-        """[P] of the patches, in the order in which the tower runs them."""
-        heads = self.tower.config.num_heads
-        queries, keys, _ = record.fused[block].unflatten(1, (3, heads, -1)).unbind(1)
-        queries, keys = rotate_patches(queries, keys, *record.turns[block])
-        ends = record.segment_ends[block].tolist()
-        return segment_means(queries.flatten(1), keys.flatten(1), heads, kind, ends)
+        blocks = {}
+        for number, fused in record.fused.items():
+            queries, keys, _ = fused.chunk(3, dim=1)
+            turns, ends = record.turns[number], record.segment_ends[number]
+            blocks[number] = PackedBlock(queries, keys, turns, ends)
+        return gather(blocks, record.hidden, self.tower_parts(), needs, units)
 
     def apply(self, encoded: Encoded, selection: Selection) -> Kept:
         tokens, keep = encoded.tokens, selection.keep_indices
@@ -264,8 +248,7 @@ class Qwen25VLHost(QwenHost):
         """Windows, of which those at the edge may be smaller."""
         if block in self.tower.config.fullatt_block_indexes:
             return super().segments(block, grid_hw)
-        rows, columns = (_parts(length, self._window) for length in grid_hw)
-        return [height * width * self.unit_side**2 for height in rows for width in columns]
+        return [size * self.unit_side**2 for size in window_sizes(grid_hw, self._window)]
 
     def _places(self, grids: Sequence[tuple[int, int]]) -> Tensor:
         return window_order(grids, self._window).argsort()
@@ -294,13 +277,3 @@ class Qwen3VLHost(QwenHost):
         # transformers 5.17 leaves the images together
         found = output.deepstack_features
         return [rows if isinstance(rows, Tensor) else torch.cat(rows) for rows in found]
-
-
-def _blocks(needs: Needs) -> list[int]:
-    return [*needs.keys, *(block for block, _ in needs.attention)]
-
-
-def _parts(length: int, window: int) -> list[int]:
-    """A side cut into windows, the last of which may be smaller."""
-    whole, rest = divmod(length, window)
-    return [window] * whole + ([rest] if rest else [])
