@@ -93,7 +93,7 @@ def a_graph_of_select_keeps_the_same(device: str) -> None:
     """A short method, and a greedy loop: on CUDA as a CUDA graph, launched twice."""
     backend = "inductor" if device == "cuda" else "eager"
     for name in ("fopru", "divprune"):
-        pruner = build(name, 8)
+        pruner = build(name, 8, _tokens(device))
         run = compiled(pruner, backend)
         for tokens in (_tokens(device, double=True), _tokens(device, 3, double=True)):
             wanted = pruner.select(tokens).keep_indices
@@ -122,7 +122,7 @@ def select_waits_for_nothing(device: str) -> None:
     tokens, waits = _tokens(device), {}
     for name in ocvtp.list_pruners("llm_input"):
         try:
-            pruner = build(name, NUM_KEEP)
+            pruner = build(name, NUM_KEEP, tokens)
         except ValueError:  # a network, or what it is trained from, must be given
             continue
         if isinstance(network := vars(pruner).get("network"), torch.nn.Module):
@@ -160,7 +160,7 @@ def a_device_keeps_what_a_cpu_keeps(device: str) -> None:
     here = _tokens("cpu", double=True)
     there = _tokens(device, double=True)
     for name, form in FORMS.items():
-        kept = build(name, NUM_KEEP).select(there).keep_indices.cpu()
+        kept = build(name, NUM_KEEP, there).select(there).keep_indices.cpu()
         assert kept.equal(form(here, NUM_KEEP).sort(dim=1).values), name
 
 

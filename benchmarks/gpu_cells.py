@@ -309,7 +309,7 @@ def selects(setting: Setting) -> Job:
             tokens = make_tokens(batch, (24, 24), 4096 if device == "cuda" else 64)
             tokens = tokens.map(lambda values: values.to(device))
             for name in names:
-                choose = partial(build(name, 64).select, tokens)
+                choose = partial(build(name, 64, tokens).select, tokens)
                 with torch.inference_mode():
                     row = {"ms": _median_ms(choose, device)}
                     if device == "cuda":

@@ -6,7 +6,7 @@ import pytest
 
 from tools.trip import Trip, follow, generate_trip
 
-MOST = {"fastervlm": 115, "fastv:stages=[[1,16]]": 140, "tome": 210}
+MOST = {"fastervlm": 123, "fastv:stages=[[1,16]]": 150, "tome": 214}
 
 
 @pytest.mark.parametrize("spec", MOST)

@@ -228,7 +228,7 @@ def test_places_are_read_where_there_are_any():
         ("qk_mean", {"dim": 0}, "dim=0; pass whole numbers above 0"),
         ("local_global", {"blocks": -1}, "blocks=-1; pass a whole number, at least 0"),
         ("local_global", {"dim": 12, "blocks": 1}, "dim=12, heads=8; .* multiple of 8"),
-        ("vip", {"kind": "clss"}, "kind='clss'; pass one of cls, received"),
+        ("vip", {"kind": "clss"}, "kind='clss'; pass one of cls, cls_sharpest, received"),
         ("vip", {"hidden": []}, r"hidden=\[\]; pass numbers of layers"),
         ("vip", {"dim": 8, "condition": 12, "heads": 2}, "whose sum is a multiple of 8"),
         ("slots", {"num_iterations": 0}, "num_iterations=0 is not allowed"),
