@@ -24,6 +24,9 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionB
 """What Pillow raises on a file that is missing, truncated or no image."""
 
 _MOST_PIXELS = 2**26
+_LONGEST = 256
+"""Times its width. Processors scale the shorter side to that of the tower, so that a line of pixels
+in a file of a few bytes would take gigabytes."""
 _limit = _MOST_PIXELS
 _PROGRAMS = ("EPS",)
 """Formats for which Pillow starts another program."""
@@ -63,11 +66,17 @@ def limit_pixels(most: int = _MOST_PIXELS) -> None:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse the size of an image that has too many pixels.
+    """Refuse the size of an image that has too many pixels, or is next to a line.
 
     Raises:
-        ValueError: if it has more than `most_pixels()`.
+        ValueError: if it has more than `most_pixels()`, or is more than 256 times as long as wide.
     """
+    short, long = sorted((width, height))
+    if long > _LONGEST * short > 0:
+        raise ValueError(
+            f"it has {width} x {height} pixels, and at most {_LONGEST} times as long as wide is"
+            " read; cut it, or pad it"
+        )
     if width * height > _limit:
         raise ValueError(
             f"it has {width} x {height} pixels, and up to {_limit} are read; make it smaller, or"

@@ -203,6 +203,15 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(size, tmp_path):
         QuestionSet(tmp_path, [ImageQuestion("a", "bomb.png", "What?", "That.")])[0]
 
 
+@pytest.mark.parametrize("size", [(1, 257), (600, 2)])
+def test_a_line_of_pixels_is_refused(size, tmp_path):
+    Image.new("RGB", size).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match="line.png.*at most 256 times as long as wide"):
+        open_image(tmp_path / "line.png")
+    Image.new("RGB", (512, 2)).save(tmp_path / "panorama.png")
+    assert open_image(tmp_path / "panorama.png").size == (512, 2)
+
+
 def test_the_limit_of_pixels_is_a_setting(tmp_path, most_pixels):
     path = save(Image.new("RGB", (30, 20)), tmp_path)
     most_pixels(599)

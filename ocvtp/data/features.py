@@ -299,7 +299,7 @@ class FeatureDataModule(ResumableDataModule):
 def _absent(needs: Needs, there: Mapping[str, Any]) -> Iterator[str]:
     """What is asked for and was not extracted."""
     for field in fields(Needs):
-        asked, found = plain(getattr(needs, field.name)), there.get(field.name)
+        asked, found = plain(getattr(needs, field.name)), there.get(field.name, [])
         if isinstance(asked, list):
             name = {"hidden": "hidden_states"}.get(field.name, field.name)
             told = ", ".join(map(_numbers, found)) or "none"

@@ -223,15 +223,18 @@ def _untrained(
 def _tried(
     subject: Judged, task: Task, found: Sequence[Condition], batch_size: int
 ) -> tuple[Words, Words]:
-    """Why pruners cannot run at some budgets, and notes on those that can: all try one batch."""
+    """Why pruners cannot run at some budgets, and notes on those that can: a seed tries a batch."""
     items = task.items[:batch_size]
     owners = [item.owner for item in items]
     inputs = subject.inputs(task, items, owners)
     place = Place(0, lambda: seen_of(subject, task, owners))
     pruners = [condition.make(place) for condition in found]
     shared = subject.sharing(pruners)
-    problems, notes = {}, {}
+    problems: dict[tuple[str, Budget | None], str] = {}
+    notes: dict[tuple[str, Budget | None], str] = {}
     for condition, pruner in zip(found, pruners, strict=True):
+        if (condition.label, condition.budget) in notes.keys() | problems.keys():
+            continue  # another seed
         try:
             if condition.image == "smaller":
                 _check_size(subject, task, condition.budget)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
@@ -229,7 +229,8 @@ def attached(model: Any, pruner: Pruner | Compose, **options: Any) -> Iterator[H
     """
     there = attachment_of(unwrap(model))
     if there is not None and there.given is pruner and options and {*options} <= {*BUDGETS}:
-        with there.inside_block(Budget(**options)):
+        budget = Budget(**options)
+        with there.inside_block(budget) if budget.settings() else nullcontext():
             yield Handle(there)
         return
     handle = attach(model, pruner, **options)

@@ -45,7 +45,8 @@ class Budget:
     @classmethod
     def of_pruner(cls, pruner: Pruner, max_keep: int | None = None) -> Budget:
         """The pruner's own budget, and the most that any image keeps."""
-        return cls(pruner.num_keep, pruner.keep_ratio, max_keep)
+        caps = [cap for cap in (pruner.max_keep, max_keep) if cap is not None]
+        return cls(pruner.num_keep, pruner.keep_ratio, min(caps, default=None))
 
     def asked(self, num_tokens: int) -> int:
         """How many of an image's N tokens are asked for; where it is more than N, all stay as is.

@@ -196,7 +196,7 @@ def served_pruner(spec: str, own: Mapping[str, Any], cap: int | None, layout: La
 
 
 def _at(pruner: Pruner, num_keep: int) -> Pruner:
-    return replace(pruner, num_keep=num_keep, keep_ratio=None)
+    return replace(pruner, num_keep=num_keep, keep_ratio=None, max_keep=None)
 
 
 def _rehearse(plan: Plan, num_keep: int, is_grid: bool) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import ocvtp
 from ocvtp.hosts.base import Tiling
+from ocvtp.pruners.specs import build_spec
 from ocvtp.serving.budgets import Budget
 from ocvtp.serving.identity import identity_of
 
@@ -38,6 +39,13 @@ def test_tokens_that_are_asked_for(budget, asked):
 )
 def test_a_request_changes_the_budget(given, budget):
     assert Budget(num_keep=8).of_request(given, "divprune") == budget
+
+
+def test_a_cap_of_the_spec_counts():
+    pruner = build_spec("divprune:keep_ratio=0.5,max_keep=64")
+    assert [Budget.of_pruner(pruner).asked(n) for n in (576, 100)] == [64, 50]
+    assert Budget.of_pruner(pruner, 9).asked(576) == 9
+    assert Budget.of_pruner(build_spec("divprune:max_keep=64"), 99).asked(576) == 64
 
 
 def test_an_engines_cap_is_not_lifted():
