@@ -65,7 +65,7 @@ def make_tokens(batch: int, grid_hw: tuple[int, int], projected_width: int) -> V
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
-    kinds = ("cls", "received", "given")
+    kinds = ("cls", "cls_sharpest", "received", "given")
     attention = {
         (block, kind): (2 * draw(batch, count)).softmax(dim=1)
         for block in (8, -2, -1)

@@ -104,7 +104,7 @@ def test_from_photographs_to_a_report(steps, monkeypatch, capsys):
         config = json.loads((photos / f"pruners/{objective}/1/config.json").read_text())
         assert (config["objective"], config["training"]["seed"]) == (objective, 1)
         assert config["tower"] == "timm:local-dir:outputs/photos/tower"
-    assert rows["surprise", 16]["seeds"] == rows["surprise:balance=0.3", 16]["seeds"] == 2
+    assert rows["surprise", 16]["seeds"] == rows["surprise:balance=0.5", 16]["seeds"] == 2
     untrained = {label for label, _ in rows if label.startswith("untrained")}
     assert {"untrained", "untrained:standardize=true", "untrained:surprise"} <= untrained
     assert [row["label"] for row in facts["rows"] if row["num_keep"] == 8 and row["note"]] == [

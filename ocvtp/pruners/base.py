@@ -19,8 +19,8 @@ from ocvtp.field_types import shown
 from ocvtp.lazy import bound
 from ocvtp.ops.merging import keep_all, keep_short_images
 from ocvtp.ops.selection import together
-from ocvtp.pruners.budgets import BUDGETS, check_quality, count_kept
 from ocvtp.pruners.budgets import Budget as Amount
+from ocvtp.pruners.budgets import check_quality, count_kept
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
 
 Status = Literal["official", "unofficial", "control", "yours"]
@@ -189,7 +189,7 @@ class Pruner(ABC):
     @property
     def has_budget(self) -> bool:
         """Whether it was told how many tokens stay."""
-        return any(getattr(self, name) is not None for name in BUDGETS)
+        return (self.num_keep, self.keep_ratio, self.max_keep) != (None, None, None)
 
     @property
     def amounts(self) -> tuple[Amount, ...]:
@@ -351,7 +351,8 @@ class QualityPruner(Pruner):
 
     @property
     def exact(self) -> bool:
-        return self.quality is None and super().exact
+        # torch.compile takes a property of super() for true
+        return self.quality is None and not getattr(self, "adaptive", False)
 
 
 def _image(values: Tensor, number: int) -> Tensor:

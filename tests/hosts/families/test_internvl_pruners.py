@@ -28,6 +28,7 @@ from ocvtp.cli import main
 from ocvtp.hosts.prompt.user_words import Prompts
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.random_models.tiny_internvl import SPECIAL_TOKENS, tiny_internvl
+from ocvtp.structures import AttentionKind
 
 pytestmark = pytest.mark.sampled(1)
 
@@ -46,9 +47,10 @@ SHOWN = {
     "each_tile": (MIXED, "per_tile", "left"),
 }
 shown = pytest.mark.parametrize(("sizes", "budget", "side"), SHOWN.values(), ids=SHOWN.keys())
+KINDS: tuple[AttentionKind, ...] = ("cls", "cls_sharpest", "received", "given")
 EVERYTHING = Needs(
     hidden=(3,),
-    attention=tuple((b, kind) for b in (2, -2, -1) for kind in ("cls", "received", "given")),
+    attention=tuple((b, kind) for b in (2, -2, -1) for kind in KINDS),
     keys=(2, -2, -1),
 )
 
@@ -105,7 +107,7 @@ def tokens_by_hand(
             found = pad_sequence([torch.stack([values[c] for c in v]) for v in looks], True)
         if not rest:
             seen[name] = found
-        elif kind in ("received", "given", "cls"):
+        elif kind in KINDS:
             seen["attention"][int(rest[0]), kind] = found
         else:
             seen.setdefault(kind, {})[int(rest[0])] = found

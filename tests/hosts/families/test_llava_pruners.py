@@ -29,6 +29,7 @@ import ocvtp
 from ocvtp import Compose, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.evaluation.tasks.kept_tokens import kept_cells
 from ocvtp.hosts import find_host
+from ocvtp.structures import OF_CLS
 
 WORDS = ["what is it?", "how many are there, and where?"]
 ROWS = [
@@ -66,6 +67,9 @@ def tokens_by_hand(
         weights = attentions[block].mean(dim=1)  # [I, T, T]
         rows = weights[:, first:] if patch else weights
         attention[block, "cls"] = weights[:, 0, first:]
+        heads = attentions[block][:, :, 0, first:]
+        sharpest = heads.log().std(dim=2).argmax(dim=1)
+        attention[block, "cls_sharpest"] = heads[torch.arange(len(heads)), sharpest]
         attention[block, "received"] = rows.mean(dim=1)[:, first:]
         attention[block, "given"] = weights[:, first:, first:].mean(dim=2)
         queries[block], keys[block] = queries_and_keys(tower, block, hidden[block - (block < 0)])
@@ -168,7 +172,7 @@ def test_a_tower_without_cls(llava_siglip: Any, reading: Any, name: str) -> None
     """A method runs, or it is refused with a hint at others."""
     pruner, inputs = build(name), make_prompts(reading["processor"], ROWS)
     asks_cls = pruner.needs.cls or pruner.needs.cls_queries
-    asks_cls = asks_cls or any(kind == "cls" for _, kind in pruner.needs.attention)
+    asks_cls = asks_cls or any(kind in OF_CLS for _, kind in pruner.needs.attention)
     if not asks_cls and not pruner.needs.clip:
         with pruner(llava_siglip, **reading):
             assert ask(llava_siglip, inputs).shape == (3, 5)
