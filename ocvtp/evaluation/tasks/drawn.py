@@ -13,13 +13,13 @@ from PIL import Image
 
 from ocvtp.choices import Level, Split
 from ocvtp.data.scenes import Scene, draw_scene, scene_style, split_seed
-from ocvtp.evaluation.tasks.base import Item, Supplied, Task
+from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, Task, shares
 
 _CACHED = 256
 
 
 class DrawnTask(Task):
-    """Questions about scenes that are drawn when they are asked about.
+    """Questions about scenes that are drawn when they are asked about; a word answers.
 
     Args:
         levels: of the scenes.
@@ -59,6 +59,10 @@ class DrawnTask(Task):
     @abstractmethod
     def _ask(self, owner: int) -> list[Item]:
         """What is asked about the scenes of an owner."""
+
+    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
+        pairs = zip(self.items, records, strict=True)
+        return shares(self.items, [record["answer"].strip() in i.answers for i, record in pairs])
 
     def shown(self, owner: int) -> tuple[int, ...]:
         return tuple(range(owner * self._together, (owner + 1) * self._together))

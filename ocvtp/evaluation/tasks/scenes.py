@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from ocvtp.choices import Level, Split
 from ocvtp.data.questions import KINDS, ask
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
+from ocvtp.evaluation.tasks.base import Item, Supplied
 from ocvtp.evaluation.tasks.drawn import DrawnTask, edge_of
 from ocvtp.evaluation.tasks.registry import register_task
 
@@ -61,13 +61,6 @@ class SceneTask(DrawnTask):
         seed: Annotated[int, "of scenes and questions"] = 0,
     ) -> SceneTask:
         return cls(levels, split, num_images, questions, seed, edge_of(supplied))
-
-    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        right = [
-            record["answer"].strip() in item.answers
-            for item, record in zip(self.items, records, strict=True)
-        ]
-        return shares(self.items, right)
 
     def _ask(self, owner: int) -> list[Item]:
         level, index = self._place(owner)

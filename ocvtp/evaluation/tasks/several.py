@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from ocvtp.choices import Level, Split
 from ocvtp.data.several_images import ask_of_several
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
+from ocvtp.evaluation.tasks.base import Item, Supplied
 from ocvtp.evaluation.tasks.drawn import DrawnTask, edge_of
 from ocvtp.evaluation.tasks.registry import register_task
 
@@ -64,10 +64,6 @@ class SeveralTask(DrawnTask):
     ) -> SeveralTask:
         edge = edge_of(supplied)
         return cls(levels, split, num_images, num_together, questions, seed, edge)
-
-    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        pairs = zip(self.items, records, strict=True)
-        return shares(self.items, [record["answer"].strip() in i.answers for i, record in pairs])
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "together": self._together}

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from ocvtp.choices import Level, Split
 from ocvtp.data.questions import KINDS, ask
-from ocvtp.evaluation.tasks.base import Item, Ratio, Record, Supplied, shares
+from ocvtp.evaluation.tasks.base import Item, Supplied
 from ocvtp.evaluation.tasks.drawn import DrawnTask, edge_of
 from ocvtp.evaluation.tasks.registry import register_task
 
@@ -72,10 +72,6 @@ class TurnsTask(DrawnTask):
         seed: Annotated[int, "of scenes and questions"] = 0,
     ) -> TurnsTask:
         return cls(levels, split, num_images, questions, cache, seed, edge_of(supplied))
-
-    def ratios(self, records: Sequence[Record]) -> dict[str, Ratio]:
-        pairs = zip(self.items, records, strict=True)
-        return shares(self.items, [record["answer"].strip() in i.answers for i, record in pairs])
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "cache": self.keeps_cache}
