@@ -128,7 +128,7 @@ def check_share(name: str, value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+    if not _is_part(value):
         raise ValueError(
             f"{name}={value!r}; pass the share of tokens KEPT, a number above 0, at most 1."
         )
@@ -141,7 +141,7 @@ def check_quality(value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= 1:
+    if not _is_part(value):
         raise ValueError(
             f"quality={value!r}; pass the share that the kept tokens must hold, a number above 0,"
             " at most 1."
@@ -217,4 +217,9 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, Integral) and 0 < float(value) <= 1
+    return not isinstance(value, Integral) and _is_part(value)
+
+
+def _is_part(value: Any) -> bool:
+    """Of a whole: a share, or the number 1."""
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from ocvtp.field_types import shown
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.budgets import check_count, check_share
+from ocvtp.pruners.budgets import check_count, check_share, count_kept
 
 _OF_A_REQUEST = ("num_keep", "keep_ratio", "max_keep")
 _EXAMPLE = '{"ocvtp": {"num_keep": 64}}'
@@ -57,7 +57,7 @@ class Budget:
         if self.num_keep is not None:
             wanted = self.num_keep
         elif self.keep_ratio is not None:
-            wanted = max(1, round(num_tokens * self.keep_ratio))
+            wanted = count_kept(num_tokens, None, self.keep_ratio, None)
         else:
             wanted = num_tokens + 1
         return wanted if self.max_keep is None else min(wanted, self.max_keep)
