@@ -50,11 +50,7 @@ class CE(Loss):
     reads = frozenset({"pruned"})
 
     def _values(self, step: Step) -> LossValue:
-        assert step.pruned_logits is not None
-        assert step.targets is not None
-        assert step.owner is not None
-        missed: Tensor = cross_entropy(full(step.pruned_logits), step.targets, reduction="none")
-        return mean_of_rows(missed, step.owner, step.tokens.batch_size)
+        return _missed(step, step.pruned_logits)
 
 
 @register_loss("column_ce")
@@ -72,11 +68,7 @@ class ColumnCE(Loss):
     reads = frozenset({"column"})
 
     def _values(self, step: Step) -> LossValue:
-        assert step.column_logits is not None
-        assert step.targets is not None
-        assert step.owner is not None
-        missed: Tensor = cross_entropy(full(step.column_logits), step.targets, reduction="none")
-        return mean_of_rows(missed, step.owner, step.tokens.batch_size)
+        return _missed(step, step.column_logits)
 
 
 @register_loss("hidden")
@@ -100,3 +92,12 @@ class Hidden(Loss):
         error = (full(step.pruned_states) - wanted).square().sum(dim=1)
         length = wanted.square().sum(dim=1).clamp(min=1e-12)
         return mean_of_rows(error / length, step.owner, step.tokens.batch_size)
+
+
+def _missed(step: Step, logits: Tensor | None) -> LossValue:
+    """Cross-entropy of the answers' tokens under logits [T, V] that predict them."""
+    assert logits is not None
+    assert step.targets is not None
+    assert step.owner is not None
+    missed: Tensor = cross_entropy(full(logits), step.targets, reduction="none")
+    return mean_of_rows(missed, step.owner, step.tokens.batch_size)
