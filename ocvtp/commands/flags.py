@@ -117,9 +117,7 @@ def explore(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; the unpruned model is beside them",
     )
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
-    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    options.add_budgets(parser)
     parser.add_argument(
         "--checkpoint", nargs="+", default=[], help="exported networks, for pruners that take one"
     )
@@ -161,9 +159,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; controls run beside them",
     )
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
-    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+    options.add_budgets(parser)
     parser.add_argument(
         "--checkpoint",
         nargs="+",

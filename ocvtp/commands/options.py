@@ -184,6 +184,13 @@ def add_text_tower(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """The budgets that several pruners are tried at."""
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
+    budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+
+
 def add_budget(parser: argparse.ArgumentParser) -> None:
     """What a budget counts where a model cuts images into tiles."""
     parser.add_argument(
