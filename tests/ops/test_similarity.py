@@ -62,6 +62,7 @@ def test_a_matrix_pays_from_a_tenth_of_the_rows_on_where_it_fits(num_tokens, num
 def test_cosines_without_unit_vectors():
     torch.manual_seed(0)
     x, chosen = torch.randn(3, 9, 6, dtype=torch.float64), torch.rand(3, 9) < 0.5
+    x *= torch.logspace(-6, 6, 9, dtype=x.dtype)[:, None]  # of any length
     x[1, 4] = 0  # a blank token is like nothing
     cosine, others = unit(x) @ unit(x).mT, unit(torch.randn(3, 4, 6, dtype=torch.float64))
     assert_close(cosine_pairs(x), cosine)
