@@ -273,11 +273,6 @@ def _always(pruner: Pruner) -> Callable[[Place], Pruner]:
     return lambda place: pruner
 
 
-def random_network(config: Any, seed: int) -> Any:
-    """A network of these settings before its training; global random numbers are left alone."""
-    return trainable.of_sizes(config).network_class.untrained(config, seed)
-
-
 def default_layer(num_blocks: int, pruner: str = trainable.DEFAULT) -> int:
     """The layer that a trainable pruner reads by default, in a tower of any depth."""
     return int(trainable.of_name(pruner).network_class.default_layer(num_blocks))

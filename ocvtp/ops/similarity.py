@@ -86,7 +86,7 @@ def by_image(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     return torch.cat([function(*image) for image in images])
 
 
-# Cosines without `unit(x)`, which takes as much memory as x, and up to a quarter of the time of all pairs.
+# Cosines without `unit(x)`: that takes as much memory as x, and a quarter of all pairs' time.
 
 
 def cosine_pairs(x: Tensor) -> Tensor:

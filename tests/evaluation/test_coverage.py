@@ -16,7 +16,7 @@ from ocvtp.data.scenes import write_scenes
 from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.evaluation.tasks.coverage import CoverageTask
 from ocvtp.evaluation.tasks.kept_tokens import kept_cells, nearest_kept, unrestored
-from ocvtp.evaluation.tasks.object_cells import cells_on, source_pixels
+from ocvtp.evaluation.tasks.object_cells import cells_on, sight_of_host
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.prompt.chat_template import with_template
@@ -136,7 +136,7 @@ def test_pixels_come_from_where_the_processor_takes_them(llava, size, do_resize)
     noise = np.random.default_rng(1).integers(1, 255, (size[1], size[0], 3), np.uint8)
     settings = {"do_rescale": False, "do_normalize": False, "resample": Image.Resampling.NEAREST}
     made = processor(images=[Image.fromarray(noise)], return_tensors="pt", **settings)
-    rows, columns, inside = source_pixels(find_host(llava), processor, size)
+    rows, columns, inside = sight_of_host(find_host(llava), processor).sources(size)
     taken = noise[rows, columns] * inside[:, :, None]
     np.testing.assert_array_equal(taken, made["pixel_values"][0].permute(1, 2, 0).numpy())
     assert inside.all() == (do_resize or min(size) >= 56)
@@ -145,7 +145,8 @@ def test_pixels_come_from_where_the_processor_takes_them(llava, size, do_resize)
 @pytest.mark.parametrize("name", ["random:tiny-qwen2.5-vl", "random:tiny-qwen3-vl"])
 def test_pixels_of_packed_patches_are_put_together(name):
     vlm, processor = load_model(name)
-    rows, columns, inside = source_pixels(find_host(vlm), processor.image_processor, (320, 200))
+    sight = sight_of_host(find_host(vlm), processor.image_processor)
+    rows, columns, inside = sight.sources((320, 200))
     assert inside.all()
     assert rows.shape[0] < rows.shape[1]  # as wide as the image
     assert (np.diff(rows, axis=0) >= 0).all()

@@ -49,7 +49,7 @@ def few():
 @pytest.fixture(scope="module")
 def network():
     config = OCPrunerConfig(feature_dim=64, hidden_dim=16, slot_dim=16, ffn_dim=16, layer=1)
-    return made.random_network(replace(config, grid_hw=(12, 12)), 0)
+    return OCPruner.untrained(replace(config, grid_hw=(12, 12)), 0)
 
 
 def ask(subject, task, folder, pruners=("fopru",), batch_size=4, **options):
@@ -228,7 +228,7 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, netwo
     folders = []
     for seed in (0, 1):
         folders.append(str(tmp_path / f"seed{seed}"))
-        made.random_network(network.config, seed).save_pretrained(folders[-1])
+        type(network).untrained(network.config, seed).save_pretrained(folders[-1])
     report, records = ask(
         subject,
         few,
@@ -247,7 +247,7 @@ def test_several_checkpoints_are_averaged_as_seeds(subject, few, tmp_path, netwo
     order = r"checkpoint was '.*seed0' and is '.*seed1'.*in the order of that run, another --output"
     with pytest.raises(ValueError, match=order):
         ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders[::-1])
-    made.random_network(network.config, 7).save_pretrained(folders[0])  # other weights
+    type(network).untrained(network.config, 7).save_pretrained(folders[0])  # other weights
     with pytest.raises(ValueError, match="other settings"):
         ask(subject, few, tmp_path, pruners=["ocvtp"], checkpoints=folders)
 
@@ -267,7 +267,9 @@ def test_a_method_of_yours_is_no_control(subject, few, tmp_path, monkeypatch):
 def checkpoints_of(folder, network, *configs, weights=None):
     """Networks of several seeds, and what their configs say of a training."""
     for number, config in enumerate(configs):
-        own = made.random_network(network.config, number if weights is None else weights[number])
+        own = type(network).untrained(
+            network.config, number if weights is None else weights[number]
+        )
         own.save_pretrained(folder / str(number))
         path = folder / str(number) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"noise_seed": 0, **config}))
@@ -452,7 +454,7 @@ def test_untrained_networks_differ_by_seed_and_leave_random_numbers_alone(networ
 
 
 def test_an_untrained_network_standardises_as_the_trained_one(network):
-    like = made.random_network(replace(network.config, standardize=True, target_layer=-2), 3)
+    like = OCPruner.untrained(replace(network.config, standardize=True, target_layer=-2), 3)
     like.inputs.mean.fill_(2.0)
     like.targets.mean.fill_(3.0)
     found = made.untrained_conditions(BUDGETS[:1], [0], like)

@@ -14,7 +14,6 @@ from ocvtp.cli import main
 from ocvtp.data.scenes import write_scenes
 from ocvtp.encoders.base import FrozenEncoder
 from ocvtp.encoders.clip import CLIPEncoder
-from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
@@ -51,7 +50,7 @@ def networks(tmp_path_factory):
             feature_dim=96, hidden_dim=16, slot_dim=16, ffn_dim=16, layer=2, noise_seed=seed
         )
         path = tmp_path_factory.mktemp(f"seed{seed}")
-        made.random_network(replace(config, grid_hw=(12, 12)), seed).save_pretrained(path)
+        OCPruner.untrained(replace(config, grid_hw=(12, 12)), seed).save_pretrained(path)
         paths.append(str(path))
     return paths
 

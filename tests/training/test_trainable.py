@@ -307,7 +307,7 @@ def test_untrained_controls_of_each_kind(page, module):
     assert [condition.label for condition in found] == ["untrained:linear"] * 2
     first, second = (c.make(made.Place(0, list)).network.layers[3].weight for c in found)
     assert not first.equal(second)
-    again = made.random_network(like.config, 1).layers[3].weight
+    again = type(like).untrained(like.config, 1).layers[3].weight
     assert_close(again, second, rtol=0, atol=0)
 
 

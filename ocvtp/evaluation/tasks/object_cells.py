@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ocvtp.encoders.base import FrozenEncoder
-from ocvtp.hosts.base import Host
 from ocvtp.hosts.sight import Sight as Sight
 from ocvtp.hosts.sight import at_pixels as at_pixels
 from ocvtp.hosts.sight import cell_pixels
@@ -52,8 +51,3 @@ def sight_of_encoder(encoder: FrozenEncoder) -> Sight:
         return np.stack(made)
 
     return Sight(nearest, encoder.patch_size)
-
-
-def source_pixels(host: Host, processor: Any, size: tuple[int, int]) -> tuple[NDArray[Any], ...]:
-    """See `Sight.sources`, of a model's tower."""
-    return sight_of_host(host, processor).sources(size)
