@@ -40,7 +40,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ocvtp.data.image_names import check_inside
-from ocvtp.reporting.files import replacing
+from ocvtp.field_types import checked, of_fields
+from ocvtp.reporting.files import remove_unfinished, replacing
+from ocvtp.structures import Layout, Needs
 
 FORMAT = 1
 MANIFEST, SETTINGS = "manifest.json", "extraction.json"
@@ -82,8 +84,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a run that was killed
-            left.unlink(missing_ok=True)
+        remove_unfinished(self.path)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:

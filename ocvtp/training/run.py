@@ -26,7 +26,13 @@ from ocvtp.training.check import Check
 from ocvtp.training.check import check as check_run
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.last import Keeping, LastCheckpoint
-from ocvtp.training.lifecycle import Interrupted, LateStart, SaveConfig, refuse_unwritable
+from ocvtp.training.lifecycle import (
+    Interrupted,
+    LateStart,
+    SaveConfig,
+    refuse_unwritable,
+    write_whole_checkpoints,
+)
 from ocvtp.training.module import PrunerModule
 from ocvtp.training.pace import Pace
 from ocvtp.training.resume import (
@@ -299,6 +305,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     callbacks: list[pl.Callback] = trainer.callbacks
     callbacks.insert(0, start)
     callbacks.append(stop)
+    write_whole_checkpoints(trainer)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
         with (

@@ -21,6 +21,7 @@ from ocvtp.cli import main
 from ocvtp.data.coco import collate
 from ocvtp.training.check import check as check_run
 from ocvtp.training.last import Keeping
+from ocvtp.training.lifecycle import Interrupted, WholeCheckpoints
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, check, train
 from ocvtp.training.signals import Signals
@@ -138,6 +139,23 @@ def test_when_last_is_written(tmp_path, scenes, monkeypatch, more, steps):
     monkeypatch.setattr(OCPrunerModule, "on_save_checkpoint", spied)
     train([*quick(tmp_path, scenes), "--checkpoint.every_n_epochs", "9", *more])
     assert written == steps
+
+
+def test_a_checkpoint_replaces_the_one_before_when_it_is_whole(tmp_path, monkeypatch):
+    path, left = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.0.tmp"
+    left.touch()  # of a run that was killed
+    WholeCheckpoints().save_checkpoint({"step": 1}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def killed(self, target):
+        assert torch.load(self) == {"step": 2}  # beside it, on the same disk
+        raise InterruptedError
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(InterruptedError):
+        WholeCheckpoints().save_checkpoint({"step": 2}, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert torch.load(path) == {"step": 1}
 
 
 def test_keeping_refuses_what_is_no_time():
