@@ -182,9 +182,21 @@ def test_sigusr1_ends_a_run_with_the_command_that_goes_on(tmp_path, scenes, in_s
     assert content(tmp_path)["global_step"] == 3
 
 
+def test_a_signal_is_no_second_one_where_another_process_was_sent_the_first():
+    signals = Signals()
+    with signals.listening():
+        signals.waits, signals.told = True, False
+        signals.number = signal.SIGTERM  # as all processes agreed
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.number == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.number == signal.SIGUSR1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch, number):
+def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch, caplog, number):
     """The same command goes on from the step, in the same folder, and leaves nothing behind."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
