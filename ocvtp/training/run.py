@@ -65,7 +65,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "resume": {
         "type": str | None,
         "default": None,
-        "help": "checkpoint to continue from; `last` or `best`: of the run's own folder",
+        "help": "checkpoint to continue from; `last` or `best`: of the run's own folder; `auto`:"
+        " the last one there, if there is any",
     },
     "check": {
         "action": "store_true",
@@ -323,12 +324,12 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
 
 def _continued(cli: LightningCLI) -> tuple[str | None, bool]:
     """The checkpoint that a run goes on from, which is one of this run; whether SLURM left it."""
-    requeued = requeued_checkpoint(cli.trainer)
-    if requeued is None and cli.config.resume is None:
-        return None, False
-    folder = cli.config_init.checkpoint.dirpath or "."
-    path = requeued or find_checkpoint(cli.config.resume, folder)
-    refuse_another_run(path, read_checkpoint(path), cli.model)
+    folder = Path(cli.config_init.checkpoint.dirpath or ".")
+    requeued = path = requeued_checkpoint(cli.trainer, folder)
+    if path is None and cli.config.resume is not None:
+        path = find_checkpoint(cli.config.resume, folder)
+    if path is not None:
+        refuse_another_run(path, read_checkpoint(path), cli.model)
     return path, requeued is not None
 
 

@@ -214,15 +214,22 @@ def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch
     assert (tmp_path / "asked").exists() == requeued
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 7\n"
     assert (tmp_path / "hpc_ckpt_1.ckpt").is_file()
+    if requeued:  # once more, where the node failed meanwhile
+        in_step(8, _fail)
+        with pytest.raises(RuntimeError, match="is gone"):
+            train(words)
+        caplog.clear()
     result = train(words)
+    if requeued:
+        assert f"the job goes on from {tmp_path}/checkpoints/last.ckpt" in caplog.text
     assert_close(content(tmp_path)["state_dict"], straight, rtol=0, atol=0)
     assert not list(tmp_path.glob("hpc_ckpt_*"))
     assert not (tmp_path / "checkpoints.1").exists()
     assert Path(result.best).is_file()
     validated = [
         row["step"]
-        for version in (0, 1)
-        for row in csv.DictReader(open(tmp_path / f"csv/version_{version}/metrics.csv"))
+        for log in sorted(tmp_path.glob("csv/version_*/metrics.csv"))
+        for row in csv.DictReader(log.open())
         if row["val/loss"]
     ]
     assert validated == ["5", "11"]
