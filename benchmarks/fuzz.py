@@ -11,13 +11,14 @@ import io
 import json
 import resource
 import shutil
+import tarfile
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,25 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load, save
 
 import ocvtp
 from benchmarks.reliability_table import GIB
+from ocvtp.bench.sittings import cells_in
 from ocvtp.cli import guarded, main
 from ocvtp.data.coco import CocoImages
 from ocvtp.data.coco_questions import CocoQuestionDataModule
 from ocvtp.data.conversations import ConversationDataModule
+from ocvtp.data.feature_files import (
+    Manifest,
+    ShardWriter,
+    describe_shard,
+    plain,
+    shard_name,
+    weights_hash,
+)
+from ocvtp.data.features import FeatureDataModule
+from ocvtp.data.image_sources import TarImages
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks.pope import PopeTask
 from ocvtp.evaluation.tasks.vqa import VqaTask
@@ -46,9 +59,12 @@ from ocvtp.selectors.network import SelectorConfig, SelectorNetwork
 from ocvtp.selectors.scorer import Widths
 from ocvtp.slots import OCPruner, OCPrunerConfig
 from ocvtp.slots.decoder import DecoderConfig
+from ocvtp.structures import Needs
 from ocvtp.surprise.network import SurpriseNetwork, SurpriseSizes
+from ocvtp.training.features import stored_tokens
 from ocvtp.training.resume import read_checkpoint
 from ocvtp.training.run import build
+from ocvtp.training.teacher import Teacher, TeacherNeeds, question_names
 
 ODD: list[Any] = [
     *(None, True, -1, 0, 1, 3, 10**6, 10**12, 2**63, -(2**70), 0.5, 1e308, float("nan")),
@@ -152,6 +168,29 @@ def changed_file(draw: Any, path: Path, value: Any) -> None:
         path.write_bytes(changed_bytes(draw, json.dumps(value).encode()))
 
 
+def changed_tensors(draw: Any, data: bytes) -> bytes:
+    """A file of safetensors: one of its tensors, its header, which is JSON, or its bytes."""
+    what = draw(st.sampled_from(["tensor", "tensor", "header", "bytes"]))
+    if what == "bytes":
+        return changed_bytes(draw, data)
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    if what == "header":
+        text = json.dumps(changed_json(draw, header)).encode()
+        return len(text).to_bytes(8, "little") + text + data[end:]
+    tensors = load(data)
+    name = draw(st.sampled_from(sorted(tensors)))
+    found = tensors.pop(name)
+    how = draw(st.sampled_from(["gone", "shorter", "flat", "other", "type"]))
+    if how == "other":
+        value = draw(st.sampled_from([0, 1, 2, -1, 2**15, 2**31 - 1]))
+        tensors[name] = torch.full(found.shape, value).to(found.dtype)
+    elif how != "gone":
+        forms = {"shorter": found[1:], "flat": found.reshape(-1), "type": found.double()}
+        tensors[name] = forms[how].contiguous()
+    return save(tensors, header["__metadata__"])
+
+
 # ---------------------------------------------------------------- what is tried on them
 
 
@@ -178,6 +217,9 @@ class Inputs:
         for kind in ("png", "jpeg", "gif", "bmp", "tiff", "webp", "ppm"):
             picture.save(self.images / f"a.{kind}")
             self.pictures[kind] = (self.images / f"a.{kind}").read_bytes()
+        self.features, self.teacher = root / "features", root / "teacher"
+        _write_features(self.features)
+        _write_teacher(self.teacher)
         kinds = [name for name in dir(self) if name.startswith("try_")]
         self.kinds: dict[str, Callable[[Any], int]] = {
             name.removeprefix("try_"): getattr(self, name) for name in kinds
@@ -322,6 +364,77 @@ class Inputs:
         log.append([{"answer": "yes", "kept": 3.0}] * 2)
         log.path.write_bytes(changed_bytes(draw, log.path.read_bytes()))
         return _done(lambda: Log(folder, "x @ 4 # 0", {"a": 1}))
+
+    def try_features(self, draw: Any) -> int:
+        folder = self._folder() / "features"
+        shutil.copytree(self.features, folder)
+        manifest, shard = folder / "manifest.json", folder / "train-00000.safetensors"
+        content = json.loads(manifest.read_text())
+        if draw(st.booleans()):
+            changed_file(draw, manifest, content)
+        else:
+            shard.write_bytes(changed_tensors(draw, shard.read_bytes()))
+            content["shards"]["train"][0]["bytes"] = shard.stat().st_size
+            manifest.write_text(json.dumps(content))
+
+        def read() -> None:
+            data = FeatureDataModule(str(folder), batch_size=2)
+            data.check(_TOWER, _NEEDS, True)
+            data.setup("fit")
+            for batch in data.train_dataloader():
+                stored_tokens(batch["tokens"], _NEEDS, _NEEDS)
+
+        return _done(read)
+
+    def try_teacher(self, draw: Any) -> int:
+        folder = self._folder() / "teacher"
+        shutil.copytree(self.teacher, folder)
+        told, shard = folder / "teacher.json", folder / "teacher-00000.safetensors"
+        if draw(st.booleans()):
+            changed_file(draw, told, json.loads(told.read_text()))
+        else:
+            shard.write_bytes(changed_tensors(draw, shard.read_bytes()))
+
+        def read() -> None:
+            teacher = Teacher(folder, _SAYS, _head())
+            teacher.attention(_asked(), (1,), 6)
+
+        return _done(read)
+
+    def try_tar(self, draw: Any) -> int:
+        path = self._folder() / "a.tar"
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as tar:
+            for picture in sorted(self.images.iterdir())[:3]:
+                tar.add(picture, picture.name)
+        path.write_bytes(changed_bytes(draw, content.getvalue()))
+
+        def read() -> None:
+            images = TarImages([path], _AsStored(), "skip")
+            for number in range(min(len(images), 3)):
+                images[number]
+
+        return _done(read)
+
+    def try_cell(self, draw: Any) -> int:
+        folder = self._folder()
+        header, cell = _cell()
+        changed_file(draw, folder / "1x1.json", cell)
+        return _done(lambda: [one.cell(4) for one in cells_in(folder, header)])
+
+    def try_runs(self, draw: Any) -> int:
+        folder = self._folder() / "csv/version_0"
+        folder.mkdir(parents=True)
+        settings = yaml.safe_dump(changed_json(draw, _SETTINGS), allow_unicode=True).encode()
+        curves = b"epoch,step,val/loss,lr\n0,1,0.5,0.1\n0,2,,0.1\n1,3,0.4,0.05\n"
+        if draw(st.booleans()):
+            settings = changed_bytes(draw, settings)
+        if draw(st.booleans()):
+            curves = changed_bytes(draw, curves)
+        (folder / "config.yaml").write_bytes(settings)
+        (folder / "metrics.csv").write_bytes(curves)
+        more = [] if draw(st.integers(0, 19)) else ["--plot", str(folder / "runs.png")]
+        return main(["runs", str(folder.parents[1]), *more])
 
     def _folder(self) -> Path:
         """An empty one for an input."""
@@ -495,6 +608,69 @@ class _AsStored:
         return {}
 
 
+def _write_features(folder: Path) -> None:
+    """Two shards of two images with six tokens each."""
+    shards = []
+    for number in range(2):
+        path = folder / shard_name("train", number)
+        images = [[2 * number + i, f"/photos/{2 * number + i}.jpg"] for i in range(2)]
+        with ShardWriter(path, {"images": json.dumps(images), "skipped": "[]"}) as shard:
+            shard.add("hidden.2", torch.zeros(12, 4))
+            shard.add("attention.1.cls", torch.zeros(12))
+            shard.add("grids", torch.tensor([[[2, 3]]] * 2, dtype=torch.int32))
+            shard.add("image_sizes", torch.full((2, 2), 24, dtype=torch.int32))
+            shard.add("instances", torch.zeros(8, dtype=torch.uint8))
+            shard.add("instance_sizes", torch.full((2, 2), 2, dtype=torch.int32))
+        shards.append(describe_shard(path))
+    settings = {"tower": _TOWER, "needs": plain(asdict(_NEEDS)), "num_heads": 2}
+    splits = {"train": {"instances": True, "num_images": 4}}
+    settings |= {"views": ["plain"], "splits": splits, "dtype": "float32"}
+    Manifest(folder, settings, {"train": shards}).write()
+
+
+def _write_teacher(folder: Path) -> None:
+    """What a model said of two questions."""
+    with ShardWriter(folder / shard_name("teacher", 0), {}) as shard:
+        shard.add("states", torch.zeros(3, 4))
+        shard.add("state_counts", torch.tensor([1, 2], dtype=torch.int32))
+        shard.add("attention.1", torch.zeros(12))
+        shard.add("token_counts", torch.tensor([6, 6], dtype=torch.int32))
+        images = json.dumps(question_names(_asked()))
+        shard.metadata |= {"images": images, "skipped": "[]"}
+    settings = {"weights": weights_hash(_head()), "needs": asdict(_SAYS)}
+    told = {**settings, "shards": [shard_name("teacher", 0)]}
+    (folder / "teacher.json").write_text(json.dumps(told))
+
+
+def _head() -> torch.nn.Module:
+    head = torch.nn.Linear(4, 4)
+    torch.nn.init.ones_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    return head
+
+
+def _asked() -> dict[str, Any]:
+    """A batch of two questions."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {"keys": ["a", "b"], "inputs": inputs, "answers": torch.zeros(2)}
+
+
+@cache
+def _cell() -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header of a benchmark, and what is kept of a cell: of what lies in docs/results."""
+    found = json.loads(_BENCH.read_text())
+    cell, sizes = found["cells"][0], ("batch_size", "text_length", "images_per_prompt")
+    header = {**found["settings"], **{name: cell[name] for name in sizes}}
+    rest = {name: cell[name] for name in ("image_tokens", "text_tokens")}
+    rows = cell["rows"][:3]
+    return header, {"header": header, "sizes": rest, "unfit": {}, "rows": rows}
+
+
+_BENCH = Path(__file__).parents[1] / "docs/results/bench-llava-mid-cpu/results.json"
+_NEEDS = Needs(hidden=(2,), attention=((1, "cls"),))
+_SAYS = TeacherNeeds(answers=True, layers=(1,), rows="last")
+_TOWER = {"id": "t", "layout": "grid", "grid_hw": [2, 3], "preprocessing": {"size": 4}}
 _SCORER = {"dim": 16, "blocks": 1, "heads": 2}
 _BOX = [4, 4, 20, 4, 20, 20, 4, 20]
 _COCO = {

@@ -19,6 +19,7 @@ Facts = Mapping[str, Any]
 
 CHOICES = ("pruners", "num_keep", "savings", "skip_unfit")
 """Settings that say which rows there are, and nothing about how they are timed."""
+_WHAT = "a cell of `ocvtp bench`: delete that file, or another --output"
 _SIZES = ("batch_size", "text_length", "images_per_prompt")
 _SHAPE = {
     "header": {"pruners": list, "num_keep": list},
@@ -138,10 +139,9 @@ def _paths(folder: Path, key: str) -> list[tuple[int, Path]]:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    what = "a cell of `ocvtp bench`: delete that file, or another --output"
-    found = read_json(path, what)
+    found = read_json(path, _WHAT)
     if problem := lack(found, _SHAPE):
-        raise ValueError(f"{path} is not whole: {problem}; pass {what}.")
+        raise ValueError(f"{path} is not whole: {problem}; pass {_WHAT}.")
     return dict(found)
 
 
@@ -154,4 +154,10 @@ def _read(path: Path, header: Facts) -> dict[str, Any]:
             f"{path} was timed under other settings ({', '.join(differ)}); pass another --output,"
             " or delete that file."
         )
+    try:
+        summary.cell(found, own["new_tokens"])
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not whole ({type(error).__name__}: {error}); pass {_WHAT}."
+        ) from error
     return found

@@ -19,7 +19,8 @@ the run
   --config FILE|NAME             settings: a YAML file, or a name of configs/train, e.g. scenes;
                                  may be given several times, the later ones count
   --output DIR                   folder of all that the run writes: checkpoints, logs, pictures
-  --resume CKPT                  go on from a checkpoint; last or best: of the run's own folder
+  --resume CKPT                  go on from a checkpoint; last or best: of the run's own folder;
+                                 auto: the last one there, if there is any
   --seed_everything N            the run's one seed: weights, noise, order of the images
   --print_config                 print all settings as YAML, and train nothing
   --check                        try a few steps: images/s, memory, hours and disk of the whole run

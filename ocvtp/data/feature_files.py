@@ -30,7 +30,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shutil import copyfileobj
 from typing import IO, Any, Self
@@ -40,7 +40,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ocvtp.data.image_names import check_inside
-from ocvtp.reporting.files import replacing
+from ocvtp.field_types import checked, of_fields
+from ocvtp.reporting.files import remove_unfinished, replacing
+from ocvtp.structures import Layout, Needs
 
 FORMAT = 1
 MANIFEST, SETTINGS = "manifest.json", "extraction.json"
@@ -82,8 +84,7 @@ class ShardWriter:
 
     def __enter__(self) -> Self:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a run that was killed
-            left.unlink(missing_ok=True)
+        remove_unfinished(self.path)
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -240,12 +241,18 @@ class Manifest:
                 raise ValueError(
                     f"its format is {number!r}, and this version of ocvtp reads {FORMAT}"
                 )
-            files = [(str(s["file"]), int(s["bytes"])) for found in shards.values() for s in found]
-            for name, _ in files:
+            _check_settings(settings)
+            files = []
+            for shard in [*shards["train"], *shards.get("validation", ())]:
+                name = checked("file", shard["file"], str)
                 check_inside(name, folder, "file")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
+                files.append((name, checked("bytes", shard["bytes"], int)))
+                if not all(type(path) is str for _, path in shard["images"]):
+                    raise ValueError(f"images of {name} are not pairs of an id and a path")
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(
-                f"{path} is no manifest of features that can be read: {error}; extract again."
+                f"{path} is no manifest of features that can be read ({type(error).__name__}:"
+                f" {error}); extract again."
             ) from error
         for name, size in files:
             there = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -275,6 +282,25 @@ class Manifest:
     def num_images(self, split: str) -> int:
         """Readable images of a split, 0 where it is not there."""
         return sum(len(shard["images"]) for shard in self.shards.get(split, ()))
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise what is wrong with those of a manifest that readers look at."""
+    known, tower = {field.name for field in fields(Needs)}, settings["tower"]
+    of_fields(Needs, {name: value for name, value in settings["needs"].items() if name in known})
+    checked("tower.grid_hw", tower["grid_hw"], tuple[int, int], (1, 2**14))
+    for name, value, kind in (
+        ("needs.hidden[0]", settings["needs"]["hidden"][0], int),
+        ("tower.id", tower["id"], object),
+        ("tower.layout", tower["layout"], Layout),
+        ("num_heads", settings["num_heads"], int | None),
+        ("views", settings["views"], tuple[str, ...]),
+        ("views[0]", settings["views"][0], str),
+        ("splits.train.instances", settings["splits"]["train"]["instances"], bool),
+    ):
+        checked(name, value, kind)
+    for split in settings["splits"].values():
+        checked("instances", split.get("instances", False), bool)
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:

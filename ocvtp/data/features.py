@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +24,14 @@ from ocvtp.data.feature_files import (
     ends,
     plain,
     tensor_key,
+    tensor_name,
 )
 from ocvtp.data.loader import ShardSampler, StreamSampler
 from ocvtp.data.module import ResumableDataModule
 from ocvtp.structures import Needs
+
+_LARGEST = 2**16
+"""Pixels and tokens of an edge, of which no product goes beyond 64 bits."""
 
 
 class FeatureImages(Dataset[dict[str, Any]]):
@@ -45,10 +49,15 @@ class FeatureImages(Dataset[dict[str, Any]]):
     Attributes:
         num_views: of every image. Index `(i, v)` is view v of image i, and `i` is `(i, 0)`.
         starts: [shards + 1] number of the first image of every shard, and of all.
+
+    Raises:
+        ValueError: by items, for a shard that does not hold what the manifest says.
     """
 
     def __init__(self, manifest: Manifest, split: Literal["train", "validation"]) -> None:
         self._folder = manifest.folder
+        has_masks = manifest.settings["splits"].get(split, {}).get("instances", False)
+        self._wanted = _wanted(manifest.settings["needs"]) | ({"instances"} if has_masks else set())
         self._shards = manifest.shards[split]
         self.starts = ends([len(shard["images"]) for shard in self._shards]).numpy()
         self.num_views = len(manifest.settings["views"]) if split == "train" else 1
@@ -67,28 +76,53 @@ class FeatureImages(Dataset[dict[str, Any]]):
         number = int(np.searchsorted(self.starts, image, side="right")) - 1
         place = image - int(self.starts[number])
         if number not in self._opened:
-            self._opened[number] = _Shard(self._folder / self._shards[number]["file"])
+            self._opened[number] = self._open(number)
         item = self._opened[number].row(place * self.num_views + view)
         image_id, path = self._shards[number]["images"][place]
         return {**item, "image_id": image_id, "path": path}
 
+    def _open(self, number: int) -> _Shard:
+        path = self._folder / self._shards[number]["file"]
+        rows = len(self._shards[number]["images"]) * self.num_views
+        try:
+            shard = _Shard(path, rows)
+            if absent := sorted(self._wanted - shard.widths.keys()):
+                raise ValueError(f"{', '.join(absent)} is not there")
+            if self._opened and shard.widths != next(iter(self._opened.values())).widths:
+                raise ValueError("its tensors are of other widths than those of another shard")
+        except Exception as error:  # the reader has errors of its own
+            raise ValueError(
+                f"{path} is no whole shard of features ({error}); delete it and extract again."
+            ) from error
+        return shard
+
 
 class _Shard:
-    """A memory-mapped file of features."""
+    """A memory-mapped file of features, of so many rows.
 
-    def __init__(self, path: Path) -> None:
+    Attributes:
+        widths: shapes of what is stored of a token or an image, by the names of tensors.
+    """
+
+    def __init__(self, path: Path, rows: int) -> None:
         file: Any = safe_open(path, "pt")
         names = list(file.keys())
-        self._grids = file.get_tensor("grids").clone()
-        self._sizes = file.get_tensor("image_sizes").tolist()
+        self._grids = _sizes(file, "grids", rows, -1, 2).clone()
+        self._sizes = _sizes(file, "image_sizes", rows, 2).tolist()
         self._tokens = ends(self._grids.prod(dim=2).sum(dim=1)).tolist()
         self._areas: list[int] | None = None
+        self._slices = {n: file.get_slice(n) for n in names}
+        shapes = {n: tuple(values.get_shape()) for n, values in self._slices.items()}
         if "instances" in names:
-            self._shapes = file.get_tensor("instance_sizes").tolist()
+            self._shapes = _sizes(file, "instance_sizes", rows, 2).tolist()
             self._areas = ends([height * width for height, width in self._shapes]).tolist()
+            _expect("instances", shapes["instances"], (self._areas[-1],))
         kinds = (*OF_TOKENS, *OF_IMAGES)
         self._named = {n: tensor_key(n) for n in names if n.split(".")[0] in kinds}
-        self._slices = {n: file.get_slice(n) for n in names}
+        for name, (kind, _) in self._named.items():
+            count = self._tokens[-1] if kind in OF_TOKENS else rows
+            _expect(name, shapes[name], (count,) if kind == "attention" else (count, -1))
+        self.widths = {n: shapes[n][1:] for n in names if n in self._named or n == "instances"}
 
     def row(self, row: int) -> dict[str, Any]:
         """All that is stored of one view of an image."""
@@ -104,6 +138,35 @@ class _Shard:
             ids = self._slices["instances"][self._areas[row] : self._areas[row + 1]]
             item["instances"] = ids.view(*self._shapes[row]).long()
         return item
+
+
+def _wanted(needs: Mapping[str, Any]) -> set[str]:
+    """Tensors that every shard has."""
+    kinds = {kind: needs.get(kind) or () for kind in OF_TOKENS}
+    kinds |= {"cls_queries": needs.get("cls_queries") or ()}
+    kinds |= {"cls": needs["hidden"][:1] if needs.get("cls") else ()}
+    return {
+        tensor_name(kind, tuple(key) if isinstance(key, list) else key)
+        for kind, keys in kinds.items()
+        for key in keys
+    }
+
+
+def _sizes(file: Any, name: str, *shape: int) -> Tensor:
+    """Heights and widths [R, 2], or [R, V, 2] of V views; any number where a size is -1."""
+    sizes: Tensor = file.get_tensor(name)
+    _expect(name, sizes.shape, shape)
+    if sizes.is_floating_point() or not bool(((sizes >= 0) & (sizes < _LARGEST)).all()):
+        raise ValueError(f"{name} are no heights and widths")
+    return sizes
+
+
+def _expect(name: str, shape: Sequence[int], wanted: Sequence[int]) -> None:
+    alike = len(shape) == len(wanted) and all(
+        size in (own, -1) for own, size in zip(shape, wanted, strict=True)
+    )
+    if not alike:
+        raise ValueError(f"{name} has shape {list(shape)}, not {list(wanted)}")
 
 
 def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,6 +190,8 @@ def put_together(items: list[dict[str, Any]], settings: Mapping[str, Any]) -> di
         grid_hw = tuple(grids[0, 0].tolist())
     elif tower["layout"] == "variable":
         is_packed = True
+    elif tower["layout"] == "grid" and not bool((grids == torch.tensor(grid_hw)).all()):
+        raise ValueError(f"features are of grids {grids.tolist()}, and their tower has {grid_hw}")
     tokens: dict[str, Any] = {"grid_hw": grid_hw, "num_heads": settings["num_heads"]}
     for kind in OF_TOKENS:
         tokens[kind] = {k: _padded(_all(items, kind, k)) for k in items[0][kind]}

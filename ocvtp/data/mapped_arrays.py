@@ -10,17 +10,16 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ocvtp.reporting.files import replacing
+from ocvtp.reporting.folder_lock import in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ def kept_arrays(
     reasons = []
     for path in places:
         try:
-            with _alone(path, source):
+            with in_turn(path, f"reads {source}"):
                 found = _current(path, stamp)  # another process may have made it
                 if found is None:
                     made = make() if made is None else made
@@ -177,23 +176,3 @@ def _places(source: Path, kind: str) -> list[Path]:
         return [beside, Path.home() / ".cache" / "ocvtp" / folder / name]
     except RuntimeError:  # a number without a name, as containers run programs
         return [beside]
-
-
-@contextmanager
-def _alone(path: Path, source: Path) -> Iterator[None]:
-    """Inside the block no other process makes this file; a file system may know no locks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
-    try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.warning("waiting for the process that reads %s", source)
-            lock.acquire()
-    except NotImplementedError:
-        yield  # every process makes it, and the last one's stays
-        return
-    try:
-        yield
-    finally:
-        lock.release()

@@ -6,6 +6,7 @@ import errno
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -28,6 +29,12 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what writers of a file left beside it when they were killed; none may be writing."""
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -59,7 +66,7 @@ def refuse_cut(path: Path, end: bytes) -> None:
         raise OSError(errno.EIO, "not all of it was written", str(path))
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write a file: all of it, or nothing.
 
     Libraries that write a file themselves may not notice a full disk: what they make is passed

@@ -1,6 +1,6 @@
-"""One writer at a time in a folder: a second one is told whose it is.
+"""Locks of files: one writer of a folder, of which a second one is told; and turns, one by one.
 
-The operating system holds the lock: it ends with its process, however that ends, and processes that
+The operating system holds a lock: it ends with its process, however that ends, and processes that
 were started by it do not keep it.
 """
 
@@ -10,22 +10,30 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing tells two writers apart
+except ImportError:  # Windows, where nothing tells two processes apart
     fcntl = None  # type: ignore[assignment]
 
 _LOG = logging.getLogger(__name__)
 _UNKNOWN = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that know no locks: some of clusters and of object stores."""
-_own: set[Path] = set()
-"""What this process has claimed: the system tells processes apart, not threads."""
+_LOOKS_EVERY = 0.1
+"""Seconds between two looks at a lock that is waited for."""
+_own: dict[Path, int] = {}
+"""What this process has locked, and its number: the system tells processes apart, not threads, and
+a process that was started by another has its own number."""
 _changing = Lock()
+
+
+class _Taken(Exception):
+    """Another one has the lock; the text says who."""
 
 
 @contextmanager
@@ -44,21 +52,43 @@ def claimed(folder: str | Path, command: str, part: str = "") -> Iterator[None]:
     """
     folder = Path(folder)
     made = _make(folder)
-    path = folder.resolve() / f".ocvtp{part and '-'}{part}.lock"
+
+    def refuse(who: str) -> None:
+        raise ValueError(
+            f"{folder} is being written to by {who}; wait until it ends, or pass another --output."
+        )
+
     try:
-        lock = _lock(path, folder)
-        try:
-            os.write(lock, f"{command} (process {os.getpid()} on {socket.gethostname()})".encode())
+        with _locked(folder.resolve() / f".ocvtp{part and '-'}{part}.lock", command, refuse):
             yield
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(lock)
-            with _changing:
-                _own.discard(path)
     finally:
         for place in made:
             with suppress(OSError):  # something is in it
                 place.rmdir()
+
+
+@contextmanager
+def in_turn(path: Path, work: str) -> Iterator[None]:
+    """Be the only process and thread in the block for this file; others wait until it ends.
+
+    Args:
+        path: of the file that is made; the lock lies beside it meanwhile.
+        work: what is done, for a warning to those who wait: `reads FILE`.
+
+    Raises:
+        OSError: if there can be no lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told: list[str] = []
+
+    def wait(who: str) -> None:
+        if not told:
+            told.append(who)
+            _LOG.warning("waiting for the process that %s", work)
+        time.sleep(_LOOKS_EVERY)
+
+    with _locked(path.with_name(f".{path.name}.lock"), work, wait):
+        yield
 
 
 def _make(folder: Path) -> list[Path]:
@@ -68,26 +98,46 @@ def _make(folder: Path) -> list[Path]:
     return absent
 
 
-def _lock(path: Path, folder: Path) -> int:
-    """An open file that no one else has locked."""
-    with _changing:
-        if path in _own:
-            raise ValueError(_told(folder, "this process"))
-        _own.add(path)
+@contextmanager
+def _locked(path: Path, work: str, taken: Callable[[str], None]) -> Iterator[None]:
+    """Hold a lock; `taken` is told who has it, and returns where that is to be tried again."""
+    while True:
+        try:
+            lock = _lock(path)
+            break
+        except _Taken as error:
+            taken(str(error))
     try:
-        return _of_the_system(path, folder)
+        if lock is not None:
+            os.write(lock, f"{work} (process {os.getpid()} on {socket.gethostname()})".encode())
+        yield
+    finally:
+        if lock is not None:
+            path.unlink(missing_ok=True)
+            os.close(lock)
+        with _changing:
+            _own.pop(path, None)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that no one else has locked; None where the system locks no files."""
+    with _changing:
+        if _own.get(path) == os.getpid():
+            raise _Taken("this process")
+        _own[path] = os.getpid()
+    try:
+        return None if fcntl is None else _of_the_system(path)
     except BaseException:
         with _changing:
-            _own.discard(path)
+            _own.pop(path, None)
         raise
 
 
-def _of_the_system(path: Path, folder: Path) -> int:
+def _of_the_system(path: Path) -> int:
     while True:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if fcntl is not None:
-                _lock_file(file, folder)
+            _lock_file(file, path.parent)
             if _is_still(path, file):
                 os.ftruncate(file, 0)
                 return file
@@ -95,7 +145,7 @@ def _of_the_system(path: Path, folder: Path) -> int:
         except (BlockingIOError, PermissionError) as error:  # systems differ
             who = os.read(file, 500).decode(errors="replace") or "another process"
             os.close(file)
-            raise ValueError(_told(folder, who)) from error
+            raise _Taken(who) from error
 
 
 def _lock_file(file: int, folder: Path) -> None:
@@ -110,10 +160,6 @@ def _lock_file(file: int, folder: Path) -> None:
             folder,
             error.strerror,
         )
-
-
-def _told(folder: Path, who: str) -> str:
-    return f"{folder} is being written to by {who}; wait until it ends, or pass another --output."
 
 
 def _is_still(path: Path, file: int) -> bool:

@@ -172,6 +172,7 @@ class LastCheckpoint(Checkpoint):
         number = self._signals.number
         if number == (environment.requeue_signal or signal.SIGUSR1):
             trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
+            trainer.strategy.barrier()  # a task that ends may end the others, which must have asked
             self.requeued = True
         elif number == signal.SIGTERM:  # preempted, perhaps
             path = trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)

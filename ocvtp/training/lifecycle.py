@@ -1,15 +1,20 @@
-"""When a run touches its folder."""
+"""When a run touches its folder, and how it writes checkpoints there."""
 
 from __future__ import annotations
 
 import logging
 import os
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.cli import SaveConfigCallback
+
+from ocvtp.reporting.files import remove_unfinished, write_whole
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,6 +35,35 @@ def refuse_unwritable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         which = "may not be written" if there.is_dir() else "is no folder"
         raise ValueError(f"{folder} cannot be written, as {there} {which}; pass another --output.")
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place, and renames it: the one before it stays until then.
+
+    Lightning writes it to the system's folder of temporary files. On another disk it is then copied
+    over the one before it, and lost with it if the disk is full or the process is killed.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """See `CheckpointIO.save_checkpoint`.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        del storage_options
+        file = Path(path)
+        remove_unfinished(file)
+        content = BytesIO()
+        torch.save(checkpoint, content)
+        write_whole(file, content.getbuffer())
+
+
+def write_whole_checkpoints(trainer: Any) -> None:
+    """Let a trainer write them so, unless its settings name another way."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = WholeCheckpoints()
 
 
 class SaveConfig(SaveConfigCallback):

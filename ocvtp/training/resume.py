@@ -49,18 +49,25 @@ def run_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(part) for name, part in (parts | own).items()}
 
 
-def find_checkpoint(resume: str, folder: str | Path | None) -> str:
+def find_checkpoint(resume: str, folder: Path) -> str | None:
     """The file that `--resume` means.
 
     Args:
-        resume: a file; `last` or `best`: that of `folder`, the run's checkpoints.
+        resume: a file; `last` or `best`: that of `folder`, the run's checkpoints; `auto`: the last
+            one of these, where there is any.
+
+    Returns:
+        None where a run starts from nothing.
 
     Raises:
         ValueError: if it is not there, or is a folder.
     """
     path = Path(resume)
-    if resume in ("last", "best") and folder and not path.exists():
-        path = Path(folder) / f"{resume}.ckpt"
+    if resume == "auto" and not path.exists():
+        path = folder / "last.ckpt"
+        return str(path) if path.exists() else None
+    if resume in ("last", "best") and not path.exists():
+        path = folder / f"{resume}.ckpt"
     if path.is_dir():
         found = sorted({*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")})
         pick = next((p for p in found if p.name == "last.ckpt"), found[0] if found else None)
@@ -73,18 +80,23 @@ def find_checkpoint(resume: str, folder: str | Path | None) -> str:
     return str(path)
 
 
-def requeued_checkpoint(trainer: Any) -> str | None:
+def requeued_checkpoint(trainer: Any, folder: Path) -> str | None:
     """What a job that SLURM runs again goes on from, whatever else its command says.
 
     Args:
         trainer: whose folder (`default_root_dir`) the job left it in.
+        folder: the run's checkpoints, of which the last one is newer where a job that was run again
+            was killed later.
     """
     if not SLURMEnvironment.detect():
         return None
-    path: str | None = trainer._checkpoint_connector._hpc_resume_path
-    if path is not None:
-        _LOG.warning("the job goes on from %s; remove this file to start over", path)
-    return path
+    left: str | None = trainer._checkpoint_connector._hpc_resume_path
+    if left is None:
+        return None
+    there = [path for path in (Path(left), folder / "last.ckpt") if path.is_file()]
+    path = max(there, key=lambda path: path.stat().st_mtime_ns)
+    _LOG.warning("the job goes on from %s; remove %s to start over", path, left)
+    return str(path)
 
 
 def read_checkpoint(path: str) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from ocvtp.training.check import Check
 from ocvtp.training.check import check as check_run
 from ocvtp.training.errors import clear_errors, restoring
 from ocvtp.training.last import Keeping, LastCheckpoint
-from ocvtp.training.lifecycle import Interrupted, LateStart, SaveConfig, refuse_unwritable
+from ocvtp.training.lifecycle import (
+    Interrupted,
+    LateStart,
+    SaveConfig,
+    refuse_unwritable,
+    write_whole_checkpoints,
+)
 from ocvtp.training.module import PrunerModule
 from ocvtp.training.pace import Pace
 from ocvtp.training.resume import (
@@ -59,7 +65,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "resume": {
         "type": str | None,
         "default": None,
-        "help": "checkpoint to continue from; `last` or `best`: of the run's own folder",
+        "help": "checkpoint to continue from; `last` or `best`: of the run's own folder; `auto`:"
+        " the last one there, if there is any",
     },
     "check": {
         "action": "store_true",
@@ -299,6 +306,7 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     callbacks: list[pl.Callback] = trainer.callbacks
     callbacks.insert(0, start)
     callbacks.append(stop)
+    write_whole_checkpoints(trainer)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     try:
         with (
@@ -316,12 +324,12 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
 
 def _continued(cli: LightningCLI) -> tuple[str | None, bool]:
     """The checkpoint that a run goes on from, which is one of this run; whether SLURM left it."""
-    requeued = requeued_checkpoint(cli.trainer)
-    if requeued is None and cli.config.resume is None:
-        return None, False
-    folder = cli.config_init.checkpoint.dirpath or "."
-    path = requeued or find_checkpoint(cli.config.resume, folder)
-    refuse_another_run(path, read_checkpoint(path), cli.model)
+    folder = Path(cli.config_init.checkpoint.dirpath or ".")
+    requeued = path = requeued_checkpoint(cli.trainer, folder)
+    if path is None and cli.config.resume is not None:
+        path = find_checkpoint(cli.config.resume, folder)
+    if path is not None:
+        refuse_another_run(path, read_checkpoint(path), cli.model)
     return path, requeued is not None
 
 

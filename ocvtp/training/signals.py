@@ -16,13 +16,14 @@ class Signals:
     """Ctrl-C, SIGTERM and SIGUSR1 raise `Interrupted`, or ask for it.
 
     Attributes:
-        number: of the last one that came, or None.
+        number: of the one that ends the run, or None; another process may have been sent it.
         waits: whether the first one is only noted; a second one is always raised.
         told: whether that is said to the user.
     """
 
     def __init__(self) -> None:
         self._process = os.getpid()
+        self._came = False
         self.number: int | None = None
         self.waits = False
         self.told = True
@@ -49,7 +50,9 @@ class Signals:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        again, self.number = self.number is not None, number
+        again, self._came = self._came, True
+        if again or self.number is None:  # the processes of a run are not sent it at one moment
+            self.number = number
         if again or not self.waits:
             raise Interrupted
         if self.told:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities import move_data_to_device
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -41,6 +41,7 @@ from ocvtp.data.feature_files import (
     weights_hash,
 )
 from ocvtp.data.image_names import check_inside
+from ocvtp.field_types import checked, read_fields
 from ocvtp.hosts.asking import Answered, Asked, Raters, attention_rows, read
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
@@ -92,12 +93,13 @@ class Teacher:
         path = self.folder / SETTINGS
         try:
             self.settings = json.loads(path.read_text(encoding="utf-8"))
-            stored = TeacherNeeds(**self.settings["needs"])
+            stored = read_fields(TeacherNeeds, self.settings["needs"])
             weights = self.settings["weights"]
-            for name in self.settings["shards"]:
-                check_inside(str(name), self.folder, "file")
-            self._shards = [_Shard(self.folder / name, stored) for name in self.settings["shards"]]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            names = checked("shards", self.settings["shards"], tuple[str, ...])
+            for name in names:
+                check_inside(name, self.folder, "file")
+            self._shards = [_Shard(self.folder / name, stored) for name in names]
+        except Exception as error:  # readers have errors of their own
             raise ValueError(
                 f"{self.folder} holds nothing of `ocvtp teacher` that is finished and whole"
                 f" ({type(error).__name__}: {error}); run `ocvtp teacher --config CONFIG --output"
@@ -187,9 +189,15 @@ class _Shard:
         wanted |= {"states", "state_counts"} if stored.answers else {"state_counts"}
         if absent := sorted(wanted - {*file.keys()}):
             raise ValueError(f"{path.name} lacks {', '.join(absent)}")
-        self.names: list[str] = json.loads(file.metadata()["images"])
-        self._tokens = ends(file.get_tensor("token_counts"))
-        self._states = ends(file.get_tensor("state_counts"))
+        self.names = checked("images", json.loads(file.metadata()["images"]), list[str])
+        self._tokens = _ends_of(file, "token_counts", len(self.names))
+        self._states = _ends_of(file, "state_counts", len(self.names))
+        for name in wanted - {"token_counts", "state_counts"}:
+            shape, rows = file.get_slice(name).get_shape(), self._tokens
+            if name == "states":
+                rows, shape = self._states, shape[:1] if len(shape) == 2 else shape
+            if list(shape) != [int(rows[-1])]:
+                raise ValueError(f"{path.name}: {name} has shape {list(shape)}")
 
     def attention(self, layer: int, row: int) -> Tensor:
         part = slice(int(self._tokens[row]), int(self._tokens[row + 1]))
@@ -200,6 +208,14 @@ class _Shard:
         part = slice(int(self._states[row]), int(self._states[row + 1]))
         values: Tensor = self._file.get_slice("states")[part]
         return values
+
+
+def _ends_of(file: Any, name: str, questions: int) -> Tensor:
+    """Where the rows of each question end, see `ends`, of how many each has."""
+    counts = file.get_tensor(name)
+    if counts.shape != (questions,) or counts.is_floating_point() or bool((counts < 0).any()):
+        raise ValueError(f"{name} are not the numbers of {questions} questions")
+    return ends(counts)
 
 
 @dataclass(frozen=True)

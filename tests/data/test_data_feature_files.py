@@ -1,5 +1,6 @@
 """Shards of features and their manifest."""
 
+import copy
 import json
 
 import pytest
@@ -104,9 +105,16 @@ def test_a_truncated_shard_is_an_error(tmp_path):
         describe_shard(path)
 
 
+SETTINGS = {
+    "tower": {"id": "t", "layout": "grid", "grid_hw": [2, 3]}, "views": ["plain"],
+    "needs": {"hidden": [2], "attention": [[1, "cls"]], "cls": False, "of a newer version": 3},
+    "num_heads": None, "splits": {"train": {"instances": False}},
+}  # fmt: skip
+
+
 def finished(folder):
     path = write(folder / shard_name("train", 0), full=torch.ones(9))
-    manifest = Manifest(folder, {"dtype": "float32"}, {"train": [describe_shard(path)]})
+    manifest = Manifest(folder, copy.deepcopy(SETTINGS), {"train": [describe_shard(path)]})
     manifest.write()
     return manifest
 
@@ -141,6 +149,30 @@ def test_what_is_not_whole_is_refused(tmp_path, damage, message):
     finished(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=message):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("tower", "grid_hw"), [10**9, 10**9], "tower.grid_hw=.* at most 16384"),
+        (("tower", "layout"), "foo", "tower.layout='foo'; pass one of grid"),
+        (("needs", "hidden"), [], "IndexError"),
+        (("needs", "attention"), [[1, "x"]], "attention="),
+        (("views",), "plain", "views='plain'"),
+        (("views",), [], "IndexError"),
+        (("splits", "train"), {"instances": 1}, "splits.train.instances=1; pass true or false"),
+        (("num_heads",), "x", "num_heads='x'"),
+    ],
+)
+def test_settings_are_held_to_their_types(tmp_path, where, value, message):
+    manifest = finished(tmp_path)
+    holder = manifest.settings
+    for name in where[:-1]:
+        holder = holder[name]
+    holder[where[-1]] = value
+    manifest.write()
+    with pytest.raises(ValueError, match=f"no manifest of features that can be read .*{message}"):
         Manifest.read(tmp_path)
 
 

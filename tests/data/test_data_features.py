@@ -6,6 +6,7 @@ from copy import copy
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import distributed
 
 from ocvtp.data.feature_files import Manifest, ShardWriter, describe_shard, shard_name
@@ -90,6 +91,43 @@ def test_an_item_is_its_own_rows(tmp_path):
         with pytest.raises(IndexError):
             images[wrong]
     assert copy(images)[3]["image_id"] == 13  # as processes that load get it
+
+
+WRONG = [
+    ({"hidden.2": None}, r"hidden\.2 is not there"),
+    ({"instances": None}, "instances is not there"),
+    ({"grids": None}, "grids"),
+    ({"grids": torch.full((5, 1, 2), -1)}, "grids are no heights and widths"),
+    ({"grids": torch.full((5, 1, 2), 2**31 - 1)}, "grids are no heights and widths"),
+    ({"grids": torch.full((4, 1, 2), 2)}, r"grids has shape \[4, 1, 2\], not \[5, -1, 2\]"),
+    ({"grids": torch.full((5, 1, 2), 4)}, r"\.\S+ has shape \[30.*\], not \[80"),
+    ({"hidden.2": torch.zeros(30)}, r"hidden\.2 has shape \[30\], not \[30, -1\]"),
+    ({"hidden.2": torch.zeros(30, 7)}, "of other widths than those of another shard"),
+    ({"attention.1.cls": torch.zeros(29)}, r"attention\.1\.cls has shape \[29\], not \[30\]"),
+    ({"cls_keys.1": torch.zeros(4, 4)}, r"cls_keys\.1 has shape \[4, 4\], not \[5, -1\]"),
+    ({"instance_sizes": torch.ones(5, 2, dtype=torch.int32)}, r"instances has shape .*\[5\]"),
+    ({"hidden.x": torch.zeros(30, 1)}, "invalid literal"),
+]
+
+
+def test_shards_that_hold_something_else_are_refused(tmp_path):
+    manifest = written(tmp_path, [4, 5], GRID)
+    path = tmp_path / shard_name("train", 1)
+    whole = load_file(path)
+    for changes, message in WRONG:
+        save_file({k: v for k, v in {**whole, **changes}.items() if v is not None}, path)
+        images = FeatureImages(manifest, "train")
+        assert images[0]["image_id"] == 10
+        with pytest.raises(ValueError, match=rf"train-00001\S+ is no whole shard .*{message}"):
+            images[5]
+
+
+def test_another_grid_than_the_towers_is_refused(tmp_path):
+    manifest = written(tmp_path, [9], [[[2, 3]]] * 8 + [[[3, 2]]])
+    images = FeatureImages(manifest, "train")
+    put_together([images[0]], manifest.settings)
+    with pytest.raises(ValueError, match=r"of grids .*, and their tower has \(2, 3\)"):
+        put_together([images[0], images[8]], manifest.settings)
 
 
 def test_a_batch_of_one_grid(tmp_path):

@@ -44,6 +44,7 @@ def test_they_are_made_once(source):
         assert (found["none"].shape, found["one"].tolist()) == ((0, 4), [2**62])
         assert found.path == source.with_name("a.json.letters.index")
     assert make.count == 1
+    assert sorted(source.parent.iterdir()) == [source, found.path]
     assert kept_arrays(source, "others", make).path.name == "a.json.others.index"
     assert make.count == 2
 

@@ -14,11 +14,11 @@ import pytest
 
 from ocvtp.cli import main
 from ocvtp.commands import bench, evaluate, recommend
-from ocvtp.reporting.folder_lock import claimed
+from ocvtp.reporting.folder_lock import claimed, in_turn
 
 HOLDER = """
 import sys, time
-from ocvtp.reporting.folder_lock import claimed
+from ocvtp.reporting.folder_lock import claimed, in_turn
 with claimed(sys.argv[1], "ocvtp evaluate"):
     print("claimed", flush=True)
     time.sleep(60)
@@ -54,17 +54,64 @@ def test_a_writer_that_was_killed_is_in_nobodys_way(other, tmp_path):
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["result"]
 
 
+def forked(work):
+    """A child that does something, and then nothing; it ends with 0 if that went well."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
 def test_a_child_does_not_keep_the_folder(tmp_path):
     with claimed(tmp_path / "folder", "ocvtp train"):
-        child = os.fork()
-        if child == 0:
-            signal.pause()
+        child = forked(signal.pause)
     try:
         with claimed(tmp_path / "folder", "ocvtp train"):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_child_is_told_of_its_parent(tmp_path):
+    parent = os.getpid()
+
+    def second():
+        with pytest.raises(ValueError, match=rf"\(process {parent} on "):
+            claimed(tmp_path / "folder", "ocvtp bench").__enter__()
+
+    with claimed(tmp_path / "folder", "ocvtp train"):
+        assert os.waitpid(forked(second), 0)[1] == 0
+
+
+def test_turns_are_waited_for_also_where_the_first_one_is_killed(tmp_path, caplog):
+    entered, enter = os.pipe()
+    path = tmp_path / "folder/made"
+
+    def first():
+        with in_turn(path, "makes it"):
+            os.write(enter, b"x")
+            signal.pause()
+
+    child = forked(first)
+    os.read(entered, 1)
+    assert [lock.name for lock in path.parent.iterdir()] == [".made.lock"]
+
+    def kill(seconds):
+        os.kill(child, signal.SIGKILL)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr("ocvtp.reporting.folder_lock.time.sleep", kill)
+        with in_turn(path, "makes it"):
+            path.write_text("x")
+    assert caplog.messages == ["waiting for the process that makes it"]
+    assert [made.name for made in path.parent.iterdir()] == ["made"]
 
 
 def test_threads_are_told_apart_too(tmp_path):
@@ -86,18 +133,32 @@ def test_threads_are_told_apart_too(tmp_path):
     assert len(refused) == 1
 
 
+def in_its_turn(folder, work):
+    return in_turn(folder / "made", work)
+
+
+@pytest.mark.parametrize("lock", [claimed, in_its_turn])
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_written_to_with_a_warning(
-    number, tmp_path, monkeypatch, caplog
+    number, lock, tmp_path, monkeypatch, caplog
 ):
     def lockf(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("ocvtp.reporting.folder_lock.fcntl.lockf", lockf)
-    with caplog.at_level(logging.WARNING), claimed(tmp_path / "folder", "ocvtp train"):
+    with caplog.at_level(logging.WARNING), lock(tmp_path / "folder", "ocvtp train"):
         (tmp_path / "folder/result").write_text("x")
     assert "folder knows no locks" in caplog.text
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["result"]
+
+
+def test_where_the_system_has_no_locks_threads_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("ocvtp.reporting.folder_lock.fcntl", None)
+    with claimed(tmp_path / "folder", "ocvtp train"):
+        with pytest.raises(ValueError, match="by this process"):
+            claimed(tmp_path / "folder", "ocvtp bench").__enter__()
+        assert list((tmp_path / "folder").iterdir()) == []  # an open file could not be removed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_left_of_a_folder_that_stays_empty(tmp_path):

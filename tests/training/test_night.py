@@ -21,6 +21,7 @@ from ocvtp.cli import main
 from ocvtp.data.coco import collate
 from ocvtp.training.check import check as check_run
 from ocvtp.training.last import Keeping
+from ocvtp.training.lifecycle import Interrupted, WholeCheckpoints
 from ocvtp.training.module import OCPrunerModule
 from ocvtp.training.run import TrainingStopped, build, check, train
 from ocvtp.training.signals import Signals
@@ -140,6 +141,23 @@ def test_when_last_is_written(tmp_path, scenes, monkeypatch, more, steps):
     assert written == steps
 
 
+def test_a_checkpoint_replaces_the_one_before_when_it_is_whole(tmp_path, monkeypatch):
+    path, left = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.0.tmp"
+    left.touch()  # of a run that was killed
+    WholeCheckpoints().save_checkpoint({"step": 1}, path)
+    assert list(tmp_path.iterdir()) == [path]
+
+    def killed(self, target):
+        assert torch.load(self) == {"step": 2}  # beside it, on the same disk
+        raise InterruptedError
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(InterruptedError):
+        WholeCheckpoints().save_checkpoint({"step": 2}, path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert torch.load(path) == {"step": 1}
+
+
 def test_keeping_refuses_what_is_no_time():
     assert Keeping(None, None).every_minutes is None
     with pytest.raises(ValueError, match=r"last.every_minutes=0; pass a number above 0"):
@@ -164,9 +182,21 @@ def test_sigusr1_ends_a_run_with_the_command_that_goes_on(tmp_path, scenes, in_s
     assert content(tmp_path)["global_step"] == 3
 
 
+def test_a_signal_is_no_second_one_where_another_process_was_sent_the_first():
+    signals = Signals()
+    with signals.listening():
+        signals.waits, signals.told = True, False
+        signals.number = signal.SIGTERM  # as all processes agreed
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.number == signal.SIGTERM
+        with pytest.raises(Interrupted):
+            os.kill(os.getpid(), signal.SIGUSR1)
+    assert signals.number == signal.SIGUSR1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch, number):
+def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch, caplog, number):
     """The same command goes on from the step, in the same folder, and leaves nothing behind."""
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
@@ -184,15 +214,22 @@ def test_slurm_runs_a_job_again(tmp_path, scenes, in_step, straight, monkeypatch
     assert (tmp_path / "asked").exists() == requeued
     assert not requeued or (tmp_path / "asked").read_text() == "requeue 7\n"
     assert (tmp_path / "hpc_ckpt_1.ckpt").is_file()
+    if requeued:  # once more, where the node failed meanwhile
+        in_step(8, _fail)
+        with pytest.raises(RuntimeError, match="is gone"):
+            train(words)
+        caplog.clear()
     result = train(words)
+    if requeued:
+        assert f"the job goes on from {tmp_path}/checkpoints/last.ckpt" in caplog.text
     assert_close(content(tmp_path)["state_dict"], straight, rtol=0, atol=0)
     assert not list(tmp_path.glob("hpc_ckpt_*"))
     assert not (tmp_path / "checkpoints.1").exists()
     assert Path(result.best).is_file()
     validated = [
         row["step"]
-        for version in (0, 1)
-        for row in csv.DictReader(open(tmp_path / f"csv/version_{version}/metrics.csv"))
+        for log in sorted(tmp_path.glob("csv/version_*/metrics.csv"))
+        for row in csv.DictReader(log.open())
         if row["val/loss"]
     ]
     assert validated == ["5", "11"]

@@ -48,6 +48,8 @@ def read_again(folder, views, dtype):
         "tower": {"layout": "grid", "grid_hw": [2, 3]},
         "views": ["plain", "flip"][: len(views)],
         "num_heads": 2,
+        "needs": {"hidden": [*STORED.hidden]},
+        "splits": {},
     }
     images = FeatureImages(Manifest(folder, settings, {"train": [describe_shard(path)]}), "train")
     for view in range(len(views)):

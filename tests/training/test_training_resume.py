@@ -253,6 +253,15 @@ def test_last_and_best_are_those_of_the_runs_folder(run, tmp_path, capsys):
     assert f"--resume {tmp_path}/checkpoints/best.ckpt does not" in capsys.readouterr().err
 
 
+def test_auto_is_the_last_one_where_there_is_any(run, tmp_path, capsys):
+    words = [*run[0], "--output", str(tmp_path), "--trainer.max_steps", "2", "--resume", "auto"]
+    for said in ("", f"nothing was left to train: {tmp_path}/checkpoints/last.ckpt"):
+        assert main(["train", *words]) == 0
+        assert said in capsys.readouterr().out
+        assert torch.load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
+    assert not (tmp_path / "checkpoints.1").exists()
+
+
 def test_the_settings_are_plain(run):
     settings = torch.load(run[1], weights_only=True)["ocvtp"]["settings"]
     assert settings["model"]["encoder"]["init_args"]["layer"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.kills import _settings
 from ocvtp.cli import main
+from ocvtp.data.scenes import write_scenes
 from ocvtp.images import encoded
 from ocvtp.reporting.files import refuse_cut, write_whole
 
@@ -86,6 +89,22 @@ def test_evaluate_goes_on_with_what_there_was_room_for(tmp_path, capsys):
     for name in ("results.json", "report.md"):
         got = (output / name).read_text().replace(str(output), str(tmp_path / "whole"))
         assert got == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path, capsys):
+    write_scenes(tmp_path / "scenes", num_train=8, num_val=2, size=96, seed=0)
+    (tmp_path / "train.json").write_text(json.dumps(_settings(tmp_path / "scenes")))
+    output = tmp_path / "output"
+    words = ["train", "--config", str(tmp_path / "train.json"), "--output", str(output)]
+    assert main([*words, "--trainer.max_epochs", "1"]) == 0
+    there, last = names(output), output / "checkpoints/last.ckpt"
+    before = last.read_bytes()
+    with room_for(len(before) // 2):
+        refused([*words, "--resume", "last"], f"{output}/checkpoints/best.ckpt", capsys)
+    assert last.read_bytes() == before
+    assert names(output) == there
+    assert main([*words, "--resume", "last"]) == 0
 
 
 def test_a_library_that_does_not_look_is_looked_after(tmp_path):
