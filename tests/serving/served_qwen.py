@@ -25,10 +25,7 @@ def save(family: str, folder: Path) -> Path:
     config = model.config
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.head_dim = WIDTH, HEAD
-    turns: dict[str, Any] = {"mrope_section": [6, 5, 5]}
-    if family == "qwen3-vl":
-        turns["mrope_interleaved"] = True  # transformers needs not be told
-    text.rope_parameters = {**text.rope_parameters, **turns}
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [6, 5, 5]}
     name = "hidden_size" if family == "qwen2-vl" else "out_hidden_size"
     setattr(vision, name, WIDTH)
     materialise(config).save_pretrained(folder)
