@@ -338,14 +338,39 @@ def test_budgets_that_a_request_cannot_change_are_refused(server, demo):
 
 @pytest.mark.parametrize(
     "given",
-    [{"num_keep": True}, {"num_keep": "4"}, {"num_keep": 4.0}, {"max_tokens": True}, {"stream": 1}],
+    [
+        {"num_keep": True},
+        {"num_keep": "4"},
+        {"num_keep": 4.0},
+        {"max_tokens": True},
+        {"stream": 1},
+        {"temperature": False},
+        {"n": True},
+    ],
     ids=str,
 )
 def test_what_is_no_number_is_not_read_as_one(server, given):
     body = {"messages": [{"role": "user", "content": "who?"}], **given}
     (name,) = given
-    with pytest.raises(server.Refused, match=rf"^{name}: Input should be a valid (int|bool)"):
+    with pytest.raises(server.Refused, match=rf"^{name}: Input should be a valid (int|bool|num)"):
         server.parse_chat(json.dumps(body).encode())
+
+
+def test_faults_of_long_bodies_are_told_in_few_words(server):
+    def refused(*messages: Any) -> str:
+        with pytest.raises(server.Refused) as error:
+            server.parse_chat(json.dumps({"messages": messages}).encode())
+        return str(error.value)
+
+    turn = {"role": "user", "content": "who?"}
+    assert "messages: List should have at most 512 items" in refused(*[turn] * 513)
+    text = {"type": "text", "text": ""}
+    assert "List should have at most 128 items" in refused(
+        {"role": "user", "content": [text] * 129}
+    )
+    told = refused(*[{"role": "nobody", "content": ""}] * 20)
+    assert told.count("Input should be 'system'") == 8
+    assert told.endswith("; and 12 more")
 
 
 def test_a_body_is_read_before_its_request_is_refused(served, server, monkeypatch):
@@ -361,6 +386,11 @@ def test_a_body_is_read_before_its_request_is_refused(served, server, monkeypatc
         monkeypatch.setattr(worker.waiting, "full", lambda: True)
         return [said, unsaid, elsewhere, await call(app, "POST", chats, *parts)]
 
+    async def leaves() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(server.Refused, match="the body ended before all of it was sent"):
+        asyncio.run(server.read_body(server.Request({"type": "http", "headers": []}, leaves), 9))
     answers = asyncio.run(ask())
     assert [(one.status, one.unread) for one in answers] == [(413, 0), (413, 0), (404, 0), (429, 0)]
     monkeypatch.setattr(server, "LINGER", 0.01)
