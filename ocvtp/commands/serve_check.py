@@ -41,4 +41,6 @@ def _text(found: list[Found], chunk: int) -> str:
     counts = f"visual tokens {tokens}; {new} new tokens in {len(found)} answers"
     if lines:
         return "\n".join([*lines, f"differs ({counts})"])
+    if all(one.visual_tokens_kept == one.visual_tokens for one in found):
+        return f"equal, but nothing was pruned ({counts}); pass a budget below these numbers"
     return f"pruned, equal ({counts}; prompts whole and in chunks of {chunk})"
