@@ -21,22 +21,29 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
 from PIL.Image import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.concurrency import run_in_threadpool
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import ocvtp
 from ocvtp.hosts.loading import load_model
 from ocvtp.images import IMAGE_ERRORS, decode_image, limit_pixels
 from ocvtp.pruners.specs import build_spec
+
+NEEDS = "examples/server.py: error: needs {}, which is not installed; pip install 'ocvtp[serve]'."
+try:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, StreamingResponse
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import ClientDisconnect
+except ModuleNotFoundError as error:
+    raise SystemExit(NEEDS.format(error.name)) from None
 
 
 class Text(BaseModel):
@@ -59,19 +66,22 @@ class Picture(BaseModel):
     image_url: Url
 
 
+Part = Annotated[Text | Picture, Field(discriminator="type")]
+
+
 class Message(BaseModel):
     """A turn of the conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[Text | Picture, Field(discriminator="type")]]
+    content: str | Annotated[list[Part], Field(max_length=128)]
 
 
 class Chat(BaseModel):
-    """A request; what would be ignored is refused."""
+    """A request; what would be ignored or read as something else is refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=512)  # templates take long for many
     model: str | None = None
     num_keep: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
@@ -79,8 +89,8 @@ class Chat(BaseModel):
     stream: bool = False
     stream_options: dict[str, bool] | None = None  # the usage always comes with the last piece
     ignore_eos: bool = False
-    temperature: Literal[0] = 0
-    n: Literal[1] = 1
+    temperature: float = Field(0, ge=0, le=0)
+    n: int = Field(1, ge=1, le=1)
     seed: int | None = None
     user: str | None = None
 
@@ -155,6 +165,12 @@ class Pieces(StoppingCriteria):
 
 PATIENCE = 0.05
 """Seconds that a batch may wait for as many questions as the last one had."""
+SLICE, SLACK = 2**14, 16
+"""Characters of a text whose tokens are counted at a time, and the most tokens that a cut adds."""
+MOST_TOLD = 8
+"""Faults of a body that are told."""
+LINGER = 10.0
+"""Seconds that the rest of a body is waited for when its request is refused."""
 
 
 class Worker:
@@ -180,6 +196,9 @@ class Worker:
         ends = model.generation_config.eos_token_id
         self.ends = {ends} if isinstance(ends, int) else set(ends or ())
         self.context = model.config.get_text_config().max_position_embeddings
+        # of the threads of requests: the worker's changes how its own pads
+        self.counter = deepcopy(processor.tokenizer)
+        self.counter("")
         self.waiting: queue.Queue[Question | None] = queue.Queue(max_waiting)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.answered = self.batches = 0
@@ -199,6 +218,22 @@ class Worker:
             queue.Full: if as many wait as may.
         """
         self.waiting.put_nowait(question)
+
+    def check_text(self, text: str, max_tokens: int) -> None:
+        """Refuse a text that is too long before it is asked, when all would wait for its end.
+
+        No more of it is read than shows that; what its images add is known later.
+
+        Raises:
+            Refused: for what the model cannot read, whatever is kept of the images.
+        """
+        least, room = 0, self.context - max_tokens
+        for start in range(0, len(text), SLICE):
+            part = text[start : start + SLICE]
+            found = self.counter(part, add_special_tokens=False, verbose=False)["input_ids"]
+            least += len(found) - (SLACK if start else 0)
+            if least > room:
+                raise too_long(f"{least} tokens or more", max_tokens, self.context)
 
     def _run(self) -> None:
         batch: list[Question | None] = []
@@ -272,12 +307,17 @@ class Worker:
     def _check_lengths(self, group: Sequence[Question]) -> None:
         for one in group:
             if one.prompt_tokens + one.max_tokens > self.context:
-                raise Refused(
-                    400,
-                    f"the prompt has {one.prompt_tokens} tokens after pruning, and with"
-                    f" max_tokens={one.max_tokens} more than the {self.context} that the model"
-                    " reads; pass a smaller max_tokens, num_keep or prompt.",
-                )
+                found = f"{one.prompt_tokens} tokens after pruning"
+                raise too_long(found, one.max_tokens, self.context)
+
+
+def too_long(found: str, max_tokens: int, context: int) -> Refused:
+    """Of a prompt with so many tokens, in words."""
+    return Refused(
+        400,
+        f"the prompt has {found}, and with max_tokens={max_tokens} more than the {context} that the"
+        " model reads; pass a smaller max_tokens, num_keep or prompt.",
+    )
 
 
 def alike(batch: Iterable[Question]) -> Iterator[list[Question]]:
@@ -300,6 +340,7 @@ def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
         await run_in_threadpool(worker.stop)
 
     app = FastAPI(title="a pruned model", lifespan=lifespan)
+    app.add_middleware(WholeBodies)
 
     @app.exception_handler(Refused)
     async def refuse(request: Request, error: Refused) -> JSONResponse:
@@ -328,25 +369,55 @@ def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
     async def complete(request: Request) -> Any:
         if worker.waiting.full():  # before its body is read
             raise Refused(429, "as many requests wait as may; try again later.")
-        chat = parse_chat(await read_body(request, limits.max_body_bytes))
-        check_chat(chat, worker, limits)
+        body = await read_body(request, limits.max_body_bytes)
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | Exception]()
 
         def put(piece: Piece | Exception) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        question = await run_in_threadpool(as_question, chat, worker, limits, put)
+        is_stream, question = await run_in_threadpool(read_question, body, worker, limits, put)
         try:
             worker.ask(question)
         except queue.Full:
             raise Refused(429, "as many requests wait as may; try again later.") from None
         first = checked(await pieces.get())  # what is wrong has a status, in streams too
         reply = Reply(question, pieces, first, name)
-        if chat.stream:
+        if is_stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
         return await reply.whole()
 
     return app
+
+
+class WholeBodies:
+    """Reads what is left of a request's body, for some time, before the request is answered.
+
+    A client that still sends would see a connection that is reset, and not what it did wrong.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_left = scope["type"] == "http"
+
+        async def read() -> Any:
+            nonlocal is_left
+            message = await receive()
+            is_left = message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def read_rest() -> None:
+            while is_left:
+                await read()
+
+        async def answer(message: Any) -> None:
+            if is_left and message["type"] == "http.response.start":
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(read_rest(), LINGER)
+            await send(message)
+
+        await self.app(scope, read, answer)
 
 
 @dataclass
@@ -438,11 +509,30 @@ async def read_body(request: Request, most: int) -> bytes:
     if said.isdecimal() and int(said) > most:
         raise problem
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise problem
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise problem
+    except ClientDisconnect:
+        raise Refused(400, "the body ended before all of it was sent.") from None
     return bytes(body)
+
+
+def read_question(
+    body: bytes,
+    worker: Worker,
+    limits: argparse.Namespace,
+    put: Callable[[Piece | Exception], None],
+) -> tuple[bool, Question]:
+    """Whether the answer is to be streamed, and what the model is asked.
+
+    Raises:
+        Refused: for what is wrong with it.
+    """
+    chat = parse_chat(body)
+    check_chat(chat, worker, limits)
+    return chat.stream, as_question(chat, worker, limits, put)
 
 
 def parse_chat(body: bytes) -> Chat:
@@ -455,8 +545,9 @@ def parse_chat(body: bytes) -> Chat:
         return Chat.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
-        told = (f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in found)
-        raise Refused(400, "; ".join(told)) from error
+        told = [f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in found]
+        more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
+        raise Refused(400, "; ".join(told[:MOST_TOLD] + more)) from error
 
 
 def check_chat(chat: Chat, worker: Worker, limits: argparse.Namespace) -> None:
@@ -485,7 +576,7 @@ def as_question(
 
     Raises:
         Refused: for images that cannot be read or are too many, and for a conversation that the
-            model's template does not take.
+            model's template does not take or that is too long.
     """
     turns, images = [], list[Image]()
     for message in chat.messages:
@@ -507,6 +598,7 @@ def as_question(
         raise Refused(400, f"{worker.processor.image_token} stands for an image; leave it out.")
     default = min(256, limits.max_new_tokens)
     max_tokens = chat.max_completion_tokens or chat.max_tokens or default
+    worker.check_text(text, max_tokens)
     return Question(str(text), images, chat.num_keep, max_tokens, chat.ignore_eos, put)
 
 
@@ -532,14 +624,20 @@ def as_image(url: str, number: int) -> Image:
 def main(words: Sequence[str] | None = None) -> None:
     """Load the model, and serve it."""
     arguments = parse(words)
-    import uvicorn
+    try:
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise SystemExit(NEEDS.format(error.name)) from None
 
     limit_pixels(arguments.max_pixels)
-    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
-    pruner = build_spec(
-        arguments.pruner, num_keep=arguments.num_keep, checkpoint=arguments.checkpoint
-    )
-    worker = Worker(model, processor, pruner, arguments.max_batch, arguments.max_waiting)
+    try:
+        pruner = build_spec(
+            arguments.pruner, num_keep=arguments.num_keep, checkpoint=arguments.checkpoint
+        )
+        model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
+        worker = Worker(model, processor, pruner, arguments.max_batch, arguments.max_waiting)
+    except ValueError as error:
+        raise SystemExit(f"examples/server.py: error: {error}") from None
     app = build_app(worker, arguments)
     uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False)
 

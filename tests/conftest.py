@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,17 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_report_header() -> str:
-    """The versions that this run is on."""
-    names = ("torch", "torchvision", "transformers", "timm", "pytorch-lightning", "peft")
-    return "on " + ", ".join(f"{name} {version(name)}" for name in names)
+    """The versions that this run is on; environments for one tool lack what it does not need."""
+    names = ("torch", "torchvision", "transformers", "timm", "pytorch-lightning", "peft", "vllm")
+    return "on " + ", ".join(map(with_version, names))
+
+
+def with_version(name: str) -> str:
+    """A package and its version."""
+    try:
+        return f"{name} {version(name)}"
+    except PackageNotFoundError:
+        return f"no {name}"
 
 
 @pytest.hookimpl(tryfirst=True)

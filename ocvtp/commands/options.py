@@ -157,7 +157,9 @@ def pruner_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 def add_served(parser: argparse.ArgumentParser) -> None:
     """The pruner of a server: its budget is that of requests that name none."""
     _add_pruner(parser, several=False)
-    parser.add_argument("--max-keep", type=int, help="tokens of an image that any request keeps")
+    parser.add_argument(
+        "--max-keep", type=int, help="the most tokens of an image that any request keeps"
+    )
     add_budget(parser)
     parser.add_argument(
         "--separators",

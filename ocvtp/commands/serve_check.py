@@ -7,20 +7,18 @@ from dataclasses import asdict
 
 from ocvtp.commands import options, output
 from ocvtp.commands.serve import check_vllm, served
-from ocvtp.pruners.specs import build_spec
 from ocvtp.serving.vllm_check import Found, check
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Compare and say; the exit status is 1 if anything differs."""
     options.check_counts(arguments, "max_new_tokens", "chunk")
-    model, settings, _ = served(arguments)
+    model, settings, plan = served(arguments)
     check_vllm()
-    pruner = build_spec(arguments.pruner, **options.pruner_settings(arguments))
     with output.kept_for_results():  # vLLM writes its log there
         found = check(
             model,
-            pruner,
+            plan.pruner,
             settings,
             new_tokens=arguments.max_new_tokens,
             chunk=arguments.chunk,
@@ -43,4 +41,6 @@ def _text(found: list[Found], chunk: int) -> str:
     counts = f"visual tokens {tokens}; {new} new tokens in {len(found)} answers"
     if lines:
         return "\n".join([*lines, f"differs ({counts})"])
+    if all(one.visual_tokens_kept == one.visual_tokens for one in found):
+        return f"equal, but nothing was pruned ({counts}); pass a budget below these numbers"
     return f"pruned, equal ({counts}; prompts whole and in chunks of {chunk})"

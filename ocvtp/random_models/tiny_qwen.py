@@ -29,6 +29,7 @@ _VISION = {
     "num_heads": 4,
     "initializer_range": 0.2,
 }
+_ROPE = {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4}
 _TEXT = {
     "hidden_size": 96,
     "intermediate_size": 256,
@@ -36,7 +37,7 @@ _TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [4, 4, 4], "rope_theta": 1e4},
+    "rope_parameters": _ROPE,
     "initializer_range": 0.2,
 }
 _MOST_TOKENS = 144  # of an image
@@ -75,7 +76,8 @@ def tiny_qwen3(tokenizer: Any, seed: int = 0) -> tuple[Any, Any]:
 
     vision = {"patch_size": 16, "hidden_size": 64, "out_hidden_size": 96, "intermediate_size": 192}
     deepstack = {"num_position_embeddings": 12**2, "deepstack_visual_indexes": [1, 3]}
-    model = _model(Qwen3VLConfig, vision | deepstack, {"head_dim": 24}, tokenizer, seed)
+    text = {"head_dim": 24, "rope_parameters": _ROPE | {"mrope_interleaved": True}}
+    model = _model(Qwen3VLConfig, vision | deepstack, text, tokenizer, seed)
     colours: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return model, processor(Qwen3VLProcessor, tokenizer, patch=16, **colours)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ocvtp import __version__
 from ocvtp.hosts.base import Tiling
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.budgets import BUDGETS
 
-_BUDGET = {"num_keep", "keep_ratio"}
 _PLAIN = (str, int, float, bool, type(None), tuple, list, dict)
 _SHOWN = 16  # digits
 
@@ -34,7 +34,7 @@ def identity_of(pruner: Pruner, tiling: Tiling) -> str:
                 _add(digest, f"{name}.{key}", weight)
         elif isinstance(value, Tensor):
             _add(digest, name, value)
-        elif isinstance(value, _PLAIN) and name not in _BUDGET:
+        elif isinstance(value, _PLAIN) and name not in BUDGETS:
             settings[name] = None if network and name == "checkpoint" else repr(value)
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return digest.hexdigest()[:_SHOWN]

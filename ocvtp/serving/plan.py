@@ -14,9 +14,10 @@ from ocvtp.field_types import shown
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.origin import check_trained_in
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
+from ocvtp.pruners.budgets import BUDGETS, Budget, check_count
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.pruners.specs import parse_spec
-from ocvtp.serving.budgets import Budget
+from ocvtp.serving.budgets import capped, check_cap, of_request
 from ocvtp.serving.identity import identity_of
 from ocvtp.serving.layouts import (
     InternVLLayout,
@@ -53,25 +54,26 @@ class Plan:
     """A pruner that a server can run, and how many tokens of an image stay.
 
     Args:
-        pruner: that keeps exactly as many tokens as it is asked for.
+        pruner: that keeps exactly as many tokens as it is asked for; its budget is that of every
+            image whose request does not say another.
         layout: of the model.
-        budget: of every image whose request does not say another.
+        most: tokens of an image that any request is given; None for all.
         spec: what the pruner was called in the settings.
         identity: see `ocvtp.serving.identity`.
     """
 
     pruner: Pruner
     layout: Layout
-    budget: Budget
+    most: int | None
     spec: str
     identity: str
-    at: Callable[[int], Pruner] = field(init=False, repr=False, compare=False)
-    """K -> the same pruner with that budget."""
+    under: Callable[[Budget], Pruner] = field(init=False, repr=False, compare=False)
+    """The same pruner with another budget."""
     _rehearse: Callable[[int, bool], None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         remember = lru_cache(maxsize=_MOST_BUDGETS)
-        object.__setattr__(self, "at", remember(partial(_at, self.pruner)))
+        object.__setattr__(self, "under", remember(partial(_under, self.pruner)))
         object.__setattr__(self, "_rehearse", remember(partial(_rehearse, self)))
 
     @property
@@ -79,12 +81,21 @@ class Plan:
         """What the pruner reads."""
         return self.layout.tower
 
+    @property
+    def budget(self) -> Budget:
+        """Of every image whose request does not say another."""
+        return Budget(**{name: getattr(self.pruner, name) for name in BUDGETS})
+
+    def at(self, num_keep: int) -> Pruner:
+        """The same pruner with a budget of K tokens."""
+        return self.under(Budget(num_keep=num_keep))
+
     def of_request(self, given: Any) -> Budget:
-        """The budget of a request, from what it says under `ocvtp`; see `Budget.of_request`."""
-        return self.budget.of_request(given, self.spec)
+        """The budget of a request, from what it says under `ocvtp`; see `budgets.of_request`."""
+        return of_request(given, self.budget, self.most, self.spec)
 
     def asked(self, shape: Shape, budget: Budget) -> tuple[int, ...]:
-        """How many tokens of each view of an image are asked for; all stay where it has fewer.
+        """How many tokens of each view of an image are asked for; more than it has leave it whole.
 
         Args:
             shape: of the image.
@@ -94,13 +105,13 @@ class Plan:
             ValueError: if the pruner cannot choose so many, or not from such an image.
         """
         self.layout.check(shape, self.pruner)
-        asked = []
+        pruner, asked = self.under(budget), []
         for count in shape.views:
-            wanted = budget.asked(count)
-            if wanted <= count:
-                self._rehearse(wanted, shape.is_grid)
-                wanted = self.at(wanted).budget(count)  # one that drops nothing keeps all
-            asked.append(wanted)
+            if pruner.spares(count):
+                asked.append(count + 1)
+            else:
+                asked.append(pruner.budget(count))
+                self._rehearse(asked[-1], shape.is_grid)
         return tuple(asked)
 
 
@@ -122,17 +133,19 @@ def read_plan(config: Any, settings: Any = None) -> Plan:
             f" hf_overrides with e.g. {_EXAMPLE}."
         )
     layout = layout_of(config, tiling_of(settings))
-    spec, cap = str(settings["pruner"]), settings.get("max_keep")
+    spec = str(settings["pruner"])
+    name, named = parse_spec(spec)
     own = {key: value for key, value in settings.items() if key not in _OF_THE_PLAN}
-    pruner = served_pruner(spec, own, cap, layout)
-    budget = Budget.of_pruner(pruner, cap)
-    most = layout.tower.num_tokens
-    if layout.fixed and pruner.exceeds(most) and budget.asked(most) > most:
+    caps = [settings.get("max_keep"), named.pop("max_keep", None)]
+    most = min((check_count("max_keep", cap) for cap in caps if cap is not None), default=None)
+    pruner = served_pruner(name, own | named, most, layout)
+    count = layout.tower.num_tokens
+    if layout.fixed and pruner.exceeds(count):
         raise ValueError(
-            f"num_keep={pruner.num_keep} exceeds the {most} visual tokens that every image has;"
-            f" pass at most {most}."
+            f"num_keep={pruner.num_keep} exceeds the {count} visual tokens that every image has;"
+            f" pass at most {count}."
         )
-    return Plan(pruner, layout, budget, spec, identity_of(pruner, layout.tiling))
+    return Plan(pruner, layout, most, spec, identity_of(pruner, layout.tiling))
 
 
 def tiling_of(settings: Mapping[str, Any]) -> Tiling:
@@ -164,23 +177,22 @@ def layout_of(config: Any, tiling: Tiling | None = None) -> Layout:
     return LAYOUTS[config.model_type](config, Tiling() if tiling is None else tiling)
 
 
-def served_pruner(spec: str, own: Mapping[str, Any], cap: int | None, layout: Layout) -> Pruner:
+def served_pruner(name: str, own: Mapping[str, Any], most: int | None, layout: Layout) -> Pruner:
     """A pruner that a server can run.
 
     Args:
-        spec: `NAME` or `NAME:KEY=VALUE,...`; its settings go first.
-        own: further settings of the pruner, e.g. `num_keep`.
-        cap: its budget where these name none.
+        name: of the pruner.
+        own: settings of it, e.g. `num_keep`.
+        most: tokens of an image that may stay; its budget where `own` has none.
         layout: of the model whose tower it is to read.
 
     Raises:
-        ValueError: if they name no pruner or one that cannot be served, and what `build_pruner`
-            refuses.
+        ValueError: if there is no such pruner, if it cannot be served or is to keep more than
+            `most`, and what `build_pruner` refuses.
     """
-    name, named = parse_spec(spec)
-    settings = {**own, **named}
-    if cap is not None and all(settings.get(budget) is None for budget in _BUDGETS):
-        settings["num_keep"] = cap
+    settings = dict(own)
+    if all(settings.get(budget) is None for budget in _BUDGETS):
+        settings["max_keep"] = most
     problem = _other_stage(pruner_class(name).stage)
     if problem is None:  # the budgets of other stages mean something else
         pruner = build_pruner(name, **settings)
@@ -192,11 +204,15 @@ def served_pruner(spec: str, own: Mapping[str, Any], cap: int | None, layout: La
         )
     text = layout.config.get_text_config()
     check_trained_in(pruner, text.hidden_size, text.num_hidden_layers)
-    return pruner
+    if most is None:
+        return pruner
+    budget = Budget(pruner.num_keep, pruner.keep_ratio)
+    check_cap(budget, most, f"pruner {name!r}")
+    return _under(pruner, capped(budget, most))
 
 
-def _at(pruner: Pruner, num_keep: int) -> Pruner:
-    return replace(pruner, num_keep=num_keep, keep_ratio=None, max_keep=None)
+def _under(pruner: Pruner, budget: Budget) -> Pruner:
+    return replace(pruner, **vars(budget))
 
 
 def _rehearse(plan: Plan, num_keep: int, is_grid: bool) -> None:

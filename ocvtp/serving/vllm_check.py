@@ -6,7 +6,8 @@ vLLM is imported when its engine is started.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +70,7 @@ def check(
     Args:
         model: folder or hub id. pruner: of transformers' side.
         settings: of the engine, which names the same pruner.
-        new_tokens: of an answer at most.
+        new_tokens: of an answer; none ends before.
         chunk: tokens of prompts that the engine reads in a step, the second time.
         dtype: see `load_model`. memory: share of a GPU's that the engine may take.
 
@@ -131,7 +132,8 @@ def by_transformers(
     """Greedy answers with the pruner attached, each request alone."""
     prompts: list[Prompt] = []
     found = []
-    with attached(vlm, pruner, processor=processor, on_prune=prompts.append, **tiling):
+    pruned = attached(vlm, pruner, processor=processor, on_prune=prompts.append, **tiling)
+    with pruned, _without_defaults(vlm):
         for one in requests:
             inputs = processor(images=one.images, text=[one.prompt], return_tensors="pt")
             inputs = inputs.to(vlm.device, vlm.dtype)
@@ -149,6 +151,20 @@ def by_transformers(
     return found
 
 
+@contextmanager
+def _without_defaults(vlm: Any) -> Iterator[None]:
+    """Leave out what the model's generation config adds, as `by_vllm` does.
+
+    Engines read other places: where an answer ends, and what a repeated word costs, would differ.
+    """
+    before = vlm.generation_config
+    vlm.generation_config = type(before)(pad_token_id=before.pad_token_id)
+    try:
+        yield
+    finally:
+        vlm.generation_config = before
+
+
 def by_vllm(
     engine: Mapping[str, Any], requests: Sequence[Request], new_tokens: int
 ) -> list[tuple[int, list[int]]]:
@@ -161,7 +177,7 @@ def by_vllm(
         prompts = [
             {"prompt": one.prompt, "multi_modal_data": {"image": one.images}} for one in requests
         ]
-        settings = SamplingParams(max_tokens=new_tokens, temperature=0)
+        settings = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         outputs = llm.generate(prompts, settings, use_tqdm=False)
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -97,8 +97,8 @@ class PrunedInfo:
     ) -> Mapping[str, int]:
         """The most that an image takes, whatever its request asks for."""
         del seq_len, mm_counts
-        shape, cap = self.largest_shape(), self.plan.budget.max_keep
-        return {"image": shape.num_rows([v if cap is None else cap for v in shape.views])}
+        shape, most = self.largest_shape(), self.plan.most
+        return {"image": shape.num_rows([v if most is None else most for v in shape.views])}
 
 
 @dataclass

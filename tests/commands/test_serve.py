@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ocvtp.cli import main
-from ocvtp.commands import serve
+from ocvtp.commands import serve, serve_check
 from ocvtp.serving import vllm_check
 from ocvtp.serving.vllm_check import Found
 
@@ -109,6 +109,7 @@ def test_the_compose_file_has_a_command_that_can_be_served(capsys):
         ),
         ([DEMO, "--pruner", "divprune", "--num-keep", "145"], "exceeds the 144 visual tokens"),
         ([DEMO, "--pruner", "divprunes", "--num-keep", "9"], "did you mean 'divprune'"),
+        ([DEMO, *PRUNED, "--max-keep", "8"], "got num_keep=16 and max_keep=8, but max_keep is the"),
         ([DEMO, *PRUNED, "--hf-overrides", "[1]"], r"--hf-overrides \[1\] is no JSON object"),
         ([DEMO, *PRUNED, "--hf-overrides", "{"], "is no JSON object .Expecting property name"),
         ([DEMO, *PRUNED, "--hf-overrides", '{"ocvtp": {}}'], "sets 'ocvtp', as --pruner does"),
@@ -158,6 +159,27 @@ def test_other_commands_hand_on_nothing(capsys):
     with pytest.raises(SystemExit):
         main(["list", "--port", "8010"])
     assert "unrecognized arguments: --port 8010" in capsys.readouterr().err
+
+
+def test_a_check_gives_both_sides_one_budget(capsys, vllm, monkeypatch):
+    vllm("0.33.0")
+    monkeypatch.setattr(serve, "entry_points", lambda **named: ("ocvtp",))
+    asked = []
+    monkeypatch.setattr(
+        serve_check, "check", lambda model, *given, **more: asked.append(given) or []
+    )
+    for budget in (["--num-keep", "16"], ["--keep-ratio", "0.5"], []):
+        main(["serve-check", DEMO, "--pruner", "divprune", *budget, "--max-keep", "32"])
+    assert [pruner.budget(144) for pruner, _ in asked] == [16, 32, 32]
+    assert [settings["max_keep"] for _, settings in asked] == [32] * 3
+
+
+def test_a_check_of_images_that_stay_whole_does_not_say_pruned():
+    whole, pruned = Found("?", [9], [9], 30, [5]), Found("?", [18, 9], [16, 9], 40, [7])
+    assert serve_check._text([whole], 16).startswith("equal, but nothing was pruned (visual tokens")
+    assert serve_check._text([whole, pruned], 16).startswith("pruned, equal (visual tokens 9 -> 9")
+    whole.differs.append("request 0")
+    assert serve_check._text([whole], 16).startswith("request 0\ndiffers (")
 
 
 @pytest.mark.slow

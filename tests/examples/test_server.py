@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import runpy
 import sys
 import threading
 from functools import partial
@@ -63,21 +64,23 @@ def served(server, demo):
             worker._handle.remove()
 
 
-async def call(app: Any, method: str, path: str, body: bytes = b"", **headers: str) -> Any:
-    """One request, as a server of ASGI passes it on: status, headers, body in its parts."""
-    sent = [{"type": "http.request", "body": body, "more_body": False}]
+async def call(app: Any, method: str, path: str, *body: bytes, **headers: str) -> Any:
+    """One request, its body in parts, as a server of ASGI passes it on: status, headers, body in
+    its parts, and the parts of the request that were not read when it was answered."""
+    sent = [{"type": "http.request", "body": part, "more_body": True} for part in body or [b""]]
+    sent[-1]["more_body"] = False
     status, parts, answered = [], [], asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         if sent:
-            return sent.pop()
+            return sent.pop(0)
         await answered.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             names = {k.decode(): v.decode() for k, v in message["headers"]}
-            status.append((message["status"], names))
+            status.append((message["status"], names, len(sent)))
         elif message.get("body"):
             parts.append(message["body"].decode())
 
@@ -89,8 +92,9 @@ async def call(app: Any, method: str, path: str, body: bytes = b"", **headers: s
     }  # fmt: skip
     await app(scope, receive, send)
     answered.set()
-    ((code, names),) = status
-    return SimpleNamespace(status=code, headers=names, parts=parts, text="".join(parts))
+    ((code, names, unread),) = status
+    text = "".join(parts)
+    return SimpleNamespace(status=code, headers=names, parts=parts, text=text, unread=unread)
 
 
 def post(app: Any, chat: Any) -> Any:
@@ -222,7 +226,7 @@ def test_what_is_wrong_is_told_and_others_are_answered(served):
     wrong = {
         "is not served": (404, about(0, model="other")),
         "num_keep: Input should be greater than or equal to 1": (400, about(0, num_keep=0)),
-        "temperature: Input should be 0": (400, about(0, temperature=0.7)),
+        "temperature: Input should be less than or equal to 0": (400, about(0, temperature=0.7)),
         "tools: Extra inputs are not permitted": (400, about(0, tools=[])),
         "pass at most 3000": (400, about(0, max_tokens=3001)),
         "more than the 2048 that the model reads": (400, about(0, max_tokens=2040)),
@@ -330,3 +334,116 @@ def test_budgets_that_a_request_cannot_change_are_refused(server, demo):
             server.check_chat(chat, worker, server.parse(["--model", "demo"]))
     finally:
         worker._handle.remove()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_keep": True},
+        {"num_keep": "4"},
+        {"num_keep": 4.0},
+        {"max_tokens": True},
+        {"stream": 1},
+        {"temperature": False},
+        {"n": True},
+    ],
+    ids=str,
+)
+def test_what_is_no_number_is_not_read_as_one(server, given):
+    body = {"messages": [{"role": "user", "content": "who?"}], **given}
+    (name,) = given
+    with pytest.raises(server.Refused, match=rf"^{name}: Input should be a valid (int|bool|num)"):
+        server.parse_chat(json.dumps(body).encode())
+
+
+def test_faults_of_long_bodies_are_told_in_few_words(server):
+    def refused(*messages: Any) -> str:
+        with pytest.raises(server.Refused) as error:
+            server.parse_chat(json.dumps({"messages": messages}).encode())
+        return str(error.value)
+
+    turn = {"role": "user", "content": "who?"}
+    assert "messages: List should have at most 512 items" in refused(*[turn] * 513)
+    text = {"type": "text", "text": ""}
+    assert "List should have at most 128 items" in refused(
+        {"role": "user", "content": [text] * 129}
+    )
+    told = refused(*[{"role": "nobody", "content": ""}] * 20)
+    assert told.count("Input should be 'system'") == 8
+    assert told.endswith("; and 12 more")
+
+
+def test_a_body_is_read_before_its_request_is_refused(served, server, monkeypatch):
+    """A client that still sends would not see the answer. But not for ever."""
+    app, worker = served(max_body_bytes=10)
+    parts = [b"x" * 8] * 9
+    chats = "/v1/chat/completions"
+
+    async def ask() -> list[Any]:
+        said = await call(app, "POST", chats, *parts, content_length="72")
+        unsaid = await call(app, "POST", chats, *parts)
+        elsewhere = await call(app, "POST", "/v1/completions", *parts)
+        monkeypatch.setattr(worker.waiting, "full", lambda: True)
+        return [said, unsaid, elsewhere, await call(app, "POST", chats, *parts)]
+
+    async def leaves() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    with pytest.raises(server.Refused, match="the body ended before all of it was sent"):
+        asyncio.run(server.read_body(server.Request({"type": "http", "headers": []}, leaves), 9))
+    answers = asyncio.run(ask())
+    assert [(one.status, one.unread) for one in answers] == [(413, 0), (413, 0), (404, 0), (429, 0)]
+    monkeypatch.setattr(server, "LINGER", 0.01)
+    sent = []
+
+    async def endless() -> dict[str, Any]:
+        await asyncio.sleep(0.001)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message["type"])
+
+    async def refuses(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start"})
+        await send({"type": "http.response.body"})
+
+    asyncio.run(server.WholeBodies(refuses)({"type": "http"}, endless, send))
+    assert sent == ["http.response.start", "http.response.body"]
+
+
+def test_a_long_prompt_is_refused_before_it_waits(served, server):
+    """By as much of it as shows that it is too long."""
+    _, worker = served()
+    count, read = worker.counter, []
+    worker.counter = lambda text, **how: read.append(len(text)) or count(text, **how)
+    room = worker.context - 7
+    worker.check_text("star " * room, 7)
+    for text in ("star " * (room + 1), "star " * 1_000_000):
+        read.clear()
+        with pytest.raises(server.Refused, match=r"max_tokens=7 more than the 2048 that the model"):
+            worker.check_text(text, 7)
+        assert read == [min(len(text), server.SLICE)]
+    chat = server.parse_chat(json.dumps(about(0, num_keep=4)).encode())
+    chat.messages[0].content[1].text = text
+    with pytest.raises(server.Refused, match="tokens or more, and with max_tokens=5"):
+        server.as_question(chat, worker, server.parse([]), print)
+
+
+def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
+    for name in ("uvicorn", "fastapi"):
+        monkeypatch.setitem(sys.modules, name, None)
+    message = r"^examples/server.py: error: needs {}, which is not installed; pip install 'ocvtp"
+    with pytest.raises(SystemExit, match=message.format("uvicorn")):
+        server.main([])
+    with pytest.raises(SystemExit, match=message.format("fastapi")):
+        runpy.run_path("examples/server.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--num-keep", "0"], "num_keep=0; pass at least 1"), (["--model", "random:x"], "is unknown")],
+)
+def test_what_cannot_be_served_is_said_in_one_line(server, monkeypatch, words, message):
+    monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace())
+    with pytest.raises(SystemExit, match=f"^examples/server.py: error: .*{message}"):
+        server.main(words)

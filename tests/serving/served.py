@@ -134,13 +134,8 @@ def rows_by_transformers(model: Any, inputs: Any, pruner: Pruner, tiling: dict[s
     return prompt.embeddings[0][prompt.short_ids[0] == model.config.image_token_id]
 
 
-def overrides(spec: str, num_keep: int, **further: Any) -> dict[str, Any]:
-    """What `hf_overrides` is given."""
-    return {"ocvtp": {"pruner": spec, "num_keep": num_keep, **further}}
-
-
-def built(spec: str, num_keep: int) -> Pruner:
+def built(spec: str, num_keep: int, **settings: Any) -> Pruner:
     """The pruner of a spec."""
     from ocvtp.pruners.specs import build_spec
 
-    return build_spec(spec, num_keep=num_keep)
+    return build_spec(spec, num_keep=num_keep, **settings)

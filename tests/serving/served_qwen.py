@@ -12,10 +12,10 @@ from torch import Tensor
 from ocvtp import Pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import build_spec
 from ocvtp.random_models.weights import materialise
 
 FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+NEW_TOKENS = 8
 WIDTH, HEAD = 128, 32  # kernels for CPUs take heads of 32
 
 
@@ -25,10 +25,7 @@ def save(family: str, folder: Path) -> Path:
     config = model.config
     text, vision = config.text_config, config.vision_config
     text.hidden_size, text.head_dim = WIDTH, HEAD
-    turns: dict[str, Any] = {"mrope_section": [6, 5, 5]}
-    if family == "qwen3-vl":
-        turns["mrope_interleaved"] = True  # transformers needs not be told
-    text.rope_parameters = {**text.rope_parameters, **turns}
+    text.rope_parameters = {**text.rope_parameters, "mrope_section": [6, 5, 5]}
     name = "hidden_size" if family == "qwen2-vl" else "out_hidden_size"
     setattr(vision, name, WIDTH)
     materialise(config).save_pretrained(folder)
@@ -83,21 +80,16 @@ def coordinates(found: Any) -> tuple[Tensor, int]:
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, pruner: Pruner, text: str, images: Any) -> Any:
+def answered(model: Any, processor: Any, pruner: Pruner, text: str, images: Any) -> Any:
     """Greedy tokens of transformers' `generate`, and the logarithm of the first's probability."""
     inputs = processor(text=text, images=images or None, return_tensors="pt")
     with pruner(model):
         output = model.generate(
             **inputs,
-            max_new_tokens=8,
+            max_new_tokens=NEW_TOKENS,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
         )
     ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return ids, output.logits[0][0].log_softmax(-1)[ids[0]].item()
-
-
-def built(spec: str, num_keep: int, **settings: Any) -> Pruner:
-    """The pruner of a spec."""
-    return build_spec(spec, num_keep=num_keep, **settings)

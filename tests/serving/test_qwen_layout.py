@@ -7,6 +7,7 @@ import torch
 from tiny_qwen import FAMILIES
 
 from ocvtp.hosts import find_host
+from ocvtp.hosts.loading import load_config
 from ocvtp.serving.packed_tower import batches
 from ocvtp.serving.plan import alternatives, read_plan
 
@@ -34,6 +35,13 @@ def test_places_and_segments_are_those_of_the_tower(host):
     found = layout.units(GRIDS).raster(run)
     for own, expected in zip(found, means.split([16, 15, 12]), strict=True):
         assert torch.equal(own[: len(expected)], expected)
+
+
+def test_a_random_qwen3_says_how_it_turns():
+    """As published ones do: a server reads it there, transformers knows it."""
+    text = load_config("random:tiny-qwen3-vl").text_config
+    assert text.rope_parameters["mrope_interleaved"] is True
+    assert sum(text.rope_parameters["mrope_section"]) == text.head_dim // 2
 
 
 def test_what_is_asked_of_images_of_any_size(host):

@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 import ocvtp
 from ocvtp.hosts.base import Tiling
-from ocvtp.pruners.specs import build_spec
-from ocvtp.serving.budgets import Budget
+from ocvtp.pruners.budgets import Budget
 from ocvtp.serving.identity import identity_of
+from ocvtp.serving.layouts import Shape
+from ocvtp.serving.plan import read_plan
+
+VISION = SimpleNamespace(depth=4, hidden_size=32, num_heads=4, spatial_merge_size=2)
+TEXT = SimpleNamespace(hidden_size=48, num_hidden_layers=3)
+QWEN = SimpleNamespace(model_type="qwen2_5_vl", vision_config=VISION, get_text_config=lambda: TEXT)
+
+
+SHAPES = {count: Shape((count,)) for count in (2, 8, 100)}
+
+
+def engine(spec="divprune", **settings):
+    """The plan of an engine whose images have any size."""
+    return read_plan(QWEN, {"pruner": spec, **settings})
 
 
 @pytest.mark.parametrize(
-    ("budget", "asked"),
+    ("settings", "kept"),
     [
-        (Budget(num_keep=8), [8, 8, 8]),
-        (Budget(keep_ratio=0.25), [1, 2, 25]),
-        (Budget(keep_ratio=0.25, max_keep=9), [1, 2, 9]),
-        (Budget(num_keep=8, max_keep=3), [3, 3, 3]),
-        (Budget(max_keep=8), [3, 8, 8]),
-        (Budget(), [3, 9, 101]),
+        ({"num_keep": 8}, [2, 8, 8]),
+        ({"keep_ratio": 0.25}, [1, 2, 25]),
+        ({"keep_ratio": 0.25, "max_keep": 9}, [1, 2, 9]),
+        ({"num_keep": 3, "max_keep": 8}, [2, 3, 3]),
+        ({"max_keep": 8}, [2, 8, 8]),
+        ({"spec": "none"}, [2, 8, 100]),
+        ({"spec": "none", "max_keep": 8}, [2, 8, 100]),
     ],
 )
-def test_tokens_that_are_asked_for(budget, asked):
-    """Of images of 2, 8 and 100 tokens; more than these leaves an image as it is."""
-    assert [budget.asked(count) for count in (2, 8, 100)] == asked
+def test_tokens_that_stay(settings, kept):
+    """As the pruner itself counts them; more are asked for than an image has where it is spared."""
+    plan = engine(**settings)
+    asked = {count: plan.asked(shape, plan.budget)[0] for count, shape in SHAPES.items()}
+    assert [min(count, own) for count, own in asked.items()] == kept
+    assert [own > count for count, own in asked.items()] == [*map(plan.pruner.spares, SHAPES)]
 
 
 @pytest.mark.parametrize(
@@ -32,26 +51,17 @@ def test_tokens_that_are_asked_for(budget, asked):
     [
         (None, Budget(num_keep=8)),
         ({"num_keep": 4}, Budget(num_keep=4)),
-        ({"keep_ratio": 0.5, "pruner": "divprune"}, Budget(keep_ratio=0.5)),
-        ({"max_keep": 6}, Budget(num_keep=8, max_keep=6)),
+        ({"keep_ratio": 0.5, "pruner": "divprune"}, Budget(keep_ratio=0.5, max_keep=10)),
+        ({"max_keep": 6}, Budget(num_keep=6)),
         ({"num_keep": 4, "keep_ratio": None}, Budget(num_keep=4)),
+        ({"num_keep": 4, "max_keep": 5}, Budget(num_keep=4)),
+        ({"keep_ratio": 0.5, "max_keep": 5}, Budget(keep_ratio=0.5, max_keep=5)),
+        ({"num_keep": 99}, Budget(num_keep=10)),  # an engine's cap is not lifted
+        ({"keep_ratio": 0.5, "max_keep": 50}, Budget(keep_ratio=0.5, max_keep=10)),
     ],
 )
 def test_a_request_changes_the_budget(given, budget):
-    assert Budget(num_keep=8).of_request(given, "divprune") == budget
-
-
-def test_a_cap_of_the_spec_counts():
-    pruner = build_spec("divprune:keep_ratio=0.5,max_keep=64")
-    assert [Budget.of_pruner(pruner).asked(n) for n in (576, 100)] == [64, 50]
-    assert Budget.of_pruner(pruner, 9).asked(576) == 9
-    assert Budget.of_pruner(build_spec("divprune:max_keep=64"), 99).asked(576) == 64
-
-
-def test_an_engines_cap_is_not_lifted():
-    engine = Budget(num_keep=8, max_keep=10)
-    assert engine.of_request({"num_keep": 99, "max_keep": 50}, "divprune").asked(100) == 10
-    assert engine.of_request({"num_keep": 99, "max_keep": 5}, "divprune").asked(100) == 5
+    assert engine(num_keep=8, max_keep=10).of_request(given) == budget
 
 
 @pytest.mark.parametrize(
@@ -60,15 +70,17 @@ def test_an_engines_cap_is_not_lifted():
         (64, r"ocvtp=64; pass a budget, e\.g\. \{\"ocvtp\": \{\"num_keep\": 64\}\}"),
         ({"num_keep": 0}, "num_keep=0; pass at least 1 token"),
         ({"num_keep": True}, "pass a whole number of tokens"),
+        ({"max_keep": 2.0}, "max_keep=2.0; pass a whole number of tokens"),
         ({"keep_ratio": 2.0}, "keep_ratio=2.0; pass the share of tokens KEPT"),
-        ({"num_keep": 2, "keep_ratio": 0.5}, "got num_keep=2 and keep_ratio=0.5; pass one of them"),
+        ({"num_keep": 2, "keep_ratio": 0.5}, "request got num_keep=2 and keep_ratio=0.5; pass exa"),
+        ({"num_keep": 9, "max_keep": 8}, "the request got num_keep=9 and max_keep=8, but max_keep"),
         ({"pruner": "fps"}, "names pruner 'fps', and this engine serves 'divprune'"),
         ({"checkpoint": "/etc"}, "has ocvtp settings checkpoint; a request may set num_keep"),
     ],
 )
 def test_requests_that_are_no_budget_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
-        Budget(num_keep=8).of_request(given, "divprune")
+        engine(num_keep=8).of_request(given)
 
 
 def test_what_chooses_alike_has_one_identity(small_network):
@@ -76,7 +88,7 @@ def test_what_chooses_alike_has_one_identity(small_network):
         return identity_of(ocvtp.build_pruner(name, **settings), tiling or Tiling())
 
     base = of("visionzip", num_keep=8)
-    assert base == of("visionzip", num_keep=9) == of("visionzip", keep_ratio=0.5)
+    assert base == of("visionzip", num_keep=9) == of("visionzip", keep_ratio=0.5, max_keep=8)
     others = [
         of("divprune", num_keep=8),
         of("visionzip", num_keep=8, num_contextual=2),

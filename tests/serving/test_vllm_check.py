@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from ocvtp.serving.vllm_check import Found, compare
+import pytest
+
+from ocvtp.choices import TINY_MODELS
+from ocvtp.hosts.loading import load_model
+from ocvtp.serving.plan import read_plan
+from ocvtp.serving.vllm_check import Found, by_transformers, compare, requests_of
+from ocvtp.serving.vllm_plugin import SERVED
 
 
 def test_what_differs_is_told_by_request():
@@ -16,3 +22,19 @@ def test_what_differs_is_told_by_request():
     assert found[1].differs == [
         "request 1 (in chunks of 64): its prompt has 159 tokens in vLLM, and 31 in transformers"
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_every_host_is_asked_about_images_that_are_pruned(name):
+    """Transformers' side of a check: every image loses tokens, and no answer ends by itself."""
+    model, processor = load_model(name, "float32")
+    assert model.config.model_type in SERVED
+    plan = read_plan(model.config, {"pruner": "divprune", "num_keep": 5})
+    tiling = {"budget": "per_image", "separators": "all"}
+    model.generation_config.eos_token_id = [*range(model.config.get_text_config().vocab_size)]
+    found = by_transformers(model, processor, plan.pruner, requests_of(processor), 2, tiling)
+    assert [one.visual_tokens_kept for one in found] == [[5]] * 6 + [[5, 5]]
+    assert all(min(one.visual_tokens) > 5 for one in found)
+    assert all(len(one.answer) == 2 for one in found)
+    assert model.generation_config.eos_token_id

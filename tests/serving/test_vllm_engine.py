@@ -5,24 +5,16 @@ Runs where vLLM has kernels for the device: not with its CUDA build on a machine
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from served import FAMILIES, NETWORK, PLACEHOLDER, built, image, load, save
+from vllm_setup import answer, ask, skip_without_kernels
 
 import ocvtp
 
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.platforms import current_platform
-
-if not (current_platform.is_cuda() or (current_platform.is_cpu() and find_spec("vllm._C"))):
-    pytest.skip("this build of vLLM has no kernels for this machine", allow_module_level=True)
-
+skip_without_kernels()
 NUM_KEEP, NEW_TOKENS = 12, 6
 QUESTIONS = ("how many circles are there in the image?", "is there a red square in the image?")
 SIZES = {family: ((96, 96), (136, 96), (96, 176)) for family in FAMILIES}
@@ -83,47 +75,6 @@ def by_transformers(folder: Any, family: str, spec: str, tiling: Any) -> list[An
     return answers
 
 
-def by_vllm(folder: Any, family: str, spec: str, tiling: Any) -> list[list[Any]]:
-    """The same of vLLM, all requests at once: twice, so that what is cached is read."""
-    engine = LLM(
-        model=str(folder),
-        dtype="float32",
-        max_model_len=1024,
-        max_num_seqs=4,
-        max_num_batched_tokens=16,
-        block_size=32,
-        enable_prefix_caching=True,
-        enable_chunked_prefill=True,
-        enforce_eager=True,
-        gpu_memory_utilization=0.2,
-        distributed_executor_backend="uni",
-        limit_mm_per_prompt={"image": 2},
-        disable_log_stats=True,
-        hf_overrides={"ocvtp": {"pruner": spec, "num_keep": NUM_KEEP, **tiling}},
-    )
-    try:
-        prompts: Any = []
-        for text, pictures, num_keep in requests(family):
-            prompts.append({"prompt": text, "multi_modal_data": {"image": pictures}})
-            if num_keep is not None:
-                prompts[-1]["mm_processor_kwargs"] = {"ocvtp": {"num_keep": num_keep}}
-        settings = SamplingParams(max_tokens=NEW_TOKENS, temperature=0, logprobs=1, ignore_eos=True)
-        runs = [engine.generate(prompts, settings, use_tqdm=False) for _ in range(2)]
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-        cleanup_dist_env_and_memory()
-    answers = []
-    for outputs in runs:
-        answers.append([])
-        for output in outputs:
-            ids = list(output.outputs[0].token_ids)
-            first = output.outputs[0].logprobs[0][ids[0]].logprob
-            answers[-1].append((ids, first, len(output.prompt_token_ids)))
-    assert any(output.num_cached_tokens for output in runs[1])
-    return answers
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Any]:
     return {family: save(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
@@ -134,8 +85,10 @@ def folders(tmp_path_factory) -> dict[str, Any]:
 def test_the_engine_answers_as_transformers_does(folders, family, spec, tiling):
     tiling = {"separators": "all", **tiling}
     expected = by_transformers(folders[family], family, spec, tiling)
-    for found in by_vllm(folders[family], family, spec, tiling):
-        assert [length for _, _, length in found] == [length for _, _, length in expected]
-        assert [ids for ids, _, _ in found] == [ids for ids, _, _ in expected]
-        for (_, first, _), (_, wanted, _) in zip(found, expected, strict=True):
-            assert first == pytest.approx(wanted, abs=1e-3)
+    settings = {"pruner": spec, "num_keep": NUM_KEEP, **tiling}
+    turns = ask(folders[family], settings, requests(family), NEW_TOKENS)
+    for outputs in turns:
+        for output, (ids, likely, length) in zip(outputs, expected, strict=True):
+            assert len(output.prompt_token_ids) == length
+            assert answer(output) == (ids, pytest.approx(likely, abs=1e-3))
+    assert any(output.num_cached_tokens for output in turns[1])

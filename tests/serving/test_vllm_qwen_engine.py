@@ -5,21 +5,14 @@ Runs where vLLM has kernels for the device: not with its CUDA build on a machine
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
-from served_qwen import answer, built, drawn, load, prompt, save
+from served import built
+from served_qwen import NEW_TOKENS, answered, drawn, load, prompt, save
+from vllm_setup import answer, ask, skip_without_kernels
 
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-
-from vllm import LLM, SamplingParams
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.platforms import current_platform
-
-if not (current_platform.is_cuda() or (current_platform.is_cpu() and find_spec("vllm._C"))):
-    pytest.skip("this build of vLLM has no kernels for this machine", allow_module_level=True)
-
+skip_without_kernels()
 MOST = 16  # what the engine keeps where a request says nothing
 SERVED = {
     "qwen2-vl": "fopru",
@@ -28,15 +21,15 @@ SERVED = {
 }
 
 
-def requests(processor: Any) -> list[tuple[str, list[Any], int]]:
-    """Prompts, their images, and how many tokens of each are to stay."""
+def requests(processor: Any) -> list[tuple[str, list[Any], int | None]]:
+    """Prompts, their images, and K where the request has its own."""
     wide, tall = drawn(300, 200, "white"), drawn(120, 330, "blue")
     small, square = drawn(60, 40, "gray"), drawn(200, 200, "red")
     asked = [
-        ([wide], MOST),
+        ([wide], None),
         ([tall], 9),
         ([wide], 9),
-        ([small], MOST),
+        ([small], None),
         ([square, wide], 12),
         ([wide], 1),
         ([tall], 30),
@@ -55,40 +48,10 @@ def answers(request, tmp_path_factory):
     model, processor = load(folder)
     asked = requests(processor)
     expected = [
-        answer(model, processor, built(spec, num_keep), text, images)
+        answered(model, processor, built(spec, num_keep or MOST), text, images)
         for text, images, num_keep in asked
     ]
-    engine = LLM(
-        model=str(folder),
-        dtype="float32",
-        max_model_len=512,
-        max_num_seqs=8,
-        max_num_batched_tokens=16,  # parts of a prompt that split images
-        enable_chunked_prefill=True,
-        enable_prefix_caching=True,
-        block_size=32,
-        enforce_eager=True,
-        gpu_memory_utilization=0.2,
-        distributed_executor_backend="uni",
-        limit_mm_per_prompt={"image": 2},
-        disable_log_stats=True,
-        hf_overrides={"ocvtp": {"pruner": spec, "num_keep": MOST}},
-    )
-    prompts: list[Any] = []
-    for text, images, num_keep in asked:
-        own: dict[str, Any] = {"prompt": text}
-        if images:
-            own["multi_modal_data"] = {"image": images}
-        if num_keep != MOST:
-            own["mm_processor_kwargs"] = {"ocvtp": {"num_keep": num_keep}}
-        prompts.append(own)
-    settings = SamplingParams(max_tokens=8, temperature=0, logprobs=1, ignore_eos=True)
-    try:
-        turns = [engine.generate(prompts, settings, use_tqdm=False) for _ in range(2)]
-    finally:
-        engine.llm_engine.engine_core.shutdown()
-        del engine
-        cleanup_dist_env_and_memory()
+    turns = ask(folder, {"pruner": spec, "num_keep": MOST}, asked, NEW_TOKENS)
     whole = [
         len(processor(text=text, images=images or None)["input_ids"][0])
         for text, images, _ in asked
@@ -101,9 +64,7 @@ def test_the_engine_answers_as_transformers_does(answers):
     expected, turns, _ = answers
     for outputs in turns:
         for output, (wanted, likely) in zip(outputs, expected, strict=True):
-            ids = list(output.outputs[0].token_ids)
-            assert ids == wanted
-            assert output.outputs[0].logprobs[0][ids[0]].logprob == pytest.approx(likely, abs=1e-3)
+            assert answer(output) == (wanted, pytest.approx(likely, abs=1e-3))
 
 
 @pytest.mark.slow

@@ -10,40 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from served_qwen import FAMILIES, WIDTH, built, coordinates, drawn, load, prompt, save, short_prompt
+from served import built
+from served_qwen import FAMILIES, WIDTH, coordinates, drawn, load, prompt, save, short_prompt
 from small_networks import network_setting
-
-pytest.importorskip("vllm", reason="vLLM has an environment of its own: make test-vllm")
-
-from vllm.config import set_current_vllm_config
-from vllm.distributed import (
-    cleanup_dist_env_and_memory,
-    ensure_model_parallel_initialized,
-    init_distributed_environment,
-)
-from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
-from vllm.model_executor.model_loader import get_model
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.platforms import current_platform
+from vllm_setup import VLLMValidationError, arguments, build, check_equal, under
 
 from ocvtp.serving.plan import alternatives, read_plan
-from ocvtp.serving.vllm_plugin import register
 
-if not current_platform.device_type:
-    reason = "vLLM found no device; VLLM_TARGET_DEVICE=cpu, which make test-vllm sets, names one"
-    pytest.skip(reason, allow_module_level=True)
-register()
 WIDE, TALL, SQUARE, TINY = (300, 140), (110, 330), (200, 200), (40, 30)
 TRAINED = ("ocvtp", "learned")  # here of random weights
 FURTHER = ("visionzip:guidance=received", "hiprune:object_block=2", "pool", "fps", "none")
-
-
-def arguments(folder: Any, spec: str = "divprune", num_keep: int = 9, **more: Any) -> Any:
-    given = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True} | more
-    own = {"ocvtp": {"pruner": spec, "num_keep": num_keep}}
-    given = {"hf_overrides": own, "limit_mm_per_prompt": {"image": 3}} | given
-    return EngineArgs(model=str(folder), **given)
 
 
 @pytest.fixture(scope="module")
@@ -51,30 +27,15 @@ def folders(tmp_path_factory) -> dict[str, Any]:
     return {family: save(family, tmp_path_factory.mktemp("qwen")) for family in FAMILIES}
 
 
-@pytest.fixture(scope="module")
-def groups(tmp_path_factory, folders):
-    """vLLM's process groups, of this process alone."""
-    store = tmp_path_factory.mktemp("groups") / "store"
-    with set_current_vllm_config(arguments(folders["qwen2-vl"]).create_engine_config()):
-        init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1)
-    yield
-    cleanup_dist_env_and_memory()
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(folders, groups, request):
     """vLLM's model by vLLM's loader, its processor, transformers' model and its own."""
     if request.param == "qwen2-vl" and not hasattr(torch.ops._C, "gelu_quick"):
         pytest.skip("this build of vLLM cannot make a Qwen2-VL on this machine: no gelu_quick")
-    config = arguments(folders[request.param]).create_engine_config()
-    with set_current_vllm_config(config):
-        ours = get_model(vllm_config=config).eval()
-    processor = MULTIMODAL_REGISTRY.create_processor(config.model_config)
-    model, own = load(folders[request.param])
-    return SimpleNamespace(
-        ours=ours, processor=processor, model=model, own=own, folder=folders[request.param]
-    )
+    folder = folders[request.param]
+    ours, processor = build(arguments(folder))
+    model, own = load(folder)
+    return SimpleNamespace(ours=ours, processor=processor, model=model, own=own, folder=folder)
 
 
 class Case:
@@ -88,14 +49,10 @@ class Case:
         self.images = [drawn(*size, colour) for size, colour in zip(sizes, colours, strict=False)]
         self.text = prompt(served.own, len(sizes), "what is it?")
         settings = {"pruner": spec, "num_keep": num_keep, **more}
-        plan = read_plan(served.model.config, settings)
-        processor = served.processor
-        before, processor.info.plan, served.ours.plan = processor.info.plan, plan, plan
-        try:
+        self.plan, processor = read_plan(served.model.config, settings), served.processor
+        with under(self.plan, processor.info):
             ids = processor.info.get_tokenizer().encode(self.text, add_special_tokens=False)
             self.result = processor(ids, processor.info.parse_mm_data({"image": self.images}), None)
-        finally:
-            processor.info.plan = before
 
     @property
     def ids(self) -> list[int]:
@@ -114,7 +71,9 @@ class Case:
     @torch.inference_mode()
     def rows(self) -> list[Any]:
         """By the whole multi-modal path of vLLM's model, with their columns."""
-        return list(self.served.ours.embed_multimodal(**self.result["mm_kwargs"].get_data()))
+        with under(self.plan, self.served.ours):
+            kwargs = self.result["mm_kwargs"].get_data()
+            return list(self.served.ours.embed_multimodal(**kwargs))
 
     def expected(self) -> Any:
         """What transformers' language model reads."""
@@ -160,12 +119,6 @@ def read_in_parts(case: Case, size: int) -> tuple[Any, Any, list[Any]]:
         if reader.deep is not None:
             deep.append(reader.deep)
     return torch.cat(places, dim=1), torch.cat(embedded), deep
-
-
-def check_equal(found: Any, expected: Any) -> None:
-    """Within 1e-5 of the largest value."""
-    scale = expected.abs().max()
-    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 CASES = {
