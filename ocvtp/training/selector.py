@@ -454,7 +454,7 @@ class SelectorModule(NetworkModule):
             aux = {k: v.repeat_interleave(self.samples, dim=0) for k, v in aux.items()}
             groups = torch.arange(len(scores.values), device=values.device)
             found["groups"] = groups.repeat_interleave(self.samples)
-            asked = asked.repeat(self.samples)
+            asked, batch = asked.repeat(self.samples), _repeated(batch, self.samples)
         real, num_keep = asked.tokens.real, counts_of(budget, asked.tokens)
         if self.relaxation is not None and reads & _THROUGH_GATES:
             gates = self.relaxation(values, num_keep, real, share, training=training)
@@ -610,6 +610,16 @@ def told(budget: float, tokens: VisualTokens) -> NumKeep:
     """[B] or int: K of a budget, no more than there are tokens."""
     num_keep = counts_of(budget, tokens)
     return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
+
+
+def _repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """What losses look up of a batch, every question so many times, one after the other."""
+    ids = {name: batch["inputs"][name] for name in ("input_ids", "attention_mask")}
+    return {
+        "inputs": {name: rows.repeat_interleave(times, dim=0) for name, rows in ids.items()},
+        "keys": [key for key in batch["keys"] for _ in range(times)],
+        "objects": [objects for objects in batch["objects"] for _ in range(times)],
+    }
 
 
 def _rows_of(rows: Tensor, values: Tensor) -> Tensor:

@@ -410,7 +410,8 @@ def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
 
 @pytest.mark.slow
 def test_a_drawn_set_is_rewarded_by_the_answer(words):
-    more = "--model.losses={reward: {}}", "--model.samples=3", "--model.relaxation"
+    losses = "{reward: {}, mask: {}, kl: {}, attention: {}}"  # which look at every set, too
+    more = f"--model.losses={losses}", "--model.samples=3", "--model.relaxation"
     sample = "ocvtp.selectors.relaxations.Sample"
     module, batch = module_of(words("kl", *more, sample))
     with module_ready(module):
@@ -419,6 +420,9 @@ def test_a_drawn_set_is_rewarded_by_the_answer(words):
     assert step.reward.shape == step.groups.shape == (12,)
     assert step.groups.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert (step.reward < 0).all()
+    assert all(len(loss(step).values) == 12 for loss in module.losses)
+    for values in (step.scores, step.objects, step.teacher[0]):
+        assert_close(values[::3].repeat_interleave(3, dim=0), values)
     asked = module.ask(batch)
     short = selector.drop(asked, step.gates.hard[::3])
     answered = selector.read(module.frozen_host, short)
