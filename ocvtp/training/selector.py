@@ -168,7 +168,9 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = None if teacher is None else Teacher(teacher, self.says(), model)
+        self._teacher = (
+            None if teacher is None else Teacher(teacher, self.says(), model, self.processor)
+        )
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 
@@ -502,7 +504,7 @@ class SelectorModule(NetworkModule):
         layers = needs.layers if "attention" in reads else ()
         if not reads & {"full", "states"}:
             if stored is not None:
-                return {"teacher": stored.attention(batch, layers, asked.columns.shape[1])}
+                return {"teacher": stored.attention(batch, layers, asked)}
             return {"teacher": attention_rows(host, asked, layers, needs.rows)}
         if stored is not None:
             answered = stored.answered(batch, asked, layers, self.vlm)

@@ -28,6 +28,7 @@ from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
 from ocvtp.training.run import TrainingStopped, build, train
 from ocvtp.training.selector import SelectorModule
+from ocvtp.training.teacher import Teacher
 
 RECIPES = ("mask", "distil", "kl", "visionselector", "noise")
 
@@ -530,6 +531,18 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     batch["keys"][0] = "another"
     with pytest.raises(ValueError, match="question another is not in"):
         module._step(batch, module.ask(batch), 8, 0.0, module.losses)
+    module, batch = module_of(words("distil", f"--model.teacher={folder}"))
+    asked = module.ask(batch)
+    asked.columns[1, -1] = -1  # as of a smaller image
+    with pytest.raises(ValueError, match=r"has 144 visual tokens in .*, and 143 here"):
+        module._step(batch, asked, 8, 0.0, module.losses)
+    module.processor.image_processor.image_mean = [0.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"prepared in another way: processor\.image_mean is"):
+        Teacher(folder, module.says(), module.vlm, module.processor)
+    told = json.loads((folder / "teacher.json").read_text())
+    del told["processor"]  # as it was before there was one
+    (folder / "teacher.json").write_text(json.dumps(told))
+    assert Teacher(folder, module.says(), module.vlm, module.processor)
     assert stored(words, "mask", tmp_path / "other") == 2
     assert "nothing to store" in capsys.readouterr().err
 
