@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from operator import or_
@@ -93,7 +93,8 @@ class SelectorModule(NetworkModule):
         losses: by name, with their arguments; see `ocvtp.selectors.losses`.
         relaxation: what makes gates of scores; None for losses that read none.
         gate: how gates act in the frozen model; None for losses that read no answers through them.
-        warm_start: folder or hub id of an exported artifact of the same scorer, to begin from.
+        warm_start: folder or hub id of an exported artifact of the same scorer, to begin from; for
+            the scorer `slots` that of an OC-pruner, too.
         budgets: whole numbers of tokens, and shares of each image's tokens (0.11); each step draws
             one.
         val_budgets: those of the validation; None for the median of `budgets`.
@@ -267,12 +268,17 @@ class SelectorModule(NetworkModule):
             ValueError: if it is of another scorer, or of other sizes or widths.
         """
         found = SelectorNetwork.from_pretrained(artifact)
+        own, theirs = self.network.config, found.config
+        widths = {
+            name: width for name, width in asdict(theirs.widths).items() if width
+        }  # 0: unread
+        theirs = replace(theirs, widths=replace(own.widths, **widths))
         for name in ("scorer", "sizes", "widths", "stage", "layer"):
-            theirs, own = getattr(found.config, name), getattr(self.network.config, name)
-            if theirs != own:
+            if getattr(theirs, name) != getattr(own, name):
                 raise ValueError(
-                    f"warm_start={artifact} has {name}={theirs!r}, and this run {own!r}; pass an"
-                    " artifact of the same scorer, of the same model."
+                    f"warm_start={artifact} has {name}={getattr(theirs, name)!r}, and this run"
+                    f" {getattr(own, name)!r}; pass an artifact of the same scorer, of the same"
+                    " model."
                 )
         self.network.load_state_dict(found.state_dict())
 

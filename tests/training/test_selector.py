@@ -407,6 +407,12 @@ def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
     other = words("kl", f"--model.warm_start={tmp_path / 'artifact'}", "--model.scorer.blocks=1")
     with pytest.raises(ValueError, match="warm_start=.* has sizes=.*'blocks': 2.*'blocks': 1"):
         build(other)
+    trained = SelectorNetwork.from_pretrained("checkpoints/demo-pruner/0")  # an OC-pruner
+    slots = [word for word in words("mask") if not word.startswith("--model.scorer")]
+    slots += ["--model.scorer=ocvtp.selectors.scorers.slots.Slots"]
+    slots += [f"--model.scorer.{name}={value}" for name, value in trained.config.sizes.items()]
+    begun = build([*slots, "--model.warm_start=checkpoints/demo-pruner/0"])
+    assert_close(begun.model.network.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.slow
