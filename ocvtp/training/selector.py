@@ -546,7 +546,7 @@ class SelectorModule(NetworkModule):
         if not size:
             return None
         asked = self.ask(batch)
-        whole = read(self.frozen_host, asked)
+        whole, teacher = read(self.frozen_host, asked), self._validate_losses(batch, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
             scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
@@ -556,24 +556,30 @@ class SelectorModule(NetworkModule):
                 answered = read(self.frozen_host, short)
                 for key, value in compared(whole, answered, size).items():
                     figures[f"{key}_{budget}{ending}"] = value
+                for layer, attention in teacher.items():
+                    best = hard_top_k(attention, told(budget, asked.tokens), asked.tokens.real)
+                    shared = (keep & best).sum(), best.sum()
+                    self.validated.add_sum(f"overlap_layer{layer}_{budget}{ending}", *shared)
                 if not name:
                     kept.append(keep)
-        self._validate_losses(batch, asked)
         figures["loss"] = torch.stack([figures[f"ce_{k}"] for k in self.val_budgets]).mean()
         self.validated.add(figures, size)
         return {"scores": scored[0], "kept": kept, "grid_hw": asked.tokens.grid_hw}
 
-    def _validate_losses(self, batch: dict[str, Any], asked: Asked) -> None:
-        """The losses that need no gates, at the weights of the run's end, over rows that count."""
+    def _validate_losses(self, batch: dict[str, Any], asked: Asked) -> Mapping[int, Tensor]:
+        """The losses that need no gates, at the weights of the run's end, over rows that count.
+
+        Returns:
+            layer -> [B, N], whose attention they read.
+        """
         plain = [loss for loss in self.losses if not loss.reads & _THROUGH_GATES]
         if not plain:
-            return
+            return {}
         found = self._step(batch, asked, self.val_budget, 1.0, plain, False)
         for loss in plain:
             value = loss(found)
             self.validated.add_sum(loss.name, value.values.sum(), value.counts.sum())
-        for name, shared in _overlap(found).items():
-            self.validated.add_sum(name, *shared)
+        return found.teacher or {}
 
     def _chosen(
         self, asked: Asked, scores: Tensor, budget: float, keys: Sequence[str]
@@ -648,15 +654,6 @@ def _of_gates(step: Step) -> dict[str, Tensor]:
     wanted = real.sum(dim=1).clamp(max=step.num_keep)
     error = ((soft.sum(dim=1) - wanted).abs() / wanted.clamp(min=1)).mean()
     return {"gates_between": between, "gate_error": error}
-
-
-def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of a teacher's top K, those that are among the scorer's, and all of them."""
-    found = {}
-    for layer, attention in (step.teacher or {}).items():
-        own, theirs = (hard_top_k(v, step.num_keep, step.real) for v in (step.scores, attention))
-        found[f"overlap_layer{layer}"] = ((own & theirs).sum(), theirs.sum())
-    return found
 
 
 def compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:

@@ -89,6 +89,11 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
         for num_keep in (16, 8):
             for ending in ("", "_random", "_untrained"):
                 assert f"val/{name}_{num_keep}{ending}" in figures
+    shared = {
+        f"val/overlap_layer0_{k}{end}" for k in (16, 8) for end in ("", "_random", "_untrained")
+    }
+    assert (shared <= figures.keys()) == (recipe == "distil")
+    assert all(0 <= figures[name] <= 1 for name in shared & figures.keys())
     assert figures["val/loss"] == pytest.approx(
         (figures["val/ce_16"] + figures["val/ce_8"]) / 2, rel=1e-5
     )
