@@ -71,7 +71,7 @@ def model_card(config: Facts, about: About, tags: Sequence[str] = ()) -> str:
         f"The trained network of the pruner `{name}`, which keeps a few of an image's visual tokens"
         f" for a vision-language model{f': {does}' if does else '.'} `config.json` holds its"
         " settings, `model.safetensors` its weights.",
-        _usage(name, budgets),
+        _usage(name, budgets, config),
         "## What it reads",
         _list(_reads(config, budgets)),
         "## Training",
@@ -97,11 +97,13 @@ def _header(about: About, tags: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def _usage(name: str, budgets: Sequence[float]) -> str:
-    counts = [budget for budget in budgets if isinstance(budget, int)]
-    budget = f"num_keep={counts[len(counts) // 2] if counts else 64}"
-    if budgets and not counts:
-        budget = f"keep_ratio={budgets[len(budgets) // 2]}"
+def _usage(name: str, budgets: Sequence[float], config: Facts) -> str:
+    some = [budget for budget in budgets if isinstance(budget, int)] or budgets or [64]
+    kept = some[len(some) // 2]
+    budget = f"num_keep={kept}" if isinstance(kept, int) else f"keep_ratio={kept}"
+    layer = config.get("layer")
+    if config.get("stage") == "llm_layers" and isinstance(layer, int):
+        budget = f"stages=(({layer}, {kept}),)"  # num_keep would be the average over all layers
     text = f"""\
 ```python
 import ocvtp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial, reduce
 from itertools import chain
 from operator import or_
@@ -93,7 +93,8 @@ class SelectorModule(NetworkModule):
         losses: by name, with their arguments; see `ocvtp.selectors.losses`.
         relaxation: what makes gates of scores; None for losses that read none.
         gate: how gates act in the frozen model; None for losses that read no answers through them.
-        warm_start: folder or hub id of an exported artifact of the same scorer, to begin from.
+        warm_start: folder or hub id of an exported artifact of the same scorer, to begin from; for
+            the scorer `slots` that of an OC-pruner, too.
         budgets: whole numbers of tokens, and shares of each image's tokens (0.11); each step draws
             one.
         val_budgets: those of the validation; None for the median of `budgets`.
@@ -168,7 +169,9 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = None if teacher is None else Teacher(teacher, self.says(), model)
+        self._teacher = (
+            None if teacher is None else Teacher(teacher, self.says(), model, self.processor)
+        )
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 
@@ -265,12 +268,17 @@ class SelectorModule(NetworkModule):
             ValueError: if it is of another scorer, or of other sizes or widths.
         """
         found = SelectorNetwork.from_pretrained(artifact)
+        own, theirs = self.network.config, found.config
+        widths = {
+            name: width for name, width in asdict(theirs.widths).items() if width
+        }  # 0: unread
+        theirs = replace(theirs, widths=replace(own.widths, **widths))
         for name in ("scorer", "sizes", "widths", "stage", "layer"):
-            theirs, own = getattr(found.config, name), getattr(self.network.config, name)
-            if theirs != own:
+            if getattr(theirs, name) != getattr(own, name):
                 raise ValueError(
-                    f"warm_start={artifact} has {name}={theirs!r}, and this run {own!r}; pass an"
-                    " artifact of the same scorer, of the same model."
+                    f"warm_start={artifact} has {name}={getattr(theirs, name)!r}, and this run"
+                    f" {getattr(own, name)!r}; pass an artifact of the same scorer, of the same"
+                    " model."
                 )
         self.network.load_state_dict(found.state_dict())
 
@@ -454,7 +462,7 @@ class SelectorModule(NetworkModule):
             aux = {k: v.repeat_interleave(self.samples, dim=0) for k, v in aux.items()}
             groups = torch.arange(len(scores.values), device=values.device)
             found["groups"] = groups.repeat_interleave(self.samples)
-            asked = asked.repeat(self.samples)
+            asked, batch = asked.repeat(self.samples), _repeated(batch, self.samples)
         real, num_keep = asked.tokens.real, counts_of(budget, asked.tokens)
         if self.relaxation is not None and reads & _THROUGH_GATES:
             gates = self.relaxation(values, num_keep, real, share, training=training)
@@ -502,7 +510,7 @@ class SelectorModule(NetworkModule):
         layers = needs.layers if "attention" in reads else ()
         if not reads & {"full", "states"}:
             if stored is not None:
-                return {"teacher": stored.attention(batch, layers, asked.columns.shape[1])}
+                return {"teacher": stored.attention(batch, layers, asked)}
             return {"teacher": attention_rows(host, asked, layers, needs.rows)}
         if stored is not None:
             answered = stored.answered(batch, asked, layers, self.vlm)
@@ -538,7 +546,7 @@ class SelectorModule(NetworkModule):
         if not size:
             return None
         asked = self.ask(batch)
-        whole = read(self.frozen_host, asked)
+        whole, teacher = read(self.frozen_host, asked), self._validate_losses(batch, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
             scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
@@ -548,24 +556,30 @@ class SelectorModule(NetworkModule):
                 answered = read(self.frozen_host, short)
                 for key, value in compared(whole, answered, size).items():
                     figures[f"{key}_{budget}{ending}"] = value
+                for layer, attention in teacher.items():
+                    best = hard_top_k(attention, told(budget, asked.tokens), asked.tokens.real)
+                    shared = (keep & best).sum(), best.sum()
+                    self.validated.add_sum(f"overlap_layer{layer}_{budget}{ending}", *shared)
                 if not name:
                     kept.append(keep)
-        self._validate_losses(batch, asked)
         figures["loss"] = torch.stack([figures[f"ce_{k}"] for k in self.val_budgets]).mean()
         self.validated.add(figures, size)
         return {"scores": scored[0], "kept": kept, "grid_hw": asked.tokens.grid_hw}
 
-    def _validate_losses(self, batch: dict[str, Any], asked: Asked) -> None:
-        """The losses that need no gates, at the weights of the run's end, over rows that count."""
+    def _validate_losses(self, batch: dict[str, Any], asked: Asked) -> Mapping[int, Tensor]:
+        """The losses that need no gates, at the weights of the run's end, over rows that count.
+
+        Returns:
+            layer -> [B, N], whose attention they read.
+        """
         plain = [loss for loss in self.losses if not loss.reads & _THROUGH_GATES]
         if not plain:
-            return
+            return {}
         found = self._step(batch, asked, self.val_budget, 1.0, plain, False)
         for loss in plain:
             value = loss(found)
             self.validated.add_sum(loss.name, value.values.sum(), value.counts.sum())
-        for name, shared in _overlap(found).items():
-            self.validated.add_sum(name, *shared)
+        return found.teacher or {}
 
     def _chosen(
         self, asked: Asked, scores: Tensor, budget: float, keys: Sequence[str]
@@ -612,6 +626,16 @@ def told(budget: float, tokens: VisualTokens) -> NumKeep:
     return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
 
 
+def _repeated(batch: Mapping[str, Any], times: int) -> dict[str, Any]:
+    """What losses look up of a batch, every question so many times, one after the other."""
+    ids = {name: batch["inputs"][name] for name in ("input_ids", "attention_mask")}
+    return {
+        "inputs": {name: rows.repeat_interleave(times, dim=0) for name, rows in ids.items()},
+        "keys": [key for key in batch["keys"] for _ in range(times)],
+        "objects": [objects for objects in batch["objects"] for _ in range(times)],
+    }
+
+
 def _rows_of(rows: Tensor, values: Tensor) -> Tensor:
     return values[rows]
 
@@ -630,15 +654,6 @@ def _of_gates(step: Step) -> dict[str, Tensor]:
     wanted = real.sum(dim=1).clamp(max=step.num_keep)
     error = ((soft.sum(dim=1) - wanted).abs() / wanted.clamp(min=1)).mean()
     return {"gates_between": between, "gate_error": error}
-
-
-def _overlap(step: Step) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of a teacher's top K, those that are among the scorer's, and all of them."""
-    found = {}
-    for layer, attention in (step.teacher or {}).items():
-        own, theirs = (hard_top_k(v, step.num_keep, step.real) for v in (step.scores, attention))
-        found[f"overlap_layer{layer}"] = ((own & theirs).sum(), theirs.sum())
-    return found
 
 
 def compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor]:

@@ -35,12 +35,14 @@ from ocvtp.data.feature_files import (
     ShardWriter,
     claim,
     describe_shard,
+    differences,
     ends,
     plain,
     shard_name,
     weights_hash,
 )
 from ocvtp.data.image_names import check_inside
+from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.field_types import checked, read_fields
 from ocvtp.hosts.asking import Answered, Asked, Raters, attention_rows, read
 from ocvtp.reporting.files import replacing
@@ -81,14 +83,16 @@ class Teacher:
     Args:
         folder: to read.
         needs: of the losses.
-        model: the frozen one of the run that reads it.
+        model: the frozen one of the run that reads it. processor: what makes its inputs.
 
     Raises:
-        ValueError: if it is not there, not finished, damaged, of other weights, or lacks what is
-            needed.
+        ValueError: if it is not there, not finished, damaged, of other weights or images that were
+            prepared in another way, or lacks what is needed.
     """
 
-    def __init__(self, folder: str | Path, needs: TeacherNeeds, model: nn.Module) -> None:
+    def __init__(
+        self, folder: str | Path, needs: TeacherNeeds, model: nn.Module, processor: Any
+    ) -> None:
         self.folder = Path(folder)
         path = self.folder / SETTINGS
         try:
@@ -111,6 +115,13 @@ class Teacher:
                 f"{self.folder} was made by a model of other weights, or of another dtype, than"
                 " model.host; pass the host that `ocvtp teacher` asked, or make the folder again."
             )
+        before, now = self.settings.get("processor"), plain(_prepared(processor))
+        if before is not None and (told := list(differences("processor", before, now))):
+            raise ValueError(
+                f"{self.folder} was made of images that were prepared in another way:"
+                f" {'; '.join(told)}. Pass the processor that `ocvtp teacher` read, or make the"
+                " folder again."
+            )
         self._places: dict[str, tuple[int, int]] = {}
         for number, shard in enumerate(self._shards):
             self._places |= {name: (number, row) for row, name in enumerate(shard.names)}
@@ -127,25 +138,31 @@ class Teacher:
             )
 
     def attention(
-        self, batch: dict[str, Any], layers: Sequence[int], num_tokens: int
+        self, batch: dict[str, Any], layers: Sequence[int], asked: Asked
     ) -> dict[int, Tensor]:
         """Layer -> [B, N] fp32, 0 on padding.
 
         Args:
-            batch: of questions. layers: of the language model. num_tokens: N.
+            batch: of questions. layers: of the language model. asked: the same questions.
 
         Raises:
-            ValueError: for a question that is not there.
+            ValueError: for a question that is not there, or there of other visual tokens.
         """
-        device = batch["answers"].device
-        found = {}
-        for layer in layers:
-            rows = [shard.attention(layer, row) for shard, row in self._find(batch)]
-            padded = torch.zeros(len(rows), num_tokens)
-            for target, row in zip(padded, rows, strict=True):
-                target[: len(row)] = row
-            found[layer] = padded.to(device)
-        return found
+        if not layers:
+            return {}
+        real = (asked.columns >= 0).cpu()
+        found = {layer: torch.zeros(real.shape) for layer in layers}
+        for number, (shard, row) in enumerate(self._find(batch)):
+            for layer, values in found.items():
+                stored = shard.attention(layer, row)
+                if len(stored) != (here := int(real[number].sum())):
+                    raise ValueError(
+                        f"question {batch['keys'][number]} has {len(stored)} visual tokens in"
+                        f" {self.folder}, and {here} here: it was asked before another layer; run"
+                        " `ocvtp teacher` with the settings of this run."
+                    )
+                values[number, real[number]] = stored
+        return {layer: values.to(asked.columns.device) for layer, values in found.items()}
 
     def answered(
         self, batch: dict[str, Any], asked: Asked, layers: Sequence[int], model: Any
@@ -164,7 +181,7 @@ class Teacher:
         head = model.get_output_embeddings()
         states = states.to(owner.device, head.weight.dtype)
         targets = asked.labels[owner, columns + 1]
-        attention = self.attention(batch, layers, asked.columns.shape[1])
+        attention = self.attention(batch, layers, asked)
         return Answered(head(states), states, owner, targets, attention)
 
     def _find(self, batch: dict[str, Any]) -> list[tuple[_Shard, int]]:
@@ -266,6 +283,7 @@ def write_teacher(
     settings = plain(
         {
             "weights": weights_hash(module.vlm),
+            "processor": _prepared(module.processor),
             "host": asdict(module.host),
             "needs": asdict(needs),
             "questions": total,
@@ -291,6 +309,11 @@ def write_teacher(
         skipped=tuple(error for shard in told for error in shard["skipped"]),
         bytes=sum(shard["bytes"] for shard in told),
     )
+
+
+def _prepared(processor: Any) -> dict[str, Any]:
+    """How images become pixels."""
+    return ProcessorTransform(getattr(processor, "image_processor", processor)).describe()
 
 
 @torch.no_grad()

@@ -234,9 +234,12 @@ def test_the_data_of_a_run_are_its_settings():
     [((0.11, 0.25, 8, 64), "num_keep=64"), ((0.11, 0.25), "keep_ratio=0.25"), ((), "num_keep=64")],
 )
 def test_a_card_asks_for_a_budget_of_the_training(budgets, words):
-    assert f'build_pruner("learned", {words}, ' in model_card(
-        {"num_slots": budgets}, About("learned")
-    )
+    config = {"num_slots": budgets, "stage": "llm_input", "layer": None}
+    assert f'build_pruner("learned", {words}, ' in model_card(config, About("learned"))
+    inside = {**config, "stage": "llm_layers", "layer": 18}
+    kept = words.partition("=")[2]
+    words = f'build_pruner("learned_layers", stages=((18, {kept}),), '
+    assert words in model_card(inside, About("learned_layers"))
 
 
 def test_words_of_a_config_do_nothing_on_a_card():

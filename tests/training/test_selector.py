@@ -28,6 +28,7 @@ from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
 from ocvtp.training.run import TrainingStopped, build, train
 from ocvtp.training.selector import SelectorModule
+from ocvtp.training.teacher import Teacher
 
 RECIPES = ("mask", "distil", "kl", "visionselector", "noise")
 
@@ -88,6 +89,11 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
         for num_keep in (16, 8):
             for ending in ("", "_random", "_untrained"):
                 assert f"val/{name}_{num_keep}{ending}" in figures
+    shared = {
+        f"val/overlap_layer0_{k}{end}" for k in (16, 8) for end in ("", "_random", "_untrained")
+    }
+    assert (shared <= figures.keys()) == (recipe == "distil")
+    assert all(0 <= figures[name] <= 1 for name in shared & figures.keys())
     assert figures["val/loss"] == pytest.approx(
         (figures["val/ce_16"] + figures["val/ce_8"]) / 2, rel=1e-5
     )
@@ -406,11 +412,18 @@ def test_a_warm_start_is_of_the_same_scorer(words, tmp_path):
     other = words("kl", f"--model.warm_start={tmp_path / 'artifact'}", "--model.scorer.blocks=1")
     with pytest.raises(ValueError, match="warm_start=.* has sizes=.*'blocks': 2.*'blocks': 1"):
         build(other)
+    trained = SelectorNetwork.from_pretrained("checkpoints/demo-pruner/0")  # an OC-pruner
+    slots = [word for word in words("mask") if not word.startswith("--model.scorer")]
+    slots += ["--model.scorer=ocvtp.selectors.scorers.slots.Slots"]
+    slots += [f"--model.scorer.{name}={value}" for name, value in trained.config.sizes.items()]
+    begun = build([*slots, "--model.warm_start=checkpoints/demo-pruner/0"])
+    assert_close(begun.model.network.state_dict(), trained.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.slow
 def test_a_drawn_set_is_rewarded_by_the_answer(words):
-    more = "--model.losses={reward: {}}", "--model.samples=3", "--model.relaxation"
+    losses = "{reward: {}, mask: {}, kl: {}, attention: {}}"  # which look at every set, too
+    more = f"--model.losses={losses}", "--model.samples=3", "--model.relaxation"
     sample = "ocvtp.selectors.relaxations.Sample"
     module, batch = module_of(words("kl", *more, sample))
     with module_ready(module):
@@ -419,6 +432,9 @@ def test_a_drawn_set_is_rewarded_by_the_answer(words):
     assert step.reward.shape == step.groups.shape == (12,)
     assert step.groups.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
     assert (step.reward < 0).all()
+    assert all(len(loss(step).values) == 12 for loss in module.losses)
+    for values in (step.scores, step.objects, step.teacher[0]):
+        assert_close(values[::3].repeat_interleave(3, dim=0), values)
     asked = module.ask(batch)
     short = selector.drop(asked, step.gates.hard[::3])
     answered = selector.read(module.frozen_host, short)
@@ -526,6 +542,18 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
     batch["keys"][0] = "another"
     with pytest.raises(ValueError, match="question another is not in"):
         module._step(batch, module.ask(batch), 8, 0.0, module.losses)
+    module, batch = module_of(words("distil", f"--model.teacher={folder}"))
+    asked = module.ask(batch)
+    asked.columns[1, -1] = -1  # as of a smaller image
+    with pytest.raises(ValueError, match=r"has 144 visual tokens in .*, and 143 here"):
+        module._step(batch, asked, 8, 0.0, module.losses)
+    module.processor.image_processor.image_mean = [0.0, 0.5, 0.5]
+    with pytest.raises(ValueError, match=r"prepared in another way: processor\.image_mean is"):
+        Teacher(folder, module.says(), module.vlm, module.processor)
+    told = json.loads((folder / "teacher.json").read_text())
+    del told["processor"]  # as it was before there was one
+    (folder / "teacher.json").write_text(json.dumps(told))
+    assert Teacher(folder, module.says(), module.vlm, module.processor)
     assert stored(words, "mask", tmp_path / "other") == 2
     assert "nothing to store" in capsys.readouterr().err
 
