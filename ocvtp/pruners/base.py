@@ -281,6 +281,23 @@ class Pruner(ABC):
             )
         return height, width
 
+    def _filled(self, tokens: VisualTokens) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The part of the grid that each image fills: where it begins, and how large it is.
+
+        Padding is rows and columns at the edges of the grid that an image lacks; what it keeps of
+        its own must not hang on them.
+
+        Returns:
+            first row and column [B, 1] with a real token; number of rows and columns [B, 1].
+
+        Raises:
+            ValueError: see `_grid`.
+        """
+        real = tokens.real.unflatten(1, self._grid(tokens))
+        top, height = _extent(real.any(dim=2))
+        left, width = _extent(real.any(dim=1))
+        return (top, left), (height, width)
+
     def _check_budget(self) -> None:
         if not self.has_budget:
             raise ValueError(
@@ -353,6 +370,14 @@ class QualityPruner(Pruner):
     def exact(self) -> bool:
         # torch.compile takes a property of super() for true
         return self.quality is None and not getattr(self, "adaptive", False)
+
+
+def _extent(there: Tensor) -> tuple[Tensor, Tensor]:
+    """Of lines [B, L]: the number of the first that is there, and how many to the last; [B, 1]."""
+    number = torch.arange(there.shape[1], device=there.device)
+    first = torch.where(there, number, there.shape[1] - 1).amin(dim=1, keepdim=True)
+    last = torch.where(there, number, 0).amax(dim=1, keepdim=True)
+    return first, (last + 1 - first).clamp(min=1)
 
 
 def _image(values: Tensor, number: int) -> Tensor:
