@@ -81,6 +81,9 @@ class Pruner(ABC):
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
     budget among them (none where the paper's own holds without one)."""
+    settings_note: ClassVar[str] = ""
+    """What is known of those that a paper's tables have and `named_settings` has not, for whoever
+    asks for one."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True

@@ -147,7 +147,7 @@ def _with_named(cls: type[Pruner], setting: Any = None, **given: Any) -> dict[st
     if not isinstance(setting, str) or setting not in known:
         raise ValueError(
             f"pruner {cls.name!r} has no published setting {shown(setting)}; pass one of"
-            f" {', '.join(known)}, or num_keep or keep_ratio."
+            f" {', '.join(known)}, or num_keep or keep_ratio. {cls.settings_note}".rstrip()
         )
     named = dict(known[setting])
     if twice := [k for k, v in given.items() if v is not None and k in (*_BUDGETS, *named)]:
