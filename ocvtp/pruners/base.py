@@ -28,19 +28,30 @@ Budget = Literal["exact", "adaptive", "quality", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
-@contextmanager
-def naming(name: str, given: str | None = None) -> Iterator[None]:
-    """Errors of one pruner in the block say which it is; there may be several.
+def named(error: ValueError, name: str, given: str | None = None) -> ValueError:
+    """An error of one pruner, as one that says which it is; there may be several.
 
     Args:
-        name: of the pruner. given: how it was asked for; None for the name.
+        error: of it. name: of the pruner. given: how it was asked for; None for the name.
+
+    Returns:
+        the error itself, where it names the pruner; else another, of which it is the cause.
     """
+    if re.search(rf"\b{re.escape(name)}\b", str(error)):
+        return error
+    found = ValueError(f"pruner {shown(given or name)}: {error}")
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def naming(name: str, given: str | None = None) -> Iterator[None]:
+    """Errors of one pruner in the block say which it is, see `named`."""
     try:
         yield
     except ValueError as error:
-        if re.search(rf"\b{re.escape(name)}\b", str(error)):
-            raise
-        raise ValueError(f"pruner {shown(given or name)}: {error}") from error
+        found = named(error, name, given)
+        raise found from found.__cause__
 
 
 @dataclass(kw_only=True, eq=False)
