@@ -87,8 +87,8 @@ def take_budgets(
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(prompts := kwargs.get(name), Tensor):
             budgets.of_rows(len(prompts))
-    for budget in dict.fromkeys(found):
-        check(budget)
+    for one in dict.fromkeys(found):
+        check(one)
     return kwargs, budgets
 
 
