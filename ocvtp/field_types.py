@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from math import isfinite
 from numbers import Integral, Real
+from operator import index
 from reprlib import Repr
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -39,6 +40,35 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 def shown(value: Any) -> str:
     """`repr`, of what is long or nested no more than its beginning: for messages."""
     return _SHORT.repr(value)
+
+
+def plain(value: Any) -> Any:
+    """The number in an array or a tensor of no dimension, numpy's scalars among them.
+
+    Everything else is as it was.
+    """
+    is_scalar = getattr(value, "ndim", None) == 0 and hasattr(value, "item")
+    return value.item() if is_scalar else value
+
+
+def whole_number(value: Any) -> int | None:
+    """What Python would count by (`operator.index`), as a plain int; None for all else.
+
+    Truth values are none, and neither are arrays of one number.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or hasattr(value, "ndim"):
+        return None
+    try:
+        return index(value)
+    except TypeError:
+        return None
+
+
+def real_number(value: Any) -> float | None:
+    """A number as a plain float; None for all else, truth values and arrays among it."""
+    value = plain(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def no_such(name: str, known: Iterable[str], most: int = 1, otherwise: str = ".") -> str:
@@ -76,8 +106,16 @@ def of_fields(cls: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for values of another type, out of their range or not finite.
     """
-    kinds, ranges = _kinds(cls), _ranges(cls)
+    kinds, ranges = hints(cls), _ranges(cls)
     return {n: checked(n, v, kinds.get(n, Any), ranges.get(n)) for n, v in values.items()}
+
+
+def hints(cls: type[Any]) -> dict[str, Any]:
+    """The annotations of a class; none of a plug-in's that cannot be looked up here."""
+    try:
+        return get_type_hints(cls)
+    except (NameError, AttributeError, TypeError):
+        return {}
 
 
 def _ranges(cls: type[Any]) -> dict[str, tuple[float, float]]:
@@ -194,13 +232,6 @@ def refuse_large(name: str, value: Any) -> None:
                 " other; pass plain settings."
             )
         waiting += [(inner, depth + 1) for inner in found]
-
-
-def _kinds(cls: type[Any]) -> dict[str, Any]:
-    try:
-        return get_type_hints(cls)
-    except (NameError, AttributeError, TypeError):  # of a plug-in, which cannot be looked up here
-        return {}
 
 
 def _told(kind: Any, limits: tuple[float, float] | None) -> str:

@@ -39,6 +39,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_SIDE = (5, 6, 7, 8)
+"""Orientations that exchange width and height."""
 _SIXTEEN_BITS = 65535
 _RANGES = {"I": (255, _SIXTEEN_BITS), "F": (1, 255, _SIXTEEN_BITS)}
 """White in images of 32 bits, which do not say; meant is the least that no pixel exceeds."""
@@ -113,8 +115,29 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         ValueError: if it is missing or no image.
     """
-    try:
+    with _told(path):
         return read_image(path, upright=True)
+
+
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of what `open_image` gives; of most formats the header alone is read.
+
+    Raises:
+        ValueError: if it is missing or no image.
+    """
+    with _told(path), opened(path) as image:
+        if image.format == "PNG":  # its orientation may come after its pixels
+            image.load()
+        width, height = image.size
+        is_on_side = orientation_of(image) in _ON_SIDE
+    return (height, width) if is_on_side else (width, height)
+
+
+@contextmanager
+def _told(path: str | Path) -> Iterator[None]:
+    """What goes wrong inside of the block is said of this file."""
+    try:
+        yield
     except IMAGE_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"image {path} cannot be read ({reason}); pass a JPEG or PNG.") from error

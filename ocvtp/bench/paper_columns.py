@@ -138,11 +138,15 @@ def _kind(row: Facts, is_bare: bool) -> Kind:
 
 
 def _tokens(row: Facts, name: str) -> dict[str, float]:
-    """What the language model reads; nothing where that falls from layer to layer."""
+    """What the language model reads, on average over its layers where that falls from one to one.
+
+    Files of earlier versions do not say that: nothing.
+    """
     kept = row["kept"]
-    if kept is None or kept["layers"]:
+    if kept is None:
         return {}
-    return {name: fmean(kept["visual_tokens_kept"])}
+    counts = kept.get("visual_tokens_average") if kept["layers"] else kept["visual_tokens_kept"]
+    return {name: fmean(counts)} if counts else {}
 
 
 def _alike(

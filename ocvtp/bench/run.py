@@ -25,6 +25,7 @@ from ocvtp.evaluation.conditions import content_hash
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
+from ocvtp.pruners.budgets import check_count
 from ocvtp.reporting.environment import environment_of
 from ocvtp.reporting.progress import progress_bar
 from ocvtp.reporting.results_files import refuse_another
@@ -64,6 +65,7 @@ class Plan:
         for name, least in (("new_tokens", 2), ("warmup", 0), ("repetitions", 5)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name}={value}; pass at least {least}.")
+        object.__setattr__(self, "num_keep", [check_count("num_keep", k) for k in self.num_keep])
 
     def settings(self) -> dict[str, Any]:
         """All but the cells, as JSON."""

@@ -23,7 +23,7 @@ from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Compose, Pruner, pruner_class, trainable
-from ocvtp.pruners.specs import build_spec, has_budget, names_budget, parse_spec
+from ocvtp.pruners.specs import build_spec, has_own_budget, parse_spec, says_amount
 from ocvtp.structures import Needs
 
 
@@ -172,7 +172,8 @@ def _pruners(
     if checkpoint is None and _lacks_network(spec):
         if isinstance(network, Mapping):
             network = network[spec.partition(":")[0]]
-        for budget in [None] if has_budget(spec) and not names_budget(spec) else budgets:
+        once = has_own_budget(spec) or not budgets and says_amount(spec)
+        for budget in [None] if once else budgets:
             shared = {} if budget is None else budget.settings()
             yield budget, build_spec(spec, network=network, **shared), True
         return

@@ -16,7 +16,7 @@ from ocvtp.commands import output
 from ocvtp.commands.flags import bench as add_arguments
 from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import known_settings
+from ocvtp.pruners.specs import known_settings, refuse_without_amount
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.results_files import read_values
 
@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is loaded
+    if not arguments.num_keep:
+        refuse_without_amount(arguments.pruners)
     accuracy = None if arguments.accuracy is None else _accuracy(arguments.accuracy, plan, folder)
     if arguments.threads is not None:
         if arguments.threads < 1:

@@ -19,7 +19,7 @@ from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.evaluation.tasks.registry import task_class
 from ocvtp.evaluation.towers import TowerSubject, refuse_questions
 from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import known_settings
+from ocvtp.pruners.specs import known_settings, refuse_without_amount
 from ocvtp.reporting.folder_lock import claimed
 
 
@@ -35,6 +35,10 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is loaded
+    if not arguments.num_keep and not arguments.keep_ratio:
+        if not arguments.pruners:
+            raise ValueError("nothing says how many tokens stay; pass --num-keep, or --pruners.")
+        refuse_without_amount(arguments.pruners)
     options.check_tower(arguments)
     settings = task_settings(arguments)
     subject, load = _subject(arguments)

@@ -159,7 +159,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; controls run beside them",
     )
-    options.add_budgets(parser)
+    options.add_budgets(parser, required=False)
     parser.add_argument(
         "--checkpoint",
         nargs="+",
@@ -264,7 +264,7 @@ def bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; a K in settings stands for --num-keep",
     )
-    parser.add_argument("--num-keep", type=int, nargs="+", required=True, help="tokens of an image")
+    options.add_counts(parser)
     parser.add_argument(
         "--checkpoint", help="exported network; without one, trained pruners run on random weights"
     )
@@ -359,9 +359,7 @@ def flops(parser: argparse.ArgumentParser) -> None:
         help="folder or hub id of a VLM, of which only the configuration is read; or "
         + ", ".join(get_args(choices.FullSizeModel)),
     )
-    parser.add_argument(
-        "--num-keep", type=int, nargs="+", required=True, help="visual tokens kept per image"
-    )
+    options.add_counts(parser)
     parser.add_argument(
         "--pruners",
         nargs="+",

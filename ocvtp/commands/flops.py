@@ -11,10 +11,16 @@ from typing import Any
 from ocvtp.commands import output
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
-from ocvtp.flops.report import ANY, KIND, UNPRUNED, bars, results, to_markdown
+from ocvtp.flops.report import ANY, KIND, UNPRUNED, Key, bars, results, to_markdown
 from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
-from ocvtp.pruners.specs import build_spec, known_settings
+from ocvtp.pruners.specs import (
+    build_spec,
+    has_own_budget,
+    known_settings,
+    refuse_without_amount,
+    says_amount,
+)
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import RESULTS, refuse_another
 from ocvtp.visualize import save_figure
@@ -24,6 +30,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Count, write and print."""
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
+    if not arguments.num_keep:
+        if not arguments.pruners:
+            raise ValueError("nothing says how many tokens stay; pass --num-keep, or --pruners.")
+        refuse_without_amount(arguments.pruners)
     folder = None if arguments.output is None else output.folder(arguments.output)
     if folder is not None:
         refuse_another(folder, KIND)
@@ -38,11 +48,12 @@ def run(arguments: argparse.Namespace) -> int:
     per_image = whole.visual[0] // arguments.images - arguments.newlines
     if beyond := [k for k in arguments.num_keep if not 1 <= k <= per_image]:
         raise ValueError(f"--num-keep {beyond[0]}; pass 1 to the {per_image} tokens of an image.")
-    counts, notes = {(UNPRUNED, per_image): whole}, list[str]()
-    for k in dict.fromkeys(arguments.num_keep):
+    counts: dict[Key, Count] = {(UNPRUNED, per_image): whole}
+    notes: list[str] = []
+    for k in [*dict.fromkeys(arguments.num_keep), None]:
         if arguments.pruners:
             notes += _count_pruners(counts, sizes, k, arguments, shared)
-        elif k < per_image:
+        elif k is not None and k < per_image:
             counts[ANY, k] = count(sizes, num_keep=k, **shared)
     if arguments.pruners and len(counts) == 1:
         raise ValueError(f"nothing could be counted: {' '.join(notes)}")
@@ -57,21 +68,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _count_pruners(
-    counts: dict[tuple[str, int], Count],
+    counts: dict[Key, Count],
     sizes: Sizes,
-    k: int,
+    k: int | None,
     arguments: argparse.Namespace,
     shared: dict[str, Any],
 ) -> Sequence[str]:
-    """Add the counts of all pruners at one budget; returns what could not be counted, and why."""
+    """Add the counts of pruners at one budget; returns what could not be counted, and why.
+
+    Those that have a budget of their own are counted at that alone: where k is None.
+    """
     notes = []
     savings = NOTHING_SAVED if arguments.whole_tower else None
     for spec in arguments.pruners:
+        own = says_amount(spec) if not arguments.num_keep else has_own_budget(spec)
+        if own != (k is None):
+            continue
         try:
             pruner = build_spec(spec, num_keep=k, checkpoint=arguments.checkpoint)
             counts[spec, k] = count(sizes, pruner=pruner, savings=savings, **shared)
         except ValueError as error:
-            notes.append(f"`{spec}` at K={k}: {error}")
+            notes.append(f"`{spec}`{'' if k is None else f' at K={k}'}: {error}")
     return notes
 
 

@@ -186,11 +186,21 @@ def add_text_tower(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_budgets(parser: argparse.ArgumentParser) -> None:
-    """The budgets that several pruners are tried at."""
-    budget = parser.add_mutually_exclusive_group(required=True)
-    budget.add_argument("--num-keep", type=int, nargs="+", help="tokens kept per image")
+_OWN = "; not needed where every pruner says its own budget"
+
+
+def add_budgets(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The budgets that several pruners are tried at; or none, where each may say its own."""
+    budget = parser.add_mutually_exclusive_group(required=required)
+    told = f"tokens kept per image{'' if required else _OWN}"
+    budget.add_argument("--num-keep", type=int, nargs="+", help=told)
     budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
+
+
+def add_counts(parser: argparse.ArgumentParser) -> None:
+    """The same as counts alone; none where each pruner says its own."""
+    told = f"visual tokens kept per image{_OWN}"
+    parser.add_argument("--num-keep", type=int, nargs="+", default=[], help=told)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:

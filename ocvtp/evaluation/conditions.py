@@ -23,6 +23,7 @@ from ocvtp.pruners.specs import (
     known_settings,
     names_budget,
     parse_spec,
+    says_amount,
     with_budget,
 )
 
@@ -158,8 +159,8 @@ def pruner_conditions(
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
             `fastv:stages=[[1,K]]`. With a budget of its own, other `stages` or a published
             `setting`, it runs once.
-        budgets: see `Budget`. seeds: of what is random. checkpoints: exported networks; it is run
-            with those that it can read.
+        budgets: see `Budget`; none: it runs once if it needs none. seeds: of what is random.
+        checkpoints: exported networks; it is run with those that it can read.
         num_tokens: of an image.
         label: of its rows; the spec where it has none.
 
@@ -170,6 +171,7 @@ def pruner_conditions(
     of_budget = names_budget(spec)
     made: list[Condition] = []
     once = ("stages" in own or has_budget(spec)) and not of_budget
+    once = once or not budgets and says_amount(spec)
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:

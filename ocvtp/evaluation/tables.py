@@ -186,8 +186,15 @@ def _hard_table(parts: Sequence[Facts], percent: bool) -> str:
 def _short_table(facts: Facts, metric: str) -> str:
     """One metric: pruners in the order of the smallest budget but one."""
     columns, percent = pruned_budgets(facts), facts["percent"]
+    whole = [
+        f"{_name(row)} {_narrow(row, metric, percent)}{_counted(row)}"
+        for row in facts["rows"]
+        if row["budget"] not in columns and metric in row["figures"]
+    ]
     if not columns:
-        return f"{metric}: nothing was pruned.\n"
+        own = any(row["budget"] is None and row["figures"] for row in facts["rows"])
+        said = f"{', '.join(whole)}. ±: half of the 95% interval." if own else "nothing was pruned."
+        return f"{metric}: {said}\n"
     at = {(row["label"], row["budget"]): row for row in facts["rows"]}
     order = {row["label"]: row for budget in columns for row in ranked(facts, metric, budget)}
     first = [row["label"] for row in ranked(facts, metric, focus(facts))]
@@ -203,11 +210,6 @@ def _short_table(facts: Facts, metric: str) -> str:
             for row in rows
         ]
         cells.append([_name(order[label]), *line])
-    whole = [
-        f"{_name(row)} {_narrow(row, metric, percent)}"
-        for row in facts["rows"]
-        if row["budget"] not in columns and metric in row["figures"]
-    ]
     better = " Lower is better." if metric in facts["lower_is_better"] else ""
     legend = (
         f"{', '.join(whole)}.{better} ±: half of the 95% interval. Bold: best without training."
@@ -234,6 +236,12 @@ def _name(row: Facts) -> str:
     kind = "control" if row["control"] else "yours" if row.get("yours") else ""
     marks = ", ".join(filter(None, [kind, seeds]))
     return code(row["label"]) + (f" ({marks})" if marks else "")
+
+
+def _counted(row: Facts) -> str:
+    """` with 64 tokens`, of a pruner with a budget of its own."""
+    count = row.get("visual_tokens")
+    return "" if row["budget"] is not None or count is None else f" with {_tokens(count)} tokens"
 
 
 def _heading(budget: float | None) -> str:

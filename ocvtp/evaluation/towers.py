@@ -188,7 +188,8 @@ class TowerSubject(Judged):
     @torch.no_grad()
     def attempt(self, pruner: Pruner | Compose, inputs: Tensor, shared: TowerEncodings) -> None:
         self.fits(pruner)
-        pruner.parts[0].select(shared.tokens(inputs, pruner.tower_needs))
+        with naming(pruner.name):
+            pruner.parts[0].select(shared.tokens(inputs, pruner.tower_needs))
 
     @torch.no_grad()
     def observe(

@@ -99,7 +99,7 @@ def follow(
         if not part.exact:
             raise ValueError(
                 f"how many tokens {part.name!r} keeps hangs on what is in the image; give it"
-                " num_keep or keep_ratio, without adaptive."
+                " num_keep, keep_ratio or max_keep, without adaptive and quality."
             )
     if pruner is not None:
         check(sizes.host, pruner)

@@ -15,6 +15,8 @@ from ocvtp.reporting.plain_text import markdown
 from ocvtp.reporting.plot_style import INK, better, canvas, label, name_rows
 
 Facts = Mapping[str, Any]
+Key = tuple[str, int | None]
+"""A pruner and its K; None where it has a budget of its own."""
 
 KIND, SCHEMA = "flops", 1
 UNPRUNED, ANY = "unpruned", "any"
@@ -37,11 +39,12 @@ _LEGEND = """\
   its layers, whatever K says.
 - K of pruners inside the language model is an average over its layers. Where `stages` or a
   published `setting` say how many tokens stay, K is the number that stands for K in `stages`, if
-  any: what each layer reads is in the list of layers."""
+  any: what each layer reads is in the list of layers. K is `own` where a pruner has a budget of its
+  own."""
 
 
 def results(
-    model: str, settings: Facts, counts: Mapping[tuple[str, int], Count], notes: Sequence[str]
+    model: str, settings: Facts, counts: Mapping[Key, Count], notes: Sequence[str]
 ) -> dict[str, Any]:
     """All counts as JSON.
 
@@ -105,7 +108,7 @@ def bars(facts: Facts) -> Figure:
     return drawing
 
 
-def _row(label: str, k: int, found: Count, whole: int) -> dict[str, Any]:
+def _row(label: str, k: int | None, found: Count, whole: int) -> dict[str, Any]:
     """One count as JSON; `num_keep` is K of an image, `visual` of the prompt, layer by layer."""
     return {
         "label": label,
@@ -125,7 +128,8 @@ def _cells(row: Facts, scale: float, num_images: int) -> list[str]:
     total = f"{row['total'] / scale:.2f}"
     share = f"{100 * row['of_unpruned']:.1f}%"
     name = markdown(row["label"])
-    return [name, str(row["num_keep"]), *conventions, *shares, total, share, average]
+    count = "own" if row["num_keep"] is None else str(row["num_keep"])
+    return [name, count, *conventions, *shares, total, share, average]
 
 
 def _settings(settings: Facts) -> str:
@@ -154,7 +158,8 @@ def _layers(row: Facts, unit: str, scale: float) -> Iterator[str]:
 
 
 def _name(row: Facts) -> str:
-    return row["label"] if row["label"] == UNPRUNED else f"{row['label']} K={row['num_keep']}"
+    is_alone = row["label"] == UNPRUNED or row["num_keep"] is None
+    return str(row["label"]) if is_alone else f"{row['label']} K={row['num_keep']}"
 
 
 def _unit(facts: Facts) -> tuple[str, float]:

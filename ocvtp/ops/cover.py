@@ -54,7 +54,13 @@ def greedy_cover(
     return torch.cat(picks, dim=1)
 
 
-def likeness(directions: Tensor, grid_hw: tuple[int, int], power: float, spread: float) -> Tensor:
+def likeness(
+    directions: Tensor,
+    grid_hw: tuple[int, int],
+    power: float,
+    spread: float,
+    longer: Tensor | None = None,
+) -> Tensor:
     """`k_nm = max(cos(y_n, y_m), 0)^power exp(-d_nm^2 / (2 sigma^2))`, [B, N, N].
 
     Args:
@@ -62,6 +68,7 @@ def likeness(directions: Tensor, grid_hw: tuple[int, int], power: float, spread:
         grid_hw: H and W.
         power: of the cosine, above 0.
         spread: sigma as a share of the longer side of the grid; d is the distance on the grid.
+        longer: [B, 1] that side, of images that do not fill the grid; None where all do.
     """
     rows, columns = grid_hw
     device = directions.device
@@ -69,7 +76,10 @@ def likeness(directions: Tensor, grid_hw: tuple[int, int], power: float, spread:
         torch.arange(rows, device=device), torch.arange(columns, device=device)
     ).to(directions.dtype)
     squared = (places[:, None] - places[None]).square().sum(dim=2)
-    near = torch.exp(-squared / (2 * (spread * max(grid_hw)) ** 2))
+    twice: float | Tensor = 2 * (spread * max(grid_hw)) ** 2
+    if longer is not None:  # rounded as a number is, so that an image is the same beside padding
+        twice = (2 * (spread * longer.double()) ** 2).to(squared.dtype)[:, :, None]
+    near = torch.exp(-squared / twice)
     return (directions @ directions.mT).clamp(min=0).pow(power) * near
 
 

@@ -116,7 +116,11 @@ def contextual_share(num: int | None, share: float, num_keep: int, most: int) ->
     if num is None:
         return min(round(num_keep * share), most)
     if not 0 <= num <= most:
-        raise ValueError(f"num_contextual={num} of num_keep={num_keep}; pass 0 to {most}.")
+        raise ValueError(
+            f"num_contextual={num} of num_keep={num_keep}; pass 0 to {most}, or None for the"
+            " paper's share of any budget (a published setting names a number, which is for its own"
+            f" budget alone), or keep {num_keep - most + num} tokens or more."
+        )
     return num
 
 

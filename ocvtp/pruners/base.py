@@ -28,19 +28,30 @@ Budget = Literal["exact", "adaptive", "quality", "average"]
 NamedSettings = Mapping[str, Mapping[str, Any]]
 
 
-@contextmanager
-def naming(name: str, given: str | None = None) -> Iterator[None]:
-    """Errors of one pruner in the block say which it is; there may be several.
+def named(error: ValueError, name: str, given: str | None = None) -> ValueError:
+    """An error of one pruner, as one that says which it is; there may be several.
 
     Args:
-        name: of the pruner. given: how it was asked for; None for the name.
+        error: of it. name: of the pruner. given: how it was asked for; None for the name.
+
+    Returns:
+        the error itself, where it names the pruner; else another, of which it is the cause.
     """
+    if re.search(rf"\b{re.escape(name)}\b", str(error)):
+        return error
+    found = ValueError(f"pruner {shown(given or name)}: {error}")
+    found.__cause__ = error
+    return found
+
+
+@contextmanager
+def naming(name: str, given: str | None = None) -> Iterator[None]:
+    """Errors of one pruner in the block say which it is, see `named`."""
     try:
         yield
     except ValueError as error:
-        if re.search(rf"\b{re.escape(name)}\b", str(error)):
-            raise
-        raise ValueError(f"pruner {shown(given or name)}: {error}") from error
+        found = named(error, name, given)
+        raise found from found.__cause__
 
 
 @dataclass(kw_only=True, eq=False)
@@ -81,6 +92,9 @@ class Pruner(ABC):
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
     budget among them (none where the paper's own holds without one)."""
+    settings_note: ClassVar[str] = ""
+    """What is known of those that a paper's tables have and `named_settings` has not, for whoever
+    asks for one."""
     merging: ClassVar[bool] = False
     """True if kept tokens are mixtures (`Selection.merge`)."""
     batch_invariant: ClassVar[bool] = True
@@ -281,6 +295,23 @@ class Pruner(ABC):
             )
         return height, width
 
+    def _filled(self, tokens: VisualTokens) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The part of the grid that each image fills: where it begins, and how large it is.
+
+        Padding is rows and columns at the edges of the grid that an image lacks; what it keeps of
+        its own must not hang on them.
+
+        Returns:
+            first row and column [B, 1] with a real token; number of rows and columns [B, 1].
+
+        Raises:
+            ValueError: see `_grid`.
+        """
+        real = tokens.real.unflatten(1, self._grid(tokens))
+        top, height = _extent(real.any(dim=2))
+        left, width = _extent(real.any(dim=1))
+        return (top, left), (height, width)
+
     def _check_budget(self) -> None:
         if not self.has_budget:
             raise ValueError(
@@ -353,6 +384,14 @@ class QualityPruner(Pruner):
     def exact(self) -> bool:
         # torch.compile takes a property of super() for true
         return self.quality is None and not getattr(self, "adaptive", False)
+
+
+def _extent(there: Tensor) -> tuple[Tensor, Tensor]:
+    """Of lines [B, L]: the number of the first that is there, and how many to the last; [B, 1]."""
+    number = torch.arange(there.shape[1], device=there.device)
+    first = torch.where(there, number, there.shape[1] - 1).amin(dim=1, keepdim=True)
+    last = torch.where(there, number, 0).amax(dim=1, keepdim=True)
+    return first, (last + 1 - first).clamp(min=1)
 
 
 def _image(values: Tensor, number: int) -> Tensor:

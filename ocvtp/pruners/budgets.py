@@ -1,6 +1,7 @@
 """What a budget may be: counts are whole numbers of tokens, shares are floats up to 1.0.
 
 So `64` and `1` count tokens, `0.5` and `1.0` are shares of them, in Python as in YAML and in specs.
+A number of numpy, or in a tensor of no dimension, is what it holds.
 
 How many tokens a budget leaves of an image is resolved here alone.
 """
@@ -9,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from numbers import Integral, Real
 from typing import Any
+
+from ocvtp.field_types import plain, real_number, whole_number
 
 StagePairs = Sequence[tuple[int, float]]
 """`(layer, K)` pairs: before which layer how many tokens stay, or which share of them."""
 
 BUDGETS = ("num_keep", "keep_ratio", "max_keep")
 """The settings of any pruner that say how many tokens of an image stay."""
+_PLAIN = (int, float, type(None))
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Budget:
     num_keep: int | None = None
     keep_ratio: float | None = None
     max_keep: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in BUDGETS:
+            if type(value := getattr(self, name)) not in _PLAIN:
+                object.__setattr__(self, name, plain(value))
 
     def __str__(self) -> str:
         if self.num_keep is not None:
@@ -105,7 +113,7 @@ def _counts(*counts: int | None) -> list[int]:
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """A number of tokens, as a plain int; numpy's whole numbers are some.
+    """A number of tokens, as a plain int.
 
     Args:
         name: of the argument. value: as it was given. least: that it may be.
@@ -113,13 +121,13 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: that says what it may be.
     """
-    if not _is_count(value):
+    if (count := _count(value)) is None:
         hint = " keep_ratio is for shares." if name == "num_keep" else ""
-        raise ValueError(f"{name}={value!r}; pass a whole number of tokens, e.g. 64.{hint}")
-    if value < least:
+        raise ValueError(f"{name}={plain(value)!r}; pass a whole number of tokens, e.g. 64.{hint}")
+    if count < least:
         plural = "" if least == 1 else "s"
-        raise ValueError(f"{name}={value}; pass at least {least} token{plural}.")
-    return int(value)
+        raise ValueError(f"{name}={count}; pass at least {least} token{plural}.")
+    return count
 
 
 def check_share(name: str, value: Any) -> float:
@@ -128,11 +136,11 @@ def check_share(name: str, value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if not _is_part(value):
+    if (share := _part(value)) is None:
         raise ValueError(
-            f"{name}={value!r}; pass the share of tokens KEPT, a number above 0, at most 1."
+            f"{name}={plain(value)!r}; pass the share of tokens KEPT, a number above 0, at most 1."
         )
-    return float(value)
+    return share
 
 
 def check_quality(value: Any) -> float:
@@ -141,12 +149,12 @@ def check_quality(value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if not _is_part(value):
+    if (share := _part(value)) is None:
         raise ValueError(
-            f"quality={value!r}; pass the share that the kept tokens must hold, a number above 0,"
-            " at most 1."
+            f"quality={plain(value)!r}; pass the share that the kept tokens must hold, a number"
+            " above 0, at most 1."
         )
-    return float(value)
+    return share
 
 
 def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
@@ -157,23 +165,18 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
             those before them, where that shows without an image.
     """
     try:
-        pairs = [(layer, kept) for layer, kept in stages]
+        found = [(_count(layer), _kept(kept)) for layer, kept in stages]
     except (TypeError, ValueError):
-        pairs = []
+        found = []
+    pairs = [(layer, kept) for layer, kept in found if layer is not None and kept is not None]
     layers = [layer for layer, _ in pairs]
-    if not (
-        pairs
-        and all(_is_count(layer) for layer in layers)
-        and layers == sorted(set(layers))
-        and all(_is_count(kept) and kept > 0 or _is_share(kept) for _, kept in pairs)
-    ):
+    if not pairs or len(pairs) < len(found) or layers != sorted(set(layers)):
         raise ValueError(
             f"stages={stages!r}; pass (layer, K) pairs with ascending layers and K above 0, e.g."
             " ((2, 128), (16, 64)): an int counts tokens, a float up to 1.0 is a share of them."
         )
-    found = [(int(layer), int(k) if _is_count(k) else float(k)) for layer, k in pairs]
     for kind in (int, float):
-        alike = [(layer, k) for layer, k in found if type(k) is kind]
+        alike = [(layer, k) for layer, k in pairs if type(k) is kind]
         for (before, less), (layer, more) in zip(alike, alike[1:], strict=False):
             if more > less:
                 raise ValueError(
@@ -181,7 +184,7 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
                     f" {before}: what is dropped does not come back; pass K that do not"
                     " grow."
                 )
-    return tuple(found)
+    return tuple(pairs)
 
 
 def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], ...]:
@@ -212,14 +215,19 @@ def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], 
     return tuple(found)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def _count(value: Any) -> int | None:
+    return value if type(value) is int else whole_number(value)
 
 
-def _is_share(value: Any) -> bool:
-    return not isinstance(value, Integral) and _is_part(value)
+def _kept(value: Any) -> int | float | None:
+    """Tokens of a stage: how many, or which share; None for what is neither."""
+    count = _count(value)
+    if count is None:
+        return _part(value)
+    return count if count > 0 else None
 
 
-def _is_part(value: Any) -> bool:
-    """Of a whole: a share, or the number 1."""
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+def _part(value: Any) -> float | None:
+    """Of a whole: a share, or the number 1; None for what is none."""
+    share = real_number(value)
+    return share if share is not None and 0 < share <= 1 else None

@@ -199,7 +199,7 @@ class LayerPruner(Pruner):
                 f"{self.name} got stages and a budget; pass stages, or one of num_keep, keep_ratio"
                 " and max_keep."
             )
-        check_stages(self.stages)
+        self.stages = check_stages(self.stages)
 
 
 @dataclass(kw_only=True, eq=False)

@@ -8,10 +8,10 @@ from math import isnan
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args
 
 from ocvtp import plugins
-from ocvtp.field_types import no_such, shown
+from ocvtp.field_types import hints, no_such, plain, shown
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.structures import Stage
@@ -81,6 +81,7 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
                 f"pruner {name!r} has no setting {shown(setting)}{no_such(setting, known)} It takes"
                 f" {', '.join(known)}."
             )
+    settings = {name: plain(value) for name, value in settings.items()}
     _check_kinds(cls, settings)
     return cls(**settings)
 
@@ -91,14 +92,7 @@ def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:
     Raises:
         ValueError: that names the setting and what it may be.
     """
-    try:
-        kinds = get_type_hints(cls)
-    except (
-        NameError,
-        AttributeError,
-        TypeError,
-    ):  # a plug-in whose annotations cannot be looked up here
-        return
+    kinds = hints(cls)
     for name in settings.keys() & kinds.keys() - {*_BUDGETS}:
         options = _options(kinds[name])
         if not _is_of(settings[name], options):
@@ -147,7 +141,7 @@ def _with_named(cls: type[Pruner], setting: Any = None, **given: Any) -> dict[st
     if not isinstance(setting, str) or setting not in known:
         raise ValueError(
             f"pruner {cls.name!r} has no published setting {shown(setting)}; pass one of"
-            f" {', '.join(known)}, or num_keep or keep_ratio."
+            f" {', '.join(known)}, or num_keep or keep_ratio. {cls.settings_note}".rstrip()
         )
     named = dict(known[setting])
     if twice := [k for k, v in given.items() if v is not None and k in (*_BUDGETS, *named)]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from ocvtp.field_types import shown
@@ -81,6 +82,31 @@ def has_budget(spec: str) -> bool:
     name, settings = parse_spec(spec)
     staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
     return staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
+
+
+def has_own_budget(spec: str) -> bool:
+    """Whether a pruner has one budget, whatever others are told: `has_budget`, without a K."""
+    return has_budget(spec) and not names_budget(spec)
+
+
+def says_amount(spec: str) -> bool:
+    """Whether a pruner need not be told a budget: it has one, or knows what the kept must hold."""
+    _, settings = parse_spec(spec)
+    counts = settings.get("quality") is not None or settings.get("adaptive") is True
+    return has_own_budget(spec) or counts and not names_budget(spec)
+
+
+def refuse_without_amount(specs: Iterable[str]) -> None:
+    """For commands that were told no budget for all pruners.
+
+    Raises:
+        ValueError: for the first that says none itself.
+    """
+    if lacking := [spec for spec in specs if not says_amount(spec)]:
+        raise ValueError(
+            f"pruner {shown(lacking[0])} says no budget of its own; pass --num-keep, or a budget in"
+            f" its settings, e.g. {lacking[0].partition(':')[0]}:num_keep=64."
+        )
 
 
 def build_spec(spec: str, **shared: Any) -> Pruner:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
 from ocvtp.bench.variants import lacking_network, network_for
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask
+from ocvtp.field_types import hints
 from ocvtp.hosts.registry import find_host
-from ocvtp.pruners import Pruner, list_pruners
+from ocvtp.pruners import Pruner, list_pruners, pruner_class
 from ocvtp.pruners.specs import build_spec, known_settings
 
 Status = Literal["runs", "needs", "cannot"]
 _PIXELS = 224  # along a side of the picture that they are tried on
 _KEEP = 0.25
+_BLOCKS = 24  # of LLaVA-1.5's tower, which the methods' own numbers are of
 _NETWORK = "a trained network: pass --checkpoint, see `ocvtp train`."
 
 
@@ -40,8 +44,7 @@ def fits(subject: Subject) -> list[Fit]:
     """All registered pruners, each run once on a small drawn picture, a quarter of its tokens kept.
 
     A pruner that is trained gets random weights: what it lacks is a network, if nothing else. One
-    that drops tokens between layers of the language model, and cannot keep so few on average or at
-    its usual layers, is tried with a stage of its own.
+    that cannot run as it is, is tried with other values of its own settings, see `_changes`.
     """
     task = SceneTask(levels=("easy",), num_images=1, questions=1, size=_PIXELS)
     inputs = subject.inputs(task, task.items, [0])
@@ -59,10 +62,11 @@ def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
         why = " ".join(str(error).split())
         if _lacks_text_tower(subject, pruner):
             return Fit(name, "needs", why)
-        if "stages" in known_settings(name):
-            spec = f"{name}:stages=[[{1 if network is None else network.config.layer},K]]"
-            if _runs(subject, spec, inputs, network):
-                what = f"stages: pass e.g. {spec}. Without: {why}"
+        for changes in _changes(subject, name, network):
+            told = ",".join(f"{setting}={value}" for setting, value in changes.items())
+            count = 1 if "stages" in changes else num_keep
+            if _runs(subject, f"{name}:{told}", count, inputs, network):
+                what = f"{' and '.join(changes)}: pass e.g. {name}:{told}. Without: {why}"
                 return Fit(name, "needs", f"{_NETWORK} And {what}" if lacks_network else what)
         return Fit(name, "cannot", why)
     if lacks_network:
@@ -70,9 +74,38 @@ def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
     return Fit(name, "runs")
 
 
-def _runs(subject: Subject, spec: str, inputs: Any, network: Any) -> bool:
+def _changes(subject: Subject, name: str, network: Any) -> Iterator[dict[str, str]]:
+    """Settings of a pruner that may make it fit where its own do not: one, then two at a time.
+
+    Those are another of the values that a setting may have, where they are named; 0 for a weight of
+    something that the model has not; for a block of the tower the one as far inside of this tower
+    as it is inside of LLaVA-1.5's; and a stage of its own for what cannot keep so few on average,
+    or at its usual layers.
+    """
+    cls, depth = pruner_class(name), subject.num_tower_blocks
+    kinds = hints(cls)
+    single: list[dict[str, str]] = []
+    for field in fields(cls):
+        kind, usual = kinds.get(field.name), field.default
+        if get_origin(kind) is Literal:
+            single += [{field.name: str(v)} for v in get_args(kind) if v != usual]
+        elif kind is int and field.name.endswith("block") and isinstance(usual, int):
+            block = round(usual * depth / _BLOCKS) if usual >= 0 else -1
+            single += [{field.name: str(block)}] if block != usual else []
+        elif kind is float and usual:
+            single.append({field.name: "0.0"})
+    if "stages" in known_settings(name):
+        layer = 1 if network is None else network.config.layer
+        single.append({"stages": f"[[{layer},K]]"})
+    yield from single
+    for one, other in combinations(single, 2):
+        if one.keys() != other.keys():
+            yield one | other
+
+
+def _runs(subject: Subject, spec: str, num_keep: int, inputs: Any, network: Any) -> bool:
     try:
-        pruner = build_spec(spec, num_keep=1, network=network)
+        pruner = build_spec(spec, num_keep=num_keep, network=network)
         subject.attempt(pruner, inputs, subject.sharing([pruner]))
     except ValueError:
         return False

@@ -16,6 +16,7 @@ from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.base import Task
 from ocvtp.pruners import trainable
+from ocvtp.pruners.budgets import check_count
 from ocvtp.recommend.choice import (
     Option,
     choose,
@@ -66,7 +67,7 @@ class Wanted:
         skip_unfit: whether named pruners that cannot run are left out, too.
 
     Raises:
-        ValueError: for a `max_drop` below 0, and shares that are none.
+        ValueError: for a `max_drop` below 0, and counts and shares that are none.
     """
 
     pruners: Sequence[str] = ()
@@ -87,6 +88,7 @@ class Wanted:
             raise ValueError(f"max_drop={self.max_drop}; pass the points that may be lost, 0 up.")
         if wrong := [share for share in self.shares if not 0 < share <= 1]:
             raise ValueError(f"keep_ratio={wrong[0]}; pass shares above 0, up to 1.")
+        object.__setattr__(self, "num_keep", [check_count("num_keep", k) for k in self.num_keep])
 
     @property
     def specs(self) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ocvtp.field_types import real_number, whole_number
 from ocvtp.structures import VisualTokens
 
 NumKeep: TypeAlias = int | Tensor
@@ -28,18 +28,22 @@ def check_budgets(name: str, given: Any, usual: Sequence[float] = ()) -> list[in
         ValueError: for others, and for none.
     """
     given = usual if given is None else given
-    if not isinstance(given, Sequence) or not given or not all(map(_is_budget, given)):
+    found = [_budget(value) for value in given] if isinstance(given, Sequence) else []
+    budgets = [budget for budget in found if budget is not None]
+    if not budgets or len(budgets) < len(found):
         raise ValueError(
             f"{name}={given}; pass at least one: whole numbers of tokens above 0, e.g. 16, or"
             " shares of an image's tokens, e.g. 0.11."
         )
-    return [int(value) if isinstance(value, Integral) else float(value) for value in given]
+    return budgets
 
 
-def _is_budget(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    return int(value) >= 1 if isinstance(value, Integral) else 0 < float(value) <= 1
+def _budget(value: Any) -> int | float | None:
+    """In plain numbers; None for what is none."""
+    count, share = whole_number(value), real_number(value)
+    if count is not None:
+        return count if count >= 1 else None
+    return share if share is not None and 0 < share <= 1 else None
 
 
 def count_of(budget: float, num_tokens: int) -> int:

@@ -14,6 +14,7 @@ from ocvtp.field_types import shown
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.origin import check_trained_in
 from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
+from ocvtp.pruners.base import naming
 from ocvtp.pruners.budgets import BUDGETS, Budget, check_count
 from ocvtp.pruners.checks import random_tokens
 from ocvtp.pruners.specs import parse_spec
@@ -225,7 +226,7 @@ def _rehearse(plan: Plan, num_keep: int, is_grid: bool) -> None:
     tokens = random_tokens(plan.pruner.needs, 1, (side, side), **plan.layout.widths)
     if not is_grid:
         tokens = replace(tokens, grid_hw=(side, side + 1))
-    with torch.inference_mode():
+    with torch.inference_mode(), naming(plan.pruner.name):
         plan.at(num_keep).select(tokens)
 
 

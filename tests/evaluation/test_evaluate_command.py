@@ -41,6 +41,26 @@ def test_it_prints_a_table_and_writes_what_it_found(tmp_path, capsys):
     assert {len(some) for some in facts["answers"]["conditions"].values()} == {len(asked)}
 
 
+def test_a_budget_is_asked_for_where_a_pruner_says_none(tmp_path, capsys):
+    assert main(scenes(tmp_path, budget=())) == 2
+    told = "pruner 'fopru' says no budget of its own; pass --num-keep, or a budget in its settings"
+    assert told in capsys.readouterr().err
+    assert main(words(tmp_path, "scenes", budget=())) == 2
+    assert "nothing says how many tokens stay; pass --num-keep" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_budgets_of_their_own_are_enough(tmp_path, capsys):
+    own = ("fopru:max_keep=9", "--no-controls", "--num-images", "2", "--questions", "1")
+    assert main(words(tmp_path, "scenes", "--pruners", *own, budget=())) == 0
+    assert "`fopru:max_keep=9`" in capsys.readouterr().out
+    assert main(["table", str(tmp_path), "--format", "csv"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[:3:2] for line in found[1:3]] == [
+        ["unpruned", "all"], ["fopru:max_keep=9", "9"]
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_json_is_one_object_and_the_same_again(tmp_path, capsys):
     assert main(scenes(tmp_path, "--json")) == 0

@@ -157,6 +157,35 @@ def test_a_file_of_ones_own(coco, tmp_path):
             asked(tmp_path, **settings)
 
 
+def test_boxes_that_are_not_of_their_image_get_one_clear_error(coco, tmp_path):
+    """Images of 20 x 10 and, upright, 20 x 40 pixels; half a pixel may be rounded away."""
+    file = tmp_path / "boxes.json"
+    settings = {"questions_file": [str(file)], "images": coco["images"]}
+
+    def ask(image, **boxes):
+        file.write_text(json.dumps([{"image": image, "question": "Where?", **boxes}]))
+        return asked(tmp_path, **settings)
+
+    for image, box in (("a.png", [-0.4, 0, 20.4, 10.5]), ("b.png", [0, 0, 20, 40])):
+        assert len(ask(image, box=box).items) == 1
+    outside = ([0, 0, 20, 11], [0, 0, 21, 10], [-1, 0, 9, 9], [0, -3, 9, 9], [200, 30, 400, 60])
+    for box in outside:
+        for boxes in ({"box": box}, {"answers": [[1, 1, 9, 9], box]}):
+            message = (
+                r"question \d has the box \[.*outside of its image a.png, 20 x 10 pixels; pass"
+            )
+            with pytest.raises(ValueError, match=message):
+                ask("a.png", **boxes)
+    with pytest.raises(ValueError, match="less than a pixel .*no parts or thousandths"):
+        ask("a.png", box=[0.1, 0.2, 0.9, 0.8])
+    for empty in ([], [3, 3, 3, 9], [3, 4, 9, 4]):
+        with pytest.raises(ValueError, match="as its box; pass"):
+            ask("a.png", box=empty)
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image .*a.png cannot be read"):
+        ask("a.png", box=[1, 1, 9, 9])
+
+
 def test_what_is_lacking_is_named(coco, tmp_path):
     with pytest.raises(ValueError, match="needs --images"):
         asked(tmp_path, instances=coco["instances"])

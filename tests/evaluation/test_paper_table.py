@@ -219,6 +219,19 @@ def test_times_have_tables_too(capsys, tmp_path):
     assert bold(twins) == ["`fopru`", "`ocvtp`"]
 
 
+def test_times_have_true_averages_beside_them(capsys, tmp_path):
+    """Of pruners between layers, where the file says them."""
+    path = timed(tmp_path, False)
+    found = json.loads(path.read_text())
+    kept = found["cells"][0]["rows"][1]["kept"]
+    kept |= {"layers": [{"layer": 2, "visual_tokens_kept": [9]}], "visual_tokens_average": [44.25]}
+    path.write_text(json.dumps(found))
+    assert cells(table(capsys, path, "--num-keep", "64"))["`fopru`"][0] == "44.2"
+    del kept["visual_tokens_average"]
+    path.write_text(json.dumps(found))
+    assert cells(table(capsys, path, "--num-keep", "64"))["`fopru`"][0] == ""
+
+
 def test_json_holds_the_table(capsys, folder):
     facts = json.loads(table(capsys, folder, "--json"))
     assert facts["format"] == "markdown"

@@ -170,6 +170,14 @@ def test_without_pruned_rows_the_short_table_says_so():
     assert short_table(report(row("unpruned", 1.0, 9))) == "easy/all: nothing was pruned.\n"
 
 
+def test_budgets_of_their_own_are_in_the_short_table_with_their_tokens():
+    own = row("fopru:max_keep=9", None, 18, 20, visual_tokens=8.75)
+    told = "`fopru:max_keep=9` 90.0 ±12.5 with 8.8 tokens. ±: half of the 95% interval."
+    text = short_table(report(row("unpruned", 1.0, 20, 20), own))
+    assert text == f"easy/all: `unpruned` (control) 100.0 ±0.0, {told}\n"
+    assert told in short_table(report(own, row("fopru", 0.5, 9)))
+
+
 @pytest.mark.parametrize(
     ("oracle", "level"), [(60, "loud"), (139, "mild"), (140, None), (200, None)]
 )

@@ -41,7 +41,9 @@ def test_json_report_and_plot_of_pruners(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts == json.loads((tmp_path / "results.json").read_text())
     rows = {(row["label"], row["num_keep"]): row for row in facts["rows"]}
-    assert list(rows) == [("unpruned", 144), *((s, k) for k in (64, 32) for s in specs)]
+    shared = [spec for spec in specs if "stages" not in spec]
+    budgets = [(spec, k) for k in (64, 32) for spec in shared]
+    assert list(rows) == [("unpruned", 144), *budgets, ("fastv:stages=[[1,40]]", None)]
     for row in rows.values():
         parts = [row[key] for key in ("tower", "projector", "select", "language_model")]
         assert row["total"] == sum(parts)
@@ -49,10 +51,10 @@ def test_json_report_and_plot_of_pruners(tmp_path, capsys):
         assert row["language_model"] == row["conventions"]["true"]
     assert rows[specs[1], 32]["tower"] < rows["ocvtp", 32]["tower"]
     assert rows["vprune", 32]["select"] == 0 < rows["ocvtp", 32]["select"]
-    assert rows["fastv:stages=[[1,40]]", 32]["visual"] == [144, 40, 40]
+    assert rows["fastv:stages=[[1,40]]", None]["visual"] == [144, 40, 40]
     report = (tmp_path / "report.md").read_text()
     assert "layers 0 to 0: 144 visual tokens" in report
-    assert len(_cells(report)) == 9
+    assert len(_cells(report)) == 8
     with Image.open(tmp_path / "flops.png") as image:
         assert image.width > 600
 
@@ -68,6 +70,32 @@ def test_k_of_stages_is_no_average(capsys):
     assert [row[-1] for row in _cells(out)] == ["576", "96", "82.25"]  # true averages
     legend = " ".join(out.split())
     assert "an average over its layers. Where `stages` or a published `setting` say" in legend
+
+
+def test_a_spec_that_has_a_budget_needs_no_other(capsys):
+    words = ["flops", "--model", "llava-1.5-7b", "--pruners"]
+    specs = ["fopru:max_keep=64", "sparsevlm:setting=paper-64", "divprune:keep_ratio=0.5"]
+    assert main([*words, *specs]) == 0
+    cells = _cells(capsys.readouterr().out)
+    assert [(row[0], row[1], row[-1]) for row in cells] == [
+        ("unpruned", "576", "576"), (specs[0], "own", "64"), (specs[1], "own", "82.25"),
+        (specs[2], "own", "288"),
+    ]  # fmt: skip
+    assert main([*words, "fopru:max_keep=64", "--num-keep", "192", "64", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]  # once, whatever others are told
+    assert [row["num_keep"] for row in rows] == [576, None]
+    assert main([*words, "fastervlm:quality=0.8", "fopru:max_keep=64"]) == 0
+    told = "`fastervlm:quality=0.8`: how many tokens 'fastervlm' keeps hangs on"
+    assert told in capsys.readouterr().out
+    for given in ("fopru", "fastv:stages=[[2,K]]"):
+        assert main([*words, "fopru:max_keep=64", given]) == 2
+        name = given.partition(":")[0]
+        told = f"pruner '{given}' says no budget of its own; pass --num-keep, or"
+        assert (
+            f"{told} a budget in its settings, e.g. {name}:num_keep=64" in capsys.readouterr().err
+        )
+    assert main(words[:-1]) == 2
+    assert "nothing says how many tokens stay; pass --num-keep" in capsys.readouterr().err
 
 
 def test_what_cannot_be_counted_is_said(capsys):

@@ -140,3 +140,16 @@ def test_likeness_is_the_cosine_and_the_distance_on_the_grid(power, spread):
                 near = math.exp(-(down**2 + across**2) / (2 * (spread * 4) ** 2))
                 assert float(found[b, n, m]) == pytest.approx(cosine**power * near, abs=1e-12)
     assert_close(found, found.mT)
+
+
+def test_the_longer_side_is_that_of_the_image():
+    """Three rows of four, of which one image has two and another two columns."""
+    directions = unit(draw(3, COUNT, WIDTH, seed=4)).float()
+    longer = torch.tensor([[4], [4], [3]])
+    found = likeness(directions, GRID, 1.5, 0.2, longer)
+    for number, (image, grid) in enumerate([(slice(0, 12), GRID), (slice(0, 8), (2, 4))]):
+        alone = likeness(directions[number : number + 1, image], grid, 1.5, 0.2)
+        assert_close(found[number : number + 1, image, image], alone)
+    narrow = torch.arange(COUNT).view(GRID)[:, :2].flatten()
+    alone = likeness(directions[2:, narrow], (3, 2), 1.5, 0.2)
+    assert_close(found[2:, narrow][:, :, narrow], alone)

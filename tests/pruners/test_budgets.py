@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from small_networks import network_setting
 
 import ocvtp
@@ -20,7 +21,9 @@ STAGED = [name for name in NAMES if issubclass(pruner_class(name), LayerPruner)]
 SEVERAL = [name for name in STAGED if not issubclass(pruner_class(name), OneStagePruner)]
 HALVES = {"vitcop": {}, "vflowopt": {}, "visiondrop": {"later": True}}
 NO_COUNTS = [1.5, 16.0, 1.0, math.nan, math.inf, "16", True, [16], 0, -3, np.float64(16)]
+NO_COUNTS += [torch.tensor([16]), torch.tensor(16.0), torch.tensor(True), np.array([16])]
 NO_SHARES = ["0.5", math.nan, math.inf, -math.inf, 0, 0.0, -0.5, 1.01, 2, True, [0.5]]
+NO_SHARES += [torch.tensor([0.5]), torch.tensor(2)]
 
 
 @pytest.fixture(params=NAMES)
@@ -43,10 +46,10 @@ def test_what_is_no_share_is_refused(build):
             build(keep_ratio=value)
 
 
-def test_numbers_of_numpy_become_plain_ones(build):
-    for count in (np.int64(4), np.uint8(4)):
+def test_numbers_of_numpy_and_torch_become_plain_ones(build):
+    for count in (np.int64(4), np.uint8(4), np.array(4), torch.tensor(4)):
         assert type(build(num_keep=count).num_keep) is int
-    for share in (np.float32(0.5), np.float64(0.5), 1):
+    for share in (np.float32(0.5), np.float64(0.5), 1, torch.tensor(0.5), torch.tensor(1)):
         assert type(build(keep_ratio=share).keep_ratio) is float
 
 
@@ -139,8 +142,8 @@ def test_a_float_is_a_share_and_an_int_a_count(name):
         (stage,) = pruner.schedule(8, num_tokens)
         return stage.num_keep
 
-    assert left(1.0) == left(np.float64(1)) == 40
-    assert left(1) == left(np.int64(1)) == 1
+    assert left(1.0) == left(np.float64(1)) == left(torch.tensor(1.0)) == 40
+    assert left(1) == left(np.int64(1)) == left(torch.tensor(1)) == 1
     assert left(0.5) == 20
     assert left(0.001) == 1
     assert left(64) == 40  # as many as there are

@@ -14,7 +14,7 @@ from ocvtp.pruners import Pruner, pruner_class
 from ocvtp.pruners.checks import check_pruner, random_tokens
 from ocvtp.structures import STAGES, Needs, Selection
 
-APART = {*TRAINED, "none", "pool"}  # take a network; keeps all; has the cells of the padded grid
+APART = {*TRAINED, "none"}  # take a network; keeps all
 GOOD = [
     name
     for name in ocvtp.list_pruners()

@@ -206,8 +206,6 @@ def test_a_batch_equals_its_images(name, settings, ragged):
 @pytest.mark.parametrize(("name", "settings"), CASES)
 def test_padding_changes_nothing(name, settings):
     """An image with padding keeps what it keeps without it."""
-    if name == "pool":
-        pytest.skip("its cells are those of the padded grid")
     grid_hw = (6, 3)
     for num_keep in (1, 5, 9, 12):
         pruner = build(name, num_keep, grid_hw, **settings)
@@ -491,8 +489,6 @@ def test_small_images_are_kept_alone_as_in_a_batch(name, settings, num_keep):
     for b in range(3):
         alone = cut(tokens, b, (4, 4))
         count = alone.num_tokens
-        if name == "pool" and num_keep <= count < 16:
-            continue  # its cells are those of the padded grid
         if not pruner.batch_invariant and num_keep <= count and b:
             continue
         keep, rows = rows_of(pruner.select(alone), 0, count)

@@ -115,11 +115,17 @@ def test_small_images_keep_what_they_have():
 
 
 def test_a_count_that_no_paper_published_has_no_name():
-    message = "'pyramiddrop' has no published setting 'paper-64'; pass one of paper, or num_keep"
+    message = (
+        "'pyramiddrop' has no published setting 'paper-64'; pass one of paper, or num_keep.*does"
+        r" not say before which layers.*stages=\(\(2, 109\), \(8, 20\), \(16, 3\)\)"
+    )
     with pytest.raises(ValueError, match=message):
         ocvtp.build_pruner("pyramiddrop", setting="paper-64")
     with pytest.raises(ValueError, match=message):
         build_spec("pyramiddrop:setting=paper-64", num_keep=64)
+    stages = scheduled(ocvtp.build_pruner("pyramiddrop", stages=((2, 109), (8, 20), (16, 3))))
+    assert stages == [(layer, int(576 * 0.19**n)) for n, layer in enumerate((2, 8, 16), 1)]
+    assert round((2 * 576 + 6 * 109 + 8 * 20 + 16 * 3) / 32) == 63
 
 
 @pytest.mark.parametrize("setting", ["paper-65", 64, ["paper-64"], ""])

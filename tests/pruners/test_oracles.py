@@ -394,6 +394,28 @@ def test_pool_is_adaptive_average_pooling(grid_hw, num_keep, shape):
     assert_close(pruner.select(tokens).merge[:, :, 1:] @ tokens.features, wanted)
 
 
+def test_pool_reads_the_part_of_the_grid_that_an_image_fills():
+    """Beside others, and where both edges are padding, as in a tile that was unpadded."""
+    height, width = 6, 5
+    parts = [(0, 6, 0, 5), (0, 4, 0, 5), (1, 5, 0, 5), (0, 6, 1, 4)]
+    there = torch.zeros(len(parts), height, width, dtype=torch.bool)
+    for number, (top, bottom, left, right) in enumerate(parts):
+        there[number, top:bottom, left:right] = True
+    tokens = VisualTokens(torch.randn(len(parts), 30, 3), (height, width), there.flatten(1))
+    for num_keep in (1, 4, 7, 12, 18):
+        pruner = ocvtp.build_pruner("pool", num_keep=num_keep)
+        found = pruner.select(tokens)
+        read = found.merge[:, :, 1:] @ tokens.features
+        for number, (top, bottom, left, right) in enumerate(parts):
+            real = there[number].flatten()
+            grid = (bottom - top, right - left)
+            alone = VisualTokens(tokens.features[number : number + 1, real], grid)
+            wanted = pruner.select(alone)
+            assert_close(read[number], (wanted.merge[:, :, 1:] @ alone.features)[0])
+            kept = real.nonzero()[:, 0][wanted.keep_indices[0]]
+            assert found.keep_indices[number].tolist() == kept.tolist()
+
+
 @pytest.mark.parametrize("num_keep", range(1, 36))
 def test_pool_covers_the_image_for_every_budget(num_keep):
     pruner, tokens = made("pool", 0, num_keep=num_keep)

@@ -31,6 +31,8 @@ def test_a_llava_runs_most_and_says_what_the_others_need(capsys):
     assert (status, "text_tower=" in what) == ("needs", True)
     status, what = found["fastv"]
     assert (status, "fastv:stages=[[1,K]]" in what) == ("needs", True)
+    status, what = found["hiprune"]
+    assert (status, "object_block: pass e.g. hiprune:object_block=2. " in what) == ("needs", True)
     status, what = found["learned_layers"]  # the network is trained for its layer
     assert status == "needs"
     assert "--checkpoint" in what
@@ -44,6 +46,14 @@ def test_what_runs_is_what_evaluate_runs(capsys, tmp_path):
     found = listed(capsys, name)
     assert found["fastervlm"][0] == "cannot"  # no CLS
     assert found["trim"][0] == "cannot"
+    for label, settings in {
+        "visionzip": "guidance=received",
+        "ridge": "weights=received",
+        "vitcop": "guidance=received,stages=[[1,K]]",
+        "surprise": "attention_power=0.0",
+    }.items():
+        status, what = found[label]
+        assert (status, f"pass e.g. {label}:{settings}. Without: " in what) == ("needs", True), what
     subject = Subject(*load_model(name, "float32"), name)
     task = SceneTask(levels=("easy",), num_images=1, questions=1, size=224)
     some = ["divprune", "fopru", "fastervlm", "todre", "tome", "trim", "vprune", "zspaprune"]

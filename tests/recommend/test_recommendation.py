@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from made_up_options import FOUND, option
 from PIL import Image
 
+from ocvtp.bench.run import Plan
 from ocvtp.cli import main
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.vqa import VqaTask
@@ -169,6 +171,16 @@ def test_a_checkpoint_adds_the_pruner_that_reads_it(monkeypatch):
     monkeypatch.setattr("ocvtp.pruners.trainable.readers", lambda path: ["surprise"])
     assert Wanted(checkpoint="x").specs[0] == "surprise"
     assert Wanted(checkpoint="x", pruners=["fopru"]).specs == ["fopru"]
+
+
+def test_counts_are_plain_numbers():
+    """Also from Python, where they may come from anywhere; they go into JSON."""
+    counts = [np.int64(64), torch.tensor(32)]
+    for plan in (Wanted(num_keep=counts), Plan(["fopru"], counts, [])):
+        assert [(type(count), count) for count in plan.num_keep] == [(int, 64), (int, 32)]
+    for make in (Wanted, lambda num_keep: Plan(["fopru"], num_keep, [])):
+        with pytest.raises(ValueError, match="num_keep=0; pass at least 1 token"):
+            make(num_keep=[0])
 
 
 @pytest.mark.slow

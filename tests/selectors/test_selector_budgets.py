@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,9 +41,13 @@ def test_budgets_are_plain_numbers():
     assert check_budgets("budgets", [16, 0.11, 1, 1.0]) == [16, 0.11, 1, 1.0]
     kinds = [type(value) for value in check_budgets("budgets", (16, 0.11, 1, 1.0))]
     assert kinds == [int, float, int, float]
+    found = check_budgets("budgets", [torch.tensor(16), torch.tensor(0.5), np.int64(1)])
+    assert [(type(value), value) for value in found] == [(int, 16), (float, 0.5), (int, 1)]
 
 
-@pytest.mark.parametrize("given", [[], [0], [0.0], [1.5], [-3], [True], ["16"], 16, [float("nan")]])
+@pytest.mark.parametrize(
+    "given", [[], [0], [0.0], [1.5], [-3], [True], ["16"], 16, [float("nan")], [[16]]]
+)
 def test_other_budgets_are_refused(given):
     with pytest.raises(ValueError, match=r"budgets=.*; pass at least one: .* or shares"):
         check_budgets("budgets", given)

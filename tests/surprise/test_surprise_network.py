@@ -230,6 +230,21 @@ def test_what_surprises_and_what_the_cls_attends_to_is_kept():
         assert pruner.select(tokens).keep_indices.tolist() == [[wanted]]
 
 
+def test_how_far_a_token_covers_hangs_on_its_own_image_alone():
+    """Beside an image of more rows, on a padded grid, an image keeps what it keeps alone."""
+    own = network_setting("surprise", WIDTH, (6, 3))
+    pruner = ocvtp.build_pruner(
+        "surprise", num_keep=4, attention_power=0.0, balance=0.0, likeness_power=0.1, **own
+    )
+    hidden = torch.randn(24, 18, WIDTH, generator=torch.Generator().manual_seed(7))
+    short = torch.arange(24) % 2 == 1
+    valid = ~short[:, None] | (torch.arange(18) < 9)
+    padded = VisualTokens(hidden, (6, 3), valid, hidden={3: hidden})
+    cut = hidden[short, :9]
+    alone = pruner.select(VisualTokens(cut, (3, 3), hidden={3: cut}))
+    assert torch.equal(pruner.select(padded).keep_indices[short], alone.keep_indices)
+
+
 # ---------------------------------------------------------------- training
 
 

@@ -30,10 +30,11 @@ from ocvtp.evaluation.tasks.question_files import (
     read_entries,
 )
 from ocvtp.evaluation.tasks.registry import register_task
-from ocvtp.images import opened, turn_of
+from ocvtp.images import upright_size
 
 ACCURACY, IOU, PARSED = f"acc@{LEAST_OVERLAP}", "iou", "parsed"
 _STREAM = 5  # of random numbers, beside those of other tasks
+_BEYOND = 0.5  # pixels that a rounded edge may be outside of its image
 
 
 class BoxTask(Task):
@@ -201,7 +202,7 @@ class ListedGrounding(BoxTask, ListedTask):
         outside: whether images may lie outside of the folders, see `ListedTask`.
 
     Raises:
-        ValueError: as `ListedTask`.
+        ValueError: as `ListedTask`; and if a box is not inside of its image, in pixels.
     """
 
     name = "grounding"
@@ -223,10 +224,27 @@ class ListedGrounding(BoxTask, ListedTask):
             self._instances.knows_masks(name) for name in self.image_names
         )
         self._sizes: dict[int, Size] = {}
+        for item in self.items:
+            self._check_boxes(item)
+
+    def _check_boxes(self, item: Item) -> None:
+        width, height = self.image_size(item.owner)
+        for answer in item.answers:
+            box = parse_box(answer)
+            assert box is not None, answer
+            over = max(-box[0], -box[1], box[2] - width, box[3] - height)
+            if over > _BEYOND or max(box) <= 1:
+                where = "is outside of" if over > _BEYOND else "is less than a pixel of"
+                raise ValueError(
+                    f"question {item.key} has the box {answer}, which {where} its image"
+                    f" {self.image_names[item.owner]}, {width} x {height} pixels; pass [x1, y1, x2,"
+                    " y2] in pixels of the upright image (no parts or thousandths of it), cut off"
+                    " at its edges."
+                )
 
     def image_size(self, owner: int) -> Size:
         if owner not in self._sizes:
-            self._sizes[owner] = _upright_size(self._paths[owner])
+            self._sizes[owner] = upright_size(self._paths[owner])
         return self._sizes[owner]
 
     def describe(self) -> dict[str, Any]:
@@ -308,13 +326,6 @@ def coco_asked(
             for one, box in zip(some, boxes, strict=True)
         ]
     return asked
-
-
-def _upright_size(path: Path) -> Size:
-    with opened(path) as image:
-        image.load()  # a PNG's orientation may come after its pixels
-        turn = turn_of(image)
-        return image.size if turn is None else image.transpose(turn).size
 
 
 def _as_text(value: Any) -> str:

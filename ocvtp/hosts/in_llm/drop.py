@@ -16,6 +16,7 @@ from ocvtp.hosts.cache_notes import LayersNote, Left
 from ocvtp.hosts.in_llm.plan import LayerPlan, Stayed
 from ocvtp.hosts.in_llm.prompt_state import Current, Place, tokens_at
 from ocvtp.ops.merging import merge
+from ocvtp.pruners.base import named
 from ocvtp.structures import take
 from ocvtp.transformers_names import causal_mask
 
@@ -84,7 +85,11 @@ def _choose(plan: LayerPlan, current: Current, place: Place) -> tuple[Tensor, Te
         with torch.no_grad():
             tokens = tokens_at(plan, current, group, place)
             num_keep = group.num_keep(place.number)
-            selection = group.pruner.select_at(tokens, place.number, num_keep)
+            try:
+                selection = group.pruner.select_at(tokens, place.number, num_keep)
+            except ValueError as error:
+                found = named(error, group.pruner.name)
+                raise found from found.__cause__
         if not plan.renumber:
             selection = selection.in_raster_order()
         rows, kept = group.rows[:, None], selection.keep_indices

@@ -24,6 +24,7 @@ from ocvtp.hosts.in_tower.block_merging import BlockMerging
 from ocvtp.hosts.in_tower.pixels import PixelScale, patches
 from ocvtp.ops.token_views import counted, left_over, seen_of_tiles
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.base import named
 from ocvtp.pruners.block_merger import BlockMerger
 from ocvtp.structures import Needs, Selection, VisualTokens
 from ocvtp.towers import taps
@@ -211,7 +212,7 @@ class TowerStages:
             assert self._scale is not None
             with torch.no_grad():
                 values = patches(self._scale.undo(pixel_values), self._patch_size)
-                self._keep(run, self.pixels.select(VisualTokens(values, run.grid_hw)), None)
+                self._keep(run, _select(self.pixels, VisualTokens(values, run.grid_hw)), None)
 
     def _enter(self, number: int, module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Before a block: hand it the rows that run."""
@@ -266,7 +267,7 @@ class TowerStages:
             everyone = torch.arange(len(index), device=index.device)
             found = seen_of_tiles(found, counted(index, ran.shape[1]), everyone)
             found["valid"] = valid
-        self._keep(run, part.select(VisualTokens(grid_hw=run.grid_hw, **found)), index)
+        self._keep(run, _select(part, VisualTokens(grid_hw=run.grid_hw, **found)), index)
 
     def _keep(self, run: TowerRun, selection: Selection, index: Tensor | None) -> None:
         """Continue with the patches that were selected.
@@ -309,6 +310,14 @@ def first_block(part: Pruner, view: taps.Tower) -> int:
             " nothing to drop tokens from; let it read earlier ones, or act at stage llm_input."
         )
     return first
+
+
+def _select(pruner: Pruner, tokens: VisualTokens) -> Selection:
+    try:
+        return pruner.select(tokens)
+    except ValueError as error:
+        found = named(error, pruner.name)
+        raise found from found.__cause__
 
 
 def _running() -> TowerRun | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ocvtp.pruners import Pruner
+from ocvtp.pruners.base import named
 from ocvtp.pruners.budgets import Budget
 from ocvtp.structures import Selection, VisualTokens
 
@@ -85,7 +86,20 @@ def select_shares(
 
     Returns:
         of every image, what its pruner would keep of it alone.
+
+    Raises:
+        ValueError: what the pruner refuses, by its name.
     """
+    try:
+        return _select_images(pruner, tokens, run, of_images)
+    except ValueError as error:
+        found = named(error, pruner.name)
+        raise found from found.__cause__
+
+
+def _select_images(
+    pruner: Pruner, tokens: VisualTokens, run: Select, of_images: Sequence[Pruner] | None
+) -> Selection:
     if of_images is None or len(set(of_images)) == 1:
         return _select_shares(pruner if of_images is None else of_images[0], tokens, run)
     made, order = list[Selection](), list[int]()

@@ -1,12 +1,13 @@
 """Budgets of single calls: `model.generate(**inputs, num_keep=64)`, or one for every row.
 
 An attached pruner has a budget; a call may say another one, and so may a `with` block around calls
-of its thread.
+of its thread. What a call says is checked in every call, whether it brings images or not; in one of
+text alone it changes nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from ocvtp.pruners.budgets import BUDGETS, Budget
 from ocvtp.towers.recordings import CALL, TowerCall
-
-_NAMES = frozenset(BUDGETS)
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,25 @@ class CallBudgets:
         return self.budgets
 
 
-def take_budgets(kwargs: dict[str, Any]) -> tuple[dict[str, Any], CallBudgets | None]:
+def take_budgets(
+    kwargs: dict[str, Any], check: Callable[[Budget | None], object]
+) -> tuple[dict[str, Any], CallBudgets | None]:
     """Arguments of generate() or forward() without budgets, which transformers does not know.
+
+    Args:
+        kwargs: of the call. check: refuses a budget that the attached pruner cannot have.
 
     Returns:
         the others, and what they say; None where none is given.
 
     Raises:
-        ValueError: for what is no budget, and where there is not one for every row.
+        ValueError: for what is no budget, where there is not one for every row, and what `check`
+            refuses.
     """
-    if _NAMES.isdisjoint(kwargs):
+    if all(name not in kwargs for name in BUDGETS):
         return kwargs, None
     given = {name: _plain(kwargs[name]) for name in BUDGETS if kwargs.get(name) is not None}
-    kwargs = {name: value for name, value in kwargs.items() if name not in _NAMES}
+    kwargs = {name: value for name, value in kwargs.items() if name not in BUDGETS}
     if not given:
         return kwargs, None
     said = ", ".join(f"{name}={value!r}" for name, value in given.items())
@@ -79,8 +84,11 @@ def take_budgets(kwargs: dict[str, Any]) -> tuple[dict[str, Any], CallBudgets | 
         budget = Budget(**{name: values[row] for name, values in lists.items()})
         found.append(budget.checked("a call") if budget.settings() else None)
     budgets = CallBudgets(said, tuple(found), any(isinstance(v, list) for v in given.values()))
-    if isinstance(ids := kwargs.get("input_ids"), Tensor):
-        budgets.of_rows(len(ids))
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(prompts := kwargs.get(name), Tensor):
+            budgets.of_rows(len(prompts))
+    for one in dict.fromkeys(found):
+        check(one)
     return kwargs, budgets
 
 

@@ -21,6 +21,7 @@ from ocvtp.hosts.runtime.call import Call
 from ocvtp.hosts.runtime.call_budgets import CallBudgets, inside_block, take_budgets
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
+from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import brings_images, cache_in, cache_length, name_cache
 
@@ -31,12 +32,13 @@ def forward(
     """`model.forward`, images pruned; or a step of generate(), which pruned them already."""
     kwargs = name_cache(kwargs, attachment.cache_name)
     ids = kwargs.get("input_ids", args[0] if args else None)
-    if len(args) < 2 and not brings_images(kwargs) and (ids is None or ids.shape[1] == 1):
+    is_step = not brings_images(kwargs) and (ids is None or ids.shape[1] == 1)
+    if is_step and len(args) < 2 and not _says_budget(kwargs):
         kwargs = conversation.next_step(kwargs, ids)
         return original(*args, **kwargs)  # every decode step: cheap, and traceable by dynamo
     if args:
         kwargs = _by_name(model, "forward", args, kwargs)
-    kwargs, budgets = take_budgets(kwargs)
+    kwargs, budgets = take_budgets(kwargs, attachment.with_budget)
     call = CALL.get()
     if isinstance(call, Call) and call.model is model and call.prompt is not None:
         kwargs, deepstack = call.step(kwargs, cache_length(kwargs))  # the ids are short already
@@ -44,6 +46,7 @@ def forward(
         with call.reading(plan, deepstack):
             return original(**kwargs)
     if not brings_images(kwargs):
+        conversation.refuse_budgets(budgets, kwargs)
         return original(**conversation.next_step(kwargs, ids))
     if attachment.logits == "full":  # the inner model prunes, and hands back all columns
         block = nullcontext() if budgets is None else inside_block(attachment, budgets)
@@ -68,12 +71,14 @@ def inner_forward(
         attachment: of the model around it.
         args: of the call. kwargs: of the call.
     """
-    if len(args) < 2 and not brings_images(kwargs):
+    if len(args) < 2 and not brings_images(kwargs) and not _says_budget(kwargs):
         return original(*args, **kwargs)
     if args:
         kwargs = _by_name(module, "forward", args, kwargs)
-    kwargs, budgets = take_budgets(name_cache(kwargs, attachment.cache_name))
+    kwargs = name_cache(kwargs, attachment.cache_name)
+    kwargs, budgets = take_budgets(kwargs, attachment.with_budget)
     if not brings_images(kwargs):
+        conversation.refuse_budgets(budgets, kwargs)
         return original(**kwargs)
     return _pruned(attachment, module, original, kwargs, budgets)
 
@@ -129,12 +134,12 @@ def generate(
     inputs = kwargs.get("inputs")
     if isinstance(inputs, Tensor) and inputs.ndim == 2 and kwargs.get("input_ids") is None:
         kwargs["input_ids"] = kwargs.pop("inputs")
-    kwargs, budgets = take_budgets(kwargs)
+    kwargs, budgets = take_budgets(kwargs, attachment.with_budget)
     cache, has_images = cache_in(kwargs), brings_images(kwargs)
     has_pixels = kwargs.get("pixel_values") is not None
     note, prompt = conversation.remembered_prompt(cache, has_pixels), None
+    conversation.refuse_budgets(budgets, kwargs)
     if note is not None:  # a later turn: the images are in the cache
-        conversation.refuse_budgets(budgets)
         attachment.hooks.renew()
         turn, shown = conversation.later_turn(attachment.host, note, kwargs)
         deltas = note.rope_deltas
@@ -173,6 +178,10 @@ def _by_name(
 ) -> dict[str, Any]:
     names = list(inspect.signature(getattr(type(model), name)).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _says_budget(kwargs: dict[str, Any]) -> bool:
+    return any(name in kwargs for name in BUDGETS)
 
 
 def _wants_tuple(module: Any, kwargs: dict[str, Any]) -> bool:

@@ -59,13 +59,16 @@ def remembered_prompt(cache: Any, has_images: bool) -> PromptNote | None:
     return found
 
 
-def refuse_budgets(budgets: CallBudgets | None) -> None:
+def refuse_budgets(budgets: CallBudgets | None, kwargs: dict[str, Any]) -> None:
     """Refuse a budget that comes with a later turn.
 
+    Args:
+        budgets: what the call says. kwargs: its arguments.
+
     Raises:
-        ValueError: if there is one.
+        ValueError: if it says one, and its cache is filled.
     """
-    if budgets is not None:
+    if budgets is not None and cache_length(kwargs):
         raise ValueError(
             f"{budgets.said} comes with a cache whose images were pruned when they were read; pass"
             " it with the turn that brings the images, or leave it out."

@@ -20,12 +20,13 @@ class Pool(Pruner):
 
     Paper: none.
 
-    Cells are those of adaptive average pooling to h x w. Where K has no such factors, some rows of
-    cells have one cell more than others.
+    Cells are those of adaptive average pooling to h x w, of the part of the grid that the image
+    fills. Where K has no such factors, some rows of cells have one cell more than others.
 
     Args:
         num_keep: tokens kept per image.
-    Deviations: none. A cell centred on padding gives its place to a token of its own.
+    Deviations: none. A cell centred on padding, as an image whose last row is not whole may have,
+        gives its place to a token of its own.
     """
 
     title: ClassVar[str] = (
@@ -36,9 +37,7 @@ class Pool(Pruner):
     merging: ClassVar[bool] = True
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        inside, centres = _cells(self._grid(tokens), num_keep, tokens.features.device)
-        batch = tokens.batch_size
-        inside, centres = inside.repeat(batch, 1, 1), centres.repeat(batch, 1)
+        inside, centres = _cells(*self._filled(tokens), self._grid(tokens), num_keep)
         if tokens.valid is not None:
             inside, centres = _without_padding(inside, centres, tokens.valid)
         merge = inside.float()
@@ -46,29 +45,41 @@ class Pool(Pruner):
         return merged(torch.nn.functional.pad(merge, (1, 0)), centres)
 
 
-def _cells(grid_hw: tuple[int, int], num: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which tokens are in each cell [1, K, N], and the cells' central tokens [1, K], ascending."""
-    height, width = grid_hw
-    rows = max(round((num * height / width) ** 0.5), -(-num // width))
-    rows = min(rows, height, num)
-    ends = torch.arange(1, rows + 1, device=device) * num // rows  # cells up to each row's end
-    cell = torch.arange(num, device=device)
-    row = torch.bucketize(cell, ends, right=True)
-    start = torch.nn.functional.pad(ends, (1, 0))[row]
-    columns, column = ends[row] - start, cell - start
-    vertical = _spans(row, rows * torch.ones_like(row), height)
-    horizontal = _spans(column, columns, width)
-    inside = (vertical[:, :, None] & horizontal[:, None]).flatten(1)
-    centre = (2 * row + 1) * height // (2 * rows) * width
-    centre = centre + (2 * column + 1) * width // (2 * columns)
-    return inside[None], centre[None]
+def _cells(
+    first: tuple[Tensor, Tensor], size: tuple[Tensor, Tensor], grid_hw: tuple[int, int], num: int
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are in each cell [B, K, N], and the cells' central tokens [B, K], ascending.
+
+    Args:
+        first: row and column [B, 1] where the images begin. size: their rows and columns [B, 1].
+        grid_hw: H and W. num: K.
+    """
+    (top, left), (height, width) = first, size
+    rows = (num * height.double() / width).sqrt().round().long()
+    rows = rows.maximum(-(-num // width)).minimum(height).clamp(max=num)
+    cell = torch.arange(num, device=rows.device)  # the first r num // rows are in the first r rows
+    row = ((cell + 1) * rows - 1) // num
+    start, end = row * num // rows, (row + 1) * num // rows
+    columns, column = end - start, cell - start
+    vertical = _spans(top, row, rows, height, grid_hw[0])
+    horizontal = _spans(left, column, columns, width, grid_hw[1])
+    inside = (vertical[:, :, :, None] & horizontal[:, :, None]).flatten(2)
+    centre = (top + (2 * row + 1) * height // (2 * rows)) * grid_hw[1]
+    centre = centre + left + (2 * column + 1) * width // (2 * columns)
+    return inside, centre
 
 
-def _spans(index: Tensor, parts: Tensor, length: int) -> Tensor:
-    """[K, length]: floor(i length / parts) to ceil((i + 1) length / parts)."""
-    place = torch.arange(length, device=index.device)
-    start, stop = index * length // parts, -(-(index + 1) * length // parts)
-    return (place >= start[:, None]) & (place < stop[:, None])
+def _spans(first: Tensor, index: Tensor, parts: Tensor, length: Tensor, total: int) -> Tensor:
+    """[B, K, total]: from floor(i length / parts) to ceil((i + 1) length / parts) after the first.
+
+    Args:
+        first: [B, 1]. index: i [B, K]. parts: [B, 1] or [B, K]. length: [B, 1].
+        total: of the grid's rows or columns.
+    """
+    place = torch.arange(total, device=index.device)
+    start = first + index * length // parts
+    stop = first - (-(index + 1) * length // parts)
+    return (place >= start[:, :, None]) & (place < stop[:, :, None])
 
 
 def _without_padding(inside: Tensor, centres: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
         balance: of covering (0) and restoring (1), see `ocvtp.ops.cover.greedy_cover`. More of it
             leaves fewer tokens that cannot be restored, and covers fewer small objects.
         likeness_power: of the cosine between standardised tokens, by which one covers another.
-        spread: how far a token covers others, as a share of the grid's longer side.
+        spread: how far a token covers others, as a share of the longer side of the image's grid.
         penalty: of the ridge, a share of the mean squared length of the tokens.
     Deviations: unofficial: our own method, in no paper.
     """
@@ -94,8 +94,11 @@ class Surprise(TrainablePruner["SurpriseNetwork"]):
     @torch.no_grad()
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         targets = standardized(full(tokens.features), tokens.valid)
-        grid = self._grid(tokens)
-        alike = likeness(unit(targets), grid, self.likeness_power, self.spread)
+        grid, longer = self._grid(tokens), None
+        if tokens.valid is not None:
+            _, (height, width) = self._filled(tokens)
+            longer = height.maximum(width)
+        alike = likeness(unit(targets), grid, self.likeness_power, self.spread, longer)
         weights = self._weights(tokens).to(targets.dtype)
         picks = greedy_cover(
             alike, weights, targets, num_keep, self.balance, self.penalty, tokens.valid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from threading import Thread
 from typing import Any
 
@@ -146,8 +147,16 @@ def test_wrong_budgets_get_one_clear_error(llava: Any) -> None:
             for call in (llava.generate, llava):
                 with pytest.raises(ValueError, match=message):
                     call(**inputs, **budget)
+                for prompts in ((9,), (4,)), ((0,), (0,)):  # text alone, and a token of each row
+                    with pytest.raises(ValueError, match=message):
+                        call(**make_batch(prompts), **budget)
+            with pytest.raises(ValueError, match=message):
+                llava.model(**make_batch([(9,), (4,)]), **budget)
         expected = llava.generate(**inputs, **GREEDY)
         assert torch.equal(llava.generate(**inputs, **GREEDY, num_keep=None), expected)
+        text = make_batch([(0,), (0,)])
+        for model in (llava, llava.model):
+            assert torch.equal(model(**text, num_keep=[3, 4])[0], model(**text)[0])
 
 
 FIXED: list[tuple[Any, str]] = [
@@ -175,6 +184,9 @@ def test_what_cannot_have_another_budget_says_so(llava: Any, pruner: Any, messag
         for given in (3, [3, 3]):
             with pytest.raises(ValueError, match=message):
                 llava.generate(**inputs, **GREEDY, num_keep=given)
+            for rows in ([(9,), (4,)], [(0,), (0,)]):
+                with pytest.raises(ValueError, match=message):
+                    llava(**make_batch(rows), num_keep=given)
         with pytest.raises(ValueError, match=message), pruner(llava, num_keep=3):
             pass
         assert torch.equal(llava.generate(**inputs, **GREEDY), expected)
@@ -270,8 +282,14 @@ def test_later_turns_keep_what_the_first_one_kept(llava: Any, name: str) -> None
     with pruner(llava):
         first = llava.generate(**inputs, **settings, num_keep=13)
         more = next_turn(first)
-        with pytest.raises(ValueError, match="num_keep=13 comes with a cache whose images were"):
+        message = "num_keep=13 comes with a cache whose images were"
+        with pytest.raises(ValueError, match=message):
             llava.generate(**more, **settings, num_keep=13)
+        filled = llava(**inputs, num_keep=13).past_key_values
+        for model, length in product((llava, llava.model), (1, 3)):
+            step = {"input_ids": torch.full((1, length), 7), "past_key_values": filled}
+            with pytest.raises(ValueError, match=message):
+                model(**step, num_keep=13)
         assert torch.equal(llava.generate(**more, **settings).sequences, expected)
         with pruner(llava, num_keep=13):  # all turns are inside of it
             assert torch.equal(turns(llava, inputs, settings), expected)
@@ -290,3 +308,33 @@ def next_turn(output: Any) -> dict[str, Any]:
     ids = [output.sequences[:, : -answer.shape[1]], answer, torch.tensor([[8, 9, 10]])]
     ids = torch.cat(ids, dim=1)
     return {"input_ids": ids, "past_key_values": output.past_key_values}
+
+
+def test_a_number_in_a_tensor_of_no_dimension_is_a_budget(llava: Any) -> None:
+    inputs, seen = make_batch(BATCH), list[Any]()
+    pruner = build_pruner("fastervlm", num_keep=torch.tensor(14))
+    with pruner(llava, num_keep=torch.tensor(5), on_prune=seen.append):
+        assert run(llava, inputs, seen)[1]["visual_tokens_kept"][0] == 5
+        for given in (torch.tensor(3), np.array(3), [torch.tensor(3), np.uint8(3)]):
+            assert run(llava, inputs, seen, num_keep=given)[1]["visual_tokens_kept"][0] == 3
+        with pruner(llava, keep_ratio=torch.tensor(0.5)):
+            assert run(llava, inputs, seen)[1]["visual_tokens_kept"][0] == 8
+        for wrong in (torch.tensor([4]), torch.tensor(True), torch.tensor(4.0)):
+            with pytest.raises(ValueError, match=r"num_keep=.*; pass a whole number of tokens"):
+                with pruner(llava, num_keep=wrong):
+                    pass
+
+
+def test_a_setting_that_a_budget_has_no_room_for_names_the_pruner(llava: Any) -> None:
+    inputs = make_batch(BATCH)
+    with pytest.warns(UserWarning, match="exceeds the 16 visual tokens"):
+        handle = attach(llava, build_pruner("visionzip", setting="paper-64"))
+    message = (
+        "pruner 'visionzip': num_contextual=10 of num_keep=8; pass 0 to 7, or None .* or keep 11"
+        " tokens or more"
+    )
+    for call in (llava.generate, llava):
+        with pytest.raises(ValueError, match=message):
+            call(**inputs, num_keep=8)
+    llava(**inputs, num_keep=11)
+    handle.remove()
