@@ -15,6 +15,7 @@ from ocvtp.flops.report import ANY, KIND, UNPRUNED, bars, results, to_markdown
 from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import build_spec, known_settings
+from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import RESULTS, refuse_another
 from ocvtp.visualize import save_figure
@@ -71,7 +72,7 @@ def _count_pruners(
             pruner = build_spec(spec, num_keep=k, checkpoint=arguments.checkpoint)
             counts[spec, k] = count(sizes, pruner=pruner, savings=savings, **shared)
         except ValueError as error:
-            notes.append(f"`{spec}` at K={k}: {error}")
+            notes.append(f"`{spec}` at K={k}: {as_typed(str(error))}")
     return notes
 
 

@@ -169,7 +169,8 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
     ):
         raise ValueError(
             f"stages={stages!r}; pass (layer, K) pairs with ascending layers and K above 0, e.g."
-            " ((2, 128), (16, 64)): an int counts tokens, a float up to 1.0 is a share of them."
+            " stages=((2, 128), (16, 64)): a whole number counts tokens, a decimal one up to 1.0 is"
+            " a share of them."
         )
     found = [(int(layer), int(k) if _is_count(k) else float(k)) for layer, k in pairs]
     for kind in (int, float):

@@ -13,6 +13,7 @@ from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner, list_pruners
 from ocvtp.pruners.specs import build_spec, known_settings
+from ocvtp.reporting.command_line import as_typed
 
 Status = Literal["runs", "needs", "cannot"]
 _PIXELS = 224  # along a side of the picture that they are tried on
@@ -56,7 +57,7 @@ def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
         pruner = build_spec(name, num_keep=num_keep, network=network)
         subject.attempt(pruner, inputs, subject.sharing([pruner]))
     except ValueError as error:
-        why = " ".join(str(error).split())
+        why = as_typed(" ".join(str(error).split()))
         if _lacks_text_tower(subject, pruner):
             return Fit(name, "needs", why)
         if "stages" in known_settings(name):
