@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := outputs/demo
-SCENE := outputs/data/demo_kept/easy/val2017/000000000001.jpg
+SCENE := outputs/data/demo_kept/easy/val2017/000000000003.jpg
 
 .PHONY: install environments demo test test-fast test-oldest test-before test-lmms test-trl test-vllm lint format type-check all-checks bench bench-gpu accuracy turns positions grounding learned photos photos-inputs photo-vlm photo-accuracy hosts plots cards pictures readme docs clean
 

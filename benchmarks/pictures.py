@@ -10,14 +10,14 @@ from ocvtp.cli import main as ocvtp
 from ocvtp.data.scenes import draw_scene
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-QUESTION = "How many stars are there in the image?"
+QUESTION = "How many circles are there in the image?"
 PRUNERS = ("ocvtp", "zspaprune", "todre", "divprune", "fastervlm", "random")
 
 
 def main() -> None:
     """What six pruners keep of one drawn scene on the demo VLM, 16 tokens of 144."""
     scene, kept = IMAGES / "scene.png", IMAGES / "kept.png"
-    Image.fromarray(draw_scene(seed=7, index=5).image).save(scene)
+    Image.fromarray(draw_scene(seed=7, index=151).image).save(scene)
     words = ["show", "--model", "checkpoints/demo-vlm", "--pruner", *PRUNERS, "--num-keep", "16"]
     words += ["--checkpoint", "checkpoints/demo-pruner/0", "--prompt", QUESTION]
     ocvtp([*words, "--image", str(scene), "--output", str(kept)])

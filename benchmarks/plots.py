@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 def main() -> None:
     """Each folder's, by what its results are of."""
-    for path in sorted(RESULTS.glob("*/results.json")):
+    for path in sorted(RESULTS.rglob("results.json")):
         found = json.loads(path.read_text())
         if "kind" in found:
             drawings = {"ttft": of_times.ttft(found), "stages": of_times.stages(found)}

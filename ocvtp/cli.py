@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
-from ocvtp.reporting.command_line import typed_before
+from ocvtp.reporting.command_line import as_typed, in_flags, typed_before
 from ocvtp.reporting.plain_text import terminal
 
 _COMMANDS = {
@@ -83,7 +83,18 @@ def _command(words: list[str]) -> int:
         arguments = parser.parse_args(words)
     arguments.words = words
     command = importlib.import_module(f"ocvtp.commands.{arguments.command.replace('-', '_')}")
-    return int(command.run(arguments))
+    with in_flags(_flag_names(arguments), words):
+        return int(command.run(arguments))
+
+
+def _flag_names(arguments: argparse.Namespace) -> list[str]:
+    """The arguments that are flags of a command, those of its task too."""
+    found = [name for name in vars(arguments) if name not in ("command", "words", "further")]
+    if getattr(arguments, "task", None) is not None:
+        from ocvtp.commands.tasks import names_of_settings
+
+        found += names_of_settings(arguments.task)
+    return found
 
 
 def guarded(work: Callable[[], int], words: Sequence[str] = ()) -> int:
@@ -127,7 +138,7 @@ class _Plain(logging.Formatter):
     """Names of files are in messages too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return terminal(super().format(record))
+        return terminal(as_typed(super().format(record)))
 
 
 def _is_stop(error: BaseException | None) -> bool:

@@ -14,21 +14,23 @@ from ocvtp.bench.summary import label_of as _label
 from ocvtp.evaluation.plots import order
 from ocvtp.reporting.plot_style import (
     INK,
+    MARKERS,
     WIDTH,
     Mark,
     Name,
+    Row,
     bars_height,
     beside,
     better,
     canvas,
     counts_axis,
+    draw_rows,
     height_for,
     label,
     limits,
     look,
     marks,
     name_ends,
-    name_places,
     name_rows,
 )
 
@@ -78,6 +80,8 @@ def ttft(
 ) -> Figure:
     """TTFT against the tokens kept, or accuracy against TTFT; a panel a cell.
 
+    Where all keep as many tokens there are no lines: every pruner has a row, the fastest on top.
+
     Args:
         results: of `ocvtp bench`.
         accuracy: results.json of `ocvtp evaluate`: its first metric is drawn, of the pruners and
@@ -95,14 +99,22 @@ def ttft(
     if like is None and accuracy is not None and _is_whole(accuracy):
         like = order(accuracy)
     own = _marks(cells, like or ((), ()))
-    names = [["unpruned", *(line.name for line in _lines(cell, own))] for cell in cells]
-    heights = [height_for(one, least=3.6, width=width) for one in names]
+    lines = [_lines(cell, own) for cell in cells]
+    in_rows = [accuracy is None and len(_counts(one)) == 1 for one in lines]
+    heights = [
+        bars_height(len(one) + 1, 1.4, 0.24, width)
+        if rows
+        else height_for(["unpruned", *(line.name for line in one)], least=3.6, width=width)
+        for one, rows in zip(lines, in_rows, strict=True)
+    ]
     drawing, panels = canvas(heights, width)
-    for panel, cell, height in zip(panels, cells, heights, strict=True):
-        if accuracy is None:
-            _against_tokens(panel, _lines(cell, own), cell, height)
+    for panel, one, cell, height, rows in zip(panels, lines, cells, heights, in_rows, strict=True):
+        if accuracy is not None:
+            _against_accuracy(panel, one, cell, accuracy, height)
+        elif rows:
+            _at_one_count(panel, one, cell)
         else:
-            _against_accuracy(panel, _lines(cell, own), cell, accuracy, height)
+            _against_tokens(panel, one, cell, height)
     return drawing
 
 
@@ -151,18 +163,14 @@ def stages(results: Facts, width: float = WIDTH) -> Figure:
 
 def _against_tokens(panel: Any, lines: Sequence[_Line], cell: Facts, inches: float) -> None:
     """A line a pruner, with intervals, and the bare model's TTFT; dots of a budget side by side."""
-    counts = sorted({_tokens(row) for line in lines for row in line.rows})
+    counts = _counts(lines)
     gaps = np.diff(np.log(counts)) if len(counts) > 1 else [np.log(2)]
     bare = cell["rows"][0]["figures"]["ttft"]
     times = [[_times(row) for row in line.rows] for line in lines]
     shown = [time for own in (*times, [_times(cell["rows"][0])]) for three in own for time in three]
     panel.set_ylim(limits(shown, _LEAST * max(shown), floor=0.0))
-    places = list(range(len(lines)))
-    if len(counts) == 1:
-        last = [own[-1][0] for own in times]
-        places = _fan(last, bare["median"], panel.get_ylim(), inches)
     ends = []
-    for line, own, place in zip(lines, times, places, strict=True):
+    for place, (line, own) in enumerate(zip(lines, times, strict=True)):
         middle, low, high = np.array(own).T
         spread = [np.maximum(middle - low, 0), np.maximum(high - middle, 0)]
         x = [_tokens(row) * beside(place, len(lines), 0.6 * min(gaps)) for row in line.rows]
@@ -179,18 +187,24 @@ def _against_tokens(panel: Any, lines: Sequence[_Line], cell: Facts, inches: flo
     name_ends(panel, ends, inches)
 
 
-def _fan(ends: Sequence[float], bare: float, span: tuple[float, float], inches: float) -> list[int]:
-    """Of dots at one budget the places from left to right: lines to their names do not cross.
+def _at_one_count(panel: Any, lines: Sequence[_Line], cell: Facts) -> None:
+    """A row a pruner, with intervals, the bare model's on top."""
+    bare = _times(cell["rows"][0])
+    own = [Row(line.name, *_times(line.rows[0]), line.mark, line.yours) for line in lines]
+    own.sort(key=lambda row: row.value)
+    rows = [Row("unpruned", *bare, Mark(INK, MARKERS[0])), *own]
+    draw_rows(panel, rows)
+    panel.axvline(bare[0], color=INK, lw=1, ls=":", zorder=1)
+    panel.axvspan(*bare[1:], color=INK, alpha=0.08, lw=0)
+    shown = [end for row in rows for end in (row.value, row.low, row.high)]
+    panel.set_xlim(limits(shown, _LEAST * max(shown), floor=0.0))
+    (count,) = _counts(lines)
+    label(panel, f"{_title(cell)}, {count:.4g} visual tokens of an image", _TTFT, grid="x")
 
-    The farther a name is from its dot, the farther left is the dot.
-    """
-    order = sorted(range(len(ends)), key=lambda number: ends[number])
-    values = sorted([*ends, bare])
-    moved = [abs(p - v) for p, v in zip(name_places(values, span, inches), values, strict=True)]
-    del moved[values.index(bare)]
-    ranked = sorted(zip(moved, order, strict=True), reverse=True)
-    places = {number: place for place, (_, number) in enumerate(ranked)}
-    return [places[number] for number in range(len(ends))]
+
+def _counts(lines: Sequence[_Line]) -> list[float]:
+    """Tokens kept of an image, few first."""
+    return sorted({_tokens(row) for line in lines for row in line.rows})
 
 
 def _times(row: Facts) -> tuple[float, float, float]:

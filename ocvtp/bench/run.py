@@ -26,6 +26,7 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners.budgets import check_count
+from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.environment import environment_of
 from ocvtp.reporting.progress import progress_bar
 from ocvtp.reporting.results_files import refuse_another
@@ -214,7 +215,7 @@ def _first_look(
                 refuse_beyond_all(timer.host, variant.pruner)
             seen[variant.key] = timer.look(variant, inputs)
         except ValueError as error:
-            unfit[variant.key] = str(error)
+            unfit[variant.key] = as_typed(str(error))
         tick(variant.key)
     return seen, unfit
 

@@ -12,7 +12,7 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Tiling
 from ocvtp.hosts.loading import load_model, open_image
 from ocvtp.hosts.prompt.chat_template import with_template
-from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.checks import refuse_beyond_all, refuse_beyond_context
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
@@ -103,9 +103,12 @@ def answer(
     """
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
-    refuse_beyond_all(find_host(vlm), pruner)
+    host = find_host(vlm)
+    refuse_beyond_all(host, pruner)
     text = with_template(processor, prompt, len(pictures))
     inputs = processor(images=pictures, text=[text], return_tensors="pt").to(device, vlm.dtype)
+    pruned = pruner.name != "none"
+    refuse_beyond_context(host, inputs["input_ids"], max_new_tokens, without_images=pruned)
     prompts: list[Prompt] = []
     settings = {"processor": processor, "text_tower": text_tower, **asdict(tiling or Tiling())}
     with attached(vlm, pruner, on_prune=prompts.append, **settings):

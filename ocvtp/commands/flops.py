@@ -21,6 +21,7 @@ from ocvtp.pruners.specs import (
     refuse_without_amount,
     says_amount,
 )
+from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import RESULTS, refuse_another
 from ocvtp.visualize import save_figure
@@ -88,7 +89,8 @@ def _count_pruners(
             pruner = build_spec(spec, num_keep=k, checkpoint=arguments.checkpoint)
             counts[spec, k] = count(sizes, pruner=pruner, savings=savings, **shared)
         except ValueError as error:
-            notes.append(f"`{spec}`{'' if k is None else f' at K={k}'}: {error}")
+            where = "" if k is None else f" at K={k}"
+            notes.append(f"`{spec}`{where}: {as_typed(str(error))}")
     return notes
 
 

@@ -73,6 +73,11 @@ def task_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def names_of_settings(task: str) -> list[str]:
+    """What the flags of a task are called in its signature."""
+    return [setting.name for setting in task_signature(task).settings]
+
+
 def make_task(supplied: Supplied, settings: dict[str, Any]) -> Task:
     """The task, as its class makes it of what the flags were given."""
     return checked(task_class(supplied.task).from_command(supplied, **settings))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +14,15 @@ from ocvtp.evaluation.conditions import content_hash
 from ocvtp.learning import artifact
 
 _SEEDS = ("noise_seed", "training.data.seed", "training.seed")
-_FOUND = ("training.validation.", "training.curve")  # results of the training, not its settings
+_VERSIONS = "training.versions."
+_FOUND = (
+    "training.validation.", "training.curve",  # results of the training, not its settings
+    _VERSIONS,  # what it ran on
+    *(
+        f"training.data.{how}"  # is loaded, not what
+        for how in ("num_workers", "persistent_workers", "pin_memory", "prefetch_factor")
+    ),
+)  # fmt: skip
 _SHOWN = 3
 _NOTHING = object()
 
@@ -28,12 +36,14 @@ class Checkpoint:
         weights: a hash of them.
         asked: settings of its training but the seed, by dotted names; None where they are unknown.
         seed: of its training.
+        versions: of what it was trained with, by dotted names.
     """
 
     path: str
     weights: str
     asked: Mapping[str, Any] | None
     seed: tuple[Any, ...]
+    versions: Mapping[str, Any] = field(default_factory=dict)
 
     def is_seed_of(self, other: Checkpoint) -> bool:
         """Whether the two differ in nothing but the seed."""
@@ -52,7 +62,8 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
         paths: folders or hub ids of exported networks, or of what another pruner takes.
 
     Returns:
-        the groups, and why one pruner has several; the empty text where none has.
+        the groups, and what a reader must know of them: why one pruner has several, and where
+        seeds were trained with other versions; the empty text where there is nothing.
 
     Raises:
         ValueError: if two hold the same weights.
@@ -68,13 +79,26 @@ def grouped(paths: Sequence[str]) -> tuple[list[list[str]], str]:
         else:
             groups.append([checkpoint])
     found = [[checkpoint.path for checkpoint in group] for group in groups]
+    remarks = [_told_versions(group) for group in groups]
     alike = [(a[0], b[0]) for a, b in combinations(groups, 2) if a[0].is_alike(b[0])]
-    if not alike:
-        return found, ""
-    first, second = alike[0]
-    return found, (
-        f"checkpoints {first.path} and {second.path} are no seeds of one training"
-        f" ({_differences(first, second)}), so they are not averaged: each has its own rows."
+    if alike:
+        first, second = alike[0]
+        remarks.append(
+            f"checkpoints {first.path} and {second.path} are no seeds of one training"
+            f" ({_differences(first, second)}), so they are not averaged: each has its own rows."
+        )
+    return found, " ".join(filter(None, remarks))
+
+
+def _told_versions(group: Sequence[Checkpoint]) -> str:
+    """Where seeds of one training were trained with other versions."""
+    first = group[0]
+    other = next((one for one in group if one.versions != first.versions), None)
+    if other is None:
+        return ""
+    return (
+        f"checkpoints {first.path} and {other.path} are averaged as seeds of one training, and were"
+        f" trained with other versions ({_told(first.versions, other.versions)})."
     )
 
 
@@ -101,7 +125,8 @@ def _checkpoint(path: str) -> Checkpoint:
     seed = tuple(known.pop(name, None) for name in _SEEDS)
     asked = {name: value for name, value in known.items() if not name.startswith(_FOUND)}
     tensors = save({name: weights[name].contiguous() for name in sorted(weights)})
-    return Checkpoint(path, hashlib.sha256(tensors).hexdigest(), asked, seed)
+    versions = {name: value for name, value in known.items() if name.startswith(_VERSIONS)}
+    return Checkpoint(path, hashlib.sha256(tensors).hexdigest(), asked, seed, versions)
 
 
 def _flat(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
@@ -116,8 +141,12 @@ def _flat(config: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, An
 def _differences(a: Checkpoint, b: Checkpoint) -> str:
     if a.asked is None or b.asked is None:
         return "what they were trained by cannot be read"
-    one, other = a.asked, b.asked
+    return _told(a.asked, b.asked) or f"both are of seed {a.seed[-1]}, and their weights differ"
+
+
+def _told(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs, by name."""
     names = [n for n in {**one, **other} if one.get(n, _NOTHING) != other.get(n, _NOTHING)]
     texts = [f"{n}: {one.get(n)} and {other.get(n)}" for n in names[:_SHOWN]]
     more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return "; ".join([*texts, *more]) or f"both are of seed {a.seed[-1]}, and their weights differ"
+    return "; ".join([*texts, *more])

@@ -23,12 +23,19 @@ class Log:
         folder: made where absent.
         key: of the condition.
         settings: JSON, what the records depend on.
+        unsaid: JSON, what settings are that nobody named: said aloud they are no others.
 
     Raises:
         ValueError: if the file there was written under other settings.
     """
 
-    def __init__(self, folder: Path, key: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        settings: dict[str, Any],
+        unsaid: Mapping[str, Any] | None = None,
+    ) -> None:
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         words = re.sub(r"[^\w.=%-]+", "_", key)[:80]
         self.path = folder / f"{words}.{digest}.jsonl"
@@ -41,7 +48,8 @@ class Log:
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = [self._read(line) for line in whole.split(b"\n")[:-1]]
-        if other := _differences(lines[0] if lines else {}, json.loads(json.dumps(header))):
+        here = json.loads(json.dumps({**(unsaid or {}), **header}))
+        if other := _differences({**(unsaid or {}), **(lines[0] if lines else {})}, here):
             order = " the checkpoints in the order of that run," if "checkpoint" in other else ""
             raise ValueError(
                 f"{self.path} holds answers of {key!r} under other settings"

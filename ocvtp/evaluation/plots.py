@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -24,35 +25,38 @@ from ocvtp.evaluation.tables import (
 from ocvtp.reporting.plot_style import (
     COLOURS,
     FAINT,
-    GREY,
     INK,
+    MARKERS,
     WIDTH,
+    Mark,
     Name,
+    Row,
     bars_height,
-    beside,
     better,
     canvas,
     counts_axis,
+    draw_rows,
     height_for,
     label,
     limits,
     look,
     marks,
     name_ends,
-    name_rows,
 )
 from ocvtp.reporting.plot_style import spread as spread
 
 _WHOLE = (UNPRUNED, SHUFFLED)
 _LEAST = 0.1  # of an axis of shares
-_ALONE = 0.7  # of the logarithms of a single budget's dots
+_MARGIN = 1.08  # factor of budgets beyond the first and the last
+_AROUND, _EACH = 1.2, 0.2  # inches of a panel of rows, and of a row
 
 
 def accuracy(facts: Facts, width: float = WIDTH) -> Figure | None:
     """Every metric against the share of tokens kept, a panel each; fewer tokens to the right.
 
     Methods of the user's own and the best others at the smallest budget but one have colours and
-    intervals; controls are dashed, the others faint.
+    intervals; controls are dashed, the others faint. Of a single budget there are no lines: every
+    pruner has a row, best on top.
 
     Args:
         facts: see `ocvtp.evaluation.report.results`.
@@ -63,6 +67,8 @@ def accuracy(facts: Facts, width: float = WIDTH) -> Figure | None:
     """
     if not pruned_budgets(facts):
         return None
+    if len(pruned_budgets(facts)) == 1:
+        return _accuracy_rows(facts, width)
     loud = _loud(facts)
     names = [_best_first(facts, metric) for metric in facts["metrics"]]
     named = [[UNPRUNED, *(n for n, c in one.items() if n in loud or c)] for one in names]
@@ -102,10 +108,9 @@ def differences(facts: Facts, width: float = WIDTH) -> Figure | None:
     }
     if not any(rows.values()):
         return None
-    heights = [bars_height(max(len(shown), 1), 1.2, 0.2, width) for shown in rows.values()]
-    drawing, panels = canvas(heights, width)
+    drawing, panels = _row_panels([len(shown) for shown in rows.values()], width)
     for panel, (metric, shown) in zip(panels, rows.items(), strict=True):
-        _draw_dots(panel, facts, metric, shown)
+        _draw_differences(panel, facts, metric, shown)
     return drawing
 
 
@@ -149,6 +154,47 @@ def _loud(facts: Facts) -> list[str]:
     return first[:count]
 
 
+def _accuracy_rows(facts: Facts, width: float) -> Figure:
+    """Every metric at the only budget, a panel each; the unpruned model on top."""
+    (budget,) = pruned_budgets(facts)
+    rows = {
+        metric: [row for row in ranked(facts, metric, budget) if has_figure(row, metric)]
+        for metric in facts["metrics"]
+    }
+    whole = [row for row in facts["rows"] if row["label"] == UNPRUNED]
+    drawing, panels = _row_panels([len(whole) + len(shown) for shown in rows.values()], width)
+    for panel, (metric, shown) in zip(panels, rows.items(), strict=True):
+        _draw_values(panel, facts, metric, [r for r in whole if has_figure(r, metric)], shown)
+    return drawing
+
+
+def _row_panels(counts: Sequence[int], width: float) -> tuple[Figure, list[Any]]:
+    return canvas([bars_height(max(n, 1), _AROUND, _EACH, width) for n in counts], width)
+
+
+def _draw_values(
+    axis: Any, facts: Facts, metric: str, whole: Sequence[Facts], rows: Sequence[Facts]
+) -> None:
+    """One metric at the only budget."""
+    scale, own_marks = _scale(facts), marks(*order(facts)) | {UNPRUNED: Mark(INK, MARKERS[0])}
+    drawn = [_drawn_row(row, row["figures"][metric], scale, own_marks) for row in (*whole, *rows)]
+    draw_rows(axis, drawn)
+    for row in drawn[: len(whole)]:
+        axis.axvline(row.value, color=INK, lw=1, zorder=1)
+        axis.axvspan(row.low, row.high, color=INK, alpha=0.06, lw=0)
+    shown = [end for row in drawn for end in (row.value, row.low, row.high)] or [0.0]
+    low, high = (0.0, scale) if min(shown) >= 0 and max(shown) <= scale else (-np.inf, np.inf)
+    axis.set_xlim(limits(shown, _LEAST * scale, low, high))
+    unit = better("percent" if scale == 100 else "share", metric in facts["lower_is_better"])
+    grey = "; grey: controls" if any(row.mark.control for row in drawn) else ""
+    title = f"{metric}, {budget_text(focus(facts))} of the tokens"
+    label(axis, title, f"{unit}, 95% interval{grey}", grid="x")
+
+
+def _drawn_row(row: Facts, figure: Facts, scale: float, own: Mapping[str, Mark]) -> Row:
+    return Row(row["label"], *_scaled(figure, scale), own[row["label"]], bool(row.get("yours")))
+
+
 def _draw_lines(axis: Any, facts: Facts, metric: str, loud: Collection[str], inches: float) -> None:
     """One metric against the budget."""
     control, yours, own_marks = _best_first(facts, metric), _yours(facts), marks(*order(facts))
@@ -156,10 +202,8 @@ def _draw_lines(axis: Any, facts: Facts, metric: str, loud: Collection[str], inc
     columns, scale = pruned_budgets(facts), _scale(facts)
     own = look(axis.figure.get_figwidth())
     ends, shown = [], [point for line in lines.values() for point in line[:, 1]]
-    for place, (name, line) in enumerate(reversed(lines.items())):  # the best on top
+    for name, line in reversed(lines.items()):  # the best on top
         x, value, low, high = line.T
-        if len(columns) == 1:  # dots and no lines: equal ones would hide each other
-            x = x / beside(place, len(lines), _ALONE)
         if name not in loud and not control[name]:
             axis.plot(x, value, color=FAINT, lw=own.size)
             continue
@@ -172,8 +216,7 @@ def _draw_lines(axis: Any, facts: Facts, metric: str, loud: Collection[str], inc
         end = float(x[-1]), float(value[-1])
         ends.append(Name(name, *end, mark.colour, name in yours, drawn))
     faint = len(lines) - len(ends)
-    margin = 1.08 if len(columns) > 1 else 1.08 * beside(1, 2, _ALONE)
-    ends += _draw_unpruned(axis, facts, metric, columns[-1] / margin)
+    ends += _draw_unpruned(axis, facts, metric, columns[-1] / _MARGIN)
     shown += [name.y for name in ends]
     low, high = (0.0, scale) if min(shown) >= 0 and max(shown) <= scale else (-np.inf, np.inf)
     axis.set_ylim(limits(shown, _LEAST * scale, low, high))
@@ -181,9 +224,10 @@ def _draw_lines(axis: Any, facts: Facts, metric: str, loud: Collection[str], inc
     unit = better("percent" if scale == 100 else "share", lower)
     label(axis, metric, "share of visual tokens kept (log scale)", unit)
     counts_axis(axis, columns, [budget_text(budget) for budget in columns])
-    axis.set_xlim(columns[0] * margin, columns[-1] / margin)
-    note = "dashed: controls" + (f"; faint: {faint} more pruners" if faint else "")
-    name_ends(axis, ends, inches, note)
+    axis.set_xlim(columns[0] * _MARGIN, columns[-1] / _MARGIN)
+    notes = ["dashed: controls"] if any(control.values()) else []
+    notes += [f"faint: {faint} more pruner{'s' * (faint > 1)}"] if faint else []
+    name_ends(axis, ends, inches, "; ".join(notes))
 
 
 def _line(facts: Facts, metric: str, name: str) -> NDArray[np.float64]:
@@ -211,28 +255,18 @@ def _draw_unpruned(axis: Any, facts: Facts, metric: str, last: float) -> list[Na
     return names
 
 
-def _draw_dots(axis: Any, facts: Facts, metric: str, rows: list[Facts]) -> None:
+def _draw_differences(axis: Any, facts: Facts, metric: str, rows: Sequence[Facts]) -> None:
     """One metric's differences to random."""
-    scale, shown, own_marks = _scale(facts), [0.0], marks(*order(facts))
-    size = look(axis.figure.get_figwidth()).size
+    scale, own_marks = _scale(facts), marks(*order(facts))
+    minus = [row["figures"][metric]["minus_random"] for row in rows]
+    drawn = [
+        replace(_drawn_row(row, one, scale, own_marks), full=excludes_zero(one))
+        for row, one in zip(rows, minus, strict=True)
+    ]
     axis.axvline(0, color=INK, lw=0.8)
-    for place, row in enumerate(rows):
-        minus = row["figures"][metric]["minus_random"]
-        value, low, high = _scaled(minus, scale)
-        shown += [value, low, high]
-        sure = excludes_zero(minus)
-        mark = own_marks[row["label"]]
-        axis.plot(
-            [low, high], [place, place], color=mark.colour, lw=1.4 * size, alpha=1 if sure else 0.6
-        )
-        style = mark.style(size) | {"mfc": mark.colour if sure else "white", "ls": ""}
-        axis.plot([value], [place], **style)
-    name_rows(axis, [row["label"] for row in rows])
-    for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
-        tick.set_color(GREY if row["control"] else INK)
-        tick.set_fontweight("bold" if row.get("yours") else "normal")
-    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)  # the best on top
-    axis.set_xlim(limits(shown, _LEAST * scale))
+    draw_rows(axis, drawn)
+    shown = [end for row in drawn for end in (row.value, row.low, row.high)]
+    axis.set_xlim(limits([0.0, *shown], _LEAST * scale))
     unit = better("points" if scale == 100 else "share", metric in facts["lower_is_better"])
     title = f"{metric}, {budget_text(focus(facts))} of the tokens"
     label(axis, title, f"minus random, {unit}, 95% interval (full dot: without 0)", grid="x")

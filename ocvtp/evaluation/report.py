@@ -219,6 +219,10 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
         yield _warn(
             "mild", f"{metric}: only {n} {report.counts}; the intervals are wide and rank little."
         )
+    if metric not in report.lower_is_better and (zero := _all_zero(report, metric, rows)):
+        yield zero
+        if zero["level"] == "loud":
+            return
     show = partial(tables.difference_text, percent=report.percent)
     by_label = {row.label: row for row in rows}
     judged = metric not in report.not_judged
@@ -234,6 +238,26 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
     for oracle in rows:
         if oracle.label == ORACLE and judged:
             yield from _oracle_warning(oracle, rows, metric, show)
+
+
+def _all_zero(report: Report, metric: str, rows: Sequence[Row]) -> dict[str, str] | None:
+    """A warning where every figure is 0, or every one at a budget."""
+    by_budget: dict[float | None, set[bool]] = {}
+    for row in rows:
+        if not math.isnan(value := row.figures[metric].value):
+            by_budget.setdefault(row.budget, set()).add(value == 0)
+    zero = [budget for budget, are_zero in by_budget.items() if are_zero == {True}]
+    if not zero:
+        return None
+    if len(zero) == len(by_budget):
+        return _warn(
+            "loud",
+            f"{metric}: every figure is 0. No answer counts here, be it wrong or in a form that"
+            " cannot be read, so these figures say nothing about pruners: look at the answers in"
+            " results.json.",
+        )
+    at = ", ".join(map(tables.budget_text, sorted(zero, key=lambda budget: -(budget or 0))))
+    return _warn("mild", f"{metric} at {at}: every figure is 0, so that nothing is ranked there.")
 
 
 _BEATEN = "Something is wrong with the oracle, the task or the model: do not trust these figures."

@@ -32,6 +32,7 @@ from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import run, seen_of, shared_settings
 from ocvtp.evaluation.tasks.base import Record, Task, TokenTask
 from ocvtp.pruners import trainable
+from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.environment import environment_of
 
 ANSWERS = "answers"
@@ -242,7 +243,7 @@ def _tried(
                 subject.attempt(pruner, inputs, shared)
             notes[condition.label, condition.budget] = subject.note(pruner)
         except ValueError as error:
-            problems[condition.label, condition.budget] = str(error)
+            problems[condition.label, condition.budget] = as_typed(str(error))
     return problems, notes
 
 

@@ -27,7 +27,7 @@ from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.prompts import Prompts, answers, make_prompts
 from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
 from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_host
-from ocvtp.hosts.attach import attached
+from ocvtp.hosts.attach import attached, trained_positions
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.prompt.shorten import Prompt, look
 from ocvtp.hosts.registry import find_host
@@ -171,15 +171,21 @@ def run(
         ValueError: if a pruner does not fit, or `folder` holds records of other settings.
     """
     shared = shared_settings(subject, task, batch_size)
+    pruners = [condition.make(Place(0, list)) for condition in conditions]
     logs = {
-        c.key: Log(folder, c.key, {**c.settings, "image": c.image, **shared}) for c in conditions
+        c.key: Log(
+            folder,
+            c.key,
+            {**c.settings, "image": c.image, **shared},
+            {"positions": trained_positions(pruner)},
+        )
+        for c, pruner in zip(conditions, pruners, strict=True)
     }
     for log in logs.values():
         log.refuse_more_than(len(task.items))
     batches = [
         task.items[start : start + batch_size] for start in range(0, len(task.items), batch_size)
     ]
-    pruners = [condition.make(Place(0, list)) for condition in conditions]
     encodings = subject.sharing(pruners)
     with progress_bar() as progress:
         bar = progress.add_task("", total=len(conditions) * len(batches))

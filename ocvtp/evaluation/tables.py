@@ -13,6 +13,7 @@ from typing import Any
 
 from ocvtp.evaluation.intervals import RESAMPLES
 from ocvtp.reporting.markdown_table import table
+from ocvtp.reporting.paper_table import is_best
 from ocvtp.reporting.plain_text import code, markdown, one_line
 
 Facts = Mapping[str, Any]
@@ -211,18 +212,26 @@ def _short_table(facts: Facts, metric: str) -> str:
         ]
         cells.append([_name(order[label]), *line])
     better = " Lower is better." if metric in facts["lower_is_better"] else ""
-    legend = (
-        f"{', '.join(whole)}.{better} ±: half of the 95% interval. Bold: best without training."
-    )
+    bold = " Bold: best without training." if any(best.values()) else ""
+    legend = f"{', '.join(whole)}.{better} ±: half of the 95% interval.{bold}"
     return f"{table([metric, *map(budget_text, columns)], cells)}\n\n{legend.lstrip('. ')}\n"
 
 
 def _best(facts: Facts, metric: str, budget: float) -> list[Facts]:
-    """Those that are neither controls nor trained and show the best figure: all of a tie."""
+    """Those that are neither controls nor trained and show the best figure: all of a tie.
+
+    None where that is no figure to be best by, see `is_best`.
+    """
     rows = [row for row in ranked(facts, metric, budget) if has_figure(row, metric)]
-    fair = [row for row in rows if not row["control"] and not row["trained"]]
-    shown = [number_text(_get(row, metric, "value"), facts["percent"]) for row in fair]
-    return [row for row, text in zip(fair, shown, strict=True) if text == shown[0]]
+    shown = [number_text(_get(row, metric, "value"), facts["percent"]) for row in rows]
+    fair = [
+        (row, text)
+        for row, text in zip(rows, shown, strict=True)
+        if not row["control"] and not row["trained"]
+    ]
+    if not fair or not is_best(fair[0][1], shown, metric in facts["lower_is_better"]):
+        return []
+    return [row for row, text in fair if text == fair[0][1]]
 
 
 def has_figure(row: Facts, metric: str) -> bool:

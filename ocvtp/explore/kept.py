@@ -19,6 +19,7 @@ from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.evaluation.towers import TowerEncodings, TowerSubject
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Host
+from ocvtp.hosts.prompt.checks import refuse_beyond_context
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Prompt, look
@@ -103,6 +104,7 @@ def in_model(
         ValueError: if a pruner does not fit.
     """
     inputs = processor(images=[picture], text=[text], return_tensors="pt")
+    refuse_beyond_context(host, inputs["input_ids"], without_images=True)
     pixels = dict(inputs)
     inputs = inputs.to(host.model.device, host.model.dtype)
     outside = {id(pruner): pruner.parts[0] for pruner in pruners if not runs_inside(pruner)}

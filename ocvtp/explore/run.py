@@ -24,6 +24,7 @@ from ocvtp.explore import page
 from ocvtp.explore.views import AnyPruner, Tick, View
 from ocvtp.images import open_image
 from ocvtp.pruners import Compose, Pruner
+from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.progress import progress_bar
 
 SCHEMA = 1
@@ -84,6 +85,8 @@ def explore(view: View, wanted: Wanted, files: Sequence[Path]) -> dict[str, Any]
     """
     first = open_image(files[0])
     budgets = sorted(dict.fromkeys(wanted.budgets), key=lambda budget: budget.count(10**6))
+    for path in files:
+        view.check(open_image(path))
     rows = _rows(wanted, budgets, view.num_tokens(first))
     view.prepare([row.pruner for row in rows])
     images: list[dict[str, Any]] = []
@@ -96,8 +99,9 @@ def explore(view: View, wanted: Wanted, files: Sequence[Path]) -> dict[str, Any]
             progress.advance(bar)
 
         unfit = _tried(view, rows, first, tick)
-        if unfit and (not wanted.skip_unfit or rows[0].key in unfit or len(unfit) + 1 == len(rows)):
-            _refuse(unfit, view.name)
+        nothing_left = rows[0].key in unfit or len(unfit) + 1 == len(rows) > 1
+        if nothing_left or (unfit and not wanted.skip_unfit):
+            _refuse(unfit, view.name, nothing_left)
         rows = [row for row in rows if row.key not in unfit]
         progress.update(bar, total=steps - len(unfit) * per_image * len(files))
         for path, name in zip(files, _names(files), strict=True):
@@ -151,17 +155,17 @@ def _tried(view: View, rows: Sequence[_Row], image: Image.Image, tick: Tick) -> 
         try:
             view.attempt(row.pruner, image)
         except ValueError as error:
-            unfit[row.key] = str(error)
+            unfit[row.key] = as_typed(str(error))
         tick()
     return unfit
 
 
-def _refuse(unfit: Mapping[str, str], name: str) -> None:
+def _refuse(unfit: Mapping[str, str], name: str, nothing_left: bool) -> None:
     lines = "".join(f"\n  {key}: {why}" for key, why in unfit.items())
-    raise ValueError(
-        f"these cannot run on {name}; leave them out, or pass --skip-unfit for a page that says"
-        f" so:{lines}"
-    )
+    advice = "leave them out, or pass --skip-unfit for a page that says so"
+    if nothing_left:
+        advice = "nothing is left to show without them: pass others, or other budgets"
+    raise ValueError(f"these cannot run on {name}; {advice}:{lines}")
 
 
 def _image(view: View, rows: Sequence[_Row], image: Image.Image, tick: Tick) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ocvtp.bench import timeline
+from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.towers import TowerEncodings, TowerSubject
 from ocvtp.explore.kept import (
@@ -26,8 +28,8 @@ from ocvtp.explore.kept import (
 )
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Savings, Tiling
-from ocvtp.hosts.prompt.chat_template import with_template
-from ocvtp.hosts.prompt.checks import refuse_beyond_all
+from ocvtp.hosts.prompt.chat_template import find_tokenizer, with_template
+from ocvtp.hosts.prompt.checks import refuse_beyond_all, refuse_beyond_context
 from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
@@ -62,7 +64,11 @@ class Run:
 
 
 class View(ABC):
-    """What images are looked at with."""
+    """What images are looked at with.
+
+    Args:
+        judged: the model, or the tower.
+    """
 
     kind: ClassVar[Literal["model", "tower"]]
     prompts: Sequence[str] = ()
@@ -72,15 +78,16 @@ class View(ABC):
     timed: str
     """What times are, in a sentence."""
 
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """Folder or id."""
+    def __init__(self, judged: Judged) -> None:
+        self.name, self.device = judged.name, judged.device
 
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where it is."""
+    def check(self, image: Image.Image) -> None:
+        """Refuse an image that cannot be looked at.
+
+        Raises:
+            ValueError: if a prompt about it is too long.
+        """
+        del image
 
     @abstractmethod
     def num_tokens(self, image: Image.Image) -> int:
@@ -135,6 +142,7 @@ class ModelView(View):
         tiling: Tiling | None = None,
         shares: bool = False,
     ) -> None:
+        super().__init__(subject)
         self._subject, self.prompts, self._max_new_tokens = subject, prompts, max_new_tokens
         self._host, self._shares = find_host(subject.model, tiling), shares
         self._shared: SharedEncodings | None = None
@@ -150,13 +158,15 @@ class ModelView(View):
             if shares:
                 self.timed = "Nothing was timed: the tower ran once for all pruners."
 
-    @property
-    def name(self) -> str:
-        return self._subject.name
+    @cached_property
+    def _longest_prompt(self) -> str:
+        tokenizer = find_tokenizer(self._subject.processor)
+        return max(self.prompts, key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
 
-    @property
-    def device(self) -> torch.device:
-        return self._subject.device
+    def check(self, image: Image.Image) -> None:
+        if self.prompts:
+            made, _ = self._inputs(image, self._longest_prompt)
+            refuse_beyond_context(self._host, made["input_ids"], self._max_new_tokens)
 
     def num_tokens(self, image: Image.Image) -> int:
         none = build_pruner("none")
@@ -258,16 +268,9 @@ class TowerView(View):
     timed = _CHOOSING_TIMED
 
     def __init__(self, subject: TowerSubject) -> None:
+        super().__init__(subject)
         self._subject = subject
         self._shared: TowerEncodings | None = None
-
-    @property
-    def name(self) -> str:
-        return self._subject.name
-
-    @property
-    def device(self) -> torch.device:
-        return self._subject.device
 
     def num_tokens(self, image: Image.Image) -> int:
         del image

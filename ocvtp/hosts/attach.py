@@ -120,7 +120,7 @@ def attach(
     model = unwrap(model)
     _check_free(model)
     given, pruner = pruner, _at(pruner, Budget(num_keep, keep_ratio, max_keep))
-    positions = _trained_positions(pruner) if positions is None else positions
+    positions = trained_positions(pruner) if positions is None else positions
     _check_positions(positions)
     check_logits(logits)
     host = find_host(model, Tiling(budget, separators), savings)
@@ -159,7 +159,8 @@ def _check_positions(positions: Positions) -> None:
         raise ValueError(f"positions={positions!r}; pass 'contiguous' or 'original'.")
 
 
-def _trained_positions(pruner: Pruner | Compose) -> Positions:
+def trained_positions(pruner: Pruner | Compose) -> Positions:
+    """Of the tokens that are left, where nobody says: as it was trained, and else contiguous."""
     wanted = (part.prompt_positions for part in pruner.parts)
     return next((positions for positions in wanted if positions is not None), "contiguous")
 

@@ -173,7 +173,8 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
     if not pairs or len(pairs) < len(found) or layers != sorted(set(layers)):
         raise ValueError(
             f"stages={stages!r}; pass (layer, K) pairs with ascending layers and K above 0, e.g."
-            " ((2, 128), (16, 64)): an int counts tokens, a float up to 1.0 is a share of them."
+            " stages=((2, 128), (16, 64)): a whole number counts tokens, a decimal one up to 1.0 is"
+            " a share of them."
         )
     for kind in (int, float):
         alike = [(layer, k) for layer, k in pairs if type(k) is kind]

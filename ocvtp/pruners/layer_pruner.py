@@ -219,7 +219,7 @@ class OneStagePruner(LayerPruner):
         super().__post_init__()
         if self.stages is not None and len(self.stages) != 1:
             raise ValueError(
-                f"stages={self.stages!r}; {self.name} drops tokens once: pass ((layer, K),)."
+                f"stages={self.stages!r}; {self.name} drops tokens once: pass stages=((layer, K),)."
             )
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:

@@ -56,9 +56,9 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
         if not self._has_one_network:
             kind = self.network_class.__name__
             raise ValueError(
-                f"pruner {self.name!r} needs a trained network: pass either checkpoint="
-                "DIR_OR_HUB_ID (written by `ocvtp export`) or"
-                f" network=a{'n' * (kind[0] in 'AEIOU')} {kind}."
+                f"pruner {self.name!r} needs a trained network: pass checkpoint=DIR_OR_HUB_ID"
+                " (written by `ocvtp export`) or, in Python, network=a"
+                f"{'n' * (kind[0] in 'AEIOU')} {kind}."
             )
         if self.checkpoint is not None and self.network is None:
             self.network = self._read(self.checkpoint)

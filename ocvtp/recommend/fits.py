@@ -16,6 +16,7 @@ from ocvtp.field_types import hints
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner, list_pruners, pruner_class
 from ocvtp.pruners.specs import build_spec, known_settings
+from ocvtp.reporting.command_line import as_typed
 
 Status = Literal["runs", "needs", "cannot"]
 _PIXELS = 224  # along a side of the picture that they are tried on
@@ -59,7 +60,7 @@ def _fit(subject: Subject, name: str, inputs: Any, num_keep: int) -> Fit:
         pruner = build_spec(name, num_keep=num_keep, network=network)
         subject.attempt(pruner, inputs, subject.sharing([pruner]))
     except ValueError as error:
-        why = " ".join(str(error).split())
+        why = as_typed(" ".join(str(error).split()))
         if _lacks_text_tower(subject, pruner):
             return Fit(name, "needs", why)
         for changes in _changes(subject, name, network):

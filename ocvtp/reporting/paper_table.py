@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -235,6 +235,10 @@ def with_bold(column: Column, rule: Bold, alike: Callable[[str, str], bool]) -> 
     sign = 1 if column.lower else -1
     best = min(rivals, key=lambda label: sign * rivals[label].value)
     shown = column.text(rivals[best].value)
+    if not is_best(
+        shown, (column.text(one.value) for one in column.entries.values()), column.lower
+    ):
+        return column
     off = {
         label
         for label, entry in rivals.items()
@@ -242,6 +246,16 @@ def with_bold(column: Column, rule: Bold, alike: Callable[[str, str], bool]) -> 
     }
     entries = {label: replace(entry, bold=label in off) for label, entry in column.entries.items()}
     return replace(column, entries=entries)
+
+
+def is_best(shown: str, all_shown: Iterable[str], lower: bool) -> bool:
+    """Whether the best figure of a column is one: 0 is not, unless lower is better than the others.
+
+    Args:
+        shown: the figure, as the table has it. all_shown: all of the column.
+        lower: whether lower is better.
+    """
+    return float(shown) != 0 or (lower and any(float(text) != 0 for text in all_shown))
 
 
 def overlap(a: Entry, b: Entry) -> bool:

@@ -142,6 +142,26 @@ class Name:
     drawn: Any = None
 
 
+@dataclass(frozen=True)
+class Row:
+    """A figure and its interval, in a row of its own.
+
+    Args:
+        text: its name. value: on the axis. low, high: of the interval.
+        mark: how it is drawn.
+        bold: whether its name is set off.
+        full: whether the dot is; None for what the mark says.
+    """
+
+    text: str
+    value: float
+    low: float
+    high: float
+    mark: Mark
+    bold: bool = False
+    full: bool | None = None
+
+
 def canvas(heights: Sequence[float], width: float = WIDTH) -> tuple[Figure, list[Any]]:
     """A figure of panels below each other, of these heights in inches."""
     pad = 0.12 if look(width).beside else 0.04
@@ -258,7 +278,7 @@ def name_ends(axis: Any, names: Sequence[Name], inches: float, note: str = "") -
     if note:
         axis.text(1, 1.02, note, transform=axis.transAxes, fontsize=7.5, color=GREY, ha="right")
     line = {"arrowstyle": "-", "lw": 0.5, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
-    places = name_places([name.y for name in names], (low, high), inches)
+    places = _name_places([name.y for name in names], (low, high), inches)
     for name, place in zip(names, places, strict=True):
         axis.annotate(
             shortened(name.text), (name.x, name.y), xytext=(1.04, place),
@@ -268,7 +288,7 @@ def name_ends(axis: Any, names: Sequence[Name], inches: float, note: str = "") -
         )  # fmt: skip
 
 
-def name_places(values: Sequence[float], span: tuple[float, float], inches: float) -> list[float]:
+def _name_places(values: Sequence[float], span: tuple[float, float], inches: float) -> list[float]:
     """Heights of the names beside a panel of so many inches, for ascending ends of lines.
 
     Args:
@@ -345,6 +365,23 @@ def alike_long(texts: Sequence[str], longest: int) -> list[str]:
         if len(set(found)) == len(set(texts)):
             return found
     return list(texts)
+
+
+def draw_rows(axis: Any, rows: Sequence[Row]) -> None:
+    """Dots with their intervals, a row each, the first on top, and their names at the left."""
+    size = _look_of(axis).size
+    for place, row in enumerate(rows):
+        colour, dots = row.mark.colour, row.mark.style(size) | {"ls": ""}
+        if row.full is not None:
+            dots["mfc"] = colour if row.full else "white"
+        faint = 0.6 if row.full is False else 1.0
+        axis.plot([row.low, row.high], [place, place], color=colour, lw=1.4 * size, alpha=faint)
+        axis.plot([row.value], [place], **dots)
+    name_rows(axis, [row.text for row in rows])
+    for tick, row in zip(axis.get_yticklabels(), rows, strict=True):
+        tick.set_color(GREY if row.mark.control else INK)
+        tick.set_fontweight("bold" if row.bold else "normal")
+    axis.set_ylim(max(len(rows), 1) - 0.5, -0.5)
 
 
 def name_rows(axis: Any, texts: Sequence[str]) -> None:

@@ -110,7 +110,7 @@ def test_cells_of_other_settings_are_refused(made, capsys, size):
     before = (made / "results.json").read_bytes()
     assert bench(made, *words, "48") == 2
     error = capsys.readouterr().err
-    assert "was timed under other settings (image_size); pass another --output" in error
+    assert "was timed under other settings (--image-size); pass another --output" in error
     assert (made / "results.json").read_bytes() == before
 
 
@@ -218,10 +218,10 @@ def test_what_cannot_run_is_refused_before_it_is_timed(tmp_path, capsys):
     assert "fastv K=16: an average of 16 tokens cannot be had" in error
     assert "--skip-unfit" in error
     assert bench(tmp_path / "b", "--pruners", "fopru", "--num-keep", "16", "1000") == 2
-    assert "fopru K=1000: num_keep=1000 exceeds the" in capsys.readouterr().err
+    assert "fopru K=1000: --num-keep 1000 exceeds the" in capsys.readouterr().err
     for flags, message in (
-        (("--repetitions", "2"), "repetitions=2; pass at least 5"),
-        (("--new-tokens", "1"), "new_tokens=1; pass at least 2"),
+        (("--repetitions", "2"), "--repetitions 2; pass at least 5"),
+        (("--new-tokens", "1"), "--new-tokens 1; pass at least 2"),
         (("--batch-size", "0"), "--batch-size 0; pass at least 1"),
     ):
         assert bench(tmp_path / "b", *words, *flags) == 2

@@ -59,8 +59,9 @@ def dots(axis):
 
 
 def named(axis, renderer):
-    """Names beside the panel and their boxes, without their lines."""
-    return {text.get_text(): Text.get_window_extent(text, renderer) for text in axis.texts}
+    """Names beside the panel, without their lines, or of rows; and their boxes."""
+    texts = axis.texts or axis.get_yticklabels()
+    return {text.get_text(): Text.get_window_extent(text, renderer) for text in texts}
 
 
 @pytest.mark.sampled(2)
@@ -71,8 +72,8 @@ def test_every_dot_and_every_name_can_be_seen(shipped, counts, equal):
     figure = plots.ttft(results)
     renderer = drawn(figure)
     (axis,) = figure.axes
-    places = dots(axis)
-    assert len(places) == len(results["cells"][0]["rows"]) - 1
+    places, in_rows = dots(axis), counts in (None, (64,))
+    assert len(places) == len(results["cells"][0]["rows"]) - (not in_rows)
     if counts is None or len(counts) < 2 or 17 not in counts:
         assert min(np.abs(a - b).max() for a, b in combinations(places, 2)) > 5
     inside = axis.get_window_extent()
@@ -85,8 +86,17 @@ def test_every_dot_and_every_name_can_be_seen(shipped, counts, equal):
     for box in names.values():
         assert inside.y0 - 12 <= box.y0 <= box.y1 <= inside.y1 + 12
         assert page.x0 <= box.x0 <= box.x1 <= page.x1
-    assert axis.get_ylabel() == "TTFT, ms (lower is better)"
-    low, high = axis.get_ylim()
+    name, (low, high) = axis.get_ylabel(), axis.get_ylim()
+    if in_rows:
+        name, (low, high) = axis.get_xlabel(), axis.get_xlim()
+        assert axis.get_title(loc="left").endswith(", 64 visual tokens of an image")
+        shown = [tick.get_text() for tick in axis.get_yticklabels()]
+        times = {
+            plots._label(r): r["figures"]["ttft"]["median"] for r in results["cells"][0]["rows"]
+        }
+        assert shown[0] == "unpruned"
+        assert [times[one] for one in shown[1:]] == sorted(times[one] for one in shown[1:])
+    assert name == "TTFT, ms (lower is better)"
     assert high - low >= 0.05 * 4000
     assert low >= -0.05 * high
 
@@ -119,10 +129,11 @@ def test_an_error_says_that_lower_is_better(shipped):
 def test_a_label_is_drawn_as_in_the_plots_of_its_accuracy(shipped):
     known = accuracies()
     known["rows"] = [r | {"budget": 0.1, "control": False} for r in known["rows"][::-1]]
-    for figure in (plots.ttft(shipped, known), plots.ttft(shipped, like=order(known))):
+    lines = wide(shipped, (32, 64))
+    for figure in (plots.ttft(shipped, known), plots.ttft(lines, like=order(known))):
         named = {text.get_text(): text.get_color() for text in figure.axes[0].texts}
         assert [named[label] for label in ("ocvtp", "fopru")] == list(COLOURS[:2])
-    alone = {t.get_text(): t.get_color() for t in plots.ttft(shipped).axes[0].texts}
+    alone = {t.get_text(): t.get_color() for t in plots.ttft(lines).axes[0].texts}
     labels = [row["label"] for row in shipped["cells"][0]["rows"][1:] if row["label"] != "random"]
     first = list(dict.fromkeys(labels))[:2]
     assert [alone[label] for label in first] == list(COLOURS[:2])  # as they were asked for
@@ -133,7 +144,7 @@ def test_a_method_of_yours_is_set_off(shipped):
     for row in shipped["cells"][0]["rows"]:
         row["yours"] = row["label"] == "fopru"
     (axis,) = plots.ttft(shipped).axes
-    weights = {text.get_text(): text.get_fontweight() for text in axis.texts}
+    weights = {tick.get_text(): tick.get_fontweight() for tick in axis.get_yticklabels()}
     assert weights["fopru"] == "bold"
     assert weights["ocvtp"] == weights["unpruned"] == "normal"
 

@@ -183,7 +183,7 @@ def test_show_on_a_tower_alone(capsys, photo, tmp_path):
         ("fastv", [], "pruner 'fastv' acts at stage 'llm_layers'; on a tower alone"),
         ("greedyprune", [], "pruner 'greedyprune' reads the prompt, which a tower alone"),
         ("uniform", ["--prompt", "?"], "--prompt is for pruners that read the prompt, and --tower"),
-        ("uniform", ["--img-size", "80"], "img_size=80, but the tower 'random:tiny' sees 96 "),
+        ("uniform", ["--img-size", "80"], "--img-size 80, but the tower 'random:tiny' sees 96 "),
         ("uniform", ["--feature-layer", "8"], "hidden_states[8] does not exist in this tower"),
     ):
         assert main([*asked, pruner, *more]) == 2
@@ -349,7 +349,21 @@ def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
         (["answer", *MODEL, "--pruner", "uniform", "--num-keep", "999"], "at most 144"),
         (["answer", *MODEL, "--pruner", "uniform"], "pass exactly one"),
         (["answer", *MODEL, "--pruner", "uniform:seed", "--num-keep", "4"], "KEY=VALUE"),
-        (["answer", *MODEL, "--pruner", "ocvtp", "--num-keep", "4"], "checkpoint="),
+        (
+            ["answer", *MODEL, "--pruner", "ocvtp", "--num-keep", "4"],
+            "pass --checkpoint DIR_OR_HUB_ID",
+        ),
+        (["answer", *MODEL, "--pruner", "uniform"], "got no --num-keep and no --keep-ratio; pass"),
+        (["answer", *MODEL, "--pruner", "trim", "--num-keep", "4"], "; pass --text-tower, the hub"),
+        (
+            ["answer", *MODEL, "--pruner", "fastv:stages=[[9,4]]"],
+            "has 3; pass NAME:stages=[[layer,K],...] with layers 1 to 2.",
+        ),
+        (
+            ["answer", *MODEL, "--pruner", "fastv:stages=[[2,4],[1,3]]"],
+            "stages=[[2,4],[1,3]]; pass (layer, K) pairs with ascending layers and K above 0, e.g."
+            " stages=[[2,128],[16,64]]:",
+        ),
         (["answer", "--model", "random:x", "--pruner", "none"], "random:tiny-llava"),
         (["answer", "--model", "/no/such", "--pruner", "none"], "cannot be loaded"),
     ],
@@ -386,14 +400,14 @@ def test_a_device_that_is_not_there(capsys, photo, tmp_path, monkeypatch, words,
     image = ["--image", photo] if words[0] in ("answer", "show") else []
     assert main([*words, *image, "--device", device]) == 2
     error = the_error(capsys)
-    assert error.startswith(f"device={device!r} cannot be used (")
+    assert error.startswith(f"--device {device} cannot be used (")
     assert error.endswith("; pass cpu.") or "cpu or cuda:0" in error
     assert not any(tmp_path.iterdir())
 
 
 def test_a_dtype_that_is_none(capsys, photo):
     assert main([*ANSWER, "--image", photo, "--dtype", "int8"]) == 2
-    assert the_error(capsys) == "dtype='int8'; pass auto, float32, bfloat16 or float16."
+    assert the_error(capsys) == "--dtype int8; pass auto, float32, bfloat16 or float16."
 
 
 @pytest.mark.parametrize(

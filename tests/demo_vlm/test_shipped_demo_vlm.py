@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ocvtp import build_pruner
+from ocvtp.data.scenes import draw_scene
 from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
@@ -15,6 +19,7 @@ from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
 
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "demo-vlm"
+DOCS = FOLDER.parents[1] / "docs"
 PRUNERS = [str(FOLDER.parent / "demo-pruner" / str(seed)) for seed in range(3)]
 
 
@@ -57,6 +62,38 @@ def test_it_bears_pruning_of_the_background(figures):
 @pytest.mark.slow
 def test_the_trained_pruners_keep_what_it_answers_by(figures):
     assert figures["ocvtp"]["easy/all"] > figures["random"]["easy/all"] + 0.15
+
+
+@pytest.mark.slow
+def test_it_answers_rightly_about_the_picture_of_the_documentation():
+    """Whole, and with the tokens that the examples keep."""
+    model, processor = load_model(str(FOLDER), "float32")
+    scene, image = draw_scene(seed=7, index=151), Image.open(DOCS / "images" / "scene.png")
+    assert (np.asarray(image) == scene.image).all()
+    plurals = {"circle": "circles", "cross": "crosses", "square": "squares", "star": "stars"}
+    plurals["triangle"] = "triangles"
+    asked = {
+        f"How many {plural} are there in the image?": str(
+            sum(one.shape == shape for one in scene.objects)
+        )
+        for shape, plural in plurals.items()
+    }
+    (star,) = [one for one in scene.objects if one.shape == "star"]
+    asked["What colour is the small star?"] = star.colour
+    prompts = [f"USER: <image>\n{question} ASSISTANT:" for question in asked]
+    images = [image] * len(prompts)
+    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
+    inputs = inputs.to(model.dtype)
+
+    def answers():
+        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+
+    assert answers() == list(asked.values())
+    for name in ("divprune", "fastervlm"):
+        with build_pruner(name, num_keep=16)(model):
+            assert answers() == list(asked.values())
 
 
 def test_its_half_precision_weights_run_in_single_precision_on_a_cpu_unless_asked():

@@ -287,6 +287,24 @@ def test_checkpoints_that_differ_in_the_seed_alone_are_one_group(tmp_path, netwo
     assert grouped([]) == ([[]], "")
 
 
+def test_seeds_that_were_trained_with_other_versions_stay_seeds(tmp_path, network):
+    configs = [trained(0), trained(1), trained(2)]
+    for number, config in enumerate(configs):
+        config["training"] |= {
+            "versions": {"ocvtp": "0.2.0" if number else "0.1.0", "torch": "2.14.1"},
+            "data": {"root": "features", "seed": number, "num_workers": number},
+        }
+    paths = checkpoints_of(tmp_path, network, *configs)
+    found, said = grouped(paths)
+    assert found == [paths]
+    assert said == (
+        f"checkpoints {paths[0]} and {paths[1]} are averaged as seeds of one training, and were"
+        " trained with other versions (training.versions.ocvtp: 0.1.0 and 0.2.0)."
+    )
+    configs[1]["training"]["data"]["root"] = "other"
+    assert grouped(checkpoints_of(tmp_path, network, *configs))[0] == [paths[::2], paths[1:2]]
+
+
 @pytest.mark.parametrize(
     ("configs", "groups", "why"),
     [

@@ -77,7 +77,7 @@ def test_json_is_one_object_and_the_same_again(tmp_path, capsys):
         ("vqa", (), "--questions-file"),
         ("coverage", (), "--images"),
         ("coverage", ("--images", "."), "--instances"),
-        ("scenes", ("--num-images", "0"), "num_images=0"),
+        ("scenes", ("--num-images", "0"), "--num-images 0"),
         ("scenes", ("--pruners", "fopro"), "fopru"),
         ("scenes", ("--batch-size", "0"), "--batch-size"),
     ],

@@ -117,7 +117,7 @@ def test_ones_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--gate", "none"], "gate 'none' does nothing in a model"),
         (["--gate", "scale:floor=0.1"], "gate 'scale' has no setting 'floor'"),
         (["--gate", "key_bias:floor"], "gate 'key_bias:floor': 'floor' is no KEY=VALUE"),
-        (["--num-keep", "9"], "num_keep=9; pass 1 to 8 of 9 visual tokens"),
+        (["--num-keep", "9"], "--num-keep 9; pass 1 to 8 of 9 visual tokens"),
         (["--num-images", "0"], "--num-images 0; pass 1 or more"),
         (["--layer", "7"], "layer 7 of the language model does not run here"),
         (["--layer", "-1"], "layer -1 of the language model does not run here"),

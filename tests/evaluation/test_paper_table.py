@@ -17,7 +17,7 @@ from ocvtp.cli import main
 from ocvtp.evaluation.intervals import difference
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.tasks.base import Ratio
-from ocvtp.reporting.paper_table import escaped
+from ocvtp.reporting.paper_table import Column, Entry, Row, escaped, with_bold
 
 BENCH = Path(__file__).parents[2] / "docs/results/bench-llava-mid-cpu/results.json"
 N = 400
@@ -100,6 +100,20 @@ def test_bold_by_paired_differences(capsys, folder, tmp_path):
     assert bold(text) == ["`good`", "`close`", "`far_off:a=1,b=2`"]
     assert "overlaps" in text
     assert bold(table(capsys, folder, "--bold", "none")) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "lower", "expected"),
+    [((0.0, 0.0, 0.0), False, ""), ((0.0, 0.0004, 0.3), False, ""), ((0.0, 0.1, 0.0), False, "b"),
+     ((0.0, 0.0, 0.0), True, ""), ((0.0, 0.1, 0.3), True, "a")],
+)  # fmt: skip
+def test_0_is_bold_only_where_it_is_the_lowest(values, lower, expected):
+    entries = dict(zip(("a", "b", "random"), map(Entry, values), strict=True))
+    kinds = {name: Row("control" if name == "random" else "method") for name in entries}
+    column = Column("easy/all", "50%", entries, kinds, places=1, scale=100, lower=lower)
+    for rule in ("best", "ci"):
+        found = with_bold(column, rule, lambda a, b: a == b)
+        assert "".join(name for name, one in found.entries.items() if one.bold) == expected
 
 
 def test_errors_are_bold_where_they_are_lowest(capsys, tmp_path):

@@ -25,6 +25,10 @@ def lines(axis, points):
     return [line for line in axis.lines if len(line.get_xdata()) == points]
 
 
+def row_names(axis):
+    return [tick.get_text() for tick in axis.get_yticklabels()]
+
+
 def annotated(axis):
     return [text.get_text() for text in axis.texts]
 
@@ -109,10 +113,13 @@ def test_a_panel_a_metric():
 
 
 def test_a_pruner_has_one_colour_in_all_panels_and_the_best_of_each_are_named():
-    rows = [row("random", 0.5, 0, 400, figures={"a": share(5, 400), "b": share(5, 400)})]
-    for i in range(12):  # p0 is the best of a, p11 of b
-        figures = {"a": share(380 - 10 * i, 400), "b": share(200 + 10 * i, 400)}
-        rows.append(row(f"p{i}", 0.5, 0, 400, figures=figures))
+    rows = []
+    for budget in (0.5, 0.25):
+        figures = {"a": share(5, 400), "b": share(5, 400)}
+        rows.append(row("random", budget, 0, 400, figures=figures))
+        for i in range(12):  # p0 is the best of a, p11 of b
+            figures = {"a": share(380 - 10 * i, 400), "b": share(200 + 10 * i, 400)}
+            rows.append(row(f"p{i}", budget, 0, 400, figures=figures))
     left, right = accuracy(results(report(*rows, metrics=["a", "b"]))).axes
     names = [
         {text.get_text(): text.get_color() for text in axis.texts if text.get_text()[0] == "p"}
@@ -155,9 +162,11 @@ def test_nothing_to_draw_is_no_drawing():
 
 def test_conditions_that_could_not_run_leave_the_rest():
     refused = row("tome", 0.25, None, note="needs blocks.")
+    other = row("fopru", 0.5, 9)
     (axis,) = accuracy(results(report(row("fopru", 0.25, 9), refused))).axes
-    assert "fopru" in annotated(axis)
-    assert "tome" not in annotated(axis)
+    assert row_names(axis) == ["fopru"]
+    (axis,) = accuracy(results(report(row("fopru", 0.25, 9), refused, other))).axes
+    assert annotated(axis) == ["fopru"]  # and of no control that is not there
 
 
 def test_matplotlib_is_left_alone():
@@ -196,13 +205,25 @@ def test_shares_that_are_no_percent_have_their_own_axis():
     assert axis.get_ylabel() == "share"
 
 
-def test_dots_of_one_budget_stand_side_by_side():
-    (axis,) = accuracy(equal(200, budgets=(0.25,))).axes
-    places = sorted(line.get_xdata()[0] for line in lines(axis, 1))
-    assert len(places) == 3
-    assert min(np.diff(np.log(places))) > 0.2
-    low, high = sorted(axis.get_xlim())
-    assert low < places[0] < 0.25 < places[-1] < high
+def test_pruners_at_one_budget_have_a_row_each_on_an_axis_of_the_figure():
+    rows = [row(f"p{i}", 0.25, 380 - 10 * i, 400) for i in range(12)]
+    found = results(report(row("unpruned", 1.0, 390, 400), *rows, row("random", 0.25, 250, 400)))
+    (axis,) = accuracy(found).axes
+    labels = row_names(axis)
+    assert labels == ["unpruned", *(f"p{i}" for i in range(12)), "random"]
+    known = {one["label"]: one["figures"]["easy/all"] for one in found["rows"]}
+    inside = [line for line in axis.lines if line.get_transform() == axis.transData]
+    dots, bars = ([line for line in inside if len(line.get_xdata()) == n] for n in (1, 2))
+    for place, (name, dot, bar) in enumerate(zip(labels, dots, bars, strict=True)):
+        assert set(dot.get_ydata()) == set(bar.get_ydata()) == {place}
+        assert dot.get_xdata() == pytest.approx([100 * known[name]["value"]])
+        ends = [100 * known[name][end] for end in ("low", "high")]
+        assert bar.get_xdata() == pytest.approx(ends)
+    assert (axis.get_xscale(), axis.get_ylim()) == ("linear", (13.5, -0.5))
+    assert axis.get_title(loc="left") == "easy/all, 25% of the tokens"
+    assert axis.get_xlabel() == "percent, 95% interval; grey: controls"
+    (level,) = [line for line in axis.lines if line not in inside]
+    assert set(level.get_xdata()) == {97.5}
 
 
 def test_lower_is_better_is_said():

@@ -128,6 +128,32 @@ def bold(found):
     return {cells(line)[0].strip("`") for line in found.splitlines() if "**" in line}
 
 
+def test_nothing_is_best_where_nothing_counts():
+    rows = [row("unpruned", 1.0, 0), row("random", 0.5, 0), row("fopru", 0.5, 0)]
+    assert bold(text := short_table(report(*rows))) == set()
+    assert "Bold" not in text
+    assert bold(short_table(report(*rows, row("oracle", 0.5, 3)))) == set()
+    assert bold(short_table(report(*rows, row("scope", 0.5, 1)))) == {"scope"}
+    lower = {"lower_is_better": ["easy/all"]}
+    assert bold(short_table(report(*rows, **lower))) == set()
+    assert bold(short_table(report(*rows[:1], *rows[2:], row("scope", 0.5, 1), **lower))) == {
+        "fopru"
+    }
+
+
+def test_a_metric_that_is_0_everywhere_is_told():
+    rows = [row("unpruned", 1.0, 0, 400), row("shuffled", 1.0, 0, 400), row("fopru", 0.5, 0, 400)]
+    for given in ({}, {"not_judged": ["easy/all"]}):
+        ((level, text),) = warned(*rows, **given)
+        assert level == "loud"
+        assert text.startswith("easy/all: every figure is 0. No answer counts here")
+    some = [row("unpruned", 1.0, 390, 400), *rows[1:], row("fopru", 0.25, 0, 400)]
+    assert warned(*some) == [
+        ("mild", "easy/all at 50%, 25%: every figure is 0, so that nothing is ranked there.")
+    ]
+    assert warned(*rows, lower_is_better=["easy/all"])[0][1].startswith("easy/all: unpruned minus")
+
+
 @pytest.mark.slow
 def test_equal_figures_are_all_bold():
     rows = [row(label, 0.5, 15) for label in ("fopru", "scope")]

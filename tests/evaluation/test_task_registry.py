@@ -224,7 +224,7 @@ def test_its_flags_are_shown(squares, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("task", "more", "problem"),
     [
-        ("squares", ["--num-images", "0"], "error: num_images=0 asks nothing; pass at least 1."),
+        ("squares", ["--num-images", "0"], "error: --num-images 0 asks nothing; pass at least 1."),
         ("squares", ["--num-images", "few"], "argument --num-images: invalid int value: 'few'"),
         ("squares", ["--num-imagse", "3"], "unrecognized arguments: --num-imagse 3"),
         ("squares", ["--suffix", "x"], "--task squares has no flag --suffix, which is one of "

@@ -145,7 +145,7 @@ def test_towers_of_transformers(drawn, tower, tmp_path, capsys):
     asked += ["--pruners", "fopru", "--img-size", "112"]
     if tower == "tiny-siglip2":
         assert main(asked) == 2
-        assert "img_size=112, but the tower 'random:tiny-siglip2' sees" in capsys.readouterr().err
+        assert "--img-size 112, but the tower 'random:tiny-siglip2' sees" in capsys.readouterr().err
         return
     assert main(asked) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -199,17 +199,20 @@ def test_any_size_from_the_command_line(drawn, tower_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--img-size", "60"), "img_size=60 is no multiple of the 14 pixels"),
+        (("--img-size", "60"), "--img-size 60 is no multiple of the 14 pixels"),
         (("--feature-layer", "7"), "hidden_states[7] does not exist in this tower"),
         (("--text-tower", "random:tiny"), "--text-tower is for pruners that read the prompt"),
-        (("--dtype", "float8"), "dtype='float8'; pass auto"),
+        (("--dtype", "float8"), "--dtype float8; pass auto"),
         (("--device", "nowhere"), "device='nowhere' cannot be used"),
         (("--pruners", "fastv:stages=[[1,4]]"), "acts at stage 'llm_layers'"),
         (("--pruners", "tome"), "acts at stage 'encoder'"),
         (("--pruners", "trim"), "reads the prompt, which a tower alone has not; pass a VLM"),
         (("--pruners", "cdpruner"), "reads the prompt, which a tower alone has not; pass a VLM"),
         (("--pruners", "fastervlm:block=9"), "blocks[9] does not exist in this tower"),
-        (("--pruners", "uniform", "--num-keep", "17"), "num_keep=17 exceeds the 16 visual tokens"),
+        (
+            ("--pruners", "uniform", "--num-keep", "17"),
+            "--num-keep 17 exceeds the 16 visual tokens",
+        ),
     ],
 )
 def test_what_does_not_fit_is_told(drawn, tower_folder, tmp_path, capsys, more, message):

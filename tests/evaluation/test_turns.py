@@ -16,10 +16,11 @@ from ocvtp.evaluation.conditions import (
     pruner_conditions,
     unpruned_conditions,
 )
+from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.prompts import make_prompts
 from ocvtp.evaluation.report import results, to_markdown
 from ocvtp.evaluation.run import evaluate
-from ocvtp.evaluation.runner import Subject
+from ocvtp.evaluation.runner import Subject, run
 from ocvtp.evaluation.tasks.several import SeveralTask
 from ocvtp.evaluation.tasks.turns import TurnsTask
 from ocvtp.hosts.loading import load_model
@@ -141,6 +142,22 @@ def test_what_drops_nothing_has_no_positions():
     assert [one.label for one in both] == labels
     assert [one.positions for one in both] == [None, None, "contiguous", "original"]
     assert len({one.key for one in both}) == 4
+
+
+def test_contiguous_positions_said_aloud_are_those_that_nobody_named(subject, several, tmp_path):
+    """A run goes on, whichever of the two began it; what was trained at others is another."""
+    usual = pruner_conditions("fopru", [Budget(num_keep=9)], [0], [], 36)
+    said = at_positions(usual, ["contiguous"])
+    for first, second, name in ((usual, said, "a"), (said, usual, "b")):
+        run(subject, several, first, tmp_path / name, batch_size=99)
+        (log,) = (tmp_path / name).iterdir()
+        before = log.read_text()
+        run(subject, several, second, tmp_path / name, batch_size=99)
+        assert log.read_text() == before
+    header = {"positions": "contiguous"}
+    Log(tmp_path, "x # 0", header, {"positions": "contiguous"})
+    with pytest.raises(ValueError, match="positions was 'contiguous' and is 'original'"):
+        Log(tmp_path, "x # 0", {}, {"positions": "original"})
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 BAD = "<img src=x onerror=document.title='bad'>"
 PROMPTS = ["What is it?", "</script><script>document.title='bad'</script>"]
 FASTV = "fastv:stages=[[1,K]]"
+LONG = f"fps:num_keep={'9' * 150}"  # more than there are: it is left out, and said so
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,8 @@ def page(tmp_path_factory):
         "visionzip",
         FASTV,
         "tome:num_keep=36",
+        LONG,
+        "--skip-unfit",
         "--checkpoint",
         str(folder / "slots"),
     ]
@@ -232,6 +235,7 @@ def luminance(colour):
 def test_small_windows_and_the_dark(opened, width, dark):
     opened.look(width, 800, dark=dark)
     opened.until("document.querySelector('canvas').width > 1")
+    assert LONG in opened.text("#unfit li")
     assert opened.run("document.documentElement.scrollWidth") <= width
     widths = opened.run("[...document.querySelectorAll('canvas')].map((one) => one.clientWidth)")
     assert min(widths) > 250

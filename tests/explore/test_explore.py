@@ -17,6 +17,7 @@ from ocvtp.cli import main
 from ocvtp.evaluation.towers import TowerSubject
 from ocvtp.explore.kept import on_tower
 from ocvtp.explore.server import PageServer
+from ocvtp.explore.views import ModelView
 from ocvtp.images import open_image
 
 MODEL = ["--model", "random:tiny-llava"]
@@ -158,8 +159,12 @@ def test_what_is_merged_into_what(photos):
         (["--output", "empty"], "--output empty is a folder; pass the name of a file."),
         (["--prompt", "What?"], "--prompt is for pruners that read the prompt"),
         (["--serve", "70000"], "--serve 70000; pass a port up to 65535"),
-        (["--num-keep", "1000"], "these cannot run on random:tiny"),
-        (["--num-keep", "1000", "--skip-unfit"], "these cannot run on random:tiny"),
+        (
+            ["--num-keep", "4", "1000"],
+            "; leave them out, or pass --skip-unfit for a page that says",
+        ),
+        (["--num-keep", "1000"], "random:tiny; nothing is left to show without them: pass others"),
+        (["--num-keep", "1000", "--skip-unfit"], "--num-keep 1000 exceeds the"),
     ],
 )
 def test_wrong_input_is_one_error(capsys, photos, tmp_path, monkeypatch, words, problem):
@@ -174,6 +179,26 @@ def test_wrong_input_is_one_error(capsys, photos, tmp_path, monkeypatch, words, 
     assert error.count("ocvtp: error: ") == 1
     assert problem in error
     assert not (tmp_path / "page.html").exists()
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_anything_is_asked(
+    capsys, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ModelView, "attempt", lambda *_: pytest.fail("something was asked"))
+    longest, page = "why " * 600, tmp_path / "page.html"
+    pruned = [*MODEL, "--num-keep", "4", "--prompt"]
+    words = [*pruned, "What?", longest, "--images", str(photos), "--pruners", "fps"]
+    assert main(["explore", *words, "--output", str(page)]) == 2
+    told = capsys.readouterr().err
+    assert (
+        "(144 of them of images) and an answer of 32 does not fit into the 2048 positions" in told
+    )
+    assert told.endswith("shorten the prompt, or pass a smaller --max-new-tokens.\n")
+    assert not page.exists()
+    one = ["--pruner", "fps", "--image", str(photos / "a.jpg")]
+    for command, more in (("answer", []), ("show", ["--output", str(tmp_path / "kept.png")])):
+        assert main([command, *pruned, longest, *one, *more]) == 2
+        assert "(besides 144 of images)" in capsys.readouterr().err
 
 
 def test_a_page_is_served_until_ctrl_c(capsys, photos, tmp_path, monkeypatch):

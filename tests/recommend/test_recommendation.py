@@ -154,9 +154,9 @@ def test_the_request_is_the_tasks_own(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--max-drop", "-1"), "max_drop=-1"),
+        (("--max-drop", "-1"), "--max-drop -1"),
         (("--num-keep", "0"), "--num-keep 0"),
-        (("--keep-ratio", "1.5"), "keep_ratio=1.5"),
+        (("--keep-ratio", "1.5"), "--keep-ratio 1.5"),
         (("--seeds", "0"), "--seeds 0"),
         (("--pruners", "fopro"), "fopru"),
     ],

@@ -228,7 +228,7 @@ def test_an_artifact_finds_its_pruner(page, module, tmp_path):
         ("linear", DEMO_PRUNER, "pruner 'linear' got .* a network of pruner 'ocvtp'; build that"),
         ("ocvtp", "exported", "pruner 'ocvtp' got .* a network of pruner 'linear'; build that"),
         ("linear", "checkpoints", "cannot read a LinearScorer from checkpoints: the folder has no"),
-        ("linear", None, "checkpoint=DIR_OR_HUB_ID .* or network=a LinearScorer"),
+        ("linear", None, "checkpoint=DIR_OR_HUB_ID .* or, in Python, network=a LinearScorer"),
     ],
 )
 def test_another_pruners_network_is_refused(page, module, name, checkpoint, message):

@@ -139,7 +139,7 @@ class GroundingTask(BoxTask, DrawnTask):
         levels: Annotated[Sequence[Level], "of drawn scenes"] = ("easy", "hard"),
         split: Annotated[Split, "of drawn scenes"] = "test",
         num_images: Annotated[
-            int | None, "of each level of drawn scenes (default: 500), else the first ones"
+            int | None, "drawn scenes of each of --levels (default: 500), else the first images"
         ] = None,
         questions: Annotated[int, "on an image, at most, where no file has them"] = 4,
         prompt: Annotated[

@@ -56,7 +56,7 @@ class SceneTask(DrawnTask):
         *,
         levels: Annotated[Sequence[Level], "of the scenes"] = ("easy", "hard"),
         split: Annotated[Split, "of the scenes"] = "test",
-        num_images: Annotated[int, "of each level"] = 1000,
+        num_images: Annotated[int, "scenes of each of --levels"] = 1000,
         questions: Annotated[int, "on an image"] = 8,
         seed: Annotated[int, "of scenes and questions"] = 0,
     ) -> SceneTask:

@@ -57,7 +57,7 @@ class SeveralTask(DrawnTask):
         *,
         levels: Annotated[Sequence[Level], "of the scenes"] = ("easy", "hard"),
         split: Annotated[Split, "of the scenes"] = "test",
-        num_images: Annotated[int, "of each level: prompts"] = 500,
+        num_images: Annotated[int, "prompts of each of --levels"] = 500,
         num_together: Annotated[int, "images in a prompt, 2 to 4"] = 2,
         questions: Annotated[int, "on the images of a prompt"] = 4,
         seed: Annotated[int, "of scenes and questions"] = 0,

@@ -64,7 +64,7 @@ class TurnsTask(DrawnTask):
         *,
         levels: Annotated[Sequence[Level], "of the scenes"] = ("easy", "hard"),
         split: Annotated[Split, "of the scenes"] = "test",
-        num_images: Annotated[int, "of each level"] = 500,
+        num_images: Annotated[int, "scenes of each of --levels"] = 500,
         questions: Annotated[int, "on an image, one after the other"] = 3,
         cache: Annotated[
             bool, "later questions go on from the KV cache of the first; else all is read again"

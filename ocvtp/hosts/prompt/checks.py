@@ -103,6 +103,34 @@ def refuse_beyond_all(host: Host, pruner: Pruner | Compose) -> None:
         raise ValueError(why)
 
 
+def refuse_beyond_context(
+    host: Host, ids: Tensor, new: int = 0, *, without_images: bool = False
+) -> None:
+    """For commands: beyond its positions, a language model says anything, and slowly.
+
+    Args:
+        host: of the model.
+        ids: [B, L] of the prompt.
+        new: tokens of the answer, at most.
+        without_images: whether their tokens do not count, as a pruner may drop them.
+
+    Raises:
+        ValueError: if the prompt and the answer are longer than the model can read.
+    """
+    most = getattr(host.model.config.get_text_config(), "max_position_embeddings", None)
+    of_images = int((ids[0] == host.image_token_id).sum())
+    length = ids.shape[1] - (of_images if without_images else 0)
+    if most is None or length + new <= most:
+        return
+    images = f"besides {of_images}" if without_images else f"{of_images} of them"
+    answer = f" and an answer of {new}" if new else ""
+    shorter = ", or pass a smaller max_new_tokens" if new else ""
+    raise ValueError(
+        f"a prompt of {length} tokens ({images} of images){answer} does not fit into the {most}"
+        f" positions of the language model; shorten the prompt{shorter}."
+    )
+
+
 def check_selection(pruner: Pruner, tokens: VisualTokens, selection: Selection) -> None:
     """Refuse all but ascending indices: others would silently mix up tokens, or images.
 

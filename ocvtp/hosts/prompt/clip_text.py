@@ -25,8 +25,8 @@ _KNOWN = (
 )
 _HOW = (
     "pass text_tower=, the hub id or folder of the whole CLIP that the vision tower is from, e.g."
-    " 'openai/clip-vit-large-patch14-336' for LLaVA-1.5, a CLIPModel, or a pair (CLIPModel,"
-    " tokenizer)"
+    " 'openai/clip-vit-large-patch14-336' for LLaVA-1.5; in Python also a CLIPModel, or a pair"
+    " (CLIPModel, tokenizer)"
 )
 
 
