@@ -126,7 +126,7 @@ class LayerPruner(Pruner):
         if self.stages is None:
             layers = self._layers(num_layers)
         else:
-            layers = tuple(layer for layer, _ in self.stages)
+            layers = tuple(int(layer) for layer, _ in self.stages)
         if not all(1 <= layer < num_layers for layer in layers):
             raise ValueError(
                 f"{self.name} drops tokens before layers {', '.join(map(str, layers))}, but"
@@ -160,7 +160,7 @@ class LayerPruner(Pruner):
 
     @property
     def _first_layer(self) -> int:
-        return self._layers(32)[0] if self.stages is None else self.stages[0][0]
+        return self._layers(32)[0] if self.stages is None else int(self.stages[0][0])
 
     def select_at(self, tokens: LayerTokens, layer: int, num_keep: int) -> Selection:
         """Choose the tokens that stay before a layer.
@@ -199,7 +199,7 @@ class LayerPruner(Pruner):
                 f"{self.name} got stages and a budget; pass stages, or one of num_keep, keep_ratio"
                 " and max_keep."
             )
-        self.stages = check_stages(self.stages)
+        check_stages(self.stages)
 
 
 @dataclass(kw_only=True, eq=False)

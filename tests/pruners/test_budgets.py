@@ -144,6 +144,10 @@ def test_a_float_is_a_share_and_an_int_a_count(name):
 
     assert left(1.0) == left(np.float64(1)) == left(torch.tensor(1.0)) == 40
     assert left(1) == left(np.int64(1)) == left(torch.tensor(1)) == 1
+    (layer,) = ocvtp.build_pruner(
+        name, stages=((torch.tensor(2), torch.tensor(5)),), **own_network(name)
+    ).layers(8)
+    assert (type(layer), layer) == (int, 2)
     assert left(0.5) == 20
     assert left(0.001) == 1
     assert left(64) == 40  # as many as there are
