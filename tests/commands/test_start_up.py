@@ -121,6 +121,7 @@ def test_every_name_is_found_where_editors_look_for_it():
     assert not hasattr(ocvtp, "torch")
 
 
+@pytest.mark.slow
 def test_parts_of_the_package_are_its_attributes():
     assert after_torch().keys() > set(PARTS)  # each was run to its end
 

@@ -172,6 +172,7 @@ def test_the_folder_is_a_model(run):
     assert model.generation_config.max_new_tokens == 4
 
 
+@pytest.mark.slow
 def test_the_folder_holds_what_was_trained(run):
     from transformers import AutoModelForImageTextToText
 
@@ -194,6 +195,7 @@ def learner_stage():
     return tiny_settings("x").stages[2]
 
 
+@pytest.mark.slow
 def test_answer_command_prunes_the_model(run, tmp_path, capsys):
     _, folder = run
     Image.fromarray(draw_scene(0, 0, 48).image).save(tmp_path / "scene.png")
@@ -204,6 +206,7 @@ def test_answer_command_prunes_the_model(run, tmp_path, capsys):
     assert (facts["visual_tokens"], facts["visual_tokens_kept"]) == ([36], [5])
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_measured(run):
     config, folder = run
     text = (folder / "README.md").read_text()
@@ -222,6 +225,7 @@ def test_the_card_says_what_was_measured(run):
     assert "$" not in text
 
 
+@pytest.mark.slow
 def test_a_model_without_dropping_is_not_for_pruning(run, tmp_path):
     facts = json.loads((run[1] / "figures.json").read_text())
     settings = tiny_settings(tmp_path)

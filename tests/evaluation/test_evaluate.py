@@ -394,6 +394,7 @@ def test_a_narrower_run_keeps_what_is_there(subject, few, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_rows_of_a_folder_of_other_settings_are_refused(subject, few, tmp_path):
     write_all(few, *ask(subject, few, tmp_path, controls=()), tmp_path)
     before = (tmp_path / "results.json").read_bytes()

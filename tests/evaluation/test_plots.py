@@ -1,3 +1,5 @@
+from functools import cache
+
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ocvtp.evaluation.report import results
 from ocvtp.reporting.plot_style import marks
 
 
+@cache
 def many(pruners=25, budgets=(0.5, 0.25, 0.1, 0.05)):
     """Pruner p0 is the best."""
     rows = [row("unpruned", 1.0, 390, 400)]

@@ -77,7 +77,7 @@ def logged(folder: Path) -> dict[str, float]:
     return found
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_path):
     result = train(words(recipe))

@@ -221,6 +221,7 @@ def settings_file(folder: Path, scenes: Path, **trainer_settings) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_trains_and_resumes(tmp_path, scenes):
     path = settings_file(tmp_path, scenes)
     result = train(["--config", str(path)])

@@ -227,6 +227,7 @@ def test_the_classes_that_are_proposed_exist():
             assert hasattr(importlib.import_module(module), name)
 
 
+@pytest.mark.slow
 def test_the_short_help_names_settings_that_exist():
     """And is printed without a parser, which takes seconds to import."""
     clis = [build(["--config", name]) for name in (CONFIG, "configs/train/selector/mask.yaml")]
