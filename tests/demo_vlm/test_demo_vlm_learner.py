@@ -14,6 +14,7 @@ from ocvtp import Needs, Pruner, Selection
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.scenes import draw_scene
 from tools.demo_vlm.batches import to_pixels
+from tools.demo_vlm.learner import align_loss, names_of_patches
 from tools.demo_vlm.model import build_model, orthogonal_attention
 from tools.demo_vlm.packing import random_subset, read_packed
 from tools.demo_vlm.processor import build_processor, word_tokenizer
@@ -232,7 +233,7 @@ def test_alignment_is_least_where_patches_are_their_words():
     with torch.no_grad():  # embeddings of words far apart
         noise = torch.randn(len(embeddings), 32, generator=generator())
         embeddings.copy_(4 * noise / noise.norm(dim=1, keepdim=True))
-    numbers = learner._words
+    numbers = names_of_patches(word_tokenizer())
 
     def of(names, labels):
         table = torch.stack([embeddings[numbers[name]] for name in names])
@@ -243,12 +244,13 @@ def test_alignment_is_least_where_patches_are_their_words():
     right = right + of(("small", "large"), batch.size) + object_word
     visual = torch.where(shown, right, -object_word)
     with torch.no_grad():
-        good = learner._align(visual, batch)
+        good = align_loss(visual, batch, embeddings, numbers)
         for name, number in (("shape", 5), ("colour", 6), ("size", 2)):
             labels, first = getattr(batch, name), int(name == "shape")
             for value in range(number):  # each label alone, taken for the next one
                 wrong = torch.where(labels == value + first, (value + 1) % number + first, labels)
-                bad = learner._align(visual, replace(batch, **{name: wrong}))
+                changed = replace(batch, **{name: wrong})
+                bad = align_loss(visual, changed, embeddings, numbers)
                 assert good + 0.05 < bad, (name, value)
 
 

@@ -5,7 +5,8 @@ H is the width of the language model here, Q the questions on an image.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,10 +70,7 @@ class Learner(Reader):
             noise = torch.randn(settings.text_dim, settings.tower_dim)
         super().__init__(build_model(settings, tokenizer, seed), tokenizer, noise)
         self.heads = heads
-        self._words = {
-            word: tokenizer.convert_tokens_to_ids(word)
-            for word in ("object", *SHAPES, *COLOURS, *SIZES)
-        }
+        self._names = names_of_patches(tokenizer)
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 3, H, W] -> tokens [B, N, D] that the language model gets, and the CLS [B, D]."""
@@ -103,7 +101,8 @@ class Learner(Reader):
         if stage.align or stage.answer:
             visual = self.project(features)
         if stage.align:
-            terms["align"] = self._align(visual, batch)
+            embeddings = self.model.get_input_embeddings().weight
+            terms["align"] = align_loss(visual, batch, embeddings, self._names)
         if stage.answer:
             if torch.rand(1, generator=generator).item() < stage.drop:
                 visual = self.drop(features, visual, generator)
@@ -127,18 +126,42 @@ class Learner(Reader):
             scores["answers"] = logits.argmax(-1) == batch.answer
         return scores
 
-    def _align(self, visual: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropies of the words for a patch, by their products with its projection."""
-        embeddings = self.model.get_input_embeddings().weight
-        logits = F.rms_norm(visual, (visual.shape[-1],)) @ embeddings.T
-        shown = batch.shape > 0
-        total = F.binary_cross_entropy_with_logits(
-            logits[..., self._words["object"]] - _OBJECT_BIAS, shown.to(logits.dtype)
-        )
-        shape = torch.where(shown, batch.shape - 1, IGNORE)
-        for names, labels in ((SHAPES, shape), (COLOURS, batch.colour), (SIZES, batch.size)):
-            chosen = logits[..., [self._words[name] for name in names]]
-            total = total + F.cross_entropy(
-                chosen.flatten(0, 1), labels.flatten(), ignore_index=IGNORE
-            )
-        return total
+
+def names_of_patches(tokenizer: Any) -> dict[str, int]:
+    """The numbers of the words that `align_loss` brings patches near to."""
+    names = ("object", *SHAPES, *COLOURS, *SIZES)
+    return {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+
+
+class Labels(Protocol):
+    """What patches show: `shape`, `colour` and `size` [B, N] of a `Batch`."""
+
+    @property
+    def shape(self) -> Tensor: ...
+
+    @property
+    def colour(self) -> Tensor: ...
+
+    @property
+    def size(self) -> Tensor: ...
+
+
+def align_loss(
+    visual: Tensor, labels: Labels, embeddings: Tensor, words: Mapping[str, int]
+) -> Tensor:
+    """Cross-entropies of the words for a patch, by their products with its projection.
+
+    Args:
+        visual: [B, N, H] projected tokens. labels: of their patches.
+        embeddings: [V, H] of words. words: numbers of `object` and of the names of all labels.
+    """
+    logits = F.rms_norm(visual, (visual.shape[-1],)) @ embeddings.T
+    shown = labels.shape > 0
+    total = F.binary_cross_entropy_with_logits(
+        logits[..., words["object"]] - _OBJECT_BIAS, shown.to(logits.dtype)
+    )
+    shape = torch.where(shown, labels.shape - 1, IGNORE)
+    for names, right in ((SHAPES, shape), (COLOURS, labels.colour), (SIZES, labels.size)):
+        chosen = logits[..., [words[name] for name in names]]
+        total = total + F.cross_entropy(chosen.flatten(0, 1), right.flatten(), ignore_index=IGNORE)
+    return total

@@ -26,6 +26,25 @@ def read_packed(
 ) -> Tensor:
     """What the language model makes of every word of every question.
 
+    Args: those of `pack`.
+
+    Returns:
+        [B, Q, L, H] last hidden states.
+    """
+    inputs, shared = pack(model, before, visual, words, places)
+    hidden: Tensor = model.model.language_model(**inputs).last_hidden_state
+    return hidden[:, shared:].unflatten(1, words.shape[1:])
+
+
+def pack(
+    model: Any,
+    before: Tensor,
+    visual: Tensor,
+    words: Tensor,
+    places: tuple[Tensor, int] | None = None,
+) -> tuple[dict[str, Any], int]:
+    """What the language model is called with.
+
     Args:
         model: a LlavaForConditionalGeneration.
         before: [P] token numbers before the image.
@@ -35,7 +54,7 @@ def read_packed(
             where tokens were left out.
 
     Returns:
-        [B, Q, L, H] last hidden states.
+        Its arguments, of P + K + Q L tokens, and the number of those before the questions.
     """
     batch, num_questions, length = words.shape
     embed = model.get_input_embeddings()
@@ -54,13 +73,13 @@ def read_packed(
         shown = slice(start_of_image, shared)
         positions = positions + (num_places - visual.shape[1]) * (order >= shared)
         positions[:, shown] = start_of_image + own_places
-    hidden: Tensor = model.model.language_model(
-        inputs_embeds=inputs,
-        attention_mask=seen[None, None].expand(batch, 1, -1, -1),
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state
-    return hidden[:, shared:].reshape(batch, num_questions, length, -1)
+    arguments = {
+        "inputs_embeds": inputs,
+        "attention_mask": seen[None, None].expand(batch, 1, -1, -1),
+        "position_ids": positions,
+        "use_cache": False,
+    }
+    return arguments, shared
 
 
 def random_subset(features: Tensor, generator: torch.Generator) -> Tensor:
