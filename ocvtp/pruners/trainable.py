@@ -58,7 +58,7 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
             raise ValueError(
                 f"pruner {self.name!r} needs a trained network: pass checkpoint=DIR_OR_HUB_ID"
                 " (written by `ocvtp export`) or, in Python, network=a"
-                f"{'n' * (kind[0] in 'AEIOU')} {kind}."
+                f"{'n' * (kind[0] in 'AEIOU')} {kind}, and not both."
             )
         if self.checkpoint is not None and self.network is None:
             self.network = self._read(self.checkpoint)

@@ -169,11 +169,12 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = (
-            None if teacher is None else Teacher(teacher, self.says(), model, self.processor)
-        )
+        self._teacher = self._teacher_in(teacher)
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
+
+    def _teacher_in(self, folder: str | None) -> Teacher | None:
+        return None if folder is None else Teacher(folder, self.says(), self.vlm, self.processor)
 
     def _check_parts(self, gate: Gate | None, scorer: Scorer) -> None:
         """Refuse losses that lack what they read."""

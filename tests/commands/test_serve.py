@@ -109,7 +109,7 @@ def test_the_compose_file_has_a_command_that_can_be_served(capsys):
         ),
         ([DEMO, "--pruner", "divprune", "--num-keep", "145"], "exceeds the 144 visual tokens"),
         ([DEMO, "--pruner", "divprunes", "--num-keep", "9"], "did you mean 'divprune'"),
-        ([DEMO, *PRUNED, "--max-keep", "8"], "got num_keep=16 and max_keep=8, but max_keep is the"),
+        ([DEMO, *PRUNED, "--max-keep", "8"], "got --num-keep 16 and --max-keep 8, but --max-keep"),
         ([DEMO, *PRUNED, "--hf-overrides", "[1]"], r"--hf-overrides \[1\] is no JSON object"),
         ([DEMO, *PRUNED, "--hf-overrides", "{"], "is no JSON object .Expecting property name"),
         ([DEMO, *PRUNED, "--hf-overrides", '{"ocvtp": {}}'], "sets 'ocvtp', as --pruner does"),

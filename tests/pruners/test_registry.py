@@ -55,9 +55,9 @@ def test_a_taken_name_is_refused():
 
 
 def test_the_learned_pruner_needs_a_network(small_network):
-    with pytest.raises(ValueError, match="checkpoint=.* or network="):
+    with pytest.raises(ValueError, match="checkpoint=.* network="):
         ocvtp.build_pruner("ocvtp", num_keep=4)
-    with pytest.raises(ValueError, match="either"):
+    with pytest.raises(ValueError, match="and not both"):
         ocvtp.build_pruner("ocvtp", num_keep=4, checkpoint="x", network=small_network)
     with pytest.raises(ValueError, match="fill='mean'"):
         ocvtp.build_pruner("ocvtp", num_keep=4, network=small_network, fill="mean")

@@ -33,7 +33,8 @@ def read_packed(
     """
     inputs, shared = pack(model, before, visual, words, places)
     hidden: Tensor = model.model.language_model(**inputs).last_hidden_state
-    return hidden[:, shared:].unflatten(1, words.shape[1:])
+    own: Tensor = hidden[:, shared:].unflatten(1, words.shape[1:])
+    return own
 
 
 def pack(
