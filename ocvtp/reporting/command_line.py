@@ -78,12 +78,12 @@ def as_typed(text: str) -> str:
 def _typed(found: re.Match[str]) -> str:
     """`name=value` as a flag, or else as a setting of a pruner."""
     before, name, value = found["pass"] or "", found["name"], found["value"]
-    given = f"{name}={value}"
-    if name in _flags and not any(given in word for word in _words):
+    in_a_spec = f"{name}={value.strip(_QUOTES)}"
+    if name in _flags and not any(value and in_a_spec in word for word in _words):
         return before + _flag(_flags[name], value)
     if value.startswith(("(", "[[")) or value in ("True", "False") or (before and value):
         return f"{before}{'NAME:' if before else ''}{name}={_yaml(value)}"
-    return before + given
+    return f"{before}{name}={value}"
 
 
 def _flag(flag: str, value: str) -> str:
@@ -98,7 +98,7 @@ def _flag(flag: str, value: str) -> str:
     return f"{flag} {shlex.quote(value[1:-1]) if value[0] in _QUOTES else value}"
 
 
-_QUOTES = ("'", '"')
+_QUOTES = "'\""
 _CONSTANTS = {"True": "true", "False": "false", "None": "null"}
 
 

@@ -203,7 +203,7 @@ def test_any_size_from_the_command_line(drawn, tower_folder, tmp_path, capsys):
         (("--feature-layer", "7"), "hidden_states[7] does not exist in this tower"),
         (("--text-tower", "random:tiny"), "--text-tower is for pruners that read the prompt"),
         (("--dtype", "float8"), "--dtype float8; pass auto"),
-        (("--device", "nowhere"), "device='nowhere' cannot be used"),
+        (("--device", "nowhere"), "--device nowhere cannot be used"),
         (("--pruners", "fastv:stages=[[1,4]]"), "acts at stage 'llm_layers'"),
         (("--pruners", "tome"), "acts at stage 'encoder'"),
         (("--pruners", "trim"), "reads the prompt, which a tower alone has not; pass a VLM"),

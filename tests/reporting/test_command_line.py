@@ -48,6 +48,7 @@ def test_a_command_has_what_was_typed_before_it():
             (text, text)  # no setting of this command, or said in a spec
             for text in (
                 "pruner 'fps:num_keep=5' of /runs/num_keep=5/num_keep: num_keep=5 is little",
+                "text_tower='a.b' of pruner 'trim:text_tower=a.b' cannot be loaded",
                 "write e.g. stages=[[2,64]]; model_type='x'; pass processor=, or `num_keep=3`",
             )
         ),
@@ -57,7 +58,7 @@ def test_messages_are_in_the_words_of_the_command(said, told):
     flags = "num_keep", "keep_ratio", "max_keep", "text_tower", "budget", "levels", "num_images"
 
     def command():
-        with in_flags(flags, ["fps:num_keep=5"]):
+        with in_flags(flags, ["fps:num_keep=5", "trim:text_tower=a.b"]):
             assert as_typed(said) == as_typed(told) == told
             raise ValueError(said)
 
