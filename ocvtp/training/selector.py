@@ -169,9 +169,7 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = (
-            None if teacher is None else Teacher(teacher, self.says(), model, self.processor)
-        )
+        self._teacher = None if teacher is None else self._stored(teacher)
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
 
@@ -281,6 +279,9 @@ class SelectorModule(NetworkModule):
                     " model."
                 )
         self.network.load_state_dict(found.state_dict())
+
+    def _stored(self, teacher: str) -> Teacher:
+        return Teacher(teacher, self.says(), self.vlm, self.processor)
 
     @property
     def transform(self) -> PromptTransform:
