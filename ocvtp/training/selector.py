@@ -169,12 +169,9 @@ class SelectorModule(NetworkModule):
             self._begin_from(warm_start)
         # In lists, so that they are no part of this module.
         self._control: list[SelectorNetwork] = []
-        self._teacher = self._teacher_in(teacher)
+        self._teacher = None if teacher is None else self._stored(teacher)
         self._objects = ObjectsOnTokens(self.frozen_host, self.processor)
         self._modes = ExitStack()
-
-    def _teacher_in(self, folder: str | None) -> Teacher | None:
-        return None if folder is None else Teacher(folder, self.says(), self.vlm, self.processor)
 
     def _check_parts(self, gate: Gate | None, scorer: Scorer) -> None:
         """Refuse losses that lack what they read."""
@@ -282,6 +279,9 @@ class SelectorModule(NetworkModule):
                     " model."
                 )
         self.network.load_state_dict(found.state_dict())
+
+    def _stored(self, teacher: str) -> Teacher:
+        return Teacher(teacher, self.says(), self.vlm, self.processor)
 
     @property
     def transform(self) -> PromptTransform:
