@@ -23,7 +23,9 @@ from ocvtp.pruners import Pruner
 from ocvtp.serving.plan import KEY
 
 _QUESTIONS = ("how many circles are there in the image?", "is there a red square in the image?")
-_SIZES = ((96, 96), (160, 96), (96, 200))
+_SIZES = ((112, 96), (160, 96), (96, 200))
+"""Widths and heights. None is square: where one tile repeats the base view token by token, the last
+bit of a sum decides which of two equal tokens stays."""
 _LONGEST = 4096  # of a prompt with its answer
 
 

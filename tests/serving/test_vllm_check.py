@@ -33,7 +33,9 @@ def test_every_host_is_asked_about_images_that_are_pruned(name):
     plan = read_plan(model.config, {"pruner": "divprune", "num_keep": 5})
     tiling = {"budget": "per_image", "separators": "all"}
     model.generation_config.eos_token_id = [*range(model.config.get_text_config().vocab_size)]
-    found = by_transformers(model, processor, plan.pruner, requests_of(processor), 2, tiling)
+    requests = requests_of(processor)
+    assert all(image.width != image.height for one in requests for image in one.images)
+    found = by_transformers(model, processor, plan.pruner, requests, 2, tiling)
     assert [one.visual_tokens_kept for one in found] == [[5]] * 6 + [[5, 5]]
     assert all(min(one.visual_tokens) > 5 for one in found)
     assert all(len(one.answer) == 2 for one in found)
