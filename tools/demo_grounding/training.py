@@ -36,7 +36,8 @@ class GroundingSettings:
         base: folder of the demo VLM to begin with.
         tower_steps: of the tower's own stage. sight_steps: of the projector's, after it. steps: of
             the language model's and the projector's, last.
-        tower_learning_rate, learning_rate: of the tower, and of what reads it, at their highest.
+        tower_learning_rate, sight_learning_rate, learning_rate: of these stages, at their highest;
+            the last is low, so that what the language model knows is not lost at once.
         warmup: steps in which they rise. hold: share of the steps after which they fall, on a
             cosine to 2%.
         alone_steps: the first of `steps`, whose questions are no conversations.
@@ -50,11 +51,12 @@ class GroundingSettings:
     output: str
     base: str = "checkpoints/demo-vlm"
     tower_steps: int = 500
-    sight_steps: int = 60
-    steps: int = 850
-    alone_steps: int = 650
+    sight_steps: int = 120
+    steps: int = 1500
+    alone_steps: int = 1000
     tower_learning_rate: float = 2e-3
-    learning_rate: float = 2e-3
+    sight_learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     warmup: int = 25
     hold: float = 0.4
     spotlight: float = 0.5
@@ -124,14 +126,9 @@ class _Run:
         rest = [p for p in trained(reader) if id(p) not in own]
         self._parts = tower, rest
         self.optimizers = tuple(
-            torch.optim.AdamW(
-                [{"params": part, "lr": lr, "initial_lr": lr}],
-                betas=betas,
-                weight_decay=_WEIGHT_DECAY,
-            )
-            for part, lr, betas in zip(
+            torch.optim.AdamW(part, betas=betas, weight_decay=_WEIGHT_DECAY)
+            for part, betas in zip(
                 self._parts,
-                (settings.tower_learning_rate, settings.learning_rate),
                 ((0.9, 0.95), (0.9, 0.98)),
                 strict=True,
             )
@@ -146,18 +143,21 @@ class _Run:
         self.reader.model.model.vision_tower.requires_grad_(step < 0)
         if step < 0:
             kind, total, number = "tower", settings.tower_steps, self.step
+            highest = settings.tower_learning_rate
             if number == 0:
                 self.teacher.begin(torch.Generator().manual_seed(settings.seed))
             batch = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             loss = self.teacher.loss(batch)
         elif step < settings.sight_steps:
             kind, total, number = "sight", settings.sight_steps, step
+            highest = settings.sight_learning_rate
             sight = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             if step == 0:
                 self.reader.fit(self.reader.encode(sight.pixel_values))
             loss = weighed(self.reader.sight(sight))
         else:
             total, number = settings.steps, step - settings.sight_steps
+            highest = settings.learning_rate
             kind = "alone" if number < settings.alone_steps else "turns"
             generator = torch.Generator().manual_seed((settings.seed << 32) + step)
             read = draw_batch(self.encoder, step, settings.seed, self._size, self._patch, kind)
@@ -168,7 +168,7 @@ class _Run:
         loss.backward()
         nn.utils.clip_grad_norm_(part, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate(settings, number, total)
+            group["lr"] = highest * rate(settings, number, total)
         optimizer.step()
         self.step += 1
         value = round(float(loss.detach()), 4)
