@@ -1,4 +1,4 @@
-"""The demo VLM, taught boxes, conversations and two images in one prompt.
+"""The demo VLM, taught to answer by boxes and to go on in a conversation.
 
-It begins with the weights of `checkpoints/demo-vlm`, whose vision tower stays as it is.
+It begins with the weights of `checkpoints/demo-vlm`, whose vision tower first learns places.
 """

@@ -54,10 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="outputs/demo-grounding", metavar="DIR")
     parser.add_argument("--base", default=GroundingSettings.base, metavar="DIR")
     parser.add_argument("--resume", action="store_true", help="go on where it was stopped")
-    for name, kind in (("tower_steps", int), ("steps", int), ("terse_steps", int), ("seed", int)):
+    for name in ("tower_steps", "sight_steps", "steps", "alone_steps", "seed"):
         default = getattr(GroundingSettings, name)
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, default=default, help=f"(default: {default})")
+        parser.add_argument(flag, type=int, default=default, help=f"(default: {default})")
     return parser
 
 

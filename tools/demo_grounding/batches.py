@@ -1,6 +1,6 @@
 """What is read in each step: drawn scenes, and conversations about them.
 
-B prompts, I images in each, Q conversations about them. Step i of a training always reads the same.
+B scenes of N patches, Q conversations about each. Step i of a training always reads the same.
 """
 
 from __future__ import annotations
@@ -17,26 +17,33 @@ from torch.nn import functional as F
 from ocvtp.data.grounding import PROMPT, corners, seek
 from ocvtp.data.questions import ask
 from ocvtp.data.scenes import Scene, Split, draw_scene, split_seed
-from ocvtp.data.several_images import ask_of_several
 from ocvtp.evaluation.oracle import on_cells
-from tools.demo_grounding.conversations import ConversationEncoder, Read, Turn, box_answer
-from tools.demo_vlm.batches import IGNORE, LEAST_COVER, to_pixels
+from tools.demo_grounding.conversations import STEP, ConversationEncoder, Read, Turn, box_answer
+from tools.demo_vlm.batches import IGNORE, LEAST_COVER, patch_labels, to_pixels
 
-Kind = Literal["boxes", "turns", "several"]
-TERSE: tuple[Kind, ...] = ("boxes", "boxes", "boxes", "several")
-CYCLE: tuple[Kind, ...] = ("boxes", "turns", "boxes", "several")
-"""What the steps read in turn: while questions are terse, and in English."""
-PROMPTS: dict[Kind, int] = {"boxes": 24, "turns": 10, "several": 12}
-"""Prompts of a step."""
-_ASKED: dict[Kind, int] = {"boxes": 6, "turns": 4, "several": 12}
-_IMAGES: dict[Kind, int] = {"boxes": 1, "turns": 1, "several": 2}
-_MOST_TURNS = 3
-_BOX_SHARE = 0.3  # of the turns
+Kind = Literal["alone", "turns"]
+SCENES = {"tower": 32, "alone": 16, "turns": 14}
+"""Of a step: of the tower's own stage, with questions alone, and with some in turn."""
+_CONVERSATIONS = {"alone": (9, 1), "turns": (4, 3)}
+"""About each scene, and turns of each."""
+_BOX_SHARE = 0.5  # of the turns
 _NUM_OBJECTS = (3, 7)
 _STREAM = 4  # of random numbers, beside those of drawing
 _FIRST_SCENE = 50 * 10**8  # beyond those that the demo VLM has read
 _FIRST_TOWER_SCENE = 60 * 10**8
-_TOWER_IMAGES = 32
+
+
+@dataclass
+class PatchLabels:
+    """Shape, colour and size [B, N] of what patches show, as in the demo VLM's `Batch`."""
+
+    shape: Tensor
+    colour: Tensor
+    size: Tensor
+
+    def at(self, places: Tensor) -> PatchLabels:
+        """Those of some patches, [B, K]."""
+        return PatchLabels(*(value.gather(1, places) for value in vars(self).values()))
 
 
 @dataclass
@@ -44,38 +51,44 @@ class Batch:
     """What a step reads.
 
     Args:
-        pixel_values: [B, I, 3, H, W] in -1..1.
-        shown: [B, I, N] bool, which patches show an object.
+        pixel_values: [B, 3, H, W] in -1..1.
+        owner: [B, N] number of the object that each patch shows, `IGNORE` where it shows none.
+        edges: [B, N, 4] the coordinates of its box, in `STEP` pixels.
+        labels: of [B, N], what the demo VLM's `align_loss` asks for.
         read: of [B, Q, L], see `Read`.
     """
 
     pixel_values: Tensor
-    shown: Tensor
+    owner: Tensor
+    edges: Tensor
+    labels: PatchLabels
     read: Read
 
 
 def draw_batch(
     encoder: ConversationEncoder,
-    kind: Kind,
     step: int,
     seed: int,
     size: int,
     patch: int,
-    terse: bool = False,
+    kind: Kind,
     split: Split = "train",
 ) -> Batch:
-    """The batch of a step; `terse` are questions of a few words."""
-    stream = split_seed(split, seed)
-    count, images = PROMPTS[kind], _IMAGES[kind]
-    pixels, shown, reads = [], [], []
-    for number in range(count):
-        first = _FIRST_SCENE + (step * max(PROMPTS.values()) + number) * max(_IMAGES.values())
-        scenes = [draw_scene(stream, first + image, size, _NUM_OBJECTS) for image in range(images)]
-        rng = np.random.default_rng([stream, first, _STREAM])
-        pixels.append(torch.stack([to_pixels(scene.image) for scene in scenes]))
-        shown.append(torch.stack([_patch_boxes(scene, patch)[1] for scene in scenes]))
-        reads.append(encoder(_conversations(kind, scenes, rng, terse), terse))
-    return Batch(torch.stack(pixels), torch.stack(shown), _joined(reads))
+    """The batch of a step."""
+    stream, count = split_seed(split, seed), SCENES[kind]
+    first = _FIRST_SCENE + step * max(SCENES.values())
+    scenes = [draw_scene(stream, first + n, size, _NUM_OBJECTS) for n in range(count)]
+    reads = []
+    for number, scene in enumerate(scenes):
+        rng = np.random.default_rng([stream, first + number, _STREAM])
+        reads.append(encoder(_conversations(scene, rng, kind)))
+    boxes, owner = zip(*(_patches(scene, patch) for scene in scenes), strict=True)
+    edges = (torch.stack(boxes) * (size / STEP)).round().long()
+    found = [patch_labels(scene, patch) for scene in scenes]
+    labels = PatchLabels(
+        *(torch.stack([one[name] for one in found]) for name in ("shape", "colour", "size"))
+    )
+    return Batch(_pixels(scenes), torch.stack(owner), edges, labels, _joined(reads))
 
 
 @dataclass
@@ -97,66 +110,58 @@ def draw_tower_batch(
     step: int, seed: int, size: int, patch: int, split: Split = "train"
 ) -> TowerBatch:
     """The batch of a step of the tower's own stage."""
-    stream, first = split_seed(split, seed), _FIRST_TOWER_SCENE + step * _TOWER_IMAGES
-    scenes = [draw_scene(stream, first + n, size, _NUM_OBJECTS) for n in range(_TOWER_IMAGES)]
-    boxes, shown = zip(*(_patch_boxes(scene, patch) for scene in scenes), strict=True)
-    pixels = torch.stack([to_pixels(scene.image) for scene in scenes])
-    return TowerBatch(pixels, torch.stack(boxes), torch.stack(shown))
+    stream, count = split_seed(split, seed), SCENES["tower"]
+    first = _FIRST_TOWER_SCENE + step * count
+    scenes = [draw_scene(stream, first + n, size, _NUM_OBJECTS) for n in range(count)]
+    boxes, owner = zip(*(_patches(scene, patch) for scene in scenes), strict=True)
+    return TowerBatch(_pixels(scenes), torch.stack(boxes), torch.stack(owner) != IGNORE)
 
 
-def _patch_boxes(scene: Scene, patch: int) -> tuple[Tensor, Tensor]:
-    """[N, 4] and [N], see `TowerBatch`."""
+def _pixels(scenes: Sequence[Scene]) -> Tensor:
+    return torch.stack([to_pixels(scene.image) for scene in scenes])
+
+
+def _patches(scene: Scene, patch: int) -> tuple[Tensor, Tensor]:
+    """[N, 4] and [N]: `boxes` of a `TowerBatch`, and `owner` of a `Batch`."""
     edge = len(scene.image)
     cells = on_cells(np.stack([item.mask for item in scene.objects]), (edge // patch,) * 2)
     boxes = torch.tensor([corners(item.box) for item in scene.objects]) / edge
-    cover = torch.from_numpy(cells)
-    return boxes[cover.argmax(0)], cover.max(0).values >= LEAST_COVER
+    cover, owner = torch.from_numpy(cells).max(0)
+    return boxes[owner], torch.where(cover >= LEAST_COVER, owner, IGNORE)
 
 
-def _conversations(
-    kind: Kind, scenes: Sequence[Scene], rng: np.random.Generator, terse: bool
-) -> list[list[Turn]]:
-    """As many of every prompt; some are asked twice where a scene has too few."""
-    num = _ASKED[kind]
-    if kind == "several":
-        found = ask_of_several([scene.objects for scene in scenes], num, rng)
-        made = [[Turn(_shortened(one.text) if terse else one.text, one.answer)] for one in found]
-    elif kind == "boxes":
-        made = [[turn] for turn in _boxes(scenes[0], num, rng, terse)]
-    else:
-        made = [_talk(scenes[0], rng) for _ in range(num)]
-    made = made or [_talk(scenes[0], rng)[:1]]
-    return [made[number % len(made)] for number in range(num)]
+def _conversations(scene: Scene, rng: np.random.Generator, kind: Kind) -> list[list[Turn]]:
+    """Boxes and the demo VLM's own questions, mixed; as many of every scene."""
+    num, turns = _CONVERSATIONS[kind]
+    boxes = _boxes(scene, rng)
+    asked = ask(scene.objects, num * turns, rng)
+    mixed = [Turn(one.text, one.answer) for one in asked]
+    for count, place in enumerate((rng.random(len(mixed)) < _BOX_SHARE).nonzero()[0].tolist()):
+        if boxes:  # objects may all be alike
+            mixed[place] = boxes[count % len(boxes)]
+    return [mixed[first : first + turns] for first in range(0, len(mixed), turns)]
 
 
-def _talk(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """Questions one after the other, of all kinds."""
-    boxes = _boxes(scene, _MOST_TURNS, rng)
-    turns = [Turn(one.text, one.answer) for one in ask(scene.objects, _MOST_TURNS, rng)]
-    for number, box in enumerate(boxes):
-        if rng.random() < _BOX_SHARE:
-            turns[number] = box
-    return turns
-
-
-def _boxes(scene: Scene, num: int, rng: np.random.Generator, terse: bool = False) -> list[Turn]:
-    prompt = "where {object}" if terse else PROMPT
-    sought = seek(scene.objects, num, rng)
-    return [Turn(prompt.format(object=one.name), box_answer(one.box), True) for one in sought]
-
-
-def _shortened(text: str) -> str:
-    """`is red circle second`, of a question about one of several images."""
-    words = text.removesuffix("?").lower().split()
-    return " ".join([words[0], *words[3:5], words[-2]])
+def _boxes(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """One of every object that can be asked for."""
+    numbers = {corners(item.box): number for number, item in enumerate(scene.objects)}
+    return [
+        Turn(PROMPT.format(object=one.name), box_answer(one.box), numbers[one.box])
+        for one in seek(scene.objects, len(scene.objects), rng)
+    ]
 
 
 def _joined(reads: Sequence[Read]) -> Read:
-    """[B, Q, L] of the prompts' own [Q, L]."""
+    """[B, Q, L] of the scenes' own [Q, L]."""
     length = max(read.words.shape[1] for read in reads)
 
     def stacked(name: str, fill: int) -> Tensor:
         parts = [getattr(read, name) for read in reads]
         return torch.stack([F.pad(p, (0, length - p.shape[1]), value=fill) for p in parts])
 
-    return Read(stacked("words", 0), stacked("targets", IGNORE), stacked("boxes", 0))
+    return Read(
+        stacked("words", 0),
+        stacked("targets", IGNORE),
+        stacked("about", IGNORE),
+        stacked("names", IGNORE),
+    )

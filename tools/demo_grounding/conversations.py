@@ -1,6 +1,6 @@
-"""What the language model reads after the images: conversations, with the answers to be learnt.
+"""What the language model reads after the image: conversations, with the answers to be learnt.
 
-L words of the longest conversation, Q conversations about the same images.
+L words of the longest conversation, Q conversations about the same image.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from ocvtp.data.grounding import PROMPT, Box
 from ocvtp.data.questions import WORDS
-from ocvtp.data.several_images import ORDINALS
 from tools.demo_vlm.batches import IGNORE
 from tools.demo_vlm.processor import AFTER_QUESTION, word_tokenizer
 
-STEP = 2
+STEP = 4
 """Pixels from one coordinate that the model can say to the next."""
 BEFORE_QUESTION = "USER:"
 _MOST = 96  # pixels of an edge of the demo VLM's images
@@ -26,11 +25,11 @@ _MOST = 96  # pixels of an edge of the demo VLM's images
 
 @dataclass(frozen=True)
 class Turn:
-    """A question and its answer, which is a word, or four numbers where it is a `box`."""
+    """A question and its answer: a word, or four numbers where it is the box of object `about`."""
 
     question: str
     answer: str
-    box: bool = False
+    about: int = IGNORE
 
 
 @dataclass
@@ -40,12 +39,16 @@ class Read:
     Args:
         words: [Q, L] token numbers, padded with 0.
         targets: [Q, L] the token that should follow each, `IGNORE` where nothing is learnt.
-        boxes: [Q, L] bool, whether that is a coordinate.
+        about: [Q, L] the number of the object of which that is a coordinate, `IGNORE` where it is
+            none.
+        names: [Q, L] the number of the object whose box is asked for, where its name ends; else
+            `IGNORE`.
     """
 
     words: Tensor
     targets: Tensor
-    boxes: Tensor
+    about: Tensor
+    names: Tensor
 
 
 def coordinates() -> list[str]:
@@ -56,12 +59,12 @@ def coordinates() -> list[str]:
 def grounding_tokenizer() -> Any:
     """The demo VLM's, with the words that are new at its end."""
     said = PROMPT.lower().replace("{object}", " ").replace("?", " ").replace(".", " ").split()
-    new = [*said, *ORDINALS[:2], *coordinates()]
+    new = [*said, *coordinates()]
     return word_tokenizer(tuple(dict.fromkeys([*WORDS, *new])))
 
 
 def box_answer(box: Box) -> str:
-    """The nearest box that the model can say: `24 36 46 58`."""
+    """The nearest box that the model can say: `24 36 48 56`."""
     return " ".join(str(STEP * round(edge / STEP)) for edge in box)
 
 
@@ -75,37 +78,40 @@ class ConversationEncoder:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._end = tokenizer.eos_token_id
+        self._mark = tokenizer.convert_tokens_to_ids("?")
         self._known: dict[str, list[int]] = {}
 
-    def __call__(self, conversations: Sequence[Sequence[Turn]], terse: bool = False) -> Read:
+    def __call__(self, conversations: Sequence[Sequence[Turn]]) -> Read:
         """Every answer is learnt, and that nothing follows it.
 
         Args:
-            conversations: of one prompt. terse: nothing stands between a question and its answer.
+            conversations: about one image.
         """
-        rows = [self._row(turns, "" if terse else f" {AFTER_QUESTION}") for turns in conversations]
+        rows = [self._row(turns) for turns in conversations]
         shape = len(rows), max(len(row) for row in rows)
-        words = torch.zeros(shape, dtype=torch.long)
-        targets, boxes = torch.full(shape, IGNORE), torch.zeros(shape, dtype=torch.bool)
+        filled = [torch.full(shape, fill) for fill in (0, IGNORE, IGNORE, IGNORE)]
         for number, row in enumerate(rows):
-            word, target, box = zip(*row, strict=True)
-            words[number, : len(row)] = torch.tensor(word)
-            targets[number, : len(row)] = torch.tensor(target)
-            boxes[number, : len(row)] = torch.tensor(box)
-        return Read(words, targets, boxes)
+            for part, values in zip(filled, zip(*row, strict=True), strict=True):
+                part[number, : len(row)] = torch.tensor(values)
+        return Read(*filled)
 
-    def _row(self, turns: Sequence[Turn], after: str) -> list[tuple[int, int, bool]]:
-        """Of every token its number, the one to follow it, and whether that is a coordinate."""
-        row: list[tuple[int, int, bool]] = []
+    def _row(self, turns: Sequence[Turn]) -> list[tuple[int, int, int, int]]:
+        """Of every token what `Read` tells of it."""
+        row: list[tuple[int, int, int, int]] = []
         for number, turn in enumerate(turns):
             before = f"{BEFORE_QUESTION} " if number else ""
-            asked = self._ids(f"{before}{turn.question}{after}")
+            asked = self._ids(f"{before}{turn.question} {AFTER_QUESTION}")
             said = self._ids(turn.answer)
-            row += [(word, IGNORE, False) for word in asked[:-1]]
+            name = asked.index(self._mark) - 1
+            row += [
+                (word, IGNORE, IGNORE, turn.about if place == name else IGNORE)
+                for place, word in enumerate(asked[:-1])
+            ]
             row += zip(
                 [asked[-1], *said],
                 [*said, self._end],
-                [turn.box] * len(said) + [False],
+                [turn.about] * len(said) + [IGNORE],
+                [IGNORE] * (len(said) + 1),
                 strict=True,
             )
         return row

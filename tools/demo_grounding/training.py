@@ -18,9 +18,9 @@ from torch import nn
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
-from tools.demo_grounding.batches import CYCLE, TERSE, draw_batch, draw_tower_batch
+from tools.demo_grounding.batches import draw_batch, draw_tower_batch
 from tools.demo_grounding.conversations import ConversationEncoder, grounding_tokenizer
-from tools.demo_grounding.learner import GroundingReader, TowerTeacher, trained
+from tools.demo_grounding.learner import GroundingReader, TowerTeacher, trained, weighed
 
 STATE, LOSSES = "state.ckpt", "losses.csv"
 _LAST_RATE = 0.02
@@ -34,45 +34,47 @@ class GroundingSettings:
     Args:
         output: folder of the model; `training` in it holds the state.
         base: folder of the demo VLM to begin with.
-        tower_steps: of the tower's own stage. steps: of the language model's, after it.
-        tower_learning_rate, learning_rate: of the two, at their highest.
+        tower_steps: of the tower's own stage. sight_steps: of the projector's, after it. steps: of
+            the language model's and the projector's, last.
+        tower_learning_rate, sight_learning_rate, learning_rate: of these stages, at their highest;
+            the last is low, so that what the language model knows is not lost at once.
         warmup: steps in which they rise. hold: share of the steps after which they fall, on a
             cosine to 2%.
-        terse_steps: the first of `steps`, whose questions are a few words.
-        spotlight: share of the terse steps in which the model reads a third of the tokens, those
-            on objects first; half as many in English. drop: share of the steps in English in which
-            it reads a random part of them. Tokens have the positions that they have in the image.
+        alone_steps: the first of `steps`, whose questions are no conversations.
+        spotlight: share of `steps` in which the model reads a third of the tokens, those on objects
+            first. drop: share in which it reads a random part of them. Tokens have the positions
+            that they have in the image.
         seed: of new words, scenes and questions.
         checkpoint_every: steps from one saved state to the next.
     """
 
     output: str
     base: str = "checkpoints/demo-vlm"
-    tower_steps: int = 200
-    steps: int = 1100
-    terse_steps: int = 700
+    tower_steps: int = 500
+    sight_steps: int = 120
+    steps: int = 1500
+    alone_steps: int = 1000
     tower_learning_rate: float = 2e-3
-    learning_rate: float = 2e-3
+    sight_learning_rate: float = 2e-3
+    learning_rate: float = 7e-4
     warmup: int = 25
     hold: float = 0.4
-    spotlight: float = 0.8
-    drop: float = 0.3
+    spotlight: float = 0.5
+    drop: float = 0.2
     seed: int = 0
     checkpoint_every: int = 25
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained."""
-        if min(self.steps, self.tower_steps) < 1:
+        counts = self.tower_steps, self.sight_steps, self.steps
+        if min(counts) < 1:
             raise ValueError(
-                f"tower_steps={self.tower_steps}, steps={self.steps}: pass at least 1 of each."
+                f"tower_steps, sight_steps, steps = {counts}: pass at least 1 of each."
             )
-        if (
-            min(self.spotlight, self.drop) < 0
-            or max(self.spotlight, self.spotlight / 2 + self.drop) > 1
-        ):
+        if min(self.spotlight, self.drop) < 0 or self.spotlight + self.drop > 1:
             raise ValueError(
-                f"spotlight={self.spotlight}, drop={self.drop} are no shares; pass 0 to 1, half of"
-                " the first and the second no more than 1 together."
+                f"spotlight={self.spotlight}, drop={self.drop} are no shares; pass 0 to 1, no more"
+                " than 1 together."
             )
 
 
@@ -92,7 +94,7 @@ def train(settings: GroundingSettings, resume: bool = False) -> GroundingReader:
     run = _Run(settings, reader, ConversationEncoder(tokenizer))
     if (state := _saved(settings, resume)) is not None:
         run.load(state)
-    total = settings.tower_steps + settings.steps
+    total = settings.tower_steps + settings.sight_steps + settings.steps
     with progress_bar("{task.fields[loss]}") as progress:
         task = progress.add_task("boxes", total=total, completed=run.step, loss="")
         while run.step < total:
@@ -124,14 +126,9 @@ class _Run:
         rest = [p for p in trained(reader) if id(p) not in own]
         self._parts = tower, rest
         self.optimizers = tuple(
-            torch.optim.AdamW(
-                [{"params": part, "lr": lr, "initial_lr": lr}],
-                betas=betas,
-                weight_decay=_WEIGHT_DECAY,
-            )
-            for part, lr, betas in zip(
+            torch.optim.AdamW(part, betas=betas, weight_decay=_WEIGHT_DECAY)
+            for part, betas in zip(
                 self._parts,
-                (settings.tower_learning_rate, settings.learning_rate),
                 ((0.9, 0.95), (0.9, 0.98)),
                 strict=True,
             )
@@ -146,28 +143,32 @@ class _Run:
         self.reader.model.model.vision_tower.requires_grad_(step < 0)
         if step < 0:
             kind, total, number = "tower", settings.tower_steps, self.step
+            highest = settings.tower_learning_rate
             if number == 0:
                 self.teacher.begin(torch.Generator().manual_seed(settings.seed))
             batch = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             loss = self.teacher.loss(batch)
-        else:
-            terse = step < settings.terse_steps
-            cycle = TERSE if terse else CYCLE
-            kind, total, number = cycle[step % len(cycle)], settings.steps, step
-            generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-            read = draw_batch(
-                self.encoder, kind, step, settings.seed, self._size, self._patch, terse
-            )
+        elif step < settings.sight_steps:
+            kind, total, number = "sight", settings.sight_steps, step
+            highest = settings.sight_learning_rate
+            sight = draw_tower_batch(self.step, settings.seed, self._size, self._patch)
             if step == 0:
-                self.reader.fit(self.reader.encode(read.pixel_values).flatten(0, 1))
-            shares = (settings.spotlight, 0.0) if terse else (settings.spotlight / 2, settings.drop)
-            loss = self.reader.loss(read, *shares, generator)
+                self.reader.fit(self.reader.encode(sight.pixel_values))
+            loss = weighed(self.reader.sight(sight))
+        else:
+            total, number = settings.steps, step - settings.sight_steps
+            highest = settings.learning_rate
+            kind = "alone" if number < settings.alone_steps else "turns"
+            generator = torch.Generator().manual_seed((settings.seed << 32) + step)
+            read = draw_batch(self.encoder, step, settings.seed, self._size, self._patch, kind)
+            terms = self.reader.loss(read, settings.spotlight, settings.drop, generator)
+            loss = weighed(terms)
         optimizer, part = self.optimizers[step >= 0], self._parts[step >= 0]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(part, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * rate(settings, number, total)
+            group["lr"] = highest * rate(settings, number, total)
         optimizer.step()
         self.step += 1
         value = round(float(loss.detach()), 4)
