@@ -28,7 +28,7 @@ def test_a_llava_runs_most_and_says_what_the_others_need(capsys):
     status, what = found["ocvtp"]
     assert (status, "--checkpoint" in what) == ("needs", True)
     status, what = found["trim"]
-    assert (status, "text_tower=" in what) == ("needs", True)
+    assert (status, "--text-tower" in what) == ("needs", True)
     status, what = found["fastv"]
     assert (status, "fastv:stages=[[1,K]]" in what) == ("needs", True)
     status, what = found["hiprune"]
