@@ -58,8 +58,9 @@ class CocoInstances:
         return self._coco.objects(self.image_ids[name])
 
     def upright_boxes(self, name: str, boxes: Sequence[Box], path: Path) -> list[Box]:
-        """Boxes of an image's annotations on its upright picture, in pixels of that, cut off at its
-        edges: annotations of published files reach beyond them.
+        """Boxes of an image's annotations on its upright picture, in pixels of that.
+
+        They are cut off at its edges: those of published files may reach beyond them.
 
         Args:
             name: of an image that is listed. boxes: as x1, y1, x2, y2.
