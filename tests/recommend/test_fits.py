@@ -1,6 +1,7 @@
 """Which pruners a model can run, from the command line."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
+from ocvtp.recommend import fits
 
 
 def listed(capsys, model, *more):
@@ -19,6 +21,15 @@ def listed(capsys, model, *more):
     assert [row["name"] for row in found["pruners"]] == list_pruners()
     assert all(row["what"] for row in found["pruners"] if row["status"] != "runs")
     return {row["name"]: (row["status"], row["what"]) for row in found["pruners"]}
+
+
+def test_settings_that_nobody_chose_fit_or_not_whatever_they_raise():
+    def attempt(*_):
+        raise error
+
+    subject = SimpleNamespace(sharing=list, attempt=attempt)
+    for error in (ZeroDivisionError(), RuntimeError("of a shape"), ValueError("no")):
+        assert not fits._runs(subject, "scope:alpha=0.0", 4, None, None)
 
 
 @pytest.mark.slow
