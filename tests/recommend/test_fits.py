@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -24,11 +25,8 @@ def listed(capsys, model, *more):
 
 
 def test_settings_that_nobody_chose_fit_or_not_whatever_they_raise():
-    def attempt(*_):
-        raise error
-
-    subject = SimpleNamespace(sharing=list, attempt=attempt)
     for error in (ZeroDivisionError(), RuntimeError("of a shape"), ValueError("no")):
+        subject = SimpleNamespace(sharing=list, attempt=Mock(side_effect=error))
         assert not fits._runs(subject, "scope:alpha=0.0", 4, None, None)
 
 
