@@ -167,8 +167,8 @@ PATIENCE = 0.05
 """Seconds that a batch may wait for as many questions as the last one had."""
 SLICE, SLACK = 2**14, 16
 """Characters of a text whose tokens are counted at a time, and the most tokens that a cut adds."""
-MOST_TOLD = 8
-"""Faults of a body that are told."""
+MOST_TOLD, LONGEST_TOLD = 8, 300
+"""Faults of a body that are told, and the characters of each: they repeat what the client wrote."""
 LINGER = 10.0
 """Seconds that the rest of a body is waited for when its request is refused."""
 
@@ -547,7 +547,12 @@ def parse_chat(body: bytes) -> Chat:
         found = error.errors(include_url=False, include_input=False, include_context=False)
         told = [f"{'.'.join(map(str, one['loc'])) or 'the body'}: {one['msg']}" for one in found]
         more = [f"and {len(told) - MOST_TOLD} more"] if len(told) > MOST_TOLD else []
-        raise Refused(400, "; ".join(told[:MOST_TOLD] + more)) from error
+        raise Refused(400, "; ".join([*map(cut, told[:MOST_TOLD]), *more])) from error
+
+
+def cut(text: str) -> str:
+    """Its beginning alone, where it is long."""
+    return text if len(text) <= LONGEST_TOLD else f"{text[:LONGEST_TOLD]}..."
 
 
 def check_chat(chat: Chat, worker: Worker, limits: argparse.Namespace) -> None:
@@ -557,7 +562,7 @@ def check_chat(chat: Chat, worker: Worker, limits: argparse.Namespace) -> None:
         Refused: for the first.
     """
     if chat.model not in (None, limits.model):
-        raise Refused(404, f"model {chat.model!r} is not served; pass {limits.model!r}.")
+        raise Refused(404, f"model {cut(repr(chat.model))} is not served; pass {limits.model!r}.")
     if chat.num_keep is not None and worker.num_keep is None:
         raise Refused(
             400,

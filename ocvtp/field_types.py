@@ -66,9 +66,14 @@ def whole_number(value: Any) -> int | None:
 
 
 def real_number(value: Any) -> float | None:
-    """A number as a plain float; None for all else, truth values and arrays among it."""
+    """A number as a plain float; None for all else: truth values, arrays, numbers beyond floats."""
     value = plain(value)
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def no_such(name: str, known: Iterable[str], most: int = 1, otherwise: str = ".") -> str:

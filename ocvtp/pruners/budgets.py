@@ -208,8 +208,8 @@ def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], 
             share = max(1, round(kept * num_tokens))
             if share > left:
                 raise ValueError(
-                    f"stages={tuple(stages)!r} keep {kept:g} of {num_tokens} tokens, {share}, in"
-                    f" front of layer {layer}, where {left} are left; pass K that do not grow."
+                    f"stages={tuple(stages)!r} keep {kept:g} of {num_tokens} tokens, {share},"
+                    f" before layer {layer}, where {left} are left; pass K that do not grow."
                 )
             left = share
         found.append((layer, left))

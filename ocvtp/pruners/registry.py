@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args
 
 from ocvtp import plugins
-from ocvtp.field_types import hints, no_such, plain, shown
+from ocvtp.field_types import hints, no_such, plain, real_number, shown
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.structures import Stage
@@ -119,7 +119,7 @@ def _is_of(value: Any, options: tuple[Any, ...]) -> bool:
     if isinstance(value, str | PathLike):
         return str in options
     if isinstance(value, Integral):
-        return int in options or float in options
+        return int in options or (float in options and real_number(value) is not None)
     return float in options and isinstance(value, Real) and not isnan(value)
 
 

@@ -19,14 +19,17 @@ _flags: dict[str, str] = {}
 _words: list[str] = []
 """That it was given."""
 
-_ALONE = r"(?<![\w./\\:,'\"`=-])"  # no part of a path, a spec, a flag or code
+_ALONE = r"(?<![\w./\\:,'\"`=?&-])"  # no part of a path, an address, a spec, a flag or code
+_ASIDE = r"`[^`]*`|(?<!\w)'[^']*'(?!\w)|(?<!\w)\"[^\"]*\"(?!\w)|\b\w+\([^()]*\)"
+"""What a message quotes, and calls of Python: that is said as it stands there."""
 _TUPLE = r"\((?:[^()]|\([^()]*\))*\)"
 _LIST = r"\[(?:[^\[\]]|\[[^\[\]]*\])*\]"
 _VALUE = rf"'[^']*'|\"[^\"]*\"|{_TUPLE}|{_LIST}|(?:[^\s,;:)('\"\[\]]*[^\s,;:)('\"\[\].])?"
-_SETTING = re.compile(
+_SETTING = (
     rf"(?P<pass>\b[Pp]ass (?:e\.g\. )?)?{_ALONE}(?P<name>[a-z]\w*)=(?P<value>{_VALUE})"
+    r"(?![\w(\['\"])"
 )
-_NAME = re.compile(rf"{_ALONE}[a-z]+(?:_[a-z0-9]+)+(?![\w/\\'\"`=(-]|[.:]\w)")
+_NAME = rf"{_ALONE}(?P<name>[a-z]+(?:_[a-z0-9]+)+)(?![\w/\\'\"`=(-]|[.:]\w)"
 
 
 @contextmanager
@@ -72,12 +75,22 @@ def as_typed(text: str) -> str:
     """A message in the words of the command that runs; as it is where none does."""
     if not _flags:
         return text
-    return _NAME.sub(lambda found: _flags.get(found[0], found[0]), _SETTING.sub(_typed, text))
+    phrases = sorted((word for word in _words if re.search(r"\s", word)), key=len, reverse=True)
+    aside = "|".join([*map(re.escape, phrases), _ASIDE])
+    text = re.sub(f"{aside}|{_SETTING}", _typed, text)
+    return re.sub(f"{aside}|{_NAME}", _named, text)
+
+
+def _named(found: re.Match[str]) -> str:
+    """The name of an argument as a flag."""
+    return _flags.get(found["name"], found[0])
 
 
 def _typed(found: re.Match[str]) -> str:
     """`name=value` as a flag, or else as a setting of a pruner."""
     before, name, value = found["pass"] or "", found["name"], found["value"]
+    if name is None:
+        return found[0]
     in_a_spec = f"{name}={value.strip(_QUOTES)}"
     if name in _flags and not any(value and in_a_spec in word for word in _words):
         return before + _flag(_flags[name], value)

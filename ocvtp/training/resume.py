@@ -93,7 +93,9 @@ def requeued_checkpoint(trainer: Any, folder: Path) -> str | None:
     left: str | None = trainer._checkpoint_connector._hpc_resume_path
     if left is None:
         return None
-    there = [path for path in (Path(left), folder / "last.ckpt") if path.is_file()]
+    there = [path for path in (Path(left), folder / "last.ckpt") if path.exists()]
+    if not there:  # a link to what is gone
+        return None
     path = max(there, key=lambda path: path.stat().st_mtime_ns)
     _LOG.warning("the job goes on from %s; remove %s to start over", path, left)
     return str(path)

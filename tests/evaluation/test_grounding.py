@@ -137,6 +137,16 @@ def test_cocos_images_are_asked_for_what_they_have_one_of(coco, tmp_path):
     assert len(asked(tmp_path, **coco, num_images=1).items) == 1
 
 
+def test_boxes_of_coco_are_cut_off_at_the_edges_of_their_images(coco, tmp_path):
+    beyond = [[36, -3, 9, 9], [-9, 0, 9, 9], [0, 0, 1, 1]]
+    for box, expected in zip(beyond, (["[18, 0, 20, 3]"], [], []), strict=True):
+        content = json.loads(Path(coco["instances"]).read_text())
+        content["annotations"][0]["bbox"] = box
+        Path(coco["instances"]).write_text(json.dumps(content))
+        found = asked(tmp_path, **coco).items
+        assert [item.answers[0] for item in found] == [*expected, "[5, 10, 15, 30]"]
+
+
 def test_a_file_of_ones_own(coco, tmp_path):
     entries = [
         {"image": "a.png", "question": "The dog?", "box": [2, 1, 7, 4]},

@@ -371,6 +371,12 @@ def test_faults_of_long_bodies_are_told_in_few_words(server):
     told = refused(*[{"role": "nobody", "content": ""}] * 20)
     assert told.count("Input should be 'system'") == 8
     assert told.endswith("; and 12 more")
+    assert len(refused({"role": "user", "content": [{"type": "t" * 9999}]})) < 1000
+    with pytest.raises(server.Refused, match=r"^k{300}\.\.\.$"):
+        server.parse_chat(json.dumps({"messages": [turn], "k" * 9999: 1}).encode())
+    chat, limits = server.Chat(messages=[turn], model="m" * 9999), server.parse([])
+    with pytest.raises(server.Refused, match=r"^model 'm{299}\.\.\. is not served; pass "):
+        server.check_chat(chat, None, limits)
 
 
 def test_a_body_is_read_before_its_request_is_refused(served, server, monkeypatch):

@@ -23,7 +23,7 @@ HALVES = {"vitcop": {}, "vflowopt": {}, "visiondrop": {"later": True}}
 NO_COUNTS = [1.5, 16.0, 1.0, math.nan, math.inf, "16", True, [16], 0, -3, np.float64(16)]
 NO_COUNTS += [torch.tensor([16]), torch.tensor(16.0), torch.tensor(True), np.array([16])]
 NO_SHARES = ["0.5", math.nan, math.inf, -math.inf, 0, 0.0, -0.5, 1.01, 2, True, [0.5]]
-NO_SHARES += [torch.tensor([0.5]), torch.tensor(2)]
+NO_SHARES += [torch.tensor([0.5]), torch.tensor(2), 10**400]
 
 
 @pytest.fixture(params=NAMES)

@@ -125,6 +125,7 @@ def test_no_budget_means_the_methods_own_count(name):
         ("todre", {"later": "no"}, "later='no'; pass True or False"),
         ("topv", {"relative": float("nan")}, "relative=nan; pass a number"),
         ("scope", {"alpha": "x"}, "alpha='x'; pass a number"),
+        ("scope", {"alpha": 10**400}, "alpha=10.*; pass a number"),
     ],
 )
 def test_settings_of_another_kind_are_refused(name, settings, message):

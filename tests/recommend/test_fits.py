@@ -1,6 +1,8 @@
 """Which pruners a model can run, from the command line."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,6 +13,7 @@ from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask
 from ocvtp.hosts.loading import load_model
+from ocvtp.recommend import fits
 
 
 def listed(capsys, model, *more):
@@ -19,6 +22,12 @@ def listed(capsys, model, *more):
     assert [row["name"] for row in found["pruners"]] == list_pruners()
     assert all(row["what"] for row in found["pruners"] if row["status"] != "runs")
     return {row["name"]: (row["status"], row["what"]) for row in found["pruners"]}
+
+
+def test_settings_that_nobody_chose_fit_or_not_whatever_they_raise():
+    for error in (ZeroDivisionError(), RuntimeError("of a shape"), ValueError("no")):
+        subject = SimpleNamespace(sharing=list, attempt=Mock(side_effect=error))
+        assert not fits._runs(subject, "scope:alpha=0.0", 4, None, None)
 
 
 @pytest.mark.slow

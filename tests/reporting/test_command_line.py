@@ -50,6 +50,11 @@ def test_a_command_has_what_was_typed_before_it():
                 "pruner 'fps:num_keep=5' of /runs/num_keep=5/num_keep: num_keep=5 is little",
                 "text_tower='a.b' of pruner 'trim:text_tower=a.b' cannot be loaded",
                 "write e.g. stages=[[2,64]]; model_type='x'; pass processor=, or `num_keep=3`",
+                "question 'is num_keep=5 or stages=(1, 2) of max_keep?' is asked twice",
+                'no JSON: {"text": "why num_keep=4, max_keep or early=True?"}',
+                "see `attach(model, num_keep=64)`, attach(model, num_keep=64), `ocvtp num_keep`",
+                "/my runs, max_keep and num_keep=3/cell.json is not whole",
+                "https://host/?num_keep=5&max_keep=3 says num_keep=[[[1]]]",
             )
         ),
     ],
@@ -58,7 +63,8 @@ def test_messages_are_in_the_words_of_the_command(said, told):
     flags = "num_keep", "keep_ratio", "max_keep", "text_tower", "budget", "levels", "num_images"
 
     def command():
-        with in_flags(flags, ["fps:num_keep=5", "trim:text_tower=a.b"]):
+        words = ["fps:num_keep=5", "trim:text_tower=a.b", "/my runs, max_keep and num_keep=3"]
+        with in_flags(flags, words):
             assert as_typed(said) == as_typed(told) == told
             raise ValueError(said)
 

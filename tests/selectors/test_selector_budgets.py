@@ -41,6 +41,7 @@ def test_budgets_are_plain_numbers():
     assert check_budgets("budgets", [16, 0.11, 1, 1.0]) == [16, 0.11, 1, 1.0]
     kinds = [type(value) for value in check_budgets("budgets", (16, 0.11, 1, 1.0))]
     assert kinds == [int, float, int, float]
+    assert check_budgets("budgets", [10**400]) == [10**400]
     found = check_budgets("budgets", [torch.tensor(16), torch.tensor(0.5), np.int64(1)])
     assert [(type(value), value) for value in found] == [(int, 16), (float, 0.5), (int, 1)]
 

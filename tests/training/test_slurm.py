@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from test_training import scenes, settings_file
 
 from ocvtp.cli import main
+from ocvtp.training.resume import read_checkpoint, requeued_checkpoint
 
 __all__ = ["scenes"]
 
@@ -130,3 +132,16 @@ def test_tasks_of_a_job_learn_as_one_process_and_run_again(tmp_path, scenes):
         found, wanted = (logged(tmp_path / run, name) for run in ("job", "alone"))
         assert found.keys() == steps  # of the one that it ended after, nothing is logged
         assert found == pytest.approx({step: wanted[step] for step in steps}, rel=1e-4)
+
+
+def test_what_a_job_left_may_be_a_folder_or_gone(tmp_path, monkeypatch):
+    for name in ("SLURM_NTASKS", "SLURM_JOB_NAME"):
+        monkeypatch.setenv(name, "1")
+    left = tmp_path / "hpc_ckpt_1.ckpt"
+    trainer = SimpleNamespace(_checkpoint_connector=SimpleNamespace(_hpc_resume_path=str(left)))
+    assert requeued_checkpoint(trainer, tmp_path) is None
+    left.mkdir()
+    found = requeued_checkpoint(trainer, tmp_path)
+    assert found == str(left)
+    with pytest.raises(ValueError, match="is a folder; pass the path of a file"):
+        read_checkpoint(found)

@@ -60,6 +60,8 @@ class CocoInstances:
     def upright_boxes(self, name: str, boxes: Sequence[Box], path: Path) -> list[Box]:
         """Boxes of an image's annotations on its upright picture, in pixels of that.
 
+        They are cut off at its edges: those of published files may reach beyond them.
+
         Args:
             name: of an image that is listed. boxes: as x1, y1, x2, y2.
             path: of the image, which may have been resized.
@@ -74,9 +76,11 @@ class CocoInstances:
             size, turn = image.size, turn_of(image)
         with self._fitting(name):
             self._coco.check_shape(number, size)
+        ends = (listed["width"], listed["height"]) * 2
+        cut = [[min(max(edge, 0.0), end) for edge, end in zip(b, ends, strict=True)] for b in boxes]
         scale = size[0] / listed["width"], size[1] / listed["height"]
         scaled = [
-            (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]) for x1, y1, x2, y2 in boxes
+            (x1 * scale[0], y1 * scale[1], x2 * scale[0], y2 * scale[1]) for x1, y1, x2, y2 in cut
         ]
         return [turned(box, size, turn) for box in scaled]
 

@@ -324,6 +324,7 @@ def coco_asked(
                 f"{name}/{one.name}", name, asked_for(prompt, one.name), (box_text(box),), one.size
             )
             for one, box in zip(some, boxes, strict=True)
+            if overlap(box, box) > 0 and max(box) > 1  # it is seen
         ]
     return asked
 

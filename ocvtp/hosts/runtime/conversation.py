@@ -66,9 +66,11 @@ def refuse_budgets(budgets: CallBudgets | None, kwargs: dict[str, Any]) -> None:
         budgets: what the call says. kwargs: its arguments.
 
     Raises:
-        ValueError: if it says one, and its cache is filled.
+        ValueError: if it says one, and its cache holds a prompt whose images were pruned.
     """
-    if budgets is not None and cache_length(kwargs):
+    if budgets is None or not cache_length(kwargs):
+        return
+    if notes_on(cache_in(kwargs)).prompt is not None:
         raise ValueError(
             f"{budgets.said} comes with a cache whose images were pruned when they were read; pass"
             " it with the turn that brings the images, or leave it out."

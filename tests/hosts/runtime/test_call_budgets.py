@@ -298,6 +298,18 @@ def test_later_turns_keep_what_the_first_one_kept(llava: Any, name: str) -> None
             assert torch.equal(turns(llava, inputs, settings), expected)
 
 
+def test_turns_of_text_alone_may_say_a_budget(llava: Any) -> None:
+    ids, settings = torch.tensor([[1, 5, 6, 7]]), GREEDY | {"return_dict_in_generate": True}
+    with build_pruner("fastervlm", num_keep=14)(llava):
+        expected = turns(llava, {"input_ids": ids}, settings)
+        assert torch.equal(turns(llava, {"input_ids": ids}, settings | {"num_keep": 3}), expected)
+        for model in (llava, llava.model):
+            cache = model(input_ids=ids).past_key_values
+            model(input_ids=ids[:, :1], past_key_values=cache, num_keep=3)
+            with pytest.raises(ValueError, match="num_keep=0; pass at least"):
+                model(input_ids=ids, past_key_values=cache, num_keep=0)
+
+
 def turns(model: Any, inputs: Any, settings: Any) -> Any:
     first = model.generate(**inputs, **settings)
     return model.generate(**next_turn(first), **settings).sequences
