@@ -64,6 +64,14 @@ class Objective(ABC, Generic[NetworkT]):
         """What the encoder must supply, for a network that reads `hidden_states[layer]`."""
         return Needs(hidden=(layer,))
 
+    def compile_steps(self, backend: str) -> None:
+        """Compile what it runs many times in a training step; most have no such thing.
+
+        Args:
+            backend: of `torch.compile`.
+        """
+        del backend
+
     @abstractmethod
     def __call__(
         self,

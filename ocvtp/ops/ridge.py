@@ -9,6 +9,7 @@ on the scale of the tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -140,7 +141,12 @@ def ridge_slopes(
 
 @torch.no_grad()
 def greedy_ridge(
-    targets: Tensor, weights: Tensor, num: int, penalty: float = 0.3, valid: Tensor | None = None
+    targets: Tensor,
+    weights: Tensor,
+    num: int,
+    penalty: float = 0.3,
+    valid: Tensor | None = None,
+    step: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Pick the token that restores the most of what is left, take its part away, and again.
 
@@ -159,11 +165,17 @@ def greedy_ridge(
         num: K, at most N.
         penalty: lambda, above 0.
         valid: [B, N] bool; padding is picked when nothing else is left.
+        step: `ridge_step`, compiled, which is then called K times; None for steps that leave out
+            what is not taken yet.
 
     Returns:
         [B, K] token numbers in the order of picking, unique. Ties go to the lower number.
     """
-    return greedy_ridge_shares(targets, weights, num, penalty, valid)[0]
+    if step is None:
+        return greedy_ridge_shares(targets, weights, num, penalty, valid)[0]
+    steps = RidgeSteps(targets, weights, num, penalty)
+    state = steps.state(_blocked(steps.energy, valid))
+    return torch.cat([step(*state) for _ in range(num)], dim=1)
 
 
 @torch.no_grad()
@@ -175,9 +187,7 @@ def greedy_ridge_shares(
     That is `1 - sum_n omega_n |R_n|^2 / e` of what its steps leave; it does not fall.
     """
     steps = RidgeSteps(targets, weights, num, penalty)
-    blocked = torch.zeros_like(steps.energy)
-    if valid is not None:
-        blocked = blocked.masked_fill(~valid, -1e30)
+    blocked = _blocked(steps.energy, valid)
     picks, left, energy = [], [], mean_energy(targets, weights)
     for _ in range(num):
         pick = (steps.gains() + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
@@ -186,6 +196,39 @@ def greedy_ridge_shares(
         steps.take(pick)
         left.append((weights * steps.energy).sum(dim=1, keepdim=True))
     return torch.cat(picks, dim=1), 1 - torch.cat(left, dim=1) / energy
+
+
+def ridge_step(
+    gram: Tensor,
+    weights: Tensor,
+    floor: Tensor,
+    energy: Tensor,
+    gain: Tensor,
+    done: Tensor,
+    blocked: Tensor,
+    number: Tensor,
+) -> Tensor:
+    """A step of `greedy_ridge` that is the same in every step, for `torch.compile`: one graph.
+
+    All rows of `done` are read, those too that are 0 as nothing was taken yet, and the number of
+    the step is on the device.
+
+    Args:
+        gram, weights, floor, energy, gain, done: see `RidgeSteps`. The last three are written to.
+        blocked: [B, N], what is added to gains: -inf where a token was taken. It is written to.
+        number: [1] of the step, from 0. It is counted up.
+
+    Returns:
+        [B, 1] the token taken.
+    """
+    pick = (gain / (energy + floor) + blocked).argmax(dim=1, keepdim=True)
+    blocked.scatter_(1, pick, float("-inf"))
+    found = _deflated(gram, weights, floor, energy, gain, done, pick)
+    energy.copy_(found[0])
+    gain.copy_(found[1])
+    done.index_copy_(1, number, found[2][:, None])
+    number.add_(1)
+    return pick
 
 
 class RidgeSteps:
@@ -217,19 +260,43 @@ class RidgeSteps:
 
     def take(self, pick: Tensor) -> None:
         """Take the tokens [B, 1]."""
-        floor, past = self._floor, self._done[:, : self._step]
-        at_pick = past.gather(2, pick[:, None].expand(-1, self._step, 1)).squeeze(2)  # [B, step]
-        column = take(self._gram, pick).squeeze(1) - _times(past.mT, at_pick)  # g
-        length = self.energy.gather(1, pick)  # |v|^2
-        shrink = (length + 2 * floor) / (length + floor).square()  # b
-        salient = self._weights * column
-        shared = _times(self._gram, salient) - _times(past.mT, _times(past, salient))  # h
-        squared = shrink * column.square()
-        total = shrink * (salient * column).sum(dim=1, keepdim=True)
-        gain = self._gain - 2 * shrink * column * shared + squared * total
-        self._gain, self.energy = gain.clamp(min=0), (self.energy - squared).clamp(min=0)
-        self._done[:, self._step] = shrink.sqrt() * column
+        fixed, past = (self._gram, self._weights, self._floor), self._done[:, : self._step]
+        self.energy, self._gain, row = _deflated(*fixed, self.energy, self._gain, past, pick)
+        self._done[:, self._step] = row
         self._step += 1
+
+    def state(self, blocked: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of `ridge_step`, before the first one."""
+        fixed, number = (self._gram, self._weights, self._floor), blocked.new_zeros(1).long()
+        return *fixed, self.energy, self._gain, self._done, blocked, number
+
+
+def _deflated(
+    gram: Tensor,
+    weights: Tensor,
+    floor: Tensor,
+    energy: Tensor,
+    gain: Tensor,
+    past: Tensor,
+    pick: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy and gain after a pick [B, 1], and its row of `RidgeSteps._done`; see there."""
+    at_pick = past.gather(2, pick[:, None].expand(-1, past.shape[1], 1)).squeeze(2)  # [B, step]
+    column = take(gram, pick).squeeze(1) - _times(past.mT, at_pick)  # g
+    length = energy.gather(1, pick)  # |v|^2
+    shrink = (length + 2 * floor) / (length + floor).square()  # b
+    salient = weights * column
+    shared = _times(gram, salient) - _times(past.mT, _times(past, salient))  # h
+    squared = shrink * column.square()
+    total = shrink * (salient * column).sum(dim=1, keepdim=True)
+    gain = gain - 2 * shrink * column * shared + squared * total
+    return (energy - squared).clamp(min=0), gain.clamp(min=0), shrink.sqrt() * column
+
+
+def _blocked(energy: Tensor, valid: Tensor | None) -> Tensor:
+    """[B, N] what is added to gains, so that padding is taken last."""
+    blocked = torch.zeros_like(energy)
+    return blocked if valid is None else blocked.masked_fill(~valid, -1e30)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

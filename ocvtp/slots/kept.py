@@ -5,6 +5,8 @@ S = K: one slot for each kept token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -14,12 +16,19 @@ from ocvtp.ops.ridge import (
     WeightKind,
     greedy_ridge,
     ridge_error,
+    ridge_step,
     straight_through,
     token_weights,
     weight_attention,
 )
 from ocvtp.slots.config import NetworkSizes
-from ocvtp.slots.matching import greedy_pairs, token_shares, tokens_of_slots
+from ocvtp.slots.matching import (
+    PairsStep,
+    greedy_pairs,
+    pairs_step,
+    token_shares,
+    tokens_of_slots,
+)
 from ocvtp.slots.network import OCPruner
 from ocvtp.slots.objectives import Objective
 from ocvtp.slots.statistics import centred
@@ -89,6 +98,16 @@ class KeptObjective(Objective):
         self.reads_objects, self.object_floor = objects, object_floor
         self.penalty = penalty
         self.ridge, self.teacher = ridge, teacher
+        self._ridge_step: Callable[..., Tensor] | None = None
+        self._pairs_step: PairsStep = pairs_step
+
+    def compile_steps(self, backend: str) -> None:
+        """Compile a step of each of the loops over K in which tokens are taken one by one.
+
+        As in the network, a graph of one budget is followed by one that serves all others.
+        """
+        self._ridge_step = torch.compile(ridge_step, backend=backend)
+        self._pairs_step = torch.compile(pairs_step, backend=backend)
 
     def check(self, sizes: NetworkSizes) -> None:
         if sizes.choice == "winners":
@@ -155,24 +174,29 @@ class KeptObjective(Objective):
             attention, weights = pad(attention, (0, absent)), pad(weights, (0, absent))
             targets, valid = pad(targets, (0, 0, 0, absent)), pad(tokens.real, (0, absent))
         shares = token_shares(attention)
-        kept = straight_through(shares, targets, tokens_of_slots(attention, valid))
+        chosen = tokens_of_slots(attention, valid, self._pairs_step)
+        kept = straight_through(shares, targets, chosen)
         error = ridge_error(targets, kept, weights, self.penalty).mean()
         loss, logs = self.ridge * error, {"ridge_error": error.detach()}
         if self.teacher:
-            picks = greedy_ridge(targets, weights, num_slots, self.penalty, valid)
-            missed = cross_entropy(shares, picks, valid).mean()
+            found = (targets, weights, num_slots, self.penalty, valid)
+            picks = greedy_ridge(*found, self._ridge_step)
+            missed = cross_entropy(shares, picks, valid, self._pairs_step).mean()
             loss = loss + self.teacher * missed
             logs["teacher"] = missed.detach()
         return loss, logs
 
 
-def cross_entropy(shares: Tensor, picks: Tensor, valid: Tensor | None = None) -> Tensor:
+def cross_entropy(
+    shares: Tensor, picks: Tensor, valid: Tensor | None = None, step: PairsStep = pairs_step
+) -> Tensor:
     """`-mean_j log w[slot(j), picks(j)]`, slots matched to picks greedily, one to one.
 
     Args:
         shares: w [B, S, N], see `ocvtp.slots.matching.token_shares`.
         picks: [B, S] token numbers.
         valid: [B, N] bool; picks of padding tokens do not count.
+        step: of `greedy_pairs`.
 
     Returns:
         [B]
@@ -183,7 +207,8 @@ def cross_entropy(shares: Tensor, picks: Tensor, valid: Tensor | None = None) ->
         real = torch.ones_like(picks, dtype=torch.bool)
     else:
         real = valid.gather(1, picks)
-    slots, columns = greedy_pairs(likely.masked_fill(~real[:, None], -1e30), picks.shape[1])
+    wanted = likely.masked_fill(~real[:, None], -1e30)
+    slots, columns = greedy_pairs(wanted, picks.shape[1], step)
     matched = likely.gather(1, slots[:, :, None].expand_as(likely))
     matched = matched.gather(2, columns[:, :, None]).squeeze(2)  # [B, S]
     counted = real.gather(1, columns)

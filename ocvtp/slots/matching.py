@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+PairsStep = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`pairs_step`, or what `torch.compile` makes of it."""
 
 
 def token_shares(attention: Tensor) -> Tensor:
@@ -19,7 +24,25 @@ def token_shares(attention: Tensor) -> Tensor:
     return shares / shares.sum(dim=2, keepdim=True).clamp(min=torch.finfo(shares.dtype).tiny)
 
 
-def greedy_pairs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+def pairs_step(left: Tensor) -> tuple[Tensor, Tensor]:
+    """A step of `greedy_pairs`, the same in every step.
+
+    Args:
+        left: [B, R, C], what is left of the scores. The row and the column taken become -inf.
+
+    Returns:
+        row [B] and column [B].
+    """
+    batch, height, width = left.shape
+    best = left.view(batch, -1).argmax(dim=1)
+    row, column = best // width, best % width
+    left.scatter_(1, row[:, None, None].expand(-1, 1, width), float("-inf"))
+    left.scatter_(2, column[:, None, None].expand(-1, height, 1), float("-inf"))
+    return row, column
+
+
+@torch.no_grad()
+def greedy_pairs(scores: Tensor, num: int, step: PairsStep = pairs_step) -> tuple[Tensor, Tensor]:
     """Take the highest score, delete its row and its column, and repeat.
 
     Each step reads all scores once: `num` passes over [B, R, C].
@@ -27,31 +50,27 @@ def greedy_pairs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     Args:
         scores: [B, R, C], above -inf.
         num: of pairs, at most R and at most C.
+        step: `pairs_step`, compiled or not.
 
     Returns:
         rows [B, num] and columns [B, num] in the order of taking. Ties go to the lower row, then to
         the lower column.
     """
-    left = scores.detach().clone(memory_format=torch.contiguous_format)
-    batch, height, width = left.shape
-    rows, columns = [], []
-    for _ in range(num):
-        best = left.view(batch, -1).argmax(dim=1)
-        row, column = best // width, best % width
-        left.scatter_(1, row[:, None, None].expand(-1, 1, width), float("-inf"))
-        left.scatter_(2, column[:, None, None].expand(-1, height, 1), float("-inf"))
-        rows.append(row)
-        columns.append(column)
+    left = scores.clone(memory_format=torch.contiguous_format)
+    rows, columns = zip(*[step(left) for _ in range(num)], strict=True)
     return torch.stack(rows, dim=1), torch.stack(columns, dim=1)
 
 
-def one_to_one(attention: Tensor, num: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def one_to_one(
+    attention: Tensor, num: int, valid: Tensor | None = None, step: PairsStep = pairs_step
+) -> tuple[Tensor, Tensor]:
     """Slots choose different tokens: the largest share first, see `greedy_pairs`.
 
     Args:
         attention: [B, S, N], a softmax over slots, 0 on padding tokens.
         num: of pairs, at most N.
         valid: [B, N] bool, False on padding tokens, which are chosen when no others are left.
+        step: of `greedy_pairs`.
 
     Returns:
         slots [B, num] and tokens [B, num] in the order of choosing.
@@ -67,7 +86,7 @@ def one_to_one(attention: Tensor, num: int, valid: Tensor | None = None) -> tupl
     shares = token_shares(attention.detach())
     if valid is not None:
         shares = shares.masked_fill(~valid[:, None], -1.0)
-    return greedy_pairs(shares, num)
+    return greedy_pairs(shares, num, step)
 
 
 def slot_choices(attention: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -78,7 +97,9 @@ def slot_choices(attention: Tensor, valid: Tensor | None = None) -> Tensor:
     return chosen if valid is None else chosen & valid
 
 
-def tokens_of_slots(attention: Tensor, valid: Tensor | None = None) -> Tensor:
+def tokens_of_slots(
+    attention: Tensor, valid: Tensor | None = None, step: PairsStep = pairs_step
+) -> Tensor:
     """[B, S] the token of every slot by `one_to_one`; needs S <= N."""
-    slots, tokens = one_to_one(attention, attention.shape[1], valid)
+    slots, tokens = one_to_one(attention, attention.shape[1], valid, step)
     return torch.empty_like(tokens).scatter_(1, slots, tokens)

@@ -173,6 +173,11 @@ class PrunerModule(NetworkModule):
         tokens: VisualTokens = self.encoder(batch["pixel_values"], batch["image_sizes"])
         return tokens
 
+    def compile_network(self, backend: str) -> None:
+        """Compile what a step calls of the network and many times of the objective."""
+        super().compile_network(backend)
+        self.objective.compile_steps(backend)
+
     # ------------------------------------------------------------------ steps
 
     def on_train_start(self) -> None:

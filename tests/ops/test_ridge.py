@@ -6,11 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ocvtp.ops.ridge import greedy_ridge, ridge_error, straight_through, token_weights
+from ocvtp.ops.ridge import (
+    greedy_ridge,
+    ridge_error,
+    ridge_step,
+    straight_through,
+    token_weights,
+)
 from ocvtp.slots.kept import cross_entropy
 from ocvtp.slots.matching import (
     greedy_pairs,
     one_to_one,
+    pairs_step,
     slot_choices,
     token_shares,
     tokens_of_slots,
@@ -243,6 +250,33 @@ def test_cross_entropy_against_the_naive_matching():
         rows, columns = naive_pairs(likely, count)
         wanted = -sum(float(likely[r, c]) for r, c in zip(rows, columns, strict=True)) / count
         assert_close(float(found[b]), wanted)
+
+
+# ---------------------------------------------------------------- compiled steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_compiled_step_is_one_graph_and_takes_the_same_tokens(dtype):
+    torch.compiler.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    valid = torch.arange(30) < torch.tensor([[30], [21], [9]])
+    targets = (centred(draw(3, 30, 40), valid) * valid[:, :, None]).to(dtype)
+    weights = draw(3, 30, seed=1).masked_fill(~valid, -torch.inf).softmax(dim=1).to(dtype)
+    one = torch.compile(ridge_step, backend=backend, fullgraph=True, dynamic=False)
+    for own in (valid, None):
+        wanted = greedy_ridge(targets, weights, 12, valid=own)
+        assert greedy_ridge(targets, weights, 12, valid=own, step=one).equal(wanted)
+    assert len(graphs) == 1
+    one = torch.compile(pairs_step, backend=backend, fullgraph=True, dynamic=False)
+    scores = draw(3, 12, 30).to(dtype)
+    for found, wanted in zip(greedy_pairs(scores, 12, one), greedy_pairs(scores, 12), strict=True):
+        assert found.equal(wanted)
+    assert len(graphs) == 2
 
 
 # ----------------------------------------------------------------------- weights

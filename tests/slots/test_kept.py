@@ -120,6 +120,19 @@ def naive_loss(net, tokens, num_slots, objective, objects=None):
     return error, -torch.stack(matched).mean()
 
 
+def test_compiled_steps_are_three_graphs_however_many_steps():
+    """Of slots and tokens, of the solver, and of slots and its tokens."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    net, tokens, objective = network(), draw([16, 12, 16]), KeptObjective()
+    wanted = objective(net, tokens, 9)
+    objective.compile_steps("eager")
+    for _ in range(2):
+        found = objective(net, tokens, 9)
+        assert_close(found.loss, wanted.loss, rtol=0, atol=0)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+
+
 @pytest.mark.parametrize("num_slots", [2, 5, 9])
 @pytest.mark.parametrize(("ridge", "teacher"), [(1.0, 0.1), (1.0, 0.0), (0.0, 1.0)])
 def test_loss_and_gradient_are_the_recipes(num_slots, ridge, teacher):

@@ -16,6 +16,7 @@ from ocvtp.encoders.clip import CLIPEncoder
 from ocvtp.export import export_checkpoint
 from ocvtp.slots.kept import KeptObjective
 from ocvtp.slots.matching import one_to_one
+from ocvtp.slots.network import OCPruner
 from ocvtp.structures import VisualTokens
 from ocvtp.training.feature_statistics import measure_statistics
 from ocvtp.training.metrics import reconstruction_residual
@@ -116,6 +117,26 @@ def test_runs_are_the_same_and_bf16_trains(tmp_path, scenes):
         torch.manual_seed(99)  # what happened before does not matter
     assert_close(found[0], found[1], rtol=0, atol=0)
     assert all(v.isfinite().all() for v in found[2].values())
+
+
+@pytest.mark.slow
+def test_compiled_steps_train_the_same_network(tmp_path, scenes, monkeypatch):
+    """All graphs are of the objective's steps here, and few of them serve all budgets."""
+    monkeypatch.setattr(OCPruner, "compiled", ())
+    found = []
+    for backend in (None, "eager"):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        model = kept_module(statistics_images=8, num_slots=[4, 6, 8])
+        if backend is not None:
+            model.compile_network(backend)
+        run = trainer(tmp_path, max_steps=6)
+        run.fit(model, data(scenes, model))
+        found.append({k: v.clone() for k, v in model.network.state_dict().items()})
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert (graphs > 0) == (backend is not None)
+        assert graphs <= 12
+    assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_validation_reports_what_is_kept(tmp_path, scenes):
