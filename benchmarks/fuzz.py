@@ -30,6 +30,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load, save
+from transformers import CLIPImageProcessor
 
 import ocvtp
 from benchmarks.reliability_table import GIB
@@ -48,6 +49,7 @@ from ocvtp.data.feature_files import (
 )
 from ocvtp.data.features import FeatureDataModule
 from ocvtp.data.image_sources import TarImages
+from ocvtp.encoders.clip import ProcessorTransform
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.tasks.pope import PopeTask
 from ocvtp.evaluation.tasks.vqa import VqaTask
@@ -396,7 +398,7 @@ class Inputs:
             shard.write_bytes(changed_tensors(draw, shard.read_bytes()))
 
         def read() -> None:
-            teacher = Teacher(folder, _SAYS, _head())
+            teacher = Teacher(folder, _SAYS, _head(), _processor())
             teacher.attention(_asked(), (1,), 6)
 
         return _done(read)
@@ -637,9 +639,18 @@ def _write_teacher(folder: Path) -> None:
         shard.add("token_counts", torch.tensor([6, 6], dtype=torch.int32))
         images = json.dumps(question_names(_asked()))
         shard.metadata |= {"images": images, "skipped": "[]"}
-    settings = {"weights": weights_hash(_head()), "needs": asdict(_SAYS)}
+    settings = {
+        "weights": weights_hash(_head()),
+        "needs": asdict(_SAYS),
+        "processor": ProcessorTransform(_processor()).describe(),
+    }
     told = {**settings, "shards": [shard_name("teacher", 0)]}
     (folder / "teacher.json").write_text(json.dumps(told))
+
+
+@cache
+def _processor() -> CLIPImageProcessor:
+    return CLIPImageProcessor()
 
 
 def _head() -> torch.nn.Module:
