@@ -18,7 +18,7 @@ from torch import nn
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.progress import progress_bar
-from tools.demo_grounding.batches import draw_batch, draw_tower_batch
+from tools.demo_grounding.batches import Kind, draw_batch, draw_tower_batch
 from tools.demo_grounding.conversations import ConversationEncoder, grounding_tokenizer
 from tools.demo_grounding.learner import GroundingReader, TowerTeacher, trained, weighed
 
@@ -158,9 +158,10 @@ class _Run:
         else:
             total, number = settings.steps, step - settings.sight_steps
             highest = settings.learning_rate
-            kind = "alone" if number < settings.alone_steps else "turns"
+            asked: Kind = "alone" if number < settings.alone_steps else "turns"
+            kind = asked
             generator = torch.Generator().manual_seed((settings.seed << 32) + step)
-            read = draw_batch(self.encoder, step, settings.seed, self._size, self._patch, kind)
+            read = draw_batch(self.encoder, step, settings.seed, self._size, self._patch, asked)
             terms = self.reader.loss(read, settings.spotlight, settings.drop, generator)
             loss = weighed(terms)
         optimizer, part = self.optimizers[step >= 0], self._parts[step >= 0]
