@@ -16,7 +16,7 @@ from typing import Any
 
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.by_positions import by_positions
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
+from ocvtp.evaluation.conditions import ORACLE, ORIGINAL, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.hard_questions import hard_questions
 from ocvtp.evaluation.intervals import difference, estimate
 from ocvtp.evaluation.scores import SCORES, packed
@@ -236,7 +236,7 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
                 "not clearly need the image, so these figures say nothing about pruners.",
             )
     for oracle in rows:
-        if oracle.label == ORACLE and judged:
+        if oracle.label in (ORACLE, ORACLE + ORIGINAL) and judged:
             yield from _oracle_warning(oracle, rows, metric, show)
 
 
@@ -270,10 +270,15 @@ _BEATEN_BY_TRAINED = (
 def _oracle_warning(
     oracle: Row, rows: Sequence[Row], metric: str, show: Callable[[dict[str, Any]], str]
 ) -> Iterator[dict[str, str]]:
-    """A warning where the oracle does not win at its budget, trained pruners apart."""
-    apart = (UNPRUNED, SHUFFLED, ORACLE)
-    here = [row for row in rows if row.budget == oracle.budget and row.label not in apart]
-    rivals = [row for row in here if not math.isnan(row.figures[metric].value)]
+    """A warning where it does not win at its budget and positions, trained pruners apart."""
+    apart, original = (UNPRUNED, SHUFFLED, oracle.label), oracle.label.endswith(ORIGINAL)
+    rivals = [
+        row
+        for row in rows
+        if row.budget == oracle.budget and row.label not in apart
+        if row.label.endswith(ORIGINAL) == original
+        if not math.isnan(row.figures[metric].value)
+    ]
     for trained in (False, True):
         group = [row for row in rivals if row.trained == trained]
         if not group:

@@ -227,6 +227,18 @@ def test_an_oracle_that_does_not_win_is_warned_of(oracle, level):
     assert ("> Note. " in text) == (level == "mild")
 
 
+def test_an_oracle_is_beside_pruners_at_its_own_positions():
+    rows = [
+        row("oracle", 0.25, 60, 400),
+        row("oracle (original positions)", 0.25, 140, 400),
+        row("fopru (original positions)", 0.25, 139, 400),
+        row("fopru", 0.25, 59, 400),
+    ]
+    assert warned(*rows) == []
+    ((_, text),) = warned(*rows, row("tome (original positions)", 0.25, 200, 400))
+    assert "Oracle minus tome (original positions) is -" in text
+
+
 def test_a_trained_pruner_may_win_against_the_oracle():
     rows = [row("oracle", 0.25, 60, 400), row("learned", 0.25, 140, 400, trained=True)]
     ((level, text),) = warned(*rows)
