@@ -64,7 +64,7 @@ def _table(title: str) -> Table:
 
 
 def _print(table: Table) -> None:
-    console = Console()
+    console = Console(markup=False, emoji=False)  # text in brackets is text
     if not console.is_terminal:  # a file or a pipe, which is as wide as it needs to be
         console.width = 120
     console.print(table)

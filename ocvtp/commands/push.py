@@ -13,7 +13,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from ocvtp.commands import output
 from ocvtp.commands.card import FILES, Artifact, card_of, checked
-from ocvtp.learning.card import CARD_NAME, WRITTEN
+from ocvtp.learning.card import CARD_NAME
 
 _FLAGS = ("data", "license", "results")
 """What changes a card."""
@@ -41,12 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _card(artifact: Artifact, arguments: argparse.Namespace) -> str:
-    """The one in the folder if somebody wrote it and no flag changes it, else one of its config."""
+    """The one in the folder if no flag asks for another, else one of its config."""
     path = artifact.folder / CARD_NAME
     if path.is_file() and not any(getattr(arguments, name) for name in _FLAGS):
-        own = path.read_text(encoding="utf-8", errors="replace")
-        if WRITTEN not in own:
-            return own
+        return path.read_text(encoding="utf-8", errors="replace")
     return card_of(artifact, arguments)
 
 

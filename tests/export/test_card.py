@@ -187,6 +187,13 @@ def test_a_card_of_ones_own_is_sent_as_it_is(capsys, artifact, hub):
     assert b"- data: photographs" in hub["files"]["README.md"]
 
 
+def test_what_card_wrote_is_sent(capsys, artifact, hub):
+    card = artifact / "README.md"
+    assert run(capsys, "card", artifact, "--license", "mit", "--output", card)[0] == 0
+    assert run(capsys, "push", "--artifact", artifact, "--repo", "me/net")[0] == 0
+    assert b'license: "mit"' in hub["files"]["README.md"]
+
+
 def test_a_hub_that_refuses_is_one_line(capsys, artifact, monkeypatch):
     class Hub:
         def create_repo(self, *_, **__):

@@ -73,6 +73,14 @@ def test_what_runs_is_what_evaluate_runs(capsys, tmp_path):
     assert runs == {label for label in some if found[label][0] == "runs"}
 
 
+def test_brackets_stay_in_the_table(capsys, monkeypatch):
+    fit = fits.Fit("fastv", "needs", "pass NAME:stages=[[layer,K],...]")
+    monkeypatch.setattr("ocvtp.recommend.fits.fits", lambda subject: [fit])
+    monkeypatch.setattr("ocvtp.hosts.loading.load_model", lambda *_: (None, None))
+    assert main(["list", "--model", "random:tiny-llava"]) == 0
+    assert "pass NAME:stages=[[layer,K],...]" in capsys.readouterr().out
+
+
 def test_flags_of_a_model_are_refused_without_one(capsys):
     assert main(["list", "--text-tower", "random:tiny"]) == 2
     assert "--text-tower random:tiny is of a model; pass --model too" in capsys.readouterr().err
