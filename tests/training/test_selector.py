@@ -436,7 +436,7 @@ def test_a_drawn_set_is_rewarded_by_the_answer(words):
     for values in (step.scores, step.objects, step.teacher[0]):
         assert_close(values[::3].repeat_interleave(3, dim=0), values)
     asked = module.ask(batch)
-    short = selector.drop(asked, step.gates.hard[::3])
+    short = selector.drop(asked, step.gates.hard[::3], module.positions)
     answered = selector.read(module.frozen_host, short)
     by_hand = torch.nn.functional.cross_entropy(answered.logits, answered.targets, reduction="none")
     means = [-by_hand[answered.owner == row].mean() for row in range(4)]
