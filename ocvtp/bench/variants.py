@@ -23,7 +23,7 @@ from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.shorten import look
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Compose, Pruner, pruner_class, trainable
-from ocvtp.pruners.specs import build_spec, has_own_budget, parse_spec, says_amount
+from ocvtp.pruners.specs import build_spec, parse_spec, runs_once
 from ocvtp.structures import Needs
 
 
@@ -172,8 +172,7 @@ def _pruners(
     if checkpoint is None and _lacks_network(spec):
         if isinstance(network, Mapping):
             network = network[spec.partition(":")[0]]
-        once = has_own_budget(spec) or not budgets and says_amount(spec)
-        for budget in [None] if once else budgets:
+        for budget in [None] if runs_once(spec, bool(budgets)) else budgets:
             shared = {} if budget is None else budget.settings()
             yield budget, build_spec(spec, network=network, **shared), True
         return

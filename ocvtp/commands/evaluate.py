@@ -36,8 +36,6 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     if not arguments.num_keep and not arguments.keep_ratio:
-        if not arguments.pruners:
-            raise ValueError("nothing says how many tokens stay; pass --num-keep, or --pruners.")
         refuse_without_amount(arguments.pruners)
     options.check_tower(arguments)
     settings = task_settings(arguments)

@@ -16,10 +16,9 @@ from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
 from ocvtp.pruners.specs import (
     build_spec,
-    has_own_budget,
     known_settings,
     refuse_without_amount,
-    says_amount,
+    runs_once,
 )
 from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.files import replacing
@@ -32,8 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     for spec in arguments.pruners:
         known_settings(spec)  # refuses what is unknown before anything is counted
     if not arguments.num_keep:
-        if not arguments.pruners:
-            raise ValueError("nothing says how many tokens stay; pass --num-keep, or --pruners.")
         refuse_without_amount(arguments.pruners)
     folder = None if arguments.output is None else output.folder(arguments.output)
     if folder is not None:
@@ -82,8 +79,7 @@ def _count_pruners(
     notes = []
     savings = NOTHING_SAVED if arguments.whole_tower else None
     for spec in arguments.pruners:
-        own = says_amount(spec) if not arguments.num_keep else has_own_budget(spec)
-        if own != (k is None):
+        if runs_once(spec, bool(arguments.num_keep)) != (k is None):
             continue
         try:
             pruner = build_spec(spec, num_keep=k, checkpoint=arguments.checkpoint)

@@ -19,11 +19,10 @@ from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
 from ocvtp.pruners.budgets import Budget as Budget
 from ocvtp.pruners.specs import (
     build_spec,
-    has_budget,
     known_settings,
     names_budget,
     parse_spec,
-    says_amount,
+    runs_once,
     with_budget,
 )
 
@@ -170,8 +169,7 @@ def pruner_conditions(
     known, (_, own) = known_settings(spec), parse_spec(spec)
     of_budget = names_budget(spec)
     made: list[Condition] = []
-    once = ("stages" in own or has_budget(spec)) and not of_budget
-    once = once or not budgets and says_amount(spec)
+    once = ("stages" in own and not of_budget) or runs_once(spec, bool(budgets))
     for budget in [None] if once else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from ocvtp.field_types import shown
@@ -96,12 +96,23 @@ def says_amount(spec: str) -> bool:
     return has_own_budget(spec) or counts and not names_budget(spec)
 
 
-def refuse_without_amount(specs: Iterable[str]) -> None:
+def runs_once(spec: str, are_told: bool) -> bool:
+    """Whether a pruner runs at a budget of its own, and at no other.
+
+    Args:
+        spec: of it. are_told: whether there are budgets for all pruners.
+    """
+    return has_own_budget(spec) if are_told else says_amount(spec)
+
+
+def refuse_without_amount(specs: Sequence[str]) -> None:
     """For commands that were told no budget for all pruners.
 
     Raises:
-        ValueError: for the first that says none itself.
+        ValueError: if there are none, and for the first that says none itself.
     """
+    if not specs:
+        raise ValueError("nothing says how many tokens stay; pass --num-keep, or --pruners.")
     if lacking := [spec for spec in specs if not says_amount(spec)]:
         raise ValueError(
             f"pruner {shown(lacking[0])} says no budget of its own; pass --num-keep, or a budget in"
