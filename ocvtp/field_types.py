@@ -56,6 +56,8 @@ def whole_number(value: Any) -> int | None:
 
     Truth values are none, and neither are arrays of one number.
     """
+    if type(value) is int:
+        return value
     value = plain(value)
     if isinstance(value, bool) or hasattr(value, "ndim"):
         return None
@@ -74,6 +76,20 @@ def real_number(value: Any) -> float | None:
         return float(value)
     except OverflowError:
         return None
+
+
+def share_number(value: Any) -> float | None:
+    """A part of a whole, above 0 and up to 1, as a plain float; None for all else."""
+    number = real_number(value)
+    return number if number is not None and 0 < number <= 1 else None
+
+
+def count_or_share(value: Any) -> int | float | None:
+    """A whole number above 0, or else a `share_number`, in plain numbers; None for all else."""
+    count = whole_number(value)
+    if count is None:
+        return share_number(value)
+    return count if count > 0 else None
 
 
 def no_such(name: str, known: Iterable[str], most: int = 1, otherwise: str = ".") -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ocvtp.field_types import plain, real_number, whole_number
+from ocvtp.field_types import count_or_share, plain, share_number, whole_number
 
 StagePairs = Sequence[tuple[int, float]]
 """`(layer, K)` pairs: before which layer how many tokens stay, or which share of them."""
@@ -121,7 +121,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: that says what it may be.
     """
-    if (count := _count(value)) is None:
+    if (count := whole_number(value)) is None:
         hint = " keep_ratio is for shares." if name == "num_keep" else ""
         raise ValueError(f"{name}={plain(value)!r}; pass a whole number of tokens, e.g. 64.{hint}")
     if count < least:
@@ -136,7 +136,7 @@ def check_share(name: str, value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if (share := _part(value)) is None:
+    if (share := share_number(value)) is None:
         raise ValueError(
             f"{name}={plain(value)!r}; pass the share of tokens KEPT, a number above 0, at most 1."
         )
@@ -149,7 +149,7 @@ def check_quality(value: Any) -> float:
     Raises:
         ValueError: that says what it may be.
     """
-    if (share := _part(value)) is None:
+    if (share := share_number(value)) is None:
         raise ValueError(
             f"quality={plain(value)!r}; pass the share that the kept tokens must hold, a number"
             " above 0, at most 1."
@@ -165,7 +165,7 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
             those before them, where that shows without an image.
     """
     try:
-        found = [(_count(layer), _kept(kept)) for layer, kept in stages]
+        found = [(whole_number(layer), count_or_share(kept)) for layer, kept in stages]
     except (TypeError, ValueError):
         found = []
     pairs = [(layer, kept) for layer, kept in found if layer is not None and kept is not None]
@@ -214,21 +214,3 @@ def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], 
             left = share
         found.append((layer, left))
     return tuple(found)
-
-
-def _count(value: Any) -> int | None:
-    return value if type(value) is int else whole_number(value)
-
-
-def _kept(value: Any) -> int | float | None:
-    """Tokens of a stage: how many, or which share; None for what is neither."""
-    count = _count(value)
-    if count is None:
-        return _part(value)
-    return count if count > 0 else None
-
-
-def _part(value: Any) -> float | None:
-    """Of a whole: a share, or the number 1; None for what is none."""
-    share = real_number(value)
-    return share if share is not None and 0 < share <= 1 else None

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ocvtp.field_types import real_number, whole_number
+from ocvtp.field_types import count_or_share
 from ocvtp.structures import VisualTokens
 
 NumKeep: TypeAlias = int | Tensor
@@ -28,7 +28,7 @@ def check_budgets(name: str, given: Any, usual: Sequence[float] = ()) -> list[in
         ValueError: for others, and for none.
     """
     given = usual if given is None else given
-    found = [_budget(value) for value in given] if isinstance(given, Sequence) else []
+    found = [count_or_share(value) for value in given] if isinstance(given, Sequence) else []
     budgets = [budget for budget in found if budget is not None]
     if not budgets or len(budgets) < len(found):
         raise ValueError(
@@ -36,14 +36,6 @@ def check_budgets(name: str, given: Any, usual: Sequence[float] = ()) -> list[in
             " shares of an image's tokens, e.g. 0.11."
         )
     return budgets
-
-
-def _budget(value: Any) -> int | float | None:
-    """In plain numbers; None for what is none."""
-    count, share = whole_number(value), real_number(value)
-    if count is not None:
-        return count if count >= 1 else None
-    return share if share is not None and 0 < share <= 1 else None
 
 
 def count_of(budget: float, num_tokens: int) -> int:
