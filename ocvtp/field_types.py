@@ -56,8 +56,6 @@ def whole_number(value: Any) -> int | None:
 
     Truth values are none, and neither are arrays of one number.
     """
-    if type(value) is int:
-        return value
     value = plain(value)
     if isinstance(value, bool) or hasattr(value, "ndim"):
         return None

@@ -121,7 +121,7 @@ def check_count(name: str, value: Any, least: int = 1) -> int:
     Raises:
         ValueError: that says what it may be.
     """
-    if (count := whole_number(value)) is None:
+    if (count := _count(value)) is None:
         hint = " keep_ratio is for shares." if name == "num_keep" else ""
         raise ValueError(f"{name}={plain(value)!r}; pass a whole number of tokens, e.g. 64.{hint}")
     if count < least:
@@ -165,7 +165,7 @@ def check_stages(stages: Any) -> tuple[tuple[int, int | float], ...]:
             those before them, where that shows without an image.
     """
     try:
-        found = [(whole_number(layer), count_or_share(kept)) for layer, kept in stages]
+        found = [(_count(layer), _kept(kept)) for layer, kept in stages]
     except (TypeError, ValueError):
         found = []
     pairs = [(layer, kept) for layer, kept in found if layer is not None and kept is not None]
@@ -214,3 +214,13 @@ def count_stages(stages: StagePairs, num_tokens: int) -> tuple[tuple[int, int], 
             left = share
         found.append((layer, left))
     return tuple(found)
+
+
+def _count(value: Any) -> int | None:
+    """`whole_number`; most are plain already, and every call of a pruner asks."""
+    return value if type(value) is int else whole_number(value)
+
+
+def _kept(value: Any) -> int | float | None:
+    """`count_or_share`, likewise."""
+    return value if type(value) is int and value > 0 else count_or_share(value)
