@@ -470,6 +470,16 @@ def test_kmeans(iterations):
     check_all(pruner, tokens, oracle)
 
 
+def test_what_padding_holds_makes_no_tokens_of_kmeans_equal():
+    pruner, tokens = made("kmeans", 0, num_keep=6)
+    valid = torch.ones(3, COUNT, dtype=torch.bool)
+    valid[:, -4:] = False
+    tokens = replace(tokens, valid=valid)
+    kept = pruner.select(tokens).keep_indices
+    tokens.features[~valid] = 1e5
+    assert pruner.select(tokens).keep_indices.equal(kept)
+
+
 @pytest.mark.parametrize("count", [2, 3, 10, 35, 64])
 def test_outliers_are_those_of_numpy(count):
     torch.manual_seed(count)

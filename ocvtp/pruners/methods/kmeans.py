@@ -65,8 +65,9 @@ class KMeans(Pruner):
         members = _members(distances, real)
         own = distances.masked_fill(members == 0, float("inf"))
         # The two tokens of a pair are equally far from their mean: the first, not rounding, wins.
-        rounding = 1e-6 * points.square().sum(dim=2).mean(dim=1)[:, None, None]
-        nearest = own <= own.amin(dim=1, keepdim=True) + rounding
+        lengths = points.square().sum(dim=2) * real
+        rounding = 1e-5 * lengths.sum(dim=1) / real.sum(dim=1)
+        nearest = own <= own.amin(dim=1, keepdim=True) + rounding[:, None, None]
         medoid = nearest.to(torch.uint8).argmax(dim=1)  # [B, K]
         filled = members.sum(dim=1) > 0
         place = torch.arange(tokens.num_tokens, device=medoid.device)
