@@ -29,6 +29,8 @@ pytestmark = pytest.mark.sampled(3)
 
 TEXT = Needs(projected=True, text=True)
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}
+ANOTHER_BATCH = {"atol": 1e-4, "rtol": 1e-4}
+"""Of logits after a tower that was given another batch, which some processors round otherwise."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -412,7 +414,7 @@ def test_an_image_of_several_questions_is_encoded_once(
     rows, columns = predicting(torch.where(answers, inputs["input_ids"], -100))
     with torch.no_grad():
         expected = model(**inputs).logits[rows, columns]
-    torch.testing.assert_close(answered.logits, expected, **TOLERANCE)
+    torch.testing.assert_close(answered.logits, expected, **ANOTHER_BATCH)
     assert asked.tokens.text_valid.sum(dim=1).tolist() == [len(question) for question, _ in said]
     keep = some(asked)
     for row in range(len(said)):  # as if there were no others
@@ -422,8 +424,10 @@ def test_an_image_of_several_questions_is_encoded_once(
             count = other.columns.shape[1]
             mine = read(asker.host, drop(other, keep[row : row + 1, :count])).logits
             attention = read(asker.host, other, layers=[1]).attention[1]
-        torch.testing.assert_close(short.logits[short.owner == row], mine, **TOLERANCE)
-        torch.testing.assert_close(answered.attention[1][row, :count], attention[0], **TOLERANCE)
+        torch.testing.assert_close(short.logits[short.owner == row], mine, **ANOTHER_BATCH)
+        torch.testing.assert_close(
+            answered.attention[1][row, :count], attention[0], **ANOTHER_BATCH
+        )
         text = other.tokens.text[0]
         torch.testing.assert_close(asked.tokens.text[row, : len(text)], text)
 
@@ -437,7 +441,9 @@ def test_repeated_questions_are_answered_alike() -> None:
         for row in range(3):
             mine = once.logits[once.owner == row]
             for other in (2 * row, 2 * row + 1):
-                torch.testing.assert_close(twice.logits[twice.owner == other], mine, **TOLERANCE)
+                torch.testing.assert_close(
+                    twice.logits[twice.owner == other], mine, **ANOTHER_BATCH
+                )
 
 
 def test_nothing_stays_in_the_model() -> None:

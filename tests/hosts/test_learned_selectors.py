@@ -109,9 +109,10 @@ def test_questions_are_answered_apart(subject: Any, case: str) -> None:
     assert len(scores) == 2
     for row, words in enumerate(WORDS):
         alone = scored(subject, case, [words])
-        assert_close(alone[0][0], scores[row], atol=1e-4, rtol=1e-4)
+        # networks of random weights enlarge what processors round otherwise in another batch
+        assert_close(alone[0][0], scores[row], atol=5e-3, rtol=1e-4)
         assert alone[1][0].equal(kept[row])
-    assert not torch.allclose(scores[0], scores[1], atol=1e-3), "the question changes nothing"
+    assert not torch.allclose(scores[0], scores[1], atol=0.1), "the question changes nothing"
 
 
 def test_nothing_sees_a_column_of_its_own(subject: Any) -> None:
