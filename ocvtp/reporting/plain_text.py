@@ -12,6 +12,8 @@ import unicodedata
 _SHOWN = "\n\t"
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _MARKS = str.maketrans({"<": "&lt;", ">": "&gt;"})
+_NO_PAIR = re.compile(r"``|\\`")
+"""Backticks that Markdown pairs in other ways than one with the next."""
 
 
 def terminal(text: str) -> str:
@@ -25,8 +27,15 @@ def one_line(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text for Markdown, in one line: no HTML, links or pictures come of it. Code stays code."""
-    parts = re.split(r"(`[^`]*`)", one_line(text))  # every other one is code
+    """Text for Markdown, in one line: no HTML, links or pictures come of it.
+
+    Code stays code where each backtick has its other one; else they become `'`, as in `code`: of
+    what Markdown pairs in another way, HTML would be left.
+    """
+    text = one_line(text)
+    if text.count("`") % 2 or _NO_PAIR.search(text):
+        text = text.replace("`", "'")
+    parts = re.split(r"(`[^`]*`)", text)  # every other one is code
     return "".join(
         part if number % 2 else re.sub(r"\]([(\[])", r"]\\\1", part.translate(_MARKS))
         for number, part in enumerate(parts)

@@ -37,6 +37,12 @@ def test_markdown_makes_nothing_of_it():
     assert cell("`a|b` \\| c\nd") == "`a\\|b` \\| c d"
 
 
+@pytest.mark.parametrize("text", ["```<b>`", r"\`<b>`", "`<b>``", "`<b>", "a` `<b>`"])
+def test_backticks_without_their_pair_hide_no_html(text):
+    """Markdown pairs a run of them with one as long, and none that is escaped."""
+    assert markdown(text) == text.replace("`", "'").replace("<b>", "&lt;b&gt;")
+
+
 def figure(right):
     return Ratio((np.arange(20) < right).astype(float), np.ones(20), np.arange(20) % 10)
 
