@@ -37,7 +37,7 @@ def full(facts: Facts) -> str:
     parts += [f"> Note. {markdown(remark)}" for remark in facts.get("remarks", ())]
     for metric in facts["metrics"]:
         figure = next(row["figures"][metric] for row in facts["rows"] if metric in row["figures"])
-        asked = f"{figure['n']} {facts['counts']} on {figure['images']} images."
+        asked = f"{figure['n']} {markdown(facts['counts'])} on {figure['images']} images."
         parts += [f"## {markdown(metric)}", asked]
         for budget in budgets(facts):
             parts += [f"### {_heading(budget)}", _budget_table(facts, metric, budget)]
@@ -59,15 +59,15 @@ def hard_questions(facts: Facts) -> list[str]:
     found, texts = facts.get("where_downsampling_fails") or [], list[str]()
     for metric in dict.fromkeys(part["metric"] for part in found):
         parts = [part for part in found if part["metric"] == metric]
-        names = " or ".join(f"`{by}`" for by in dict.fromkeys(part["by"] for part in parts))
+        names = " or ".join(code(by) for by in dict.fromkeys(part["by"] for part in parts))
         counts = ", ".join(f"{part['n']} at {budget_text(part['budget'])}" for part in parts)
         texts += [
-            f"## {markdown(metric)}, on the {facts['counts']} that {names} fails",
+            f"## {markdown(metric)}, on the {markdown(facts['counts'])} that {names} fails",
             f"{counts}. They are chosen by the answers of {names} at the same budget, which has"
             " next to nothing here by that choice; chance lifts the others a little.",
         ]
         if (least := min(part["n"] for part in parts)) < _FEW:
-            few = f"As few as {least} {facts['counts']}: these intervals rank little."
+            few = f"As few as {least} {markdown(facts['counts'])}: these intervals rank little."
             texts.append(f"> Note. {few}")
         texts.append(_hard_table(parts, facts["percent"]))
     return texts
@@ -305,7 +305,9 @@ def _origin(facts: Facts) -> Iterator[str]:
     known = {**facts["settings"], **facts["environment"]}
     if "command" in known:
         yield f"    {one_line(known.pop('command'))}"
-    yield "\n".join(f"- {key}: {markdown(_value_text(value))}" for key, value in known.items())
+    yield "\n".join(
+        f"- {markdown(key)}: {markdown(_value_text(value))}" for key, value in known.items()
+    )
 
 
 def _value_text(value: Any) -> str:

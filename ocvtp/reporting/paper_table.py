@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ocvtp.choices import Bold
+from ocvtp.reporting import plain_text
 
 Kind = Literal["unpruned", "method", "yours", "control"]
 _SECTIONS: tuple[tuple[Kind, ...], ...] = (("unpruned",), ("yours", "method"), ("control",))
@@ -136,11 +137,11 @@ def markdown(table: PaperTable) -> str:
     groups = dict.fromkeys(column.group for column in table.columns)
     head = ["pruner", "tokens"]
     head += [c.name if len(groups) == 1 else f"{c.group}: {c.name}" for c in table.columns]
+    head = [plain_text.cell(plain_text.markdown(name)) for name in head]
     lines = []
     for label, row in (pair for section in table.sections() for pair in section):
-        name = f"`{label.replace('|', chr(92) + '|')}`" + (
-            _YOURS["markdown"] if row.kind == "yours" else ""
-        )
+        name = plain_text.cell(plain_text.code(label))
+        name += _YOURS["markdown"] if row.kind == "yours" else ""
         name += " (control)" if row.kind == "control" else ""
         cells = [
             _shown(column, label, table, "**{}**", "{} ({} to {})") for column in table.columns
@@ -155,7 +156,7 @@ def markdown(table: PaperTable) -> str:
         enumerate(zip(row, widths, strict=True))) + " |" for row in rows
     )  # fmt: skip
     titled = [f"{next(iter(groups))}."] if len(groups) == 1 else []
-    return f"{text}\n\n{' '.join([*titled, *table.notes])}\n"
+    return f"{text}\n\n{' '.join(map(plain_text.markdown, [*titled, *table.notes]))}\n"
 
 
 def latex(table: PaperTable) -> str:

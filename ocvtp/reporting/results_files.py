@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ocvtp.field_types import shown
+
 RESULTS = "results.json"
 SCHEMA = 1
 _WHAT = "a results.json of `ocvtp evaluate`"
@@ -132,9 +134,16 @@ def _read(path: str | Path, shape: Mapping[str, Any], figure: Mapping[str, Any])
     for number, row in enumerate([] if problem else found["rows"]):
         figures = dict.fromkeys(row["figures"], figure)
         problem = problem or lack(row["figures"], figures, f"rows[{number}].figures")
+    problem = problem or _without_a_figure(found)
     if problem:
         raise ValueError(f"{path} is not whole: {problem}; pass {_WHAT}.")
     return _renamed(found)
+
+
+def _without_a_figure(found: Mapping[str, Any]) -> str:
+    known = {name for row in found["rows"] for name in row["figures"]}
+    missing = [name for name in found["metrics"] if name not in known]
+    return f"no row has a figure {shown(missing[0])}" if missing else ""
 
 
 def current_names(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -250,3 +250,31 @@ def test_json_holds_the_table(capsys, folder):
     facts = json.loads(table(capsys, folder, "--json"))
     assert facts["format"] == "markdown"
     assert "`good`" in facts["table"]
+
+
+@pytest.mark.parametrize("place", ["task", "model", "counts", "metric", "label"])
+def test_markdown_shows_what_results_of_others_say_and_makes_nothing_of_it(tmp_path, capsys, place):
+    text = "<img src=x> [a](http://b) ```<b>`"
+    found = results(made())
+    if place == "metric":
+        found["metrics"] = [text]
+        for one in found["rows"]:
+            one["figures"] = {text: next(iter(one["figures"].values()))}
+    elif place == "label":
+        found["rows"][2]["label"] = text
+    else:
+        found[place] = text
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    shown = table(capsys, tmp_path / "results.json").replace(
+        "`<img src=x> [a](http://b) '''<b>'`", ""
+    )
+    assert "<" not in shown
+    assert "](" not in shown
+
+
+def test_a_metric_that_no_row_has_is_told(tmp_path, capsys):
+    found = results(made())
+    found["metrics"] = ["nothing"]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    assert main(["table", str(tmp_path / "results.json")]) == 2
+    assert "no row has a figure 'nothing'" in capsys.readouterr().err
