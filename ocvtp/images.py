@@ -11,6 +11,8 @@ is refused by its header.
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -92,9 +94,11 @@ def opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
 
     Raises:
         IMAGE_ERRORS: if it is missing or no image, also from inside of the block.
-        ValueError: if it has more than `most_pixels()`, or is of a format that Pillow starts
-            another program for.
+        ValueError: if it is a pipe or a device, has more than `most_pixels()`, or is of a format
+            that Pillow starts another program for.
     """
+    if not isinstance(path, BytesIO):
+        _refuse_waiting(path)
     try:
         with Image.open(path) as image:
             check_pixels(*image.size)
@@ -107,6 +111,13 @@ def opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
         raise
     except Exception as error:  # Pillow's readers raise anything on a damaged file
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def _refuse_waiting(path: str | Path) -> None:
+    """Refuse what is there and no file: a pipe that nobody writes to would be waited for."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError("it is a pipe or a device; take it out of the folder")
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -1,5 +1,6 @@
 """Image files of every mode and orientation become the same 8-bit RGB images."""
 
+import os
 import struct
 import warnings
 import zlib

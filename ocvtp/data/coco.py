@@ -234,7 +234,8 @@ def stacked(images: list[Tensor]) -> Tensor | list[Tensor]:
 def find_images(folder: Path) -> list[Path]:
     """Image files in `folder` and below, relative to it, sorted; hidden files are left out.
 
-    Links to folders are not followed, and folders that may not be read are left out.
+    Links to folders are not followed; folders that may not be read, and links to no file, are left
+    out.
     """
     found: list[tuple[str, ...]] = []
     todo: list[tuple[str, ...]] = [()] if os.path.isdir(folder) else []
@@ -247,11 +248,18 @@ def find_images(folder: Path) -> list[Path]:
                     if entry.is_dir(follow_symlinks=False):
                         todo.append((*parents, name))
                     elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != ".":
-                        if entry.is_file():
+                        if _is_file(entry):
                             found.append((*parents, name))
         except PermissionError:
             continue
     return [Path(*parts) for parts in sorted(found)]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself leads to none, as one to nothing does
+        return False
 
 
 def _check_arguments(

@@ -402,6 +402,7 @@ def test_images_are_found_in_the_order_of_their_paths(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "a.jpg")
     (tmp_path / "broken.jpg").symlink_to(tmp_path / "absent.jpg")
+    (tmp_path / "circle.jpg").symlink_to(tmp_path / "circle.jpg")
     (tmp_path / "around").symlink_to(tmp_path / "a")
     wanted = sorted(map(Path, [*names, "link.jpg"]))
     assert find_images(tmp_path) == wanted
