@@ -163,6 +163,13 @@ def test_what_is_no_image_is_named(tmp_path):
     assert loading.open_image is open_image
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png cannot be read \(it is a pipe or a device"):
+        open_image(tmp_path / "x.png")
+
+
 @pytest.mark.parametrize("size", [1, 2, 50])
 def test_resizing_scales_levels_too(tmp_path, size):
     (tmp_path / "a").mkdir()

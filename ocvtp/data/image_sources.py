@@ -21,6 +21,7 @@ from ocvtp.data.coco import IMAGE_SUFFIXES, ImageTransform
 from ocvtp.data.image_names import inside
 from ocvtp.data.loader import ends
 from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
+from ocvtp.field_types import shown
 from ocvtp.images import IMAGE_ERRORS, decode_image
 
 _EXTRA = "pip install 'ocvtp[datasets]'"
@@ -201,10 +202,12 @@ def _members(path: Path) -> MappedArrays:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     is_image = Path(member.name).suffix.lower() in IMAGE_SUFFIXES
+                    if member.size < 0:
+                        raise tarfile.ReadError(f"{shown(member.name)} has {member.size} bytes")
                     if is_image and member.isreg() and not member.issparse():
                         names.append(member.name)
                         places.append((member.offset_data, member.size))
-        except (OSError, tarfile.TarError) as error:
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise ValueError(
                 f"{path} is no tar file that can be read ({error}); unpack it if it is compressed,"
                 " or make it again."

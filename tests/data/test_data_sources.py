@@ -163,6 +163,16 @@ def test_what_is_no_tar_of_images_is_refused(tmp_path):
         TarImages([path], Identity())
 
 
+@pytest.mark.parametrize("size", [-1, -512, 2**63 - 1])
+def test_a_tar_that_lies_about_sizes_is_refused(tmp_path, size):
+    """A size of -1 would read all that follows."""
+    member = tarfile.TarInfo("a.png")
+    member.size = size
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(2048))
+    with pytest.raises(ValueError, match=r"a\.tar is no tar file that can be read"):
+        TarImages([tmp_path / "a.tar"], Identity())
+
+
 # ------------------------------------------------------------------ orders
 
 
