@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.bench.report import table
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.plot_style import COLOURS, canvas, label, shortened
-from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
 

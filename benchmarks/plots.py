@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks import curves
 from ocvtp.bench import plots as of_times
 from ocvtp.evaluation import plots as of_figures
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.results_files import read_results
-from ocvtp.visualize import save_figure
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 

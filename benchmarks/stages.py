@@ -21,7 +21,7 @@ import torch
 
 import ocvtp
 from benchmarks.timing import environment, write
-from ocvtp.bench import timeline
+from ocvtp.bench import samples
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.summary import series
 from ocvtp.bench.variants import Variant
@@ -118,8 +118,8 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def _operations(of_stages: dict[str, int]) -> tuple[int, int]:
     """Of the tower, and of everything before the first token."""
-    prompt = sum(count for stage, count in of_stages.items() if stage != timeline.DECODE)
-    return of_stages[timeline.TOWER], prompt
+    prompt = sum(count for stage, count in of_stages.items() if stage != samples.DECODE)
+    return of_stages[samples.TOWER], prompt
 
 
 def _row(

@@ -11,33 +11,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.text import Text
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from ocvtp.reporting.files import refuse_cut, replacing
+from ocvtp.reporting.figure_files import save_figure as save_figure
 
 Image = NDArray[np.uint8]
 """[H, W, 3] RGB."""
 
 _OUTLINE = (255, 196, 0)
 _HIDDEN = 190  # the grey in the place of an image
-_ENDS = {".png": b"IEND\xaeB`\x82", ".pdf": b"%%EOF\n"}
-_METADATA: dict[str, dict[str, None]] = {".png": {"Software": None}, ".pdf": {"CreationDate": None}}
-"""Suffixes `save_figure` writes, and what it leaves out so that equal figures are equal files."""
-
-_TEXT_OF_PDF = {"pdf.fonttype": 42}
-"""TrueType: the system of many a journal refuses matplotlib's own choice, Type 3."""
 
 
 @dataclass(frozen=True)
@@ -216,34 +208,6 @@ def _figure_of_rows(rows: Sequence[Sequence[tuple[str, Image]]], tile_inches: fl
             size = min(10.0, 110 * width / len(title))  # points: a character is about half as wide
             axis.set_title(title, fontsize=size, pad=4)
     return drawing
-
-
-def save_figure(drawing: Figure, path: str | Path, *, dpi: int = 160) -> Path:
-    """Write a figure to a PNG or PDF file, whole or not at all; folders are made as needed.
-
-    Args:
-        drawing: from `figure`.
-        path: the suffix, `.png` or `.pdf`, is the format.
-        dpi: pixels an inch.
-
-    Raises:
-        ValueError: for another suffix.
-    """
-    path, suffix = Path(path), Path(path).suffix.lower()
-    if suffix not in _METADATA:
-        raise ValueError(f"cannot write {path.name!r}; end it in {' or '.join(_METADATA)}.")
-    for text in drawing.findobj(Text):  # of others: between two `$` matplotlib reads a formula
-        if isinstance(text, Text) and text.get_text().count("$") and not _is_a_number(text):
-            text.set_parse_math(False)
-    with replacing(path) as temporary, rc_context(_TEXT_OF_PDF):
-        drawing.savefig(temporary, format=suffix[1:], dpi=dpi, metadata=_METADATA[suffix])
-        refuse_cut(temporary, _ENDS[suffix])
-    return path
-
-
-def _is_a_number(text: Text) -> bool:
-    """Whether an axis wrote it: powers of ten are formulas."""
-    return text.get_text().startswith(r"$\mathdefault{")
 
 
 def slot_picture(

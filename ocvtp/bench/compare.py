@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ocvtp.bench.measure import PARTS
 from ocvtp.bench.report import cell_name, ratio_text, table
-from ocvtp.bench.run import KIND, SCHEMA
+from ocvtp.bench.samples import KIND, PARTS, SCHEMA
 from ocvtp.bench.statistics import Array, deviations
 from ocvtp.bench.summary import series
 from ocvtp.choices import TOLERANCE

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ocvtp.bench import samples
 from ocvtp.bench import timeline as spans
 from ocvtp.bench.memory import (
     CudaPeaks,
@@ -29,20 +30,6 @@ from ocvtp.evaluation.runner import Subject, visual_token_counts
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 from ocvtp.transformers_names import cache_of
-
-PARTS = (
-    "preprocess",
-    "tower",
-    "select",
-    "project",
-    "prefill",
-    "around",
-    "decode",
-    "after",
-    "whole",
-)
-"""What is noted of every request, in milliseconds. `prefill` holds `around`; all but these two,
-`after` and `whole` are exclusive, and `whole` is the wall clock's."""
 
 Peaks = dict[str, tuple[int, int | None]]
 """Bytes allocated in every stage, and reserved by CUDA's allocator."""
@@ -73,7 +60,7 @@ class Bench:
         repetitions: int,
         tick: Callable[[str], None],
     ) -> dict[str, dict[str, list[float]]]:
-        """Milliseconds of every row's `PARTS` in every round after the warm-up.
+        """Milliseconds of every row's `samples.PARTS` in every round after the warm-up.
 
         Args:
             request: what is asked. Its images are prepared once in a round, for all rows.
@@ -83,7 +70,7 @@ class Bench:
         """
         order = np.random.default_rng(0)
         found: dict[str, dict[str, list[float]]] = {
-            variant.key: {part: [] for part in PARTS} for variant in variants
+            variant.key: {part: [] for part in samples.PARTS} for variant in variants
         }
         gc.collect()
         gc.freeze()  # so that collecting between rounds is quick
@@ -141,13 +128,13 @@ class Bench:
         took = spans.seconds(marks)
         return {
             "preprocess": prepared,
-            "tower": took[spans.TOWER],
-            "select": took[spans.SELECT],
-            "project": took[spans.PROJECT],
-            "prefill": took[spans.MODEL] + took[spans.AROUND],
-            "around": took[spans.AROUND],
-            "decode": took[spans.DECODE],
-            "after": took[spans.AFTER],
+            "tower": took[samples.TOWER],
+            "select": took[samples.SELECT],
+            "project": took[samples.PROJECT],
+            "prefill": took[samples.MODEL] + took[samples.AROUND],
+            "around": took[samples.AROUND],
+            "decode": took[samples.DECODE],
+            "after": took[samples.AFTER],
             "whole": prepared + whole[0],
         }
 
@@ -207,7 +194,7 @@ class Bench:
         marks = Marks(allocator.take_peak)
         with watching(self.host, variant.parts, marks):
             self._answer(inputs, marks)
-        found: Peaks = dict.fromkeys(spans.SPANS, (0, None))
+        found: Peaks = dict.fromkeys(samples.SPANS, (0, None))
         for stage, (allocated, reserved) in marks.readings:
             before = found[stage]
             found[stage] = (max(before[0], allocated - base), max(before[1] or 0, reserved))
@@ -222,7 +209,7 @@ def _by_kind(above: Peaks, base: int, cache: int, last_cache: int) -> dict[str, 
         base: allocated before the request.
         cache: keys and values after the prompt. last_cache: after the answer.
     """
-    held = {spans.MODEL: cache, spans.DECODE: last_cache}
+    held = {samples.MODEL: cache, samples.DECODE: last_cache}
     activations = {stage: peak - held.get(stage, 0) for stage, (peak, _) in above.items() if peak}
     memory: dict[str, Any] = {
         "kv_cache_prompt": cache,

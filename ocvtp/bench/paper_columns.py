@@ -9,11 +9,12 @@ from typing import Any
 
 from ocvtp.bench import statistics
 from ocvtp.bench.report import cell_name
-from ocvtp.bench.summary import METRICS, is_control, label_of, series
+from ocvtp.bench.samples import METRICS
+from ocvtp.bench.summary import is_control, label_of, series
 from ocvtp.choices import Bold
 from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.paper_table import Column, Entry, Kind, Row, overlap, with_bold
-from ocvtp.reporting.plot_style import better
+from ocvtp.reporting.plain_text import better
 
 Facts = Mapping[str, Any]
 RATIO = "/unpruned"

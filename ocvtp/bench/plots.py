@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ocvtp.bench.summary import is_control
 from ocvtp.bench.summary import label_of as _label
 from ocvtp.evaluation.plots import order
+from ocvtp.reporting.plain_text import better
 from ocvtp.reporting.plot_style import (
     INK,
     MARKERS,
@@ -21,7 +22,6 @@ from ocvtp.reporting.plot_style import (
     Row,
     bars_height,
     beside,
-    better,
     canvas,
     counts_axis,
     draw_rows,

@@ -8,15 +8,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ocvtp.bench import plots
+from ocvtp.bench.samples import STAGES
 from ocvtp.bench.statistics import RESAMPLES
-from ocvtp.bench.summary import STAGES
 from ocvtp.reporting import markdown_table
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.plain_text import markdown as markdown_of
 from ocvtp.reporting.plain_text import one_line
 from ocvtp.reporting.results_files import RESULTS
-from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
 _MIB = 2**20
@@ -57,6 +55,9 @@ def write(results: Facts, folder: Path, accuracy: Facts | None = None) -> list[P
     Returns:
         what was written.
     """
+    from ocvtp.bench import plots  # and matplotlib, which tables do without
+    from ocvtp.reporting.figure_files import save_figure
+
     paths = [folder / RESULTS, folder / "report.md"]
     for path, text in zip(paths, (_lines(results), markdown(results)), strict=True):
         with replacing(path) as temporary:

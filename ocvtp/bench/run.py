@@ -17,6 +17,7 @@ from rich.progress import Progress
 
 from ocvtp.bench import timeline
 from ocvtp.bench.measure import Bench
+from ocvtp.bench.samples import KIND, SCHEMA
 from ocvtp.bench.sittings import Sittings, cells_in, chosen, names_of_kept
 from ocvtp.bench.variants import Variant, flops_of, lacking_network, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of
@@ -31,8 +32,6 @@ from ocvtp.reporting.environment import environment_of
 from ocvtp.reporting.progress import progress_bar
 from ocvtp.reporting.results_files import refuse_another
 
-SCHEMA = 1
-KIND = "ocvtp bench"
 CELLS = "cells"
 
 

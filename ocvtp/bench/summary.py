@@ -10,15 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocvtp.bench import statistics
-from ocvtp.bench.timeline import MODEL, PROJECT, SELECT, TOWER
-from ocvtp.pruners import list_pruners, pruner_class
+from ocvtp.bench.samples import METRICS, MODEL, PROJECT, SELECT, STAGES, TOWER
 
 Facts = Mapping[str, Any]
 Array = NDArray[np.float64]
 
-STAGES = ("preprocess", "tower", "select", "project", "prefill", "decode")
-METRICS = ("ttft", "tpot", "request", "prefill", "tower")
-"""What has intervals and is compared, in milliseconds: see `series`."""
 _PROMPT = (TOWER, SELECT, PROJECT, "prefill")
 _OF_TTFT = (TOWER, SELECT, PROJECT, MODEL, "around")
 _DIGITS = 6
@@ -28,7 +24,7 @@ def series(samples: Mapping[str, Sequence[float]], metric: str, new_tokens: int)
     """Milliseconds of a metric in every round.
 
     Args:
-        samples: of a row, by `ocvtp.bench.measure.PARTS`.
+        samples: of a row, by `ocvtp.bench.samples.PARTS`.
         metric: `ttft` (tensors on the device to the first token: tower, pruner, projector and
             prefill), `tpot` (each token after the first), `request` (tensors on the device to the
             end), `other` (what no stage has, of `whole`), or one of the parts.
@@ -56,6 +52,8 @@ def label_of(row: Facts) -> str:
 
 def is_control(row: Facts) -> bool:
     """Whether a row is there to be compared with."""
+    from ocvtp.pruners import list_pruners, pruner_class
+
     name = row["label"].partition(":")[0]
     return name in list_pruners() and pruner_class(name).status == "control"
 

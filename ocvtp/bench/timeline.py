@@ -16,23 +16,19 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
+from ocvtp.bench.samples import (
+    AFTER,
+    AROUND,
+    DECODE,
+    MODEL,
+    PROJECT,
+    SELECT,
+    SPANS,
+    TOWER,
+)
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.runtime.attachment import attachment_of
 from ocvtp.pruners import Pruner
-
-AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER = (
-    "around",
-    "tower",
-    "select",
-    "project",
-    "model",
-    "decode",
-    "after",
-)
-SPANS = (AROUND, TOWER, SELECT, PROJECT, MODEL, DECODE, AFTER)
-"""`around`: what generate() and the rewriting of the prompt do before the first token, outside of
-all modules. `model`: the language model's pass over the prompt, and its head. `after`: after the
-last token."""
 
 
 class Marks:

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 
 from ocvtp.choices import SavingRows
-from ocvtp.evaluation.conditions import (
-    UNPRUNED,
-    Budget,
-    Place,
-    pruner_conditions,
-)
+from ocvtp.evaluation.conditions import Budget, Place, pruner_conditions
+from ocvtp.evaluation.labels import UNPRUNED
 from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import count
 from ocvtp.hosts.attach import attached

@@ -8,9 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 
 from ocvtp.commands import output
-from ocvtp.evaluation.conditions import RANDOM, untrained_labels
+from ocvtp.evaluation.conditions import untrained_labels
+from ocvtp.evaluation.labels import RANDOM
 from ocvtp.evaluation.paper_columns import columns, notes
-from ocvtp.evaluation.report import RESULTS
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME, config_of, explained
 from ocvtp.learning.card import About, model_card
 from ocvtp.learning.network import PrunerNetwork
@@ -18,7 +18,7 @@ from ocvtp.pruners import trainable
 from ocvtp.pruners.catalog import entry
 from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.paper_table import PaperTable, markdown
-from ocvtp.reporting.results_files import read_results
+from ocvtp.reporting.results_files import RESULTS, read_results
 from ocvtp.shipped import find_folder
 
 

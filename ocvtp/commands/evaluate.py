@@ -9,8 +9,9 @@ from typing import Any
 
 from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
-from ocvtp.evaluation.conditions import CONTROLS, Budget
+from ocvtp.evaluation.conditions import Budget
 from ocvtp.evaluation.judged import Judged
+from ocvtp.evaluation.labels import CONTROLS
 from ocvtp.evaluation.report import results, short_table, write
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject

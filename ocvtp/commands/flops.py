@@ -21,9 +21,9 @@ from ocvtp.pruners.specs import (
     runs_once,
 )
 from ocvtp.reporting.command_line import as_typed
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import RESULTS, refuse_another
-from ocvtp.visualize import save_figure
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -12,8 +12,8 @@ from ocvtp.commands import output
 from ocvtp.commands.result_files import ResultsFile, narrowed, read_files
 from ocvtp.evaluation import plots as of_figures
 from ocvtp.reporting.chosen import Chosen
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.plot_style import look
-from ocvtp.visualize import save_figure
 
 Order = tuple[list[str], list[str]]
 

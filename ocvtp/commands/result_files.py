@@ -9,11 +9,10 @@ from typing import Any
 
 from ocvtp.bench import paper_columns as of_times
 from ocvtp.bench.compare import load
-from ocvtp.bench.run import KIND
+from ocvtp.bench.samples import KIND
 from ocvtp.evaluation import paper_columns as of_figures
-from ocvtp.evaluation.report import RESULTS
 from ocvtp.reporting.chosen import Chosen
-from ocvtp.reporting.results_files import read_json, read_results
+from ocvtp.reporting.results_files import RESULTS, read_json, read_results
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from rich.table import Table
 
 from ocvtp.commands import output
 from ocvtp.reporting.plain_text import terminal
-from ocvtp.reporting.training_plots import plot_runs
 from ocvtp.reporting.training_runs import Run, differing, figures_of, find_runs, is_higher_better
-from ocvtp.visualize import save_figure
 
 _FIRST = ("val/loss", "val/coverage_residual", "val/unique_tokens", "val/accuracy", "val/mbo_i")
 _COLUMNS = 5
@@ -29,6 +27,9 @@ def run(arguments: argparse.Namespace) -> int:
     figures = _figures(arguments.figures, figures_of(runs))
     settings = differing(runs)
     if path is not None:
+        from ocvtp.reporting.figure_files import save_figure
+        from ocvtp.reporting.training_plots import plot_runs
+
         save_figure(plot_runs(runs, figures), path, dpi=120)
         notes = [*notes, f"wrote {path}"]
     if arguments.json:

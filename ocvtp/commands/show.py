@@ -19,7 +19,8 @@ from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
 from ocvtp.pruners.specs import build_spec
-from ocvtp.visualize import Panel, figure, figure_of_images, save_figure
+from ocvtp.reporting.figure_files import save_figure
+from ocvtp.visualize import Panel, figure, figure_of_images
 
 
 def run(arguments: argparse.Namespace) -> int:

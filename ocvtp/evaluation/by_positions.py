@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ocvtp.evaluation.conditions import ORIGINAL
 from ocvtp.evaluation.hard_questions import Shown
 from ocvtp.evaluation.intervals import difference
+from ocvtp.evaluation.labels import ORIGINAL
 
 
 def by_positions(rows: Sequence[Shown], metrics: Sequence[str]) -> list[dict[str, Any]]:

@@ -13,6 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ocvtp.choices import Positions
+from ocvtp.evaluation.labels import (
+    DOWNSAMPLE,
+    ORACLE,
+    ORIGINAL,
+    SHUFFLED,
+    UNPRUNED,
+    UNTRAINED,
+)
 from ocvtp.evaluation.oracle import Oracle
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME
 from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
@@ -25,18 +33,6 @@ from ocvtp.pruners.specs import (
     runs_once,
     with_budget,
 )
-
-UNPRUNED, SHUFFLED, RANDOM, ORACLE, UNTRAINED, POOL, DOWNSAMPLE = (
-    "unpruned",
-    "shuffled",
-    "random",
-    "oracle",
-    "untrained",
-    "pool",
-    "downsample",
-)
-CONTROLS = (RANDOM, "uniform", POOL, DOWNSAMPLE, "fill_only", UNTRAINED, ORACLE)
-"""What runs besides all pruners, at every budget."""
 
 _SEED_STEP = 1_000_003  # more than there are items
 
@@ -87,10 +83,6 @@ class Condition:
         """The name that tells it from the others."""
         budget = "" if self.budget is None else f" @ {self.budget}"
         return f"{self.label}{budget} # {self.seed}"
-
-
-ORIGINAL = " (original positions)"
-"""What follows the label of a pruner whose tokens keep the positions that they had."""
 
 
 def at_positions(found: Sequence[Condition], positions: Sequence[Positions]) -> list[Condition]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, UNPRUNED
 from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.labels import DOWNSAMPLE, POOL, RANDOM, UNPRUNED
 from ocvtp.evaluation.tasks.base import Ratio
 
 Shown = tuple[str, float | None, Mapping[str, Ratio]]

@@ -13,8 +13,8 @@ from pathlib import PurePath
 from typing import Any
 
 from ocvtp.choices import Preferred
-from ocvtp.evaluation.conditions import RANDOM, UNPRUNED
 from ocvtp.evaluation.earlier_runs import Key, keys_of, names_of
+from ocvtp.evaluation.labels import RANDOM, UNPRUNED
 from ocvtp.evaluation.report import Report, Row, results
 from ocvtp.evaluation.scores import unpacked
 from ocvtp.evaluation.tasks.base import Ratio

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from ocvtp.choices import Bold
-from ocvtp.evaluation.conditions import SHUFFLED, UNPRUNED
 from ocvtp.evaluation.intervals import RESAMPLES, difference
+from ocvtp.evaluation.labels import SHUFFLED, UNPRUNED
 from ocvtp.evaluation.tables import Facts, budget_text, budgets, has_figure
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.paper_table import Column, Entry, Kind, Row, overlap, with_bold
-from ocvtp.reporting.plot_style import better
+from ocvtp.reporting.plain_text import better
 
 _WHOLE = (UNPRUNED, SHUFFLED)
 Scores = Mapping[tuple[str, float | None], Mapping[str, Ratio]]

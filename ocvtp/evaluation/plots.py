@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ocvtp.evaluation.conditions import SHUFFLED, UNPRUNED
+from ocvtp.evaluation.labels import SHUFFLED, UNPRUNED
 from ocvtp.evaluation.tables import (
     Facts,
     budget_text,
@@ -22,6 +22,7 @@ from ocvtp.evaluation.tables import (
     pruned_budgets,
     ranked,
 )
+from ocvtp.reporting.plain_text import better
 from ocvtp.reporting.plot_style import (
     COLOURS,
     FAINT,
@@ -32,7 +33,6 @@ from ocvtp.reporting.plot_style import (
     Name,
     Row,
     bars_height,
-    better,
     canvas,
     counts_axis,
     draw_rows,

@@ -16,15 +16,15 @@ from typing import Any
 
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.by_positions import by_positions
-from ocvtp.evaluation.conditions import ORACLE, ORIGINAL, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.hard_questions import hard_questions
 from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.labels import ORACLE, ORIGINAL, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.scores import SCORES, packed
 from ocvtp.evaluation.tasks.base import Ratio
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.results_files import RESULTS as RESULTS
 from ocvtp.reporting.results_files import SCHEMA
-from ocvtp.visualize import save_figure
 
 ENOUGH = 300
 """Questions below which a figure comes with a warning."""

@@ -13,21 +13,19 @@ from ocvtp.choices import Positions
 from ocvtp.evaluation import conditions as made
 from ocvtp.evaluation import earlier_runs
 from ocvtp.evaluation.checkpoint_groups import grouped
-from ocvtp.evaluation.conditions import (
+from ocvtp.evaluation.conditions import Budget, Condition, Place, readable, takes_checkpoints
+from ocvtp.evaluation.intervals import average
+from ocvtp.evaluation.judged import Judged
+from ocvtp.evaluation.labels import (
     CONTROLS,
     DOWNSAMPLE,
     ORACLE,
     ORIGINAL,
     POOL,
+    SHUFFLED,
+    UNPRUNED,
     UNTRAINED,
-    Budget,
-    Condition,
-    Place,
-    readable,
-    takes_checkpoints,
 )
-from ocvtp.evaluation.intervals import average
-from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.report import DIGITS, Report, Row
 from ocvtp.evaluation.runner import run, seen_of, shared_settings
 from ocvtp.evaluation.tasks.base import Record, Task, TokenTask
@@ -329,6 +327,6 @@ def _rows(
 def _share(label: str, budget: Budget | None, num_tokens: int) -> float | None:
     """Of the tokens kept, where images have `num_tokens`; None where the pruner itself decides."""
     if budget is None:
-        return 1.0 if label in (made.UNPRUNED, made.SHUFFLED) else None
+        return 1.0 if label in (UNPRUNED, SHUFFLED) else None
     share = budget.keep_ratio or budget.count(num_tokens) / num_tokens
     return float(f"{share:.{DIGITS}g}")  # as results.json has it

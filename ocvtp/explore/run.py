@@ -13,13 +13,13 @@ from typing import Any
 from PIL import Image
 
 from ocvtp.evaluation.conditions import (
-    UNPRUNED,
     Budget,
     Condition,
     Place,
     pruner_conditions,
     unpruned_conditions,
 )
+from ocvtp.evaluation.labels import UNPRUNED
 from ocvtp.explore import page
 from ocvtp.explore.views import AnyPruner, Tick, View
 from ocvtp.images import open_image

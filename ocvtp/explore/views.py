@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ocvtp.bench import timeline
+from ocvtp.bench import samples, timeline
 from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.towers import TowerEncodings, TowerSubject
@@ -318,11 +318,11 @@ class _Stopwatch:
 def _to_first(took: Mapping[str, float]) -> dict[str, float]:
     """Milliseconds to the first token, from seconds of every stage."""
     names = {
-        "tower": timeline.TOWER,
-        CHOOSING: timeline.SELECT,
-        "projector": timeline.PROJECT,
-        "model": timeline.MODEL,
-        "other": timeline.AROUND,
+        "tower": samples.TOWER,
+        CHOOSING: samples.SELECT,
+        "projector": samples.PROJECT,
+        "model": samples.MODEL,
+        "other": samples.AROUND,
     }
     parts = {name: 1e3 * took[stage] for name, stage in names.items()}
     return {"first": sum(parts.values()), **parts}

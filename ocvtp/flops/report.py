@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from ocvtp.flops.count import Count
 from ocvtp.flops.formulas import CONVENTIONS, MEANINGS
 from ocvtp.reporting.markdown_table import table
-from ocvtp.reporting.plain_text import markdown
-from ocvtp.reporting.plot_style import INK, better, canvas, label, name_rows
+from ocvtp.reporting.plain_text import better, markdown
+from ocvtp.reporting.plot_style import INK, canvas, label, name_rows
 
 Facts = Mapping[str, Any]
 Key = tuple[str, int | None]

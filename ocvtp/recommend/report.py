@@ -11,11 +11,11 @@ from typing import Any
 from ocvtp.recommend.choice import Span, ends_text, most_text, percent_text, points_text
 from ocvtp.recommend.plot import pareto
 from ocvtp.recommend.run import ACCURACY, SPEED
+from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.files import replacing
 from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.plain_text import code, one_line
 from ocvtp.reporting.plain_text import markdown as markdown_of
-from ocvtp.visualize import save_figure
 
 Facts = Mapping[str, Any]
 _NAME = "recommendation"

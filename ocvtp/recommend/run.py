@@ -10,7 +10,8 @@ from typing import Any
 from ocvtp.bench import report as speed_report
 from ocvtp.bench.run import Plan, bench
 from ocvtp.evaluation import report as accuracy_report
-from ocvtp.evaluation.conditions import DOWNSAMPLE, POOL, RANDOM, UNPRUNED, Budget
+from ocvtp.evaluation.conditions import Budget
+from ocvtp.evaluation.labels import DOWNSAMPLE, POOL, RANDOM, UNPRUNED
 from ocvtp.evaluation.plots import order
 from ocvtp.evaluation.run import answers_of, evaluate
 from ocvtp.evaluation.runner import Subject

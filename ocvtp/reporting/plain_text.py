@@ -52,6 +52,11 @@ def cell(text: str) -> str:
     return re.sub(r"(?<!\\)\|", r"\\|", text.replace("\n", " "))
 
 
+def better(name: str, lower: bool) -> str:
+    """The name of a figure, and which way is better where that is down."""
+    return f"{name} (lower is better)" if lower else name
+
+
 def _controls(character: str) -> bool:
     """Whether it commands a terminal, ends a line, or turns the direction of what follows."""
     kind = unicodedata.category(character)

@@ -212,11 +212,6 @@ def _lines(text: str, letters: int) -> str:
     return f"{text[: places[-1]]}\n{text[places[-1] + 1 :]}"
 
 
-def better(name: str, lower: bool) -> str:
-    """The text of an axis, and which way is better where that is down."""
-    return f"{name} (lower is better)" if lower else name
-
-
 def limits(
     values: Sequence[float], least: float, floor: float = -np.inf, ceiling: float = np.inf
 ) -> tuple[float, float]:

@@ -8,11 +8,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ocvtp.reporting.plain_text import better
 from ocvtp.reporting.plot_style import (
     COLOURS,
     MARKERS,
     Name,
-    better,
     canvas,
     height_for,
     label,

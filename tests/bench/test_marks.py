@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ocvtp.bench import timeline as spans
-from ocvtp.bench.timeline import DECODE, MODEL, SELECT, TOWER, Marks
+from ocvtp.bench.samples import DECODE, MODEL, SELECT, TOWER
+from ocvtp.bench.timeline import Marks
 
 
 def marked(readings):

@@ -10,8 +10,9 @@ import torch
 
 from ocvtp import build_pruner
 from ocvtp.bench import timeline as spans
-from ocvtp.bench.measure import PARTS, Bench
+from ocvtp.bench.measure import Bench
 from ocvtp.bench.memory import Watch, cache_bytes, weight_bytes
+from ocvtp.bench.samples import PARTS
 from ocvtp.bench.timeline import Marks
 from ocvtp.bench.variants import flops_of, network_for, variants
 from ocvtp.bench.workload import Cell, make_request, tokens_of

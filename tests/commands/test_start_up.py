@@ -101,6 +101,20 @@ def test_a_list_imports_torch_and_what_draws_the_table():
 
 
 @pytest.mark.slow
+def test_what_reads_results_waits_for_no_torch(tmp_path):
+    judged, timed = (f"docs/results/{name}" for name in ("demo-vlm", "bench-llava-mid-cpu"))
+    table = ["table", judged, "--num-keep", "36"]
+    compare = ["compare", f"{timed}/results.json", f"{timed}/results.json"]
+    plot = ["plot", judged, "--plots", "accuracy", "--output", str(tmp_path)]
+    card = ["card", "checkpoints/demo-pruner", "--results", judged]
+    words = [table, compare, ["runs", "docs/results/train-demo"], plot, card]
+    found = imported(*(RUN.format(words=some) for some in words))
+    drawn, networks = {"numpy", "PIL", "matplotlib"}, {"torch", "numpy", "PIL", "huggingface_hub"}
+    allowed = [{"numpy", "PIL"}, {"numpy"}, {"rich"}, drawn, networks]
+    assert [some - those for some, those in zip(found, allowed, strict=True)] == [set()] * 5
+
+
+@pytest.mark.slow
 def test_the_package_and_its_names():
     assert imported("import ocvtp; ocvtp.__version__; dir(ocvtp)") == [set()]
     assert after_torch()[BUILDS] <= {"torch", "numpy"}

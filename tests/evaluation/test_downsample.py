@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ocvtp.evaluation.conditions import DOWNSAMPLE, Budget
+from ocvtp.evaluation.conditions import Budget
+from ocvtp.evaluation.labels import DOWNSAMPLE
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.scenes import SceneTask

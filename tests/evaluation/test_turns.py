@@ -9,13 +9,8 @@ from ocvtp import build_pruner
 from ocvtp.cli import main
 from ocvtp.data.scenes import draw_scene, split_seed
 from ocvtp.data.several_images import ask_of_several
-from ocvtp.evaluation.conditions import (
-    ORIGINAL,
-    Budget,
-    at_positions,
-    pruner_conditions,
-    unpruned_conditions,
-)
+from ocvtp.evaluation.conditions import Budget, at_positions, pruner_conditions, unpruned_conditions
+from ocvtp.evaluation.labels import ORIGINAL
 from ocvtp.evaluation.logs import Log
 from ocvtp.evaluation.prompts import make_prompts
 from ocvtp.evaluation.report import results, to_markdown

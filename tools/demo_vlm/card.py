@@ -13,7 +13,7 @@ import torch
 
 from ocvtp.data.questions import KINDS
 from ocvtp.data.scenes import LEVELS
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
+from ocvtp.evaluation.labels import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.hosts.loading import load_model
 from ocvtp.reporting.files import replacing
 from tools.demo_vlm.learner import Learner

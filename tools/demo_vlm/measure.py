@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, content_hash
+from ocvtp.evaluation.conditions import Budget, content_hash
+from ocvtp.evaluation.labels import ORACLE, RANDOM
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, SHUFFLED, UNPRUNED
+from ocvtp.evaluation.labels import ORACLE, RANDOM, SHUFFLED, UNPRUNED
 from tools.demo_vlm.card import cell, figures_of
 from tools.photo_vlm.composites import MOST_OBJECTS
 from tools.photo_vlm.cutouts import Cutouts

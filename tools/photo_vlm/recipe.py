@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.data.resize import claim_folder
-from ocvtp.evaluation.conditions import ORACLE, RANDOM, Budget, content_hash
+from ocvtp.evaluation.conditions import Budget, content_hash
+from ocvtp.evaluation.labels import ORACLE, RANDOM
 from ocvtp.evaluation.report import results
 from ocvtp.evaluation.run import evaluate
 from ocvtp.evaluation.runner import Subject
