@@ -109,9 +109,11 @@ def test_the_demo_model_is_found_from_any_folder(tmp_path, monkeypatch):
     from ocvtp.hosts.prompt.clip_text import load_clip_text
 
     monkeypatch.chdir(tmp_path)
-    model, _ = load_model("checkpoints/demo-vlm", "float32")
+    model, processor = load_model("checkpoints/demo-vlm", "float32")
     assert CLIPEncoder("checkpoints/demo-vlm", layer=3).tower_id == "checkpoints/demo-vlm"
     assert load_clip_text(model.model.vision_tower, "checkpoints/demo-vlm/clip") is not None
+    with pytest.raises(ValueError, match=r"pass text_tower='\S+/checkpoints/demo-vlm/clip', which"):
+        ocvtp.attach(model, ocvtp.build_pruner("trim", num_keep=4), processor=processor)
     pruner = ocvtp.build_pruner("ocvtp", num_keep=4, checkpoint="checkpoints/demo-pruner/0")
     assert pruner.network.config.tower == "checkpoints/demo-vlm"
 

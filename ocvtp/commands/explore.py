@@ -32,13 +32,12 @@ def run(arguments: argparse.Namespace) -> int:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     named = image_files(arguments.images)
     files = named[: arguments.max_images]
-    for file in files:
-        open_image(file)
+    sizes = [open_image(file).size for file in files]  # what is no image is told before all
     with ExitStack() as stack:
         server = None
         if arguments.serve is not None:  # a port that is taken is told before all the work
             server = stack.enter_context(PageServer(arguments.serve))
-        facts = explore(_view(arguments), _wanted(arguments), files)
+        facts = explore(_view(arguments), _wanted(arguments), files, sizes)
         page = to_html({**facts, "command": output.command(arguments)})
         write_whole(path, page.encode())
         _tell(arguments, facts, path, len(named), server)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ocvtp.evaluation.intervals import RESAMPLES
+from ocvtp.evaluation.labels import MEANINGS, ORIGINAL
 from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.paper_table import is_best
 from ocvtp.reporting.plain_text import code, markdown, one_line
@@ -25,8 +26,6 @@ _LEGEND = f"""\
   standard errors clustered by image, as lmms-eval has them, are another estimate of the same.
 - Differences are paired: both sides answer the same questions. A star marks an interval without 0.
   Of many pruners that are no better than random, one in twenty earns a star by chance.
-- Controls are there to be compared with. `random` keeps tokens at random, `shuffled` asks about
-  another image, `oracle` knows where the objects are.
 - Further figures with their intervals, and p values, are in results.json."""
 
 
@@ -50,8 +49,18 @@ def full(facts: Facts) -> str:
             for row in noted
         ]
         parts += ["## Notes", "\n".join(lines)]
-    parts += ["## How to read this", _LEGEND, "## Settings and environment", *_origin(facts)]
+    parts += ["## How to read this", _legend(facts), "## Settings and environment", *_origin(facts)]
     return "\n\n".join(parts) + "\n"
+
+
+def _legend(facts: Facts) -> str:
+    """How to read the tables, and what the controls are that occur."""
+    labels = {row["label"].removesuffix(ORIGINAL) for row in facts["rows"] if row["control"]}
+    there = {label.partition(":")[0] for label in labels}
+    said = [f"  - `{name}` {what}" for name, what in MEANINGS.items() if name in there]
+    if not said:
+        return _LEGEND
+    return "\n".join([_LEGEND, "- Controls are there to be compared with:", *said])
 
 
 def hard_questions(facts: Facts) -> list[str]:

@@ -67,13 +67,15 @@ class _Row:
         return self.label if budget is None else f"{self.label} @ {budget}"
 
 
-def explore(view: View, wanted: Wanted, files: Sequence[Path]) -> dict[str, Any]:
+def explore(
+    view: View, wanted: Wanted, files: Sequence[Path], sizes: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
     """Look at images under all pruners and budgets.
 
     Args:
         view: the model, or the tower.
         wanted: what is to be shown.
-        files: of the images.
+        files: of the images. sizes: their widths and heights.
 
     Returns:
         the facts of the page, JSON: `pruners`, `budgets` (small to large), `conditions` (a pruner
@@ -85,8 +87,7 @@ def explore(view: View, wanted: Wanted, files: Sequence[Path]) -> dict[str, Any]
     """
     first = open_image(files[0])
     budgets = sorted(dict.fromkeys(wanted.budgets), key=lambda budget: budget.count(10**6))
-    for path in files:
-        view.check(open_image(path))
+    view.check(sizes)
     rows = _rows(wanted, budgets, view.num_tokens(first))
     view.prepare([row.pruner for row in rows])
     images: list[dict[str, Any]] = []

@@ -81,13 +81,13 @@ class View(ABC):
     def __init__(self, judged: Judged) -> None:
         self.name, self.device = judged.name, judged.device
 
-    def check(self, image: Image.Image) -> None:
-        """Refuse an image that cannot be looked at.
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Refuse images of widths and heights that cannot be looked at.
 
         Raises:
-            ValueError: if a prompt about it is too long.
+            ValueError: if a prompt about one is too long.
         """
-        del image
+        del sizes
 
     @abstractmethod
     def num_tokens(self, image: Image.Image) -> int:
@@ -163,9 +163,12 @@ class ModelView(View):
         tokenizer = find_tokenizer(self._subject.processor)
         return max(self.prompts, key=lambda prompt: len(tokenizer(prompt)["input_ids"]))
 
-    def check(self, image: Image.Image) -> None:
-        if self.prompts:
-            made, _ = self._inputs(image, self._longest_prompt)
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        if not self.prompts:
+            return
+        unlike = list(dict.fromkeys(sizes))[: None if self._host.image_tokens is None else 1]
+        for size in unlike:  # what is in an image makes a prompt no longer
+            made, _ = self._inputs(Image.new("RGB", size), self._longest_prompt)
             refuse_beyond_context(self._host, made["input_ids"], self._max_new_tokens)
 
     def num_tokens(self, image: Image.Image) -> int:

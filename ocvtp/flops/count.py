@@ -90,7 +90,7 @@ def count(
 
     Raises:
         ValueError: for a family whose operations are not known, sizes that do not fit, or a pruner
-            whose budget depends on what is in the image.
+            whose budget depends on what is in the image, or exceeds its tokens.
     """
     if pruner is not None and num_keep is not None:
         raise ValueError(f"got num_keep={num_keep} and a pruner, which has its own; pass one.")

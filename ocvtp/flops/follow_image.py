@@ -17,6 +17,7 @@ from ocvtp.flops.sizes import Sizes, TowerSizes
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.in_tower import skip_unread
 from ocvtp.hosts.in_tower.stages import first_block
+from ocvtp.hosts.prompt.checks import beyond
 from ocvtp.hosts.registry import check
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.pruners.block_merger import BlockMerger
@@ -103,6 +104,8 @@ def follow(
             )
     if pruner is not None:
         check(sizes.host, pruner)
+        if why := beyond(num_tokens, pruner, "the image has"):
+            raise ValueError(why)
     needs = Needs() if pruner is None else pruner.tower_needs
     views, grid_hw = _views(sizes, num_tokens)
     _check_tiles(parts, views)

@@ -5,10 +5,13 @@ import pytest
 from made_up_report import report, row, share, usual
 from matplotlib.figure import Figure
 
+from ocvtp import list_pruners
 from ocvtp.evaluation import tables
 from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.labels import CONTROLS, MEANINGS
 from ocvtp.evaluation.report import results, short_table, to_markdown, write
 from ocvtp.evaluation.tasks.base import Ratio
+from ocvtp.pruners import pruner_class
 
 
 def by_label(found, label, budget=0.25):
@@ -175,6 +178,24 @@ def test_a_method_of_yours_is_ranked_and_called_so():
     assert bold(table) == {"mine` (yours)"}
     assert results(given)["rows"][1]["yours"]
     assert table_rows(to_markdown(given), "### 50% of the tokens")[1][0] == "`mine` (yours)"
+
+
+def test_the_report_says_what_its_controls_are():
+    own = {"control": True}
+    labels = ["untrained:standardize=true", "pool", "pool (original positions)"]
+    rows = [row(label, 0.5, 9, **own) for label in labels]
+    others = [row("unpruned", 1.0, 18), row("fill_only", 0.5, 9), row("other", 0.5, 9, **own)]
+    legend = to_markdown(report(*rows, *others)).split("## How to read this")[1]
+    said = [line for line in legend.splitlines() if line.startswith("  - ")]
+    assert said == [
+        "  - `pool` averages neighbouring tokens, as if the image had been smaller",
+        "  - `untrained` is a trained pruner's network with random weights",
+    ]
+
+
+def test_every_control_has_a_meaning():
+    controls = {name for name in list_pruners() if pruner_class(name).status == "control"}
+    assert {*CONTROLS, *controls} - {"none"} <= set(MEANINGS)
 
 
 def test_remarks_are_in_the_report():

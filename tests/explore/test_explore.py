@@ -14,10 +14,13 @@ from PIL import Image
 
 from ocvtp import build_pruner
 from ocvtp.cli import main
+from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.towers import TowerSubject
+from ocvtp.explore import views
 from ocvtp.explore.kept import on_tower
 from ocvtp.explore.server import PageServer
 from ocvtp.explore.views import ModelView
+from ocvtp.hosts.loading import load_model
 from ocvtp.images import open_image
 
 MODEL = ["--model", "random:tiny-llava"]
@@ -199,6 +202,34 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_is_asked(
     for command, more in (("answer", []), ("show", ["--output", str(tmp_path / "kept.png")])):
         assert main([command, *pruned, longest, *one, *more]) == 2
         assert "(besides 144 of images)" in capsys.readouterr().err
+
+
+def test_every_image_is_opened_once_to_be_checked_and_once_to_be_shown(
+    capsys, photos, tmp_path, monkeypatch
+):
+    opened = []
+
+    def counted(path):
+        opened.append(path.name)
+        return open_image(path)
+
+    for part in ("commands.explore", "explore.run"):
+        monkeypatch.setattr(f"ocvtp.{part}.open_image", counted)
+    words = [*MODEL, "--images", str(photos), "--pruners", "fps", "--num-keep", "4"]
+    explored(capsys, tmp_path, *words, "--prompt", "What?", "--max-new-tokens", "2")
+    assert sorted(opened) == ["a.jpg"] * 3 + ["b.png"] * 2  # the first is tried out too
+
+
+def test_prompts_are_checked_for_every_size_where_sizes_matter(monkeypatch):
+    asked = []
+    monkeypatch.setattr(views, "refuse_beyond_context", lambda host, ids, new: asked.append(ids))
+    sizes = [(280, 140), (84, 140), (280, 140)]
+    for name, times in (("random:tiny-llava", 1), ("random:tiny-qwen2.5-vl", 2)):
+        asked.clear()
+        model, processor = load_model(name)
+        view = ModelView(Subject(model, processor, name), ["What?"])
+        view.check(sizes)
+        assert len({ids.shape[1] for ids in asked}) == len(asked) == times
 
 
 def test_a_page_is_served_until_ctrl_c(capsys, photos, tmp_path, monkeypatch):

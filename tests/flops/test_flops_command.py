@@ -108,6 +108,17 @@ def test_what_cannot_be_counted_is_said(capsys):
     assert "nothing could be counted" in capsys.readouterr().err
 
 
+def test_a_budget_of_its_own_beyond_the_image_is_refused(capsys):
+    words = ["flops", "--model", "llava-1.5-7b", "--pruners", "divprune:num_keep=9999"]
+    assert main(words) == 2
+    told = "num_keep=9999 exceeds the 576 visual tokens that the image has, so that 'divprune'"
+    assert told in capsys.readouterr().err
+    assert main([*words, "random:num_keep=576"]) == 0
+    out = capsys.readouterr().out
+    assert [row[0] for row in _cells(out)] == ["unpruned", "random:num_keep=576"]
+    assert told in out
+
+
 def test_flags_reach_the_count(capsys):
     words = ["flops", "--model", "llava-next-7b", "--num-keep", "576", "--json", "--text-length"]
     more = ["--num-visual", "1152", "--images", "2", "--newlines", "10", "--whole-tower"]

@@ -82,13 +82,15 @@ def beyond_all(host: Host, pruner: Pruner | Compose) -> str | None:
     return None if host.image_tokens is None else beyond(host.image_tokens, pruner)
 
 
-def beyond(count: int, pruner: Pruner | Compose) -> str | None:
-    """The same where every image has `count` visual tokens."""
+def beyond(
+    count: int, pruner: Pruner | Compose, whose: str = "every image of this model has"
+) -> str | None:
+    """The same where images have `count` visual tokens. whose: which images these are."""
     for part in pruner.parts:
         if part.exact and part.exceeds(count):
             return (
-                f"num_keep={part.num_keep} exceeds the {count} visual tokens that every image of"
-                f" this model has, so that {part.name!r} drops none; pass at most {count}."
+                f"num_keep={part.num_keep} exceeds the {count} visual tokens that {whose}, so that"
+                f" {part.name!r} drops none; pass at most {count}."
             )
     return None
 

@@ -5,6 +5,7 @@ P width of the shared space, S texts, T parts of a text that CLIP can read, Q pa
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ class ClipText:
         return torch.as_tensor(self.text_projection(pooled))
 
 
-def load_clip_text(tower: Any, text_tower: TextTower = None) -> ClipText:
+def load_clip_text(tower: Any, text_tower: TextTower = None, folder: str = "") -> ClipText:
     """The CLIP that belongs to a vision tower.
 
     Args:
@@ -114,13 +115,14 @@ def load_clip_text(tower: Any, text_tower: TextTower = None) -> ClipText:
             nothing, for the tower of that name); a `CLIPModel`; or a pair of one and its tokenizer
             or processor. None: the CLIP that is known to belong to the tower, if it is on this
             machine: nothing is downloaded.
+        folder: of the model that the tower is from; a CLIP in it is named where one lacks.
 
     Raises:
         ValueError: if there is none, or it does not fit the tower.
     """
     tokenizer = None
     if text_tower is None:
-        model, tokenizer = _known(tower)
+        model, tokenizer = _known(tower, folder)
     elif isinstance(text_tower, (str, Path)):
         model, tokenizer = _named(str(text_tower), tower)
     elif isinstance(text_tower, (tuple, list)) and len(text_tower) == 2:
@@ -139,7 +141,7 @@ def load_clip_text(tower: Any, text_tower: TextTower = None) -> ClipText:
 _PROJECTIONS = ("text_projection", "visual_projection")
 
 
-def _known(tower: Any) -> tuple[Any, Any]:
+def _known(tower: Any, folder: str) -> tuple[Any, Any]:
     for name, settings in _KNOWN:
         if all(getattr(tower.config, k, None) == v for k, v in settings.items()):
             try:
@@ -150,10 +152,24 @@ def _known(tower: Any) -> tuple[Any, Any]:
                     f" model does not carry; pass text_tower={name!r} to load (and download) the"
                     " one that belongs to its vision tower, or a folder that holds it."
                 ) from error
+    there = _clip_in(folder)
+    how = _HOW if there is None else f"pass text_tower={there!r}, which lies in the model's folder"
     raise ValueError(
         "the pruner compares images with the prompt by CLIP's text tower, which this model does not"
-        f" carry; {_HOW}."
+        f" carry; {how}."
     )
+
+
+def _clip_in(folder: str) -> str | None:
+    """The first folder inside of a model's that says of itself that it is a whole CLIP."""
+    for path in sorted(Path(folder).glob("*/config.json")) if folder else ():
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(config, dict) and config.get("model_type") == "clip":
+            return str(path.parent)
+    return None
 
 
 def _named(name: str, tower: Any) -> tuple[Any, Any]:

@@ -108,7 +108,8 @@ def make_reader(
             " model's inputs."
         )
     prompts = Prompts(host, processor)
-    clip = load_clip_text(host.tower, text_tower) if needs.clip else None
+    folder = str(getattr(host.model, "name_or_path", None) or "")
+    clip = load_clip_text(host.tower, text_tower, folder) if needs.clip else None
     if prompts.problem is not None:
         warnings.warn(
             f"the processor {prompts.problem}, so what a chat template writes around the user's"
