@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
@@ -40,8 +39,16 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         refuse_without_amount(arguments.pruners)
     options.check_tower(arguments)
     settings = task_settings(arguments)
-    subject, load = _subject(arguments)
+    if arguments.tower is not None:
+        refuse_questions(task_class(arguments.task))
+    loaded = cache(partial(load_model, arguments.model, arguments.dtype, arguments.device))
+    load = None if arguments.tower is not None else lambda: loaded()[1]
     task = make_task(Supplied(arguments.task, folder, load), settings)
+    subject: Judged
+    if arguments.tower is not None:
+        subject = TowerSubject(**options.tower_settings(arguments))
+    else:
+        subject = Subject(*loaded(), arguments.model, arguments.text_tower)
     budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
     budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
     report, records = evaluate(
@@ -66,13 +73,3 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     told = {name: value for name, value in found.items() if name != SCORES}
     output.emit(told, f"{warnings}{short_table(report)}\nwrote {wrote}", arguments.json)
     return 0
-
-
-def _subject(arguments: argparse.Namespace) -> tuple[Judged, Callable[[], Any] | None]:
-    """What pruners are judged on, and what makes its processor, if it has one."""
-    place = arguments.dtype, arguments.device
-    if arguments.tower is not None:
-        refuse_questions(task_class(arguments.task))
-        return TowerSubject(**options.tower_settings(arguments)), None
-    model, processor = load_model(arguments.model, *place)
-    return Subject(model, processor, arguments.model, arguments.text_tower), lambda: processor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 
 from ocvtp.commands import options, output
@@ -13,6 +14,7 @@ from ocvtp.evaluation.tasks.agreement import AGREEMENT, Agreement
 from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.specs import known_settings
+from ocvtp.recommend.choice import refuse_unknown
 from ocvtp.recommend.report import short, write
 from ocvtp.recommend.run import ACCURACY, SPEED, Wanted, recommend
 from ocvtp.reporting.folder_lock import claimed
@@ -47,11 +49,13 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     for spec in wanted.specs:
         known_settings(spec)  # refuses what is unknown before anything is loaded
     settings = task_settings(arguments)
-    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
-    task = make_task(Supplied(arguments.task, folder, lambda: processor), settings)
+    loaded = cache(partial(load_model, arguments.model, arguments.dtype, arguments.device))
+    task = make_task(Supplied(arguments.task, folder, lambda: loaded()[1]), settings)
     if by_agreement:
         task = Agreement(task)
-    subject = Subject(model, processor, arguments.model, arguments.text_tower)
+    elif wanted.metric is not None:
+        refuse_unknown(wanted.metric, task)
+    subject = Subject(*loaded(), arguments.model, arguments.text_tower)
     found = recommend(subject, task, wanted, folder, output.command(arguments))
     wrote = ", ".join(str(path) for path in write(found, folder))
     remarks = "".join(f"{text}\n" for text in found["remarks"])

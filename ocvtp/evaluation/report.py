@@ -17,7 +17,7 @@ from typing import Any
 from ocvtp.evaluation import plots, tables
 from ocvtp.evaluation.by_positions import by_positions
 from ocvtp.evaluation.hard_questions import hard_questions
-from ocvtp.evaluation.intervals import difference, estimate
+from ocvtp.evaluation.intervals import Difference, difference, estimate
 from ocvtp.evaluation.labels import ORACLE, ORIGINAL, RANDOM, SHUFFLED, UNPRUNED
 from ocvtp.evaluation.scores import SCORES, packed
 from ocvtp.evaluation.tasks.base import Ratio
@@ -223,21 +223,35 @@ def _warnings(report: Report, metric: str) -> Iterator[dict[str, str]]:
         yield zero
         if zero["level"] == "loud":
             return
-    show = partial(tables.difference_text, percent=report.percent)
+
+    def show(lead: Difference) -> str:
+        return tables.difference_text(_plain(asdict(lead)), report.percent)
+
     by_label = {row.label: row for row in rows}
     judged = metric not in report.not_judged
     if judged and UNPRUNED in by_label and SHUFFLED in by_label:
         pair = [by_label[label].figures[metric] for label in (UNPRUNED, SHUFFLED)]
         lead = difference(*pair)
         if not lead.low > 0:
-            yield _warn(
-                "loud",
-                f"{metric}: unpruned minus shuffled images is {show(asdict(lead))}. The model does "
-                "not clearly need the image, so these figures say nothing about pruners.",
-            )
+            yield _not_needed(metric, lead, show)
     for oracle in rows:
         if oracle.label in (ORACLE, ORACLE + ORIGINAL) and judged:
             yield from _oracle_warning(oracle, rows, metric, show)
+
+
+def _not_needed(metric: str, lead: Difference, show: Callable[[Difference], str]) -> dict[str, str]:
+    """A warning where right images are not clearly better than wrong ones, or there are none."""
+    if math.isnan(lead.low) and not math.isnan(lead.value):
+        return _warn(
+            "mild",
+            f"{metric}: there is one image, and no wrong one to ask about. It has no intervals, and"
+            " nothing says whether the model needs it; ask about several.",
+        )
+    return _warn(
+        "loud",
+        f"{metric}: unpruned minus shuffled images is {show(lead)}. The model does not clearly"
+        " need the image, so these figures say nothing about pruners.",
+    )
 
 
 def _all_zero(report: Report, metric: str, rows: Sequence[Row]) -> dict[str, str] | None:
@@ -268,7 +282,7 @@ _BEATEN_BY_TRAINED = (
 
 
 def _oracle_warning(
-    oracle: Row, rows: Sequence[Row], metric: str, show: Callable[[dict[str, Any]], str]
+    oracle: Row, rows: Sequence[Row], metric: str, show: Callable[[Difference], str]
 ) -> Iterator[dict[str, str]]:
     """A warning where it does not win at its budget and positions, trained pruners apart."""
     apart, original = (UNPRUNED, SHUFFLED, oracle.label), oracle.label.endswith(ORIGINAL)
@@ -293,7 +307,7 @@ def _oracle_warning(
             judged = _BEATEN_BY_TRAINED if trained else _BEATEN
         text = (
             f"{metric} at {tables.budget_text(oracle.budget)}: the oracle does not win. "
-            f"Oracle minus {best.label} is {show(asdict(lead))}. {judged}"
+            f"Oracle minus {best.label} is {show(lead)}. {judged}"
         )
         yield _warn("loud" if beyond and not trained else "mild", text)
 

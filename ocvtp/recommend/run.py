@@ -68,7 +68,8 @@ class Wanted:
         skip_unfit: whether named pruners that cannot run are left out, too.
 
     Raises:
-        ValueError: for a `max_drop` below 0, and counts and shares that are none.
+        ValueError: for a `max_drop` below 0, counts and shares that are none, and rounds that are
+            too few for `Plan`.
     """
 
     pruners: Sequence[str] = ()
@@ -89,6 +90,7 @@ class Wanted:
             raise ValueError(f"max_drop={self.max_drop}; pass the points that may be lost, 0 up.")
         if wrong := [share for share in self.shares if not 0 < share <= 1]:
             raise ValueError(f"keep_ratio={wrong[0]}; pass shares above 0, up to 1.")
+        Plan((), (), (), _NEW_TOKENS, self.warmup, self.repetitions)  # refuses too few rounds
         object.__setattr__(self, "num_keep", [check_count("num_keep", k) for k in self.num_keep])
 
     @property
@@ -161,7 +163,8 @@ def _chosen(
     """What is chosen of the options, by which figure, and what to know about it."""
     chosen = choose(found, wanted.max_drop)
     figure = next(r["figures"][metric] for r in accuracy["rows"] if r["label"] == UNPRUNED)
-    questions = f"these {figure['n']} {accuracy['counts']} on {figure['images']} images"
+    n, images = figure["n"], figure["images"]
+    questions = f"these {n} {accuracy['counts']} on {images} image{'' if images == 1 else 's'}"
     return {
         "metric": metric,
         "max_drop": wanted.max_drop,

@@ -248,6 +248,18 @@ def test_an_oracle_that_does_not_win_is_warned_of(oracle, level):
     assert ("> Note. " in text) == (level == "mild")
 
 
+def test_one_image_says_nothing_of_whether_a_model_needs_images():
+    def of_one(label, right):
+        figures = {"easy/all": Ratio((np.arange(400) < right) * 1.0, np.ones(400), np.zeros(400))}
+        return row(label, 1.0, None, figures=figures)
+
+    ((level, text),) = warned(of_one("unpruned", 300), of_one("shuffled", 300))
+    assert level == "mild"
+    assert "there is one image, and no wrong one to ask about" in text
+    ((_, text),) = warned(of_one("oracle", 20), of_one("fopru", 280))
+    assert "is -65.0. " in text
+
+
 def test_an_oracle_is_beside_pruners_at_its_own_positions():
     rows = [
         row("oracle", 0.25, 60, 400),

@@ -258,6 +258,44 @@ def test_its_figures_are_those_of_evaluate_and_bench_run_apart(tmp_path, capsys)
         assert row["ttft"]["value"] == pytest.approx(100 * time["value"], rel=0.5)
 
 
+@pytest.mark.parametrize(
+    "words", [["--repetitions", "4"], ["--warmup", "-1"], ["--max-drop", "-1"]], ids=str
+)
+def test_what_bench_would_refuse_is_refused_before_a_model_is_loaded(
+    words, tmp_path, monkeypatch, capsys
+):
+    loaded = "ocvtp.commands.recommend.load_model"
+    monkeypatch.setattr(loaded, lambda *_: pytest.fail("it was loaded"))
+    start = ["recommend", "--model", "random:tiny-llava", "--task", "scenes"]
+    assert main([*start, *words, "--output", str(tmp_path)]) == 2
+    assert f"{words[0]} {words[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        (
+            "recommend",
+            ["--metric", "acuracy"],
+            "--metric acuracy: the figures of this task are all",
+        ),
+        ("recommend", ["--questions-file", "none.json"], "none.json"),
+        ("evaluate", ["--num-keep", "9", "--questions-file", "none.json"], "none.json"),
+    ],
+)
+def test_a_task_is_wrong_before_a_model_is_loaded(
+    command, words, told, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(f"ocvtp.commands.{command}.load_model", lambda *_: pytest.fail("loaded"))
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    entry = {"question_id": 1, "image": "a.png", "question": "What?", "answers": ["this"]}
+    (tmp_path / "q.json").write_text(json.dumps([entry]))
+    task = ["--task", "vqa", "--questions-file", str(tmp_path / "q.json"), "--images"]
+    start = [command, "--model", "random:tiny-llava", *task, str(tmp_path), "--pruners", "fps"]
+    assert main([*start, *words, "--output", str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_what_makes_all_figures_doubtful_is_said_first():
     figure = {"n": 300, "images": 60, "value": 0.7, "low": 0.6, "high": 0.8}
     warnings = [{"level": level, "text": level} for level in ("mild", "loud")]
