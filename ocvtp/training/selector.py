@@ -28,7 +28,7 @@ from ocvtp.hosts.asking import (
     read,
 )
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.gating import Gate, NoGate, checkpointed, gating
+from ocvtp.hosts.gating import Gate, KeyBias, NoGate, checkpointed, gating
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.origin import origin_of
 from ocvtp.hosts.prompt.shorten import Positions
@@ -41,7 +41,7 @@ from ocvtp.selectors.losses import Loss, Step, build_losses
 from ocvtp.selectors.losses.base import mean_of_rows
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.selectors.parts import spoken
-from ocvtp.selectors.relaxations import Gates, Relaxation, hard_top_k
+from ocvtp.selectors.relaxations import Gates, HardST, Relaxation, hard_top_k
 from ocvtp.selectors.scorer import Scorer
 from ocvtp.slots.statistics import Moments
 from ocvtp.structures import LayerTokens, VisualTokens
@@ -192,7 +192,21 @@ class SelectorModule(NetworkModule):
                 "the loss 'reward' reads drawn sets; pass ocvtp.selectors.relaxations.Sample as"
                 " model.relaxation."
             )
+        self._check_floors(gate)
         self._check_column(scorer)
+
+    def _check_floors(self, gate: Gate | None) -> None:
+        """Refuse a floor of gates that another one hides; at 0 that one alone is meant."""
+        if not isinstance(self.relaxation, HardST) or not isinstance(gate, KeyBias):
+            return
+        floor = self.relaxation.floor
+        least = min(floor.start, floor.end)
+        if 0 < least < gate.floor:
+            raise ValueError(
+                f"model.relaxation has a floor of {floor.plain()}, and model.gate one of"
+                f" {gate.floor:g}, below which no gate acts; pass a gate with floor={least:g} or"
+                " less."
+            )
 
     def _check_column(self, scorer: Scorer) -> None:
         """Refuse what does not go with a column of the scorer's own, or without one."""
@@ -426,7 +440,7 @@ class SelectorModule(NetworkModule):
         size = self.count(batch)
         if not size:
             return self.step_on(None, {}, 0)
-        share = min(1.0, steps_done(self.trainer) / max(1, planned_steps(self.trainer) - 1))
+        share = self._share_done()
         found = self._step(batch, self.ask(batch), budget, share, self.losses)
         figures: dict[str, Tensor | float] = {}
         total = found.scores.new_zeros(())
@@ -438,7 +452,13 @@ class SelectorModule(NetworkModule):
         kept = found.num_keep
         mean = float(kept) if isinstance(kept, int) else kept.float().mean()
         figures |= {"loss": total.detach(), "num_keep": mean}
-        return self.step_on(total, figures | _of_gates(found), size)
+        if found.gates is not None:
+            figures |= _of_gates(found.gates, found.real, kept)
+        return self.step_on(total, figures, size)
+
+    def _share_done(self) -> float:
+        """Of the run, where schedules are: 0 at its first step, 1 at its last."""
+        return min(1.0, steps_done(self.trainer) / max(1, planned_steps(self.trainer) - 1))
 
     def _refuse_nan(self, loss: Tensor, step: Step, batch: dict[str, Any]) -> None:
         tokens = step.tokens
@@ -535,9 +555,11 @@ class SelectorModule(NetworkModule):
 
     @torch.no_grad()
     def _reward(self, asked: Asked, gates: Gates) -> Tensor:
-        """[B] the mean log-likelihood of each answer, with the drawn tokens alone."""
-        short = drop(asked, gates.hard, self.positions)
-        return -_cross_entropy(read(self.frozen_host, short), len(asked.mask))
+        """[B] what the drawn tokens alone earn: see `ocvtp.selectors.losses.gates.Reward`."""
+        answered = read(self.frozen_host, drop(asked, gates.hard, self.positions))
+        earned = next(loss.earned for loss in self.losses if "reward" in loss.reads)
+        of_rows = _right if earned == "right" else _likelihood
+        return of_rows(answered, len(asked.mask))
 
     @torch.no_grad()
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any] | None:
@@ -551,6 +573,8 @@ class SelectorModule(NetworkModule):
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
             scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
+            for key, value in self._validate_gates(asked, scored[-1], budget).items():
+                figures[f"{key}_{budget}"] = value
             for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
                 ending = f"_{name}" if name else ""
                 short = drop(asked, keep, self.positions)
@@ -581,6 +605,15 @@ class SelectorModule(NetworkModule):
             value = loss(found)
             self.validated.add_sum(loss.name, value.values.sum(), value.counts.sum())
         return found.teacher or {}
+
+    def _validate_gates(self, asked: Asked, scores: Tensor, budget: float) -> dict[str, Tensor]:
+        """What the gates of these scores would be now, without anything drawn."""
+        if self.relaxation is None:
+            return {}
+        real, num_keep = asked.tokens.real, told(budget, asked.tokens)
+        share = self._share_done()
+        gates = self.relaxation(scores, num_keep, real, share, training=False)
+        return _of_gates(gates, real, num_keep)
 
     def _chosen(
         self, asked: Asked, scores: Tensor, budget: float, keys: Sequence[str]
@@ -645,14 +678,13 @@ def _named(part: Relaxation | Gate | None) -> dict[str, Any]:
     return {} if part is None else {"name": part.name, **part.settings()}
 
 
-def _of_gates(step: Step) -> dict[str, Tensor]:
+def _of_gates(gates: Gates, real: Tensor, num_keep: NumKeep) -> dict[str, Tensor]:
     """How hard gates are, and how far their sum is from K."""
-    gates = step.gates
-    if gates is None or gates.soft is None:
+    if gates.soft is None:
         return {}
-    soft, real = gates.soft.detach(), step.real
+    soft = gates.soft.detach()
     between = ((soft > 0.1) & (soft < 0.9) & real).sum() / real.sum()
-    wanted = real.sum(dim=1).clamp(max=step.num_keep)
+    wanted = real.sum(dim=1).clamp(max=num_keep)
     error = ((soft.sum(dim=1) - wanted).abs() / wanted.clamp(min=1)).mean()
     return {"gates_between": between, "gate_error": error}
 
@@ -672,18 +704,22 @@ def compared(whole: Answered, answered: Answered, size: int) -> dict[str, Tensor
 
     full, pruned = (one.logits.float().log_softmax(dim=1) for one in (whole, answered))
     divergence = (full.exp() * (full - pruned)).sum(dim=1)
-    right = (pruned.argmax(dim=1) == answered.targets).float()
     agrees = (pruned.argmax(dim=1) == full.argmax(dim=1)).float()
-    worst = right.new_ones(size).scatter_reduce(0, answered.owner, right, "amin")
     return {
         "kl": by_question(divergence).mean(),
-        "ce": _cross_entropy(answered, size).mean(),
+        "ce": -_likelihood(answered, size).mean(),
         "agreement": by_question(agrees).mean(),
-        "accuracy": worst.mean(),
+        "accuracy": _right(answered, size).mean(),
     }
 
 
-def _cross_entropy(answered: Answered, size: int) -> Tensor:
-    """[B] of the answer's tokens, their mean."""
+def _likelihood(answered: Answered, size: int) -> Tensor:
+    """[B] the mean log-likelihood of the answer's tokens."""
     values = functional.cross_entropy(answered.logits.float(), answered.targets, reduction="none")
-    return mean_of_rows(values, answered.owner, size).values
+    return -mean_of_rows(values, answered.owner, size).values
+
+
+def _right(answered: Answered, size: int) -> Tensor:
+    """[B] 1 where all of the answer's tokens are predicted, else 0."""
+    right = (answered.logits.argmax(dim=1) == answered.targets).float()
+    return right.new_ones(size).scatter_reduce(0, answered.owner, right, "amin")

@@ -24,6 +24,7 @@ from ocvtp.hosts.asking import attention_rows
 from ocvtp.hosts.loading import load_model
 from ocvtp.images import most_pixels
 from ocvtp.selectors.choices import parse_choice
+from ocvtp.selectors.losses import build_losses
 from ocvtp.selectors.network import SelectorNetwork
 from ocvtp.training import selector
 from ocvtp.training.run import TrainingStopped, build, train
@@ -93,6 +94,9 @@ def test_a_recipe_trains_the_scorer_alone_and_is_plugged_in(recipe, words, tmp_p
         f"val/overlap_layer0_{k}{end}" for k in (16, 8) for end in ("", "_random", "_untrained")
     }
     assert (shared <= figures.keys()) == (recipe == "distil")
+    gates = {f"val/{name}_{k}" for k in (16, 8) for name in ("gates_between", "gate_error")}
+    assert (gates <= figures.keys()) == (recipe in ("kl", "visionselector", "noise"))
+    assert all(0 <= figures[name] <= 1 for name in gates & figures.keys())
     assert all(0 <= figures[name] <= 1 for name in shared & figures.keys())
     assert figures["val/loss"] == pytest.approx(
         (figures["val/ce_16"] + figures["val/ce_8"]) / 2, rel=1e-5
@@ -381,6 +385,7 @@ def test_settings_that_make_no_sense_are_refused(words):
         (("kl", "--model.teacher=nowhere"), "run `ocvtp teacher"),
         (("mask", "--model.losses={column_ce: {}}"), "'prompted' has none; pass .*VIP with learnt"),
         (("glimpse", "--model.host.checkpointing=true"), "leave model.host.checkpointing out"),
+        (("kl", "--model.relaxation.floor={geometric: [1.0e-3, 1.0e-4]}"), "floor=0.0001 or less"),
     ):
         with pytest.raises(ValueError, match=told):
             build(words(*more))
@@ -441,6 +446,11 @@ def test_a_drawn_set_is_rewarded_by_the_answer(words):
     by_hand = torch.nn.functional.cross_entropy(answered.logits, answered.targets, reduction="none")
     means = [-by_hand[answered.owner == row].mean() for row in range(4)]
     assert_close(step.reward[::3], torch.stack(means), rtol=1e-4, atol=1e-5)
+    module.losses = build_losses({"reward": {"earned": "right"}})
+    correct = answered.logits.argmax(dim=1) == answered.targets
+    whole = [bool(correct[answered.owner == row].all()) for row in range(4)]
+    assert len(set(whole)) == 2
+    assert module._reward(asked.repeat(3), step.gates)[::3].tolist() == whole
 
 
 # ---------------------------------------------------------------- the stored teacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ocvtp.selectors.relaxations import Gates
 from ocvtp.selectors.schedules import Schedule, ScheduleValue, parse_schedule
 from ocvtp.structures import Needs, VisualTokens
 
+Earned = Literal["likelihood", "right"]
 READS: dict[str, tuple[str, ...]] = {
     "full": ("full_logits", "owner", "targets"),
     "pruned": ("pruned_logits", "owner", "targets"),
@@ -132,6 +133,8 @@ class Loss(Part):
     """Of `attention`: whether it is divided by its mean at each position."""
     rows: str | None = None
     """Of `attention`: whose rows of it are read, of the `text` or of the `last` token."""
+    earned: Earned = "likelihood"
+    """Of `reward`: what a drawn set earns, see `ocvtp.selectors.losses.gates.Reward`."""
 
     def __init__(self, weight: ScheduleValue = 1.0) -> None:
         self.weight: Schedule = parse_schedule(weight, "weight", least=0)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch.nn.functional import binary_cross_entropy
 
-from ocvtp.selectors.losses.base import Loss, LossValue, Step, mean_of_real, register_loss
+from ocvtp.selectors.losses.base import (
+    Earned,
+    Loss,
+    LossValue,
+    Step,
+    mean_of_real,
+    register_loss,
+)
+from ocvtp.selectors.parts import one_of
+from ocvtp.selectors.schedules import ScheduleValue
 
 _EDGE = 1e-6
 
@@ -64,9 +75,15 @@ class Reward(Loss):
 
     Args:
         weight: see `Loss`.
+        earned: r of a set: `likelihood`, the mean log-likelihood of the answer's tokens with it; or
+            `right`, 1 where the model predicts all of these, else 0.
     """
 
     reads = frozenset({"gates", "reward"})
+
+    def __init__(self, weight: ScheduleValue = 1.0, earned: Earned = "likelihood") -> None:
+        super().__init__(weight)
+        self.earned = one_of(earned, "earned", get_args(Earned))  # type: ignore[assignment]
 
     def _values(self, step: Step) -> LossValue:
         assert step.gates is not None

@@ -32,7 +32,7 @@ SETTINGS = {
     "mask": [{}, {"threshold": 0.5}],
     "binary": [{}],
     "ratio": [{}],
-    "reward": [{}],
+    "reward": [{}, {"earned": "right"}],
     "kept": [{}, {"restored": "projected", "weights": "cls", "standardize": False}],
 }
 CASES = [(name, given) for name, all_given in SETTINGS.items() for given in all_given]
@@ -300,6 +300,7 @@ def test_an_image_with_a_long_answer_weighs_as_much_as_one_with_a_short():
         ({"kept": {"standardize": 1}}, "standardize=1; pass true or false."),
         ({"kept": {"weight_block": "last"}}, "weight_block='last'; pass the number of a block"),
         ({"kept": {"weights": "mine"}}, "weights='mine'; pass one of 'cls', 'received', 'none'."),
+        ({"reward": {"earned": 1}}, "earned=1; pass one of 'likelihood', 'right'."),
         ({"attention": {}, "rank": {"rows": "last"}}, "attention reads rows='text' and rank reads"),
     ],
 )
