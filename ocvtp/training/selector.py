@@ -164,6 +164,11 @@ class SelectorModule(NetworkModule):
             self.network = SelectorNetwork.build(scorer, None, **origin)
             self.gate = gate or NoGate()
             self.gate.build(self.frozen_host)
+            config = self.network.config
+            for loss in self.losses:
+                loss.build(self.network.scorer, config.widths, config.grid_hw)
+        learn = [loss for loss in self.losses if isinstance(loss, torch.nn.Module)]
+        self.learning_losses = torch.nn.ModuleList(learn)
         self.deposition = Deposition(self.frozen_host, self.losses)
         if warm_start is not None:
             self._begin_from(warm_start)
@@ -325,7 +330,8 @@ class SelectorModule(NetworkModule):
             )
 
     def trained(self) -> Iterator[torch.nn.Parameter]:
-        return chain(self.network.parameters(), self.gate.parameters())
+        learn = self.network, self.gate, self.learning_losses
+        return chain.from_iterable(module.parameters() for module in learn)
 
     def train(self, mode: bool = True) -> Self:
         """The frozen model stays in evaluation mode."""

@@ -392,6 +392,30 @@ def test_settings_that_make_no_sense_are_refused(words):
 
 
 @pytest.mark.slow
+def test_slots_learn_from_the_papers_loss_beside_answers(words, tmp_path):
+    sizes = {"layer": 3, "hidden_dim": 32, "slot_dim": 16, "ffn_dim": 32, "noise_rows": 32}
+    more = [f"--model.scorer.{name}={value}" for name, value in sizes.items()]
+    decoder = "{kind: mlp, num_layers: 1, ffn_dim: 32}"
+    more.append(f"--model.losses={{slots: {{decoder: {decoder}}}, kl: {{}}}}")
+    scorer = "--model.scorer=ocvtp.selectors.scorers.slots.Slots"
+    chosen = [word for word in words("kl", scorer, *more) if "scorer.dim" not in word]
+    result = train(chosen)
+    figures = logged(tmp_path / "run")
+    assert {"val/slots", "val/kl_16_untrained"} <= figures.keys()
+    state = torch.load(result.last, weights_only=True)["state_dict"]
+    first = build(chosen).model.learning_losses.state_dict()
+    learnt = {k.removeprefix("learning_losses."): v for k, v in state.items() if "losses" in k}
+    assert first.keys() == learnt.keys()
+    assert not any(torch.equal(learnt[name], values) for name, values in first.items())
+    network = export_checkpoint(result.last, tmp_path / "artifact")
+    assert network.config.losses["slots"]["decoder"]["kind"] == "mlp"
+    assert not any("decode" in name for name in network.state_dict())
+    assert ocvtp.build_pruner("learned", checkpoint=str(tmp_path / "artifact"), num_keep=9)
+    with pytest.raises(ValueError, match="the scorer 'prompted' has none"):
+        build(words("mask", "--model.losses={slots: {}}"))
+
+
+@pytest.mark.slow
 def test_masks_are_wanted_where_a_loss_reads_them(words, tmp_path):
     Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
     said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]

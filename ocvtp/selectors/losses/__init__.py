@@ -14,6 +14,7 @@ from ocvtp.selectors.losses.base import (
 from ocvtp.selectors.losses.gates import Binary, Ratio, Reward
 from ocvtp.selectors.losses.kept import Kept
 from ocvtp.selectors.losses.objects import Mask
+from ocvtp.selectors.losses.slots import FromSlots
 from ocvtp.selectors.losses.teachers import Attention, Rank
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "READS",
     "Attention",
     "Binary",
+    "FromSlots",
     "Hidden",
     "Kept",
     "Loss",

@@ -15,6 +15,7 @@ from ocvtp.selectors.budgets import NumKeep
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.selectors.relaxations import Gates
 from ocvtp.selectors.schedules import Schedule, ScheduleValue, parse_schedule
+from ocvtp.selectors.scorer import Scorer, Widths
 from ocvtp.structures import Needs, VisualTokens
 
 Earned = Literal["likelihood", "right"]
@@ -119,10 +120,12 @@ class LossValue:
 
 
 class Loss(Part):
-    """One term of what a scorer is trained for. Holds settings, never parameters.
+    """One term of what a scorer is trained for. Most hold settings alone.
 
     A subclass is named by `register_loss`, says in `reads` what it reads (words of `READS`), and
-    defines `_values`. It keeps each argument of its constructor as the attribute of its name.
+    defines `_values`. It keeps each argument of its constructor as the attribute of its name. One
+    that learns something itself is a `torch.nn.Module` too, and makes its layers in `build`; they
+    are in checkpoints, and in no artifact.
 
     Args:
         weight: of it in the sum of all losses, at least 0; a number or a schedule.
@@ -148,6 +151,19 @@ class Loss(Part):
     def needs(self) -> Needs:
         """What of the vision tower is read, beside `features`."""
         return Needs()
+
+    def build(self, scorer: Scorer, widths: Widths, grid_hw: tuple[int, int]) -> None:
+        """Make what it learns itself, before the training; for most nothing.
+
+        Args:
+            scorer: that will be trained, with its layers.
+            widths: of what it reads.
+            grid_hw: rows and columns of an image's tokens, as far as the model has one grid.
+
+        Raises:
+            ValueError: for a scorer that it cannot train.
+        """
+        del scorer, widths, grid_hw
 
     def __call__(self, step: Step) -> LossValue:
         """The loss of every row of a batch, in fp32.
