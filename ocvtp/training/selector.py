@@ -162,13 +162,7 @@ class SelectorModule(NetworkModule):
             torch.manual_seed(seed)
             origin = self._origin(losses, gate)
             self.network = SelectorNetwork.build(scorer, None, **origin)
-            self.gate = gate or NoGate()
-            self.gate.build(self.frozen_host)
-            config = self.network.config
-            for loss in self.losses:
-                loss.build(self.network.scorer, config.widths, config.grid_hw)
-        learn = [loss for loss in self.losses if isinstance(loss, torch.nn.Module)]
-        self.learning_losses = torch.nn.ModuleList(learn)
+            self.gate, self.learning_losses = self._built(gate or NoGate())
         self.deposition = Deposition(self.frozen_host, self.losses)
         if warm_start is not None:
             self._begin_from(warm_start)
@@ -277,6 +271,15 @@ class SelectorModule(NetworkModule):
             "num_slots": tuple(self.budgets),
             "objective": self.recipe,
         }
+
+    def _built(self, gate: Gate) -> tuple[Gate, torch.nn.ModuleList]:
+        """The gate, and those of the losses that learn something themselves, with their layers."""
+        gate.build(self.frozen_host)
+        config = self.network.config
+        for loss in self.losses:
+            loss.build(self.network.scorer, config.widths, config.grid_hw)
+        learn = [loss for loss in self.losses if isinstance(loss, torch.nn.Module)]
+        return gate, torch.nn.ModuleList(learn)
 
     def _begin_from(self, artifact: str) -> None:
         """Take the weights of an artifact.
