@@ -109,9 +109,11 @@ class ScorePictures(_Pictures):
         grid = outputs["grid_hw"]
         if outputs["scores"].shape[1] != grid[0] * grid[1]:
             return None
-        rows = []
+        rows, asked = [], trainer.datamodule.val_set
+        places = {question.key: place for place, question in enumerate(asked.questions)}
         for number, scores in enumerate(outputs["scores"][: self.num_questions]):
-            image = np.asarray(trainer.datamodule.val_set[number]["image"].convert("RGB"))
+            item = asked[places[batch["keys"][number]]]  # what is unreadable is in no batch
+            image = np.asarray(item["image"].convert("RGB"))
             kept = [draw_kept_tokens(image, keep[number], grid) for keep in outputs["kept"]]
             rows.append(np.concatenate([image, draw_scores(image, scores, grid), *kept], axis=1))
         width = min(row.shape[1] for row in rows)
