@@ -334,7 +334,7 @@ def test_checkpointing_changes_no_gradient(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["kl", "noise"])
+@pytest.mark.parametrize("recipe", ["kl", "noise", "glimpse"])
 def test_a_stopped_run_continues_bit_for_bit(recipe, words, tmp_path, monkeypatch):
     straight = train(words(recipe, f"--output={tmp_path / 'straight'}", steps=4)).last
     stopped = words(recipe, f"--output={tmp_path / 'stopped'}", steps=4)

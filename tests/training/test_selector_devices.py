@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ocvtp.training.run import train
 
-RECIPES = ("mask", "distil", "kl", "visionselector", "noise")
+RECIPES = ("mask", "distil", "kl", "visionselector", "noise", "glimpse", "surrogate")
 # Trains with words of the command line, and writes for every process what it was given and made.
 SPY = """
 import sys
