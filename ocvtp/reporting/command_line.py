@@ -29,6 +29,8 @@ _SETTING = (
     rf"(?P<pass>\b[Pp]ass (?:e\.g\. )?)?{_ALONE}(?P<name>[a-z]\w*)=(?P<value>{_VALUE})"
     r"(?![\w(\['\"])"
 )
+_FILE_NAME = re.compile(r"(?!['\"(\[]).*\.(?!\d*(?:e-?\d+)?$)")
+"""No value: messages quote texts, and what has a dot without quotes and is no number is a file."""
 _NAME = rf"{_ALONE}(?P<name>[a-z]+(?:_[a-z0-9]+)+)(?![\w/\\'\"`=(-]|[.:]\w)"
 
 
@@ -89,7 +91,7 @@ def _named(found: re.Match[str]) -> str:
 def _typed(found: re.Match[str]) -> str:
     """`name=value` as a flag, or else as a setting of a pruner."""
     before, name, value = found["pass"] or "", found["name"], found["value"]
-    if name is None:
+    if name is None or _FILE_NAME.match(value):
         return found[0]
     in_a_spec = f"{name}={value.strip(_QUOTES)}"
     if name in _flags and not any(value and in_a_spec in word for word in _words):

@@ -35,6 +35,11 @@ def test_a_command_has_what_was_typed_before_it():
         ),
         ("text_tower='gone' cannot be loaded (why).", "--text-tower gone cannot be loaded (why)."),
         ("no share; pass budget='per_image'.", "no share; pass --budget per_image."),
+        (
+            "keep_ratio=1.5, keep_ratio=.5, keep_ratio=1e-05 and keep_ratio=2.5e-05: num_keep=9.",
+            "--keep-ratio 1.5, --keep-ratio .5, --keep-ratio 1e-05 and --keep-ratio 2.5e-05:"
+            " --num-keep 9.",
+        ),
         ("Pass num_keep=54 or more.", "Pass --num-keep 54 or more."),
         ("a K, which stands for num_keep; pass it", "a K, which stands for --num-keep; pass it"),
         ("levels=('easy', 'hard'), num_images=0: no", "--levels easy hard, --num-images 0: no"),
@@ -54,6 +59,8 @@ def test_a_command_has_what_was_typed_before_it():
                 'no JSON: {"text": "why num_keep=4, max_keep or early=True?"}',
                 "see `attach(model, num_keep=64)`, attach(model, num_keep=64), `ocvtp num_keep`",
                 "/my runs, max_keep and num_keep=3/cell.json is not whole",
+                "num_keep=3.json is not whole, num_keep=3.tar.gz is none; early=True.csv",
+                "Pass max_keep=1.5.txt: it is one of num_keep=1.7z and num_keep=2.py",
                 "https://host/?num_keep=5&max_keep=3 says num_keep=[[[1]]]",
             )
         ),
