@@ -89,7 +89,7 @@ def _command(words: list[str]) -> int:
 
 def _flag_names(arguments: argparse.Namespace) -> list[str]:
     """The arguments that are flags of a command, those of its task too."""
-    found = [name for name in vars(arguments) if name not in ("command", "words", "further")]
+    found = list(arguments.flags)
     if getattr(arguments, "task", None) is not None:
         from ocvtp.commands.tasks import names_of_settings
 
@@ -213,6 +213,8 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
                 from ocvtp.commands.tasks import add_task
 
                 add_task(command, words[1:], lmms=_ASKS_A_TASK[name])
+            flags = [one.dest for one in command._actions if one.option_strings]
+            command.set_defaults(flags=flags)  # what is given by its place alone is none
     return parser
 
 

@@ -377,6 +377,15 @@ def test_wrong_input_is_one_line_on_stderr(capsys, photo, words, message):
     assert message in errors[0]
 
 
+def test_what_is_given_by_its_place_is_no_flag_of_a_message(monkeypatch, capsys):
+    def run(arguments):
+        raise ValueError(f"size={arguments.size} of source={arguments.source!r} is odd.")
+
+    monkeypatch.setattr("ocvtp.commands.resize.run", run)
+    assert main(["resize", "photos", "small", "--size", "3"]) == 2
+    assert capsys.readouterr().err == "ocvtp: error: --size 3 of source='photos' is odd.\n"
+
+
 EVALUATE = ["evaluate", *MODEL, "--task", "scenes", "--pruners", "fopru", "--num-keep", "9"]
 BENCH = ["bench", *MODEL, "--pruners", "fopru", "--num-keep", "9"]
 FLOPS = ["flops", "--model", "llava-1.5-7b", "--num-keep", "64"]
