@@ -13,23 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from PIL import ExifTags, Image
-from rich.console import Console
-from rich.progress import track
 
 from ocvtp.data.coco import find_images
 from ocvtp.images import IMAGE_ERRORS, encoded, opened, orientation_of, to_rgb
 from ocvtp.reporting.files import replacing, write_whole
+from ocvtp.reporting.progress import tracked
 
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE = "resize.json"
-QUIET_BELOW = 200
-"""Up to so many images there is no progress bar."""
-
-_T = TypeVar("_T")
 _Outcome = tuple[Literal["written", "skipped", "failed"], str]
 
 
@@ -89,7 +84,7 @@ def resize_folder(
     executor = ThreadPoolExecutor(num_workers or min(os.cpu_count() or 1, 16))
     try:
         results = executor.map(work, targets.values(), targets.keys())
-        return _report(progress(results, f"resize to {size}", len(targets)))
+        return _report(tracked(results, f"resize to {size}", len(targets)))
     finally:
         executor.shutdown(cancel_futures=True)
 
@@ -193,9 +188,3 @@ def claim_folder(folder: Path, name: str, settings: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
-
-
-def progress(items: Iterable[_T], description: str, total: int) -> Iterable[_T]:
-    """The items, with a progress bar on stderr where there are many."""
-    console = Console(stderr=True)
-    return track(items, description, total, console=console, disable=total <= QUIET_BELOW)

@@ -30,9 +30,10 @@ from ocvtp.data.drawing import (
     tinted,
 )
 from ocvtp.data.masks import write_mask
-from ocvtp.data.resize import claim_folder, progress
+from ocvtp.data.resize import claim_folder
 from ocvtp.images import encoded
 from ocvtp.reporting.files import replacing, write_whole
+from ocvtp.reporting.progress import tracked
 
 VERSION = 1  # of the drawing: another with every change, so that two drawings are never mixed
 MIN_SIZE = 48
@@ -263,7 +264,7 @@ def _write_split(
     content: dict[str, Any] = {"info": info, "licenses": [], "images": [], "annotations": []}
     content["categories"] = [{"id": i, "name": shape} for i, shape in enumerate(SHAPES, start=1)]
     size, seed = info["size"], split_seed(split, info["seed"])
-    for index, name in enumerate(progress(names, f"draw {split} scenes", count)):
+    for index, name in enumerate(tracked(names, f"draw {split} scenes", count)):
         scene = draw_scene(seed, index, size, style=style)
         if not (folder / name).is_file():
             write_whole(folder / name, encoded(Image.fromarray(scene.image), kind, quality=95))

@@ -1,9 +1,10 @@
-"""Progress of long work, on stderr: stdout is for results."""
+"""Progress of long work, on stderr: stdout is for results. All commands show it by this."""
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,12 @@ from rich.progress import (
 
 _SECONDS = 30.0
 """Between two lines in a file."""
+_WINDOW = 600.0
+"""The last seconds that the time left is told from: steps may take minutes."""
+_FEW = 200
+"""Items that are done at once."""
+
+_T = TypeVar("_T")
 
 
 def progress_bar(*extra: str) -> Progress:
@@ -37,7 +44,17 @@ def progress_bar(*extra: str) -> Progress:
         TimeRemainingColumn(),
         *(TextColumn(column) for column in texts),
         console=console,
+        speed_estimate_period=_WINDOW,
     )
+
+
+def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
+    """The items; with a `progress_bar` where they are more than a few."""
+    if total <= _FEW:
+        yield from items
+        return
+    with progress_bar() as progress:
+        yield from progress.track(items, total, description=description)
 
 
 class _Lines(Progress):
@@ -48,7 +65,9 @@ class _Lines(Progress):
     """
 
     def __init__(self, console: Console, texts: tuple[str, ...]) -> None:
-        super().__init__(console=console, auto_refresh=False, disable=True)
+        super().__init__(
+            console=console, auto_refresh=False, disable=True, speed_estimate_period=_WINDOW
+        )
         self._texts = texts
         self._said = time.monotonic()
 
@@ -79,9 +98,9 @@ class _Lines(Progress):
 def _done(task: Task) -> str:
     """`120/400, 0:02:10 left`."""
     if task.total is None:
-        return f"{task.completed:g}"
+        return f"{task.completed:.0f}"
     left = f", {_clock(task.time_remaining)} left" if task.time_remaining else ""
-    return f"{task.completed:g}/{task.total:g}{left}"
+    return f"{task.completed:.0f}/{task.total:.0f}{left}"
 
 
 def _clock(seconds: float) -> str:

@@ -12,9 +12,12 @@ import torch
 
 from ocvtp.training.schedule import planned_steps, steps_done
 
+_SHOWN = ("images_per_s", "data_wait")
+"""On the bar, which says itself what is left."""
+
 
 class Pace(pl.Callback):
-    """Logs the speed of a run, on the bar and where its losses go.
+    """Logs the speed of a run where its losses go; some of it is on the bar too.
 
     - `run/images_per_s`: of all devices, since the last one logged; questions of a selector;
     - `run/data_wait`: share of the time between steps that passed until their images were there;
@@ -42,7 +45,7 @@ class Pace(pl.Callback):
         self._images += pl_module.count(batch) * trainer.world_size
         if trainer._logger_connector.should_update_logs:
             for name, value in self.figures(trainer).items():
-                pl_module.log(f"run/{name}", value, prog_bar=name != "memory_gb", batch_size=1)
+                pl_module.log(f"run/{name}", value, prog_bar=name in _SHOWN, batch_size=1)
             self._images = self._waited = self._worked = 0.0
             self._ended = time.monotonic()
 

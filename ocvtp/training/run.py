@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from ocvtp.reporting import command_line
@@ -35,6 +35,7 @@ from ocvtp.training.lifecycle import (
 )
 from ocvtp.training.module import PrunerModule
 from ocvtp.training.pace import Pace
+from ocvtp.training.progress import RunProgress
 from ocvtp.training.resume import (
     find_checkpoint,
     read_checkpoint,
@@ -183,12 +184,20 @@ class _TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         shown: list[pl.Callback] = self.model.shown()
         shown.append(Pace())
+        if self.config.trainer.enable_progress_bar is not False and not self._has_bar():
+            shown.append(RunProgress())
         if self.config.ema is not None:
             shown.append(NetworkAverage(self.config.ema))
         if self.config.trainer.logger:
             shown.insert(0, LearningRateMonitor("step"))
         self.trainer_defaults["callbacks"] = shown
         return super().instantiate_trainer(**kwargs)
+
+    def _has_bar(self) -> bool:
+        """Whether the settings name one."""
+        named = self.config_init.trainer.callbacks or []
+        named = named if isinstance(named, list) else [named]
+        return any(isinstance(one, ProgressBar) for one in named)
 
 
 def _transform(model: NetworkModule) -> Any:

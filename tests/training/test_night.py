@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, TQDMProgressBar
 from test_training import checkpoints, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
 
@@ -313,6 +314,32 @@ def test_pace_is_logged(tmp_path, scenes):
     assert all(float(row["run/memory_gb"]) > 0.1 for row in logged)
     left = [float(row["run/hours_left"]) for row in logged]
     assert left[0] > left[-1] == 0
+
+
+@pytest.mark.slow
+def test_a_log_gets_lines_of_the_whole_run(tmp_path, scenes, capsys, monkeypatch):
+    monkeypatch.setattr("ocvtp.reporting.progress._SECONDS", 0.0)
+    monkeypatch.setattr("ocvtp.training.progress._SECONDS", 0.0)
+    words = quick(tmp_path, scenes, enable_progress_bar=True)
+    train(words)
+    said = capsys.readouterr()
+    lines = [line for line in said.err.splitlines() if "epoch" in line]
+    assert "train/loss" not in said.out
+    assert any(re.match(r"5/12, 0:\d\d:\d\d left  epoch 1  train/loss \d", x) for x in lines)
+    assert any("epoch 1, validation batch 1" in line for line in lines)
+    assert re.match(r"12/12  epoch 2  train/loss \d.*val/loss \d", lines[-1])
+    train([*words, "--resume", "last", "--trainer.max_epochs", "3"])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/18" in line]
+    assert lines[0].startswith("12/18")
+    assert lines[-1].startswith("18/18")
+
+
+def test_a_bar_of_the_settings_stands_alone(tmp_path, scenes):
+    own = {"class_path": "pytorch_lightning.callbacks.TQDMProgressBar"}
+    for callbacks in (own, [own]):
+        words = quick(tmp_path, scenes, enable_progress_bar=True, callbacks=callbacks)
+        assert isinstance(build(words).trainer.progress_bar_callback, TQDMProgressBar)
+    assert build(quick(tmp_path, scenes)).trainer.progress_bar_callback is None
 
 
 @pytest.mark.slow
