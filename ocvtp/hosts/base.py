@@ -92,7 +92,7 @@ class Encoded:
         deepstack: [E, I, N, D'], what the language model would add to its hidden states after
             each of its first E layers; None where it adds nothing.
         num_given: [I] tokens of each image before any was dropped in the tower; None if none was.
-        output: of the model's own `get_image_features`, see `read_images.known`.
+        output: of the model's own `get_image_features`, see `tower_output.known`.
     """
 
     tokens: VisualTokens

@@ -118,7 +118,7 @@ class Shortened:
     Args:
         inputs: without image arguments.
         prompt: with its embeddings.
-        tower: what `get_image_features` returned, see `read_images.known`. kept: of its rows.
+        tower: what `get_image_features` returned, see `tower_output.known`. kept: of its rows.
     """
 
     inputs: dict[str, Any]
