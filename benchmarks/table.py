@@ -28,7 +28,7 @@ def table() -> str:
         "",
         "| ratio | median | quartiles | goal |",
         "|---|---|---|---|",
-        _row("tower cut behind layer 9 / whole CLIP ViT-L/14-336", tower["cut / full"], "0.45"),
+        _row("tower cut after layer 9 / whole CLIP ViT-L/14-336", tower["cut / full"], "0.45"),
     ]
     for batch in ("B=1", "B=8"):
         what = f"encode + assign + select, K=64 of 576, {batch} / its bare matrix products"

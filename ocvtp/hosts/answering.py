@@ -26,7 +26,7 @@ from ocvtp.hosts.asked_column import (
 )
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.in_llm.attention import rows_of_attention, turn
-from ocvtp.hosts.prompt.columns import pads_behind
+from ocvtp.hosts.prompt.columns import pads_on_right
 from ocvtp.selectors.relaxations import Gates
 from ocvtp.structures import AttentionKey, AttentionKind, LayerTokens, take
 from ocvtp.towers.hooks import after, before, placed
@@ -251,7 +251,7 @@ def _run(
         arguments = arguments | {cache_name(): cache}
     if asked.deepstack is not None:
         arguments = arguments | asked.deepstack.arguments()
-    if pads_behind(mask):  # which no token looks at, so that no mask is needed
+    if pads_on_right(mask):  # which no token looks at, so that no mask is needed
         mask = torch.ones_like(mask)
     states: list[Tensor] = []
     watch = before(model.norm, lambda norm, args: states.append(args[0]))

@@ -117,8 +117,8 @@ def _rope(run: Pass, hidden: Tensor, rope: Any, columns: Tensor, new: Any) -> An
         return tuple(_take_columns(part, columns) for part in rope)
     numbers, lost = new
     assert run.positions is not None
-    behind = run.positions[:, run.note.prompt_length :].expand(len(numbers), -1) - lost
-    return run.model.rotary_emb(hidden, torch.cat([numbers, behind], dim=1))
+    after = run.positions[:, run.note.prompt_length :].expand(len(numbers), -1) - lost
+    return run.model.rotary_emb(hidden, torch.cat([numbers, after], dim=1))
 
 
 def _take_columns(part: Tensor, columns: Tensor) -> Tensor:

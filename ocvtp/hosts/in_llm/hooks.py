@@ -191,9 +191,9 @@ def _before_layer(number: int, layer: Any, args: Any, kwargs: dict[str, Any]) ->
             rope = current.rope if run.note.stages else kwargs["position_embeddings"]
             hidden = drop(run, Place(run.model, number, layer, hidden, run.cache, rope))
     layers = [*run.note.stages]
-    behind = bisect_right(layers, number)
-    if behind:
-        stage = layers[behind - 1]
+    num_passed = bisect_right(layers, number)
+    if num_passed:
+        stage = layers[num_passed - 1]
         if stage not in run.prepared:
             run.prepared[stage] = prepare(run, stage, number, hidden, kwargs)
         mask, rope = run.prepared[stage]

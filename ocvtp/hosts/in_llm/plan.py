@@ -241,8 +241,8 @@ def text_after(numbers: Tensor, real: Tensor, last: Tensor) -> tuple[Tensor, Ten
     """
     width = torch.arange(numbers.shape[1], device=numbers.device)
     text = real & (numbers < 0)
-    behind = text & (width > last)
-    text = torch.where(behind.any(dim=1, keepdim=True), behind, text)
+    after = text & (width > last)
+    text = torch.where(after.any(dim=1, keepdim=True), after, text)
     most = int(text.sum(dim=1).max())
     order = text.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     return order, text.gather(1, order)

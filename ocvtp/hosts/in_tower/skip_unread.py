@@ -51,18 +51,18 @@ def blocks_of(needs: Needs) -> list[int]:
     return [*needs.keys, *(block for block, _ in needs.attention)]
 
 
-def hooks(blocks: Sequence[Any], behind: Sequence[nn.Module], asked: Collection[int]) -> list[Hook]:
+def hooks(blocks: Sequence[Any], after: Sequence[nn.Module], asked: Collection[int]) -> list[Hook]:
     """Let blocks be left out, or the `mlp` of one, and what follows them.
 
     Args:
         blocks: of the tower.
-        behind: its norm, and what reads that.
+        after: its norm, and what reads that.
         asked: numbers of blocks whose attention may be the last thing that is read.
     """
     modules = [module for block in blocks for module in (block, block.mlp)]
     return [
         Hook(module, partial(Wrapped, forward, module, partial(_hand_on, half)))
-        for half, module in enumerate([*modules, *behind])
+        for half, module in enumerate([*modules, *after])
         if half % 2 == 0 or half // 2 in asked or half > 2 * len(blocks)
     ]
 

@@ -38,8 +38,8 @@ def layout(keep: Tensor, real: Tensor, at_end: bool = True) -> tuple[Tensor, Ten
     if keep.equal(real):  # nothing dropped: leave the caller's padding as it is
         return columns.expand(batch, -1), ~real
     if at_end:
-        behind = columns > columns.masked_fill(~(real & ~keep).any(dim=0), -1).max()
-        stays = keep | (behind & ~real)
+        is_after = columns > columns.masked_fill(~(real & ~keep).any(dim=0), -1).max()
+        stays = keep | (is_after & ~real)
     else:
         stays = keep | ~real.any(dim=0)  # padding that all rows have
     short = int(stays.sum(dim=1).max())
@@ -49,7 +49,7 @@ def layout(keep: Tensor, real: Tensor, at_end: bool = True) -> tuple[Tensor, Ten
     return index, ~keep.gather(1, index)
 
 
-def pads_behind(real: Tensor) -> bool:
+def pads_on_right(real: Tensor) -> bool:
     """Whether rows [B, L] are padded on the right only, as in batches to train on."""
     begins = bool((real[:, 1:] & ~real[:, :-1]).any())  # a token after padding
     return not begins and bool((real[:, 0] & ~real[:, -1]).any())

@@ -20,7 +20,7 @@ from ocvtp.hosts.prompt.columns import (
     has_holes,
     layout,
     numbered,
-    pads_behind,
+    pads_on_right,
 )
 from ocvtp.hosts.prompt.packed_rows import Packed, shorten_ends
 from ocvtp.pruners.layer_pruner import LayerPruner
@@ -70,7 +70,7 @@ def line_up(
     looked_at = inputs.get("logits_to_keep")
     labels, inputs = inputs.get("labels"), _with_all_labels(inputs, looked_at)
     from_end = isinstance(looked_at, int) and looked_at > 0
-    at_end = packed is None and (from_end or not pads_behind(real))
+    at_end = packed is None and (from_end or not pads_on_right(real))
     index, padding = layout(keep, real, at_end)
     drops, blank = not keep.equal(real), padding
     if drops:

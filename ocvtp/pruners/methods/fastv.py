@@ -31,7 +31,7 @@ class FastV(OneStagePruner):
     """
 
     title: ClassVar[str] = (
-        "FastV: behind an early layer keep the tokens that the prompt's last token attends to most."
+        "FastV: after an early layer keep the tokens that the prompt's last token attends to most."
     )
     reads: ClassVar[str] = "attention (last token)"
     status: ClassVar[Status] = "official"
