@@ -19,7 +19,7 @@ from ocvtp.hosts.in_llm import hooks as layer_hooks
 from ocvtp.hosts.origin import check_origin, other_weights
 from ocvtp.hosts.prompt.checks import beyond_all
 from ocvtp.hosts.prompt.clip_text import TextTower
-from ocvtp.hosts.prompt.read_call import encode_anew
+from ocvtp.hosts.prompt.read_call import encode_now
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import Select, compiled, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt
@@ -127,7 +127,7 @@ def attach(
     _check_all(host, pruner)
     needs, parts = pruner.tower_needs, by_stage(pruner)
     host.set_stages([parts[stage] for stage in IN_TOWER if stage in parts], needs, processor)
-    encode, looked_for = (encode_anew, needs) if shared is None else shared.join(model, pruner)
+    encode, looked_for = (encode_now, needs) if shared is None else shared.join(model, pruner)
     chosen = parts.get("llm_input")
     run: Select = select if chosen is None or not host.savings.compile_select else compiled(chosen)
     attachment = Attachment(

@@ -45,8 +45,8 @@ class Seen:
     packed: Packed | None = None
 
 
-def encode_anew(host: Host, images: dict[str, Any], needs: Needs) -> Encoded:
-    """`host.encode`, every time."""
+def encode_now(host: Host, images: dict[str, Any], needs: Needs) -> Encoded:
+    """`host.encode`, which remembers nothing."""
     return host.encode(images, needs)
 
 
@@ -55,7 +55,7 @@ def look(
     needs: Needs,
     inputs: dict[str, Any],
     reader: Reader | None = None,
-    encode: Encode = encode_anew,
+    encode: Encode = encode_now,
     whole: bool = False,
 ) -> Seen:
     """Encode the images of a call, find their places, and read the prompt.

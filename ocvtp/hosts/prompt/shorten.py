@@ -18,9 +18,7 @@ from ocvtp.hosts.in_llm.plan import LayerPlan, plan_layers
 from ocvtp.hosts.prompt.checks import check_selection
 from ocvtp.hosts.prompt.line_up import Positions as Positions
 from ocvtp.hosts.prompt.line_up import line_up, packing_of
-from ocvtp.hosts.prompt.read_call import Encode as Encode
-from ocvtp.hosts.prompt.read_call import Seen as Seen
-from ocvtp.hosts.prompt.read_call import encode_anew as encode_anew
+from ocvtp.hosts.prompt.read_call import Seen
 from ocvtp.hosts.prompt.read_call import look as look
 from ocvtp.hosts.prompt.select import Select, select, select_shares
 from ocvtp.hosts.prompt.tower_output import of_kept

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ocvtp.hosts.base import Host, Savings
-from ocvtp.hosts.prompt.read_call import Encode, encode_anew, look
+from ocvtp.hosts.prompt.read_call import Encode, encode_now, look
 from ocvtp.hosts.prompt.read_prompt import Reader
 from ocvtp.hosts.prompt.select import Select, select
 from ocvtp.hosts.prompt.shorten import Positions, Prompt, Shortened, shorten
@@ -48,7 +48,7 @@ class Attachment:
     positions: Positions
     on_prune: Callable[[Prompt], None] | None
     reader: Reader | None = None
-    encode: Encode = encode_anew
+    encode: Encode = encode_now
     select: Select = select
     logits: Logits = "short"
     keeps_all: bool = False

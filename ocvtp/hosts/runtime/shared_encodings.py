@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ocvtp.hosts.base import Encoded, Host
 from ocvtp.hosts.lazy_projection import LaterRows
-from ocvtp.hosts.prompt.read_call import Encode, encode_anew
+from ocvtp.hosts.prompt.read_call import Encode, encode_now
 from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs
@@ -173,7 +173,7 @@ class SharedEncodings:
         return replace(last, made=(*last.made, (needs, encoded))), encoded
 
     def _pass_by(self, host: Host, images: dict[str, Any], needs: Needs) -> Encoded:
-        encoded = encode_anew(host, images, needs)
+        encoded = encode_now(host, images, needs)
         self.num_encoded += 1
         return encoded
 

@@ -329,7 +329,7 @@ def test_another_precision_is_encoded_anew(llava: Any, uniform: Pruner) -> None:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_changed_weights_encode_anew(uniform: Pruner) -> None:
+def test_changed_weights_encode_again(uniform: Pruner) -> None:
     model, inputs = tiny_llava("clip"), make_batch(ONE)
     shared = SharedEncodings.of(model, [uniform])
     logits = []
