@@ -12,7 +12,7 @@ from ocvtp.hosts.asking import Raters, attention_rows, drop, read
 from ocvtp.reporting.markdown_table import table
 from ocvtp.selectors.relaxations import hard_top_k
 from ocvtp.training.figures import Figures
-from ocvtp.training.selector import SelectorModule, compared, told
+from ocvtp.training.selector import SelectorModule, capped_count, compared
 
 Facts = dict[str, Any]
 _FIGURES = ("accuracy", "kl")
@@ -56,7 +56,7 @@ def rank_layers(
         }
         for budget in module.val_budgets:
             kept: dict[tuple[int | None, str], Tensor] = {
-                key: hard_top_k(values, told(budget, asked.tokens), real)
+                key: hard_top_k(values, capped_count(budget, asked.tokens), real)
                 for key, values in attention.items()
             }
             kept[None, "random"] = module.at_random(asked.tokens, budget, batch["keys"])

@@ -581,7 +581,8 @@ class SelectorModule(NetworkModule):
         whole, teacher = read(self.frozen_host, asked), self._validate_losses(batch, asked)
         figures, kept, scored = dict[str, Tensor](), [], []
         for budget in self.val_budgets:
-            scored.append(self.network(asked.tokens, told(budget, asked.tokens)).values)
+            num_keep = capped_count(budget, asked.tokens)
+            scored.append(self.network(asked.tokens, num_keep).values)
             for key, value in self._validate_gates(asked, scored[-1], budget).items():
                 figures[f"{key}_{budget}"] = value
             for name, keep in self._chosen(asked, scored[-1], budget, batch["keys"]).items():
@@ -591,7 +592,7 @@ class SelectorModule(NetworkModule):
                 for key, value in compared(whole, answered, size).items():
                     figures[f"{key}_{budget}{ending}"] = value
                 for layer, attention in teacher.items():
-                    best = hard_top_k(attention, told(budget, asked.tokens), asked.tokens.real)
+                    best = hard_top_k(attention, num_keep, asked.tokens.real)
                     shared = (keep & best).sum(), best.sum()
                     self.validated.add_sum(f"overlap_layer{layer}_{budget}{ending}", *shared)
                 if not name:
@@ -619,7 +620,7 @@ class SelectorModule(NetworkModule):
         """What the gates of these scores would be now, without anything drawn."""
         if self.relaxation is None:
             return {}
-        real, num_keep = asked.tokens.real, told(budget, asked.tokens)
+        real, num_keep = asked.tokens.real, capped_count(budget, asked.tokens)
         share = self._share_done()
         gates = self.relaxation(scores, num_keep, real, share, training=False)
         return _of_gates(gates, real, num_keep)
@@ -629,7 +630,7 @@ class SelectorModule(NetworkModule):
     ) -> dict[str, Tensor]:
         """[B, N] bool tokens kept: by the scorer, at random, by the scorer before its training."""
         tokens = asked.tokens
-        num_keep = told(budget, tokens)
+        num_keep = capped_count(budget, tokens)
         if not self._control:
             network = SelectorNetwork.untrained(self.network.config, self.seed, self.network)
             self._control.append(network)
@@ -645,7 +646,7 @@ class SelectorModule(NetworkModule):
         seeds = [seed_of(self.seed, "random", budget, key) for key in keys]
         drawn = [torch.Generator().manual_seed(seed) for seed in seeds]
         random = torch.stack([torch.rand(tokens.num_tokens, generator=own) for own in drawn])
-        return hard_top_k(random.to(self.device), told(budget, tokens), tokens.real)
+        return hard_top_k(random.to(self.device), capped_count(budget, tokens), tokens.real)
 
     def _keep(self, tokens: VisualTokens, scores: Tensor, num_keep: NumKeep) -> Tensor:
         if isinstance(num_keep, int):
@@ -663,7 +664,7 @@ class SelectorModule(NetworkModule):
 _THROUGH_GATES = frozenset({"pruned", "states", "reward", "gates"})
 
 
-def told(budget: float, tokens: VisualTokens) -> NumKeep:
+def capped_count(budget: float, tokens: VisualTokens) -> NumKeep:
     """[B] or int: K of a budget, no more than there are tokens."""
     num_keep = counts_of(budget, tokens)
     return min(num_keep, tokens.num_tokens) if isinstance(num_keep, int) else num_keep
