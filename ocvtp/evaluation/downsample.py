@@ -67,7 +67,7 @@ class Sizer:
         return self._found[size, most]
 
     def check(self, size: Size, budget: Budget) -> None:
-        """Refuse a budget that no size of an image comes near to.
+        """Refuse a budget that no size of an image comes near.
 
         Raises:
             ValueError: that says what it comes to.

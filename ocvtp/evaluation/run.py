@@ -246,7 +246,7 @@ def _tried(
 
 
 def _check_size(subject: Judged, task: Task, budget: Budget | None) -> None:
-    """Refuse a budget that no size of the first image comes near to."""
+    """Refuse a budget that no size of the first image comes near."""
     assert budget is not None
     if subject.sizer is None:
         raise ValueError("a tower alone sees images in one size")

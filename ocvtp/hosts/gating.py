@@ -206,7 +206,7 @@ class Noise(Gate):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Asked]) -> None:
-        """The mean and the spread of visual tokens; of none the last ones stay.
+        """The mean and the spread of visual tokens; without any, those known before stay.
 
         Raises:
             RuntimeError: before `build`.
@@ -382,7 +382,7 @@ def _widened(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Heads with further coordinates, by which every product with a key j is bias[j] greater.
 
-    Thereby the bias needs no mask of its own: memory stays linear in the length, and a kernel that
+    So the bias needs no mask of its own: memory stays linear in the length, and a kernel that
     takes no mask may run. Of low precision there are two parts, what is rounded and the rest.
 
     Args:

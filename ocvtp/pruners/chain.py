@@ -59,7 +59,7 @@ class Chain(Pruner):
         self.stage = last.stage  # type: ignore[misc]
         self.status = "unofficial"  # type: ignore[misc]
         self.merging = last.merging  # type: ignore[misc]
-        self.needs  # noqa: B018 - refuses what cannot be had together
+        self.needs  # noqa: B018 - refuses what does not go together
 
     def __post_init__(self) -> None:
         """The steps checked their budgets."""

@@ -58,7 +58,7 @@ class Wanted:
 
     Args:
         pruners: specs; none for `PRUNERS`, of which those are left out that the model cannot run.
-        num_keep, shares: budgets; none of both for `SHARES`.
+        num_keep, shares: budgets; neither for `SHARES`.
         max_drop: points that may be lost.
         metric: figure to choose by; None for that of all questions.
         checkpoint: exported network, for pruners that take one.
@@ -87,7 +87,9 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if not self.max_drop >= 0:
-            raise ValueError(f"max_drop={self.max_drop}; pass the points that may be lost, 0 up.")
+            raise ValueError(
+                f"max_drop={self.max_drop}; pass the points that may be lost, at least 0."
+            )
         if wrong := [share for share in self.shares if not 0 < share <= 1]:
             raise ValueError(f"keep_ratio={wrong[0]}; pass shares above 0, up to 1.")
         Plan((), (), (), _NEW_TOKENS, self.warmup, self.repetitions)  # refuses too few rounds

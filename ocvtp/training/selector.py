@@ -227,7 +227,7 @@ class SelectorModule(NetworkModule):
         """Asks the model what the scorer and the losses read before its language model.
 
         Raises:
-            ValueError: that names the scorer's settings, if it cannot be had.
+            ValueError: that names the scorer's settings, if the model cannot give it.
         """
         layer, needs = self.host.layer, scorer.needs
         if layer is not None:
