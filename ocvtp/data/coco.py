@@ -247,12 +247,15 @@ def find_images(folder: Path) -> list[Path]:
                     name = entry.name
                     if entry.is_dir(follow_symlinks=False):
                         todo.append((*parents, name))
-                    elif os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != ".":
-                        if _is_file(entry):
-                            found.append((*parents, name))
+                    elif _is_image_name(name) and _is_file(entry):
+                        found.append((*parents, name))
         except PermissionError:
             continue
     return [Path(*parts) for parts in sorted(found)]
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != "."
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
