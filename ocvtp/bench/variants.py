@@ -16,7 +16,7 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import count
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Savings
-from ocvtp.hosts.prompt.shorten import look
+from ocvtp.hosts.prompt.read_call import look
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Compose, Pruner, pruner_class, trainable
 from ocvtp.pruners.specs import build_spec, parse_spec, runs_once

@@ -29,7 +29,8 @@ from ocvtp.evaluation.tasks.base import Item, Record, Task, TokenTask
 from ocvtp.evaluation.tasks.object_cells import Sight, sight_of_host
 from ocvtp.hosts.attach import attached, trained_positions
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
-from ocvtp.hosts.prompt.shorten import Prompt, look
+from ocvtp.hosts.prompt.read_call import look
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 from ocvtp.hosts.runtime.shared_encodings import SharedEncodings
 from ocvtp.pruners import Compose, Pruner

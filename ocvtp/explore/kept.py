@@ -20,9 +20,10 @@ from ocvtp.evaluation.towers import TowerEncodings, TowerSubject
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Host
 from ocvtp.hosts.prompt.checks import refuse_beyond_context
+from ocvtp.hosts.prompt.read_call import look
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import Select, select
-from ocvtp.hosts.prompt.shorten import Prompt, look
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import check
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Selection, VisualTokens

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocvtp.choices import Positions
 from ocvtp.hosts.in_llm.deepstack import Deepstack
 from ocvtp.hosts.in_llm.plan import text_after
 from ocvtp.hosts.prompt.columns import layout
-from ocvtp.hosts.prompt.line_up import Positions
 from ocvtp.structures import VisualTokens, take
 
 

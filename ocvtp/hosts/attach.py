@@ -14,7 +14,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, get_args
 
-from ocvtp.hosts.base import Host, Savings, Separators, TileBudget, Tiling
+from ocvtp.choices import Positions, Separators, TileBudget
+from ocvtp.hosts.base import Host, Savings, Tiling
 from ocvtp.hosts.in_llm import hooks as layer_hooks
 from ocvtp.hosts.origin import check_origin, other_weights
 from ocvtp.hosts.prompt.checks import beyond_all
@@ -22,7 +23,7 @@ from ocvtp.hosts.prompt.clip_text import TextTower
 from ocvtp.hosts.prompt.read_call import encode_now
 from ocvtp.hosts.prompt.read_prompt import make_reader
 from ocvtp.hosts.prompt.select import Select, compiled, select
-from ocvtp.hosts.prompt.shorten import Positions, Prompt
+from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import check, find_host, unwrap
 from ocvtp.hosts.runtime import caller_processors, calls
 from ocvtp.hosts.runtime.attachment import IN_TOWER, Attachment, attachment_of, by_stage

@@ -14,8 +14,7 @@ from typing import Any, ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
-from ocvtp.choices import Separators as Separators
-from ocvtp.choices import TileBudget as TileBudget
+from ocvtp.choices import Separators, TileBudget
 from ocvtp.hosts.lazy_projection import Rows
 from ocvtp.pruners import Pruner
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from ocvtp.choices import Positions
 from ocvtp.hosts.asked import Asked, drop, gates_of_rows
 from ocvtp.hosts.base import Host
-from ocvtp.hosts.prompt.line_up import Positions
 from ocvtp.hosts.registry import find_host
 from ocvtp.selectors.parts import Part, Parts
 from ocvtp.selectors.relaxations import Gates

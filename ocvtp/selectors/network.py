@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
-from ocvtp.choices import Positions as Positions
+from ocvtp.choices import Positions
 from ocvtp.field_types import LAYERS, PROVENANCE_RANGES, Ranges, of_fields, read_fields
 from ocvtp.learning import artifact
 from ocvtp.learning.network import PrunerNetwork

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from ocvtp.choices import Positions
 from ocvtp.hosts.asking import (
     Answered,
     Asked,
@@ -31,7 +32,6 @@ from ocvtp.hosts.base import Host
 from ocvtp.hosts.gating import Gate, KeyBias, NoGate, checkpointed, gating
 from ocvtp.hosts.loading import load_model
 from ocvtp.hosts.origin import origin_of
-from ocvtp.hosts.prompt.shorten import Positions
 from ocvtp.ops.selection import mask_of
 from ocvtp.pruners.selector_pruner import at_layer, check_inside
 from ocvtp.pruners.two_stage import of_tower

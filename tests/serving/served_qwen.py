@@ -61,7 +61,8 @@ def prompt(processor: Any, num_images: int, text: str) -> str:
 
 def short_prompt(model: Any, processor: Any, pruner: Pruner, text: str, images: Any) -> Any:
     """What the language model of transformers reads of a prompt, see `prompt.shorten`."""
-    from ocvtp.hosts.prompt.shorten import look, shorten
+    from ocvtp.hosts.prompt.read_call import look
+    from ocvtp.hosts.prompt.shorten import shorten
 
     host = find_host(model)
     handles = host.install(pruner.needs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ocvtp.choices import Positions as Positions
+from ocvtp.choices import Positions
 from ocvtp.hosts.prompt.columns import (
     gather,
     gather_columns,

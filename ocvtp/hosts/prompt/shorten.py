@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ocvtp.choices import Positions
 from ocvtp.hosts.base import Encoded, Host, Kept
 from ocvtp.hosts.in_llm.deepstack import Deepstack
 from ocvtp.hosts.in_llm.plan import LayerPlan, plan_layers
 from ocvtp.hosts.prompt.checks import check_selection
-from ocvtp.hosts.prompt.line_up import Positions as Positions
 from ocvtp.hosts.prompt.line_up import line_up, packing_of
 from ocvtp.hosts.prompt.read_call import Seen
-from ocvtp.hosts.prompt.read_call import look as look
 from ocvtp.hosts.prompt.select import Select, select, select_shares
 from ocvtp.hosts.prompt.tower_output import of_kept
 from ocvtp.ops.merging import keep_all

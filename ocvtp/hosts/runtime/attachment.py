@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ocvtp.choices import Positions
 from ocvtp.hosts.base import Host, Savings
 from ocvtp.hosts.prompt.read_call import Encode, encode_now, look
 from ocvtp.hosts.prompt.read_prompt import Reader
 from ocvtp.hosts.prompt.select import Select, select
-from ocvtp.hosts.prompt.shorten import Positions, Prompt, Shortened, shorten
+from ocvtp.hosts.prompt.shorten import Prompt, Shortened, shorten
 from ocvtp.hosts.runtime.call_budgets import CallBudgets, inside_block, of_block
 from ocvtp.hosts.runtime.forward_output import Logits
 from ocvtp.hosts.runtime.installed_hooks import InstalledHooks

@@ -32,7 +32,7 @@ import ocvtp
 from ocvtp import Needs, Pruner, Selection, VisualTokens, build_pruner
 from ocvtp.hosts import find_host
 from ocvtp.hosts.base import Tiling
-from ocvtp.hosts.prompt.shorten import look
+from ocvtp.hosts.prompt.read_call import look
 
 BUDGETS = ["per_image", "per_tile"]
 budgets = pytest.mark.parametrize("budget", BUDGETS)
