@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
+from ocvtp.choices import Level, Split
 from ocvtp.data.coco import CocoImages, Decoder, ImageTransform, collate, decoding_device
 from ocvtp.data.loader import (
     GroupedSampler,
@@ -23,7 +24,7 @@ from ocvtp.data.loader import (
 )
 from ocvtp.data.question_sets import QuestionSet, QuestionTransform
 from ocvtp.data.scene_questions import scene_questions
-from ocvtp.data.scenes import Level, Split, write_scenes
+from ocvtp.data.scenes import write_scenes
 from ocvtp.images import limit_pixels, most_pixels
 
 

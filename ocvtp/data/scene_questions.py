@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ocvtp.choices import Split
 from ocvtp.data.annotations import CocoFile, Entry
 from ocvtp.data.question_sets import Annotated, ImageQuestion
 from ocvtp.data.questions import Question, ask
-from ocvtp.data.scenes import Split, split_seed
+from ocvtp.data.scenes import split_seed
 
 _STREAM = 3  # of random numbers, beside those of drawing, of the task and of its model's training
 _ROUNDS = 8

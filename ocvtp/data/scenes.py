@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ocvtp.choices import Level as Level
-from ocvtp.choices import Split as Split
+from ocvtp.choices import Level, Split
 from ocvtp.data.drawing import (
     COLOURS,
     OUTLINES,

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ocvtp.choices import Split
 from ocvtp.data.grounding import PROMPT, corners, seek
 from ocvtp.data.questions import ask
-from ocvtp.data.scenes import Scene, Split, draw_scene, split_seed
+from ocvtp.data.scenes import Scene, draw_scene, split_seed
 from ocvtp.evaluation.oracle import on_cells
 from tools.demo_grounding.conversations import STEP, ConversationEncoder, Read, Turn, box_answer
 from tools.demo_vlm.batches import IGNORE, LEAST_COVER, patch_labels, to_pixels

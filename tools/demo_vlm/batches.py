@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ocvtp.choices import Split
 from ocvtp.data.drawing import COLOURS, SHAPES
 from ocvtp.data.questions import SIZES, Question, ask
-from ocvtp.data.scenes import LEVELS, Scene, Split, draw_scene, split_seed
+from ocvtp.data.scenes import LEVELS, Scene, draw_scene, split_seed
 from tools.demo_vlm.processor import AFTER_QUESTION
 from tools.demo_vlm.settings import ModelSettings, StageSettings
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ocvtp.choices import Level
 from ocvtp.data.drawing import COLOURS
-from ocvtp.data.scenes import Level, draw_scene, scene_style, split_seed
+from ocvtp.data.scenes import draw_scene, scene_style, split_seed
 from ocvtp.evaluation.intervals import estimate
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.hosts.loading import load_model

@@ -8,7 +8,8 @@ from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from ocvtp.data.scenes import MIN_SIZE, Level, Split
+from ocvtp.choices import Level, Split
+from ocvtp.data.scenes import MIN_SIZE
 from ocvtp.shipped import find_config
 
 
