@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from ocvtp import __version__
 
 
 def environment_of(model: Any) -> dict[str, str]:
@@ -30,11 +32,11 @@ def environment_of(model: Any) -> dict[str, str]:
 
 
 def _version() -> str:
-    """Of this package, with the commit where it runs from a checkout."""
+    """Of this package, with the commit where it runs from a checkout, installed or not."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return version("ocvtp")
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return __version__
     words = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
     found = subprocess.run(words, capture_output=True, text=True, check=False)
     commit = found.stdout.strip()
-    return f"{version('ocvtp')}, commit {commit}" if commit else version("ocvtp")
+    return f"{__version__}, commit {commit}" if commit else __version__

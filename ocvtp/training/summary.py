@@ -9,6 +9,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 
+from ocvtp import __version__
 from ocvtp.training.schedule import epochs_done
 
 _MOST = 64  # points of a curve
@@ -36,8 +37,11 @@ def training_summary(
         **settings,
         "validation": {"num_slots": val_num_slots, **validation_figures(trainer)},
         "versions": {
-            name: importlib.metadata.version(name)
-            for name in ("ocvtp", "torch", "transformers", "pytorch-lightning")
+            "ocvtp": __version__,  # which need not be installed
+            **{
+                name: importlib.metadata.version(name)
+                for name in ("torch", "transformers", "pytorch-lightning")
+            },
         },
     }
 
