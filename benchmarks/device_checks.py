@@ -102,7 +102,7 @@ def a_graph_of_select_keeps_the_same(device: str) -> None:
 
 
 @contextmanager
-def _no_sync(device: str) -> Iterator[None]:
+def no_sync(device: str) -> Iterator[None]:
     """Whatever waits for the device raises."""
     if device != "cuda":
         yield
@@ -129,7 +129,7 @@ def select_waits_for_nothing(device: str) -> None:
             network.to(device)
         try:
             pruner.select(tokens)  # what is made once, at the first call
-            with _no_sync(device):
+            with no_sync(device):
                 pruner.select(tokens)
         except RuntimeError as error:
             waits[name] = str(error).splitlines()[0]
@@ -144,7 +144,7 @@ def choosing_in_an_attached_model_waits_for_nothing(device: str) -> None:
     plain = pruner.select
 
     def select(tokens: VisualTokens) -> Any:
-        with _no_sync(device):
+        with no_sync(device):
             caught.append(plain(tokens))
         return caught[-1]
 
@@ -179,7 +179,11 @@ def waits(device: str, name: str, num_keep: int, model: Any, inputs: Any) -> dic
         finally:
             if device == "cuda":
                 torch.cuda.set_sync_debug_mode("default")
-    lines = (f"{one.filename}:{one.lineno}" for one in caught if "sync" in str(one.message))
+    lines = (
+        f"{one.filename}:{one.lineno}"
+        for one in caught
+        if "synchronizing CUDA op" in str(one.message)
+    )
     return dict(Counter(lines))
 
 

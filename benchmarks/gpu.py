@@ -2,133 +2,151 @@
 
     python -m benchmarks.gpu --minutes 8 --output docs/results/gpu/DEVICE
     python -m benchmarks.gpu --plan                     # the cells, and what each should take
+    python -m benchmarks.gpu --report --output DIR      # report and plots again, on any machine
     python -m benchmarks.gpu --smoke --output DIR       # the same code on a CPU, with tiny models
 
 Cells come in the order of their worth. Each is written to DIR/cells when it ends, and none begins
 that would not end in time; another run does what is missing. A cell that fails is written down with
 its error, and the others go on. report.md and plots are made of whatever is there.
+
+Cells run in a process of their own, `benchmarks.gpu_run`, which this one watches: where it hangs,
+is killed or breaks its device, the cell is written as failed, and a new process does the next.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.gpu_cells import BUILD, CELLS, FULL, SMOKE, Job, Place, Setting
-from benchmarks.gpu_report import write_report
-from benchmarks.timing import environment
 from ocvtp.reporting.files import replacing
 
 START_SECONDS = 25  # imports and the first call of a device
-SPARE_SECONDS = 10  # for the report
-Clock = Callable[[], float]
+SPARE_SECONDS = 15  # for the report, where the last cell had to be ended
+BROKEN = 3  # what the process ends with where its device is broken
+_ROOT = Path(__file__).parents[1]
+_LOOK_SECONDS = 0.2
+_STOPPED = "the run was stopped while it ran"
 
 
-def check_folder(folder: Path, place: dict[str, Any]) -> None:
-    """Refuse a folder with the cells of another device, or of tiny models beside others."""
-    path = folder / "place.json"
-    if path.is_file() and (known := json.loads(path.read_text())) != place:
-        raise SystemExit(
-            f"--output {folder} holds cells of {known}, this is {place}; pass another folder"
-        )
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(place) + "\n")
+def read_cells(folder: Path) -> list[dict[str, Any]]:
+    """The cells of a folder, in no order."""
+    return [json.loads(path.read_text()) for path in (folder / "cells").glob("*.json")]
 
 
-def result_of(folder: Path, job: Job) -> dict[str, Any] | None:
-    """What an earlier run wrote of a cell."""
-    path = folder / "cells" / f"{job.name}.json"
-    found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-    return found
+def write_cell(folder: Path, cell: dict[str, Any]) -> None:
+    """Write a cell, whole or not at all."""
+    with replacing(folder / "cells" / f"{cell['cell']}.json") as temporary:
+        temporary.write_text(json.dumps(cell, indent=1) + "\n")
 
 
-def do(job: Job, place: Place, clock: Clock) -> dict[str, Any]:
-    """Run a cell and write it, whatever becomes of it."""
-    start = clock()
-    found: dict[str, Any] = {"cell": job.name, "what": job.what, "estimate": job.seconds}
-    try:
-        found |= {"state": "done", "found": job.run(place)}
-    except Exception as error:  # whatever it is, the other cells go on
-        print(traceback.format_exc(), file=sys.stderr)
-        found |= {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-    found["seconds"] = round(clock() - start, 1)
-    with replacing(place.folder / "cells" / f"{job.name}.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
-    return found
+def _failed_since(folder: Path, when: float) -> list[str]:
+    """Names of the cells that failed in this run; older ones are tried again."""
+    files = [path for path in (folder / "cells").glob("*.json") if path.stat().st_mtime >= when]
+    cells = [json.loads(path.read_text()) for path in files]
+    return [cell["cell"] for cell in cells if cell["state"] == "failed"]
 
 
-def run(jobs: Sequence[Job], place: Place, seconds: float, clock: Clock) -> list[str]:
-    """Do what is missing and ends in time; returns the names of what is left out.
+def watch(words: Sequence[str], folder: Path, seconds: float) -> int:
+    """Run cells in one process after the other, until none is left that was not tried.
 
-    Where cells take longer than they should, the next are expected to as well.
+    Args:
+        words: what starts a process; `--seconds` and `--skip` are added.
+        folder: of the results.
+        seconds: for all.
+
+    Returns:
+        what the last process ended with.
     """
-    deadline, slowness, left = clock() + seconds, 1.0, []
-    for job in jobs:
-        known = result_of(place.folder, job)
-        if known is not None and known["state"] == "done":
-            continue
-        seconds = place.seconds(job)
-        if clock() + slowness * seconds > deadline:
-            left.append(job.name)
-            continue
-        print(f"{job.name}: {job.what} (about {slowness * seconds:.0f} s)", flush=True)
-        found = do(job, place, clock)
-        print(f"  {found['state']} in {found['seconds']} s", flush=True)
-        if found["state"] == "done":
-            slowness = max(slowness, found["seconds"] / seconds)
-    return left
+    deadline, lost = time.monotonic() + seconds, list[str]()
+    if (cell := _begun(folder)) is not None:  # all of an earlier run was killed
+        write_cell(folder, {**cell, "state": "failed", "error": _STOPPED, "seconds": 0})
+    when = time.time()
+    while True:
+        left = deadline - time.monotonic()
+        more = ["--seconds", f"{left:.1f}", *(["--skip", *lost] if lost else [])]
+        code, cell, why = _until_it_ends([*words, *more], folder, deadline)
+        if cell is None and code != BROKEN:
+            return code
+        if cell is not None:
+            print(f"  {cell['cell']} is ended: {why}", flush=True)
+            write_cell(folder, {**cell, "state": "failed", "error": why})
+        lost = _failed_since(folder, when)
+        if deadline - time.monotonic() < START_SECONDS:
+            return code
 
 
-def plan_lines(jobs: Sequence[Job]) -> list[str]:
-    """The cells with their seconds, one by one and in sum."""
-    lines, total, built = [f"{'start':22s} {START_SECONDS:5.0f} s"], float(START_SECONDS), {""}
-    for job in jobs:
-        seconds = job.seconds + (0 if job.model in built else BUILD)
-        built.add(job.model)
-        total += seconds
-        lines.append(f"{job.name:22s} {seconds:5.0f} s  {total / 60:5.1f} min  {job.what}")
-    return lines
+def _until_it_ends(
+    words: Sequence[str], folder: Path, deadline: float
+) -> tuple[int, dict[str, Any] | None, str]:
+    """Start a process and see that it ends; returns its code, the cell that it lost, and why."""
+    process = subprocess.Popen(words, cwd=_ROOT, start_new_session=True)
+    why, name, since = "", "", time.monotonic()
+    try:
+        while process.poll() is None and not why:
+            time.sleep(_LOOK_SECONDS)
+            now = time.monotonic()
+            if (cell := _begun(folder)) is not None and cell["cell"] != name:
+                name, since = cell["cell"], now
+            if cell is not None and cell["cell"] == name and now - since > cell["limit"]:
+                why = f"it took longer than {cell['limit']:.0f} s"
+            elif now > deadline:
+                why = "the time was over"
+    finally:
+        _kill(process)
+    cell = _begun(folder)
+    if cell is not None:
+        cell["seconds"] = round(time.monotonic() - since, 1)
+    return process.returncode, cell, why or f"its process ended with {process.returncode}"
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    return next((cell for cell in read_cells(folder) if cell["state"] == "begun"), None)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With all that it started: tests, compilers."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Print the plan, or run it."""
+    """Print the plan, run it, or write the report again."""
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="for all, the start included")
     parser.add_argument("--output", type=Path, help="folder of the results; goes on with them")
     parser.add_argument("--plan", action="store_true", help="print the cells and stop")
+    parser.add_argument("--report", action="store_true", help="write it again of what is there")
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args(words)
-    setting: Setting = SMOKE if arguments.smoke else FULL
-    jobs = [make(setting) for make in CELLS]
+    process = [sys.executable, "-m", "benchmarks.gpu_run", *["--smoke"] * arguments.smoke]
     if arguments.plan:
-        print("\n".join(plan_lines(jobs)))
-        return
+        sys.exit(subprocess.run([*process, "--plan"], cwd=_ROOT, check=False).returncode)
     if arguments.output is None:
         parser.error("pass --output DIR, or --plan")
     if not arguments.minutes > 0:
         parser.error(f"--minutes {arguments.minutes}; pass a number above 0")
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        parser.error("there is no CUDA device; pass --smoke for a CPU, or --plan")
-    place = Place(setting, arguments.output)
-    facts = environment() | {"command": f"python -m benchmarks.gpu --minutes {arguments.minutes:g}"}
-    if setting.device == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    seconds = 60 * arguments.minutes - SPARE_SECONDS - START_SECONDS * (not arguments.smoke)
-    check_folder(arguments.output, {"device": facts["device"], "smoke": arguments.smoke})
-    left = run(jobs, place, seconds, time.monotonic)
-    done = [found for job in jobs if (found := result_of(place.folder, job)) is not None]
-    paths = write_report(facts | {"left out": left}, done, place.folder)
-    print(f"wrote {', '.join(str(path) for path in paths)}")
-    if left:
-        print(f"left out, for another run with the same --output: {', '.join(left)}")
+    folder = arguments.output.resolve()
+    process += ["--output", str(folder)]
+    code = 0
+    if not arguments.report:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        spare = SPARE_SECONDS + time.monotonic() - begin
+        code = watch(process, folder, 60 * arguments.minutes - spare)
+    if arguments.report or code == BROKEN or code < 0:  # killed: it could not write the last cell
+        code = subprocess.run([*process, "--report"], cwd=_ROOT, check=False).returncode
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,16 @@ _STEPS = {
 }  # fmt: skip
 
 
-def write_report(facts: Facts, cells: Sequence[Facts], folder: Path) -> list[Path]:
+def write_report(
+    facts: Facts, cells: Sequence[Facts], folder: Path, draw: bool = True
+) -> list[Path]:
     """Write results.json, report.md and plots.
 
     Args:
         facts: what the figures depend on, and what was `left out`.
         cells: done and failed, in the order of the plan.
         folder: made where absent.
+        draw: whether plots are drawn, too.
     """
     whole = {**facts, "cells": list(cells)}
     texts = {
@@ -46,7 +49,7 @@ def write_report(facts: Facts, cells: Sequence[Facts], folder: Path) -> list[Pat
         with replacing(folder / name) as temporary:
             temporary.write_text(text)
     paths = [folder / name for name in texts]
-    if timed := [cell for cell in cells if _rows(cell)]:
+    if draw and (timed := [cell for cell in cells if _rows(cell)]):
         paths.append(save_figure(drawing(timed), folder / "ttft.png", dpi=120))
     return paths
 

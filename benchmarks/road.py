@@ -181,6 +181,7 @@ def training(
         among others images a second, with the tower and with features that were extracted before.
     """
     on_gpu, kind = device != "cpu", getattr(torch, dtype)
+    held = _forget_peak(device)
     made, config = learner(objective, tower)
     layer = config.layer
     encoder = CLIPEncoder(tower, layer=layer, dtype=dtype).load(made.needs(layer)).to(device)
@@ -188,7 +189,7 @@ def training(
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.01)
     side = vision_config(tower).image_size
     pixels = torch.randn(batch, 3, side, side, device=device, dtype=kind)
-    before, place = _peak_gib(device), torch.device(device)
+    before, place = _peak_gib(device) - held, torch.device(device)
     parts: dict[str, Any] = {}
 
     def encode() -> None:
@@ -216,9 +217,18 @@ def training(
         "ms": medians,
         "images per second": round(1e3 * batch / sum(medians.values()), 3),
         "images per second from extracted features": round(1e3 * batch / learning, 3),
-        f"peak {'allocated' if on_gpu else 'resident'} GiB": round(_peak_gib(device), 2),
+        f"peak {'allocated' if on_gpu else 'resident'} GiB": round(_peak_gib(device) - held, 2),
         "of which before the first step GiB": round(before, 2),
     }
+
+
+def _forget_peak(device: str) -> float:
+    """Begin to watch a GPU's memory; returns what others hold of it in GiB, e.g. models."""
+    if device == "cpu":
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated() / 2**30
 
 
 def _peak_gib(device: str) -> float:

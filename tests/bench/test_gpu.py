@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 
-from benchmarks import gpu
-from benchmarks.gpu_cells import CELLS, FULL, LLAVA, SMOKE, Job, Place, request_seconds
+from benchmarks import gpu, gpu_run
+from benchmarks.gpu_cells import (
+    BUILD,
+    CELLS,
+    FULL,
+    LLAVA,
+    SMOKE,
+    BrokenDevice,
+    Job,
+    Place,
+    request_seconds,
+)
 from benchmarks.gpu_report import goals
 
 
@@ -45,31 +57,94 @@ def states(folder):
 def test_none_begins_that_would_not_end_and_another_run_goes_on(tmp_path):
     clock, place = Clock(), Place(SMOKE, tmp_path)
     jobs = make_jobs(clock, a=(10, 10), long=(60, 60), b=(10, 10))
-    assert gpu.run(jobs, place, 50, clock) == ["long"]
+    gpu_run.run(jobs, place, 50, clock)
     assert states(tmp_path) == {"a": "done", "b": "done"}
-    assert gpu.run(jobs, place, 65, clock) == []
+    gpu_run.run(jobs, place, 65, clock)
+    assert states(tmp_path) == {"a": "done", "b": "done", "long": "done"}
     assert clock.now == 100 + 10 + 10 + 60, "a cell that is done was run again"
 
 
 def test_where_cells_take_longer_the_next_are_expected_to(tmp_path):
     clock = Clock()
     jobs = make_jobs(clock, a=(10, 30), b=(20, 20), c=(5, 5))
-    assert gpu.run(jobs, Place(SMOKE, tmp_path), 80, clock) == ["b"]
+    gpu_run.run(jobs, Place(SMOKE, tmp_path), 80, clock)
+    assert states(tmp_path) == {"a": "done", "c": "done"}
 
 
-def test_a_cell_that_fails_is_written_and_tried_again(tmp_path):
-    clock, place = Clock(), Place(SMOKE, tmp_path)
-    assert gpu.run(make_jobs(clock, a=(10, -1), b=(10, 10)), place, 50, clock) == []
+def test_a_cell_that_fails_is_written_and_tried_again_after_the_others(tmp_path):
+    clock, place, reports = Clock(), Place(SMOKE, tmp_path), []
+    gpu_run.run(make_jobs(clock, a=(10, -1), b=(10, 10)), place, 50, clock)
     assert states(tmp_path) == {"a": "failed", "b": "done"}
     assert "RuntimeError: a broke" in (tmp_path / "cells" / "a.json").read_text()
-    gpu.run(make_jobs(clock, a=(10, 10), b=(10, -1)), place, 50, clock)
-    assert states(tmp_path) == {"a": "done", "b": "done"}
+    jobs = make_jobs(clock, a=(10, 10), b=(10, -1), c=(10, 10), d=(10, 10))
+    gpu_run.run(jobs, place, 15, clock, skip=("c",), ended=lambda: reports.append(1))
+    assert states(tmp_path) == {"a": "failed", "b": "done", "d": "done"}
+    gpu_run.run(jobs, place, 50, clock, ended=lambda: reports.append(1))
+    assert set(states(tmp_path).values()) == {"done"}
+    assert len(reports) == 3
+
+
+def test_nothing_begins_on_a_broken_device(tmp_path, monkeypatch):
+    def broken(self):
+        raise BrokenDevice("an illegal memory access")
+
+    monkeypatch.setattr(Place, "tidy", broken)
+    clock = Clock()
+    with pytest.raises(BrokenDevice):
+        gpu_run.run(make_jobs(clock, a=(10, -1), b=(9, 9)), Place(SMOKE, tmp_path), 50, clock)
+    assert states(tmp_path) == {"a": "failed"}
+
+
+CELLS_OF_ALL_FATES = """
+import os, sys, time
+from pathlib import Path
+from benchmarks.gpu import BROKEN, read_cells, write_cell
+
+folder = Path(sys.argv[1])
+skip = sys.argv[sys.argv.index("--skip") + 1 :] if "--skip" in sys.argv else []
+done = [cell["cell"] for cell in read_cells(folder) if cell["state"] == "done"]
+for name in ("killed", "hangs", "breaks", "good"):
+    if name in done or name in skip:
+        continue
+    cell = {"cell": name, "what": name, "limit": 3}
+    write_cell(folder, cell | {"state": "begun"})
+    if name == "killed":
+        os.kill(os.getpid(), 9)
+    if name == "hangs":
+        time.sleep(100)
+    write_cell(folder, cell | {"state": "failed" if name == "breaks" else "done", "error": ""})
+    if name == "breaks":
+        sys.exit(BROKEN)
+"""
+
+
+def test_the_others_go_on_whatever_becomes_of_a_process(tmp_path):
+    words = [sys.executable, "-c", CELLS_OF_ALL_FATES, str(tmp_path)]
+    gpu.write_cell(tmp_path, {"cell": "earlier", "state": "begun", "limit": 3})
+    begin = time.monotonic()
+    assert gpu.watch(words, tmp_path, 300) == 0
+    assert time.monotonic() - begin < 90
+    assert states(tmp_path) == {
+        "earlier": "failed", "killed": "failed", "hangs": "failed", "breaks": "failed",
+        "good": "done",
+    }  # fmt: skip
+    errors = {cell["cell"]: cell.get("error") for cell in gpu.read_cells(tmp_path)}
+    assert errors["killed"] == "its process ended with -9"
+    assert errors["hangs"] == "it took longer than 3 s"
+    assert errors["earlier"] == "the run was stopped while it ran"
+
+
+def test_a_cell_is_ended_when_the_time_is_over(tmp_path):
+    script = CELLS_OF_ALL_FATES.replace('("killed", "hangs"', '("hangs"').replace(": 3}", ": 99}")
+    assert gpu.watch([sys.executable, "-c", script, str(tmp_path)], tmp_path, 8) == -9
+    (cell,) = gpu.read_cells(tmp_path)
+    assert (cell["state"], cell["error"]) == ("failed", "the time was over")
 
 
 def test_a_model_that_must_be_built_takes_time(tmp_path):
     place = Place(FULL, tmp_path)
     job = replace(make_jobs(Clock(), a=(10, 10))[0], model=LLAVA)
-    assert place.seconds(job) == 10 + gpu.BUILD
+    assert place.seconds(job) == 10 + BUILD
     place.subjects[LLAVA] = None
     assert place.seconds(job) == 10
 
@@ -85,7 +160,7 @@ def test_seconds_follow_operations():
 
 @pytest.mark.slow
 def test_the_plan_of_eight_minutes_reaches_the_tests(capsys):
-    gpu.main(["--plan"])
+    gpu_run.main(["--plan"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [make(SMOKE).name for make in CELLS]
     assert float(next(line for line in lines if line.startswith("tests")).split()[3]) < 8
@@ -105,10 +180,10 @@ def test_wrong_words(words, said, capsys):
 
 
 def test_cells_of_another_device_are_refused(tmp_path):
-    gpu.check_folder(tmp_path, {"device": "one", "smoke": False})
-    gpu.check_folder(tmp_path, {"device": "one", "smoke": False})
+    gpu_run.check_folder(tmp_path, {"device": "one", "smoke": False})
+    gpu_run.check_folder(tmp_path, {"device": "one", "smoke": False})
     with pytest.raises(SystemExit, match="holds cells of .*'one'.*pass another folder"):
-        gpu.check_folder(tmp_path, {"device": "two", "smoke": False})
+        gpu_run.check_folder(tmp_path, {"device": "two", "smoke": False})
 
 
 def test_goals_are_judged():
@@ -134,9 +209,26 @@ def test_goals_are_judged():
     ]
 
 
+def test_the_report_is_made_of_whatever_is_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--report", "--smoke", "--output", str(tmp_path)])
+    assert "holds no cells" in capsys.readouterr().err
+    gpu_run.check_folder(tmp_path, {"device": "one", "smoke": True})
+    gpu.write_cell(
+        tmp_path, {"cell": "tests", "what": "w", "state": "failed", "error": "OOM", "seconds": 1}
+    )
+    gpu.write_cell(tmp_path, {"cell": "select", "state": "begun"})
+    gpu_run.main(["--report", "--smoke", "--output", str(tmp_path)])
+    report = (tmp_path / "report.md").read_text()
+    assert "Failed: `OOM`" in report
+    assert "Unmeasured, for want of time: checks, llava-b8-k64" in report
+
+
 @pytest.mark.slow
 def test_all_cells_run_on_a_cpu(tmp_path):
-    gpu.main(["--smoke", "--minutes", "20", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--smoke", "--minutes", "25", "--output", str(tmp_path)])
+    assert ended.value.code == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [(cell["cell"], cell["state"]) for cell in results["cells"]] == [
         (make(SMOKE).name, "done") for make in CELLS
