@@ -83,10 +83,10 @@ def token_fractions(tokens: VisualTokens) -> Tensor | None:
         return None
     number = torch.arange(count, device=device)
     cell = torch.stack([number // width, number % width], dim=1) + 0.5  # [N, 2]
-    shape = torch.tensor([float(height), float(width)], device=device)[None]
+    rows = torch.full((1,), float(height), device=device)  # filled there: a copy would wait
     if tokens.valid is not None:  # padding is rows that the image lacks
         rows = tokens.valid.sum(dim=1) / width
-        shape = torch.stack([rows, torch.full_like(rows, width)], dim=1)
+    shape = torch.stack([rows, torch.full_like(rows, width)], dim=1)
     return cell / shape[:, None].clamp(min=1)
 
 

@@ -9,6 +9,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from small_networks import network_setting
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -417,6 +422,65 @@ def test_the_guard_sees_syncs():
     for wait in (lambda: x.sum().item(), lambda: x[x > 0.5], x.nonzero, lambda: bool(x.sum())):
         with pytest.raises(AssertionError, match="waits for the device"), NoSync():
             wait()
+
+
+class NoCopyBetweenDevices(TorchDispatchMode):
+    """Raises where numbers of the host are brought to a device, or the other way: both wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten._thnn_fused_gru_cell:  # knows no fake numbers
+            state = args[2]
+            return torch.empty_like(state), state.new_empty(len(state), 5 * state.shape[1])
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_):
+            source = args[1] if func.overloadpacket is torch.ops.aten.copy_ else args[0]
+            where = f"{source.device} to {made.device}"
+            assert source.device == made.device, f"a copy from {where} waits for the device"
+        return made
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_on_a_gpu_that_is_not_there(name, settings, ragged):
+    """Shapes and devices alone: mixed devices, copies and values that the host reads raise."""
+    with FakeTensorMode() as mode, torch.device("cuda:0"):
+        pruner = build(name, 5, **settings)
+    if isinstance(network := vars(pruner).get("network"), torch.nn.Module):
+        assert {values.device.type for values in network.state_dict().values()} == {"cuda"}
+        network.to = lambda device: network  # one of fake numbers cannot move, but is there already
+    tokens = tokens_for(pruner, 2, (4, 4), ragged=ragged)
+    with mode:
+        there = tokens.map(lambda t: mode.from_tensor(t).to("cuda:0"))
+        with NoCopyBetweenDevices():
+            selection = pruner.select(there)
+    found = [value for value in vars(selection).values() if value is not None]
+    assert {value.device.type for value in found} == {"cuda"}
+
+
+def test_the_guards_see_what_a_gpu_refuses():
+    with FakeTensorMode() as mode:
+        there = mode.from_tensor(torch.rand(4)).to("cuda:0")
+        here = mode.from_tensor(torch.rand(4))
+        copies = (
+            lambda: torch.tensor([1, 2], device="cuda:0"),
+            lambda: torch.tensor(0.5, device="cuda:0"),
+            there.cpu,
+            lambda: there.copy_(here),
+            lambda: there.new_tensor([3]),
+        )
+        for copy in copies:
+            with (
+                pytest.raises(AssertionError, match="waits for the device"),
+                NoCopyBetweenDevices(),
+            ):
+                copy()
+        for wrong in (lambda: there + here, lambda: torch.where(there > 0, there, here)):
+            with pytest.raises(RuntimeError, match=r"[Dd]evice"):
+                wrong()
+        for read in (there.sum().item, lambda: there[there > 0.5], lambda: bool(there.sum())):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+                read()
 
 
 @pytest.mark.parametrize("ragged", [False, True])
