@@ -130,7 +130,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args(words)
-    start = time.monotonic()
     setting: Setting = SMOKE if arguments.smoke else FULL
     jobs = [make(setting) for make in CELLS]
     if arguments.plan:
@@ -146,7 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
         if setting.device == "cuda":
             facts |= {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
         check_folder(arguments.output, facts)
-        left = arguments.seconds - (time.monotonic() - start)
+        left = arguments.seconds - START_SECONDS * (not arguments.smoke)
         try:
             run(
                 jobs, place, left, time.monotonic, arguments.skip,
