@@ -16,14 +16,15 @@ from ocvtp.hosts.prompt.checks import refuse_beyond_all, refuse_beyond_context
 from ocvtp.hosts.prompt.shorten import Prompt
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.specs import build_spec
+from ocvtp.pruners.specs import build_specs
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer and print."""
+    (pruner,) = build_specs([arguments.pruner], **options.pruner_settings(arguments))
     result = answer(
         arguments.model,
-        build_spec(arguments.pruner, **options.pruner_settings(arguments)),
+        pruner,
         arguments.image,
         arguments.prompt,
         arguments.max_new_tokens,

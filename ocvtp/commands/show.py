@@ -18,7 +18,7 @@ from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.specs import build_spec
+from ocvtp.pruners.specs import build_specs
 from ocvtp.reporting.figure_files import save_figure
 from ocvtp.visualize import Panel, figure, figure_of_images
 
@@ -27,8 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Draw and say where."""
     printing.file(arguments.output)
     options.check_tower(arguments)
-    specs, settings = arguments.pruner, options.pruner_settings(arguments)
-    pruners = [build_spec(spec, **settings) for spec in specs]
+    pruners = build_specs(arguments.pruner, **options.pruner_settings(arguments))
     images, output = arguments.image, arguments.output
     if arguments.tower is not None:
         tower = TowerSubject(**options.tower_settings(arguments))

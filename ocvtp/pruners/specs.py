@@ -10,7 +10,7 @@ from typing import Any
 from ocvtp.field_types import shown
 from ocvtp.plain_yaml import read_value
 from ocvtp.pruners.base import Pruner, naming
-from ocvtp.pruners.budgets import BUDGETS
+from ocvtp.pruners.budgets import BUDGETS, Budget
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
@@ -120,6 +120,32 @@ def refuse_without_amount(specs: Sequence[str]) -> None:
         )
 
 
+def refuse_second_budget(specs: Sequence[str], budget: Budget) -> None:
+    """For what runs each pruner at one budget: that of all counts for those that say none.
+
+    Raises:
+        ValueError: if every spec says one, so that it would count for nothing.
+    """
+    if specs and budget.settings() and all(map(has_own_budget, specs)):
+        raise ValueError(
+            f"pruner {shown(specs[0])} says how many tokens stay, and {budget.said} says it again;"
+            " leave one of them out."
+        )
+
+
+def fill_in_budget(spec: str, num_keep: int | None) -> str:
+    """The spec, `num_keep` in place of a K in its settings.
+
+    Raises:
+        ValueError: for a K without `num_keep`.
+    """
+    if not names_budget(spec):
+        return spec
+    if num_keep is None:
+        raise ValueError(f"pruner {shown(spec)} has a K, which stands for num_keep; pass that.")
+    return with_budget(spec, num_keep)
+
+
 def build_spec(spec: str, **shared: Any) -> Pruner:
     """The pruner of a spec.
 
@@ -133,10 +159,7 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
         ValueError: for a spec that does not parse, a K without `num_keep`, and what `build_pruner`
             refuses.
     """
-    if names_budget(spec):
-        if shared.get("num_keep") is None:
-            raise ValueError(f"pruner {shown(spec)} has a K, which stands for num_keep; pass that.")
-        spec = with_budget(spec, shared["num_keep"])
+    spec = fill_in_budget(spec, shared.get("num_keep"))
     name, settings = parse_spec(spec)
     known = known_settings(spec)
     if has_budget(spec):
@@ -144,3 +167,13 @@ def build_spec(spec: str, **shared: Any) -> Pruner:
     shared = {k: v for k, v in shared.items() if v is not None and k in known}
     with naming(name, spec):
         return build_pruner(name, **shared | settings)
+
+
+def build_specs(specs: Sequence[str], **shared: Any) -> list[Pruner]:
+    """The pruners of specs that run once each; see `build_spec`.
+
+    Raises:
+        ValueError: also for a budget that counts for none of them, see `refuse_second_budget`.
+    """
+    refuse_second_budget(specs, Budget(*map(shared.get, BUDGETS)))
+    return [build_spec(spec, **shared) for spec in specs]

@@ -17,7 +17,7 @@ from ocvtp.pruners import Pruner, build_pruner, list_pruners, pruner_class
 from ocvtp.pruners.base import naming
 from ocvtp.pruners.budgets import BUDGETS, Budget, check_count
 from ocvtp.pruners.checks import random_tokens
-from ocvtp.pruners.specs import parse_spec
+from ocvtp.pruners.specs import fill_in_budget, parse_spec, refuse_second_budget
 from ocvtp.serving.budgets import capped, check_cap, of_request
 from ocvtp.serving.identity import identity_of
 from ocvtp.serving.layouts import (
@@ -124,8 +124,8 @@ def read_plan(config: Any, settings: Any = None) -> Plan:
         settings: in place of those of the configuration.
 
     Raises:
-        ValueError: for settings that name no pruner, and for models and pruners that cannot be
-            served.
+        ValueError: for settings that name no pruner or two budgets, and for models and pruners that
+            cannot be served.
     """
     settings = getattr(config, KEY, None) if settings is None else settings
     if not isinstance(settings, Mapping) or "pruner" not in settings:
@@ -135,7 +135,9 @@ def read_plan(config: Any, settings: Any = None) -> Plan:
         )
     layout = layout_of(config, tiling_of(settings))
     spec = str(settings["pruner"])
-    name, named = parse_spec(spec)
+    num_keep = settings.get("num_keep")
+    refuse_second_budget([spec], Budget(num_keep, settings.get("keep_ratio")))
+    name, named = parse_spec(fill_in_budget(spec, num_keep))
     own = {key: value for key, value in settings.items() if key not in _OF_THE_PLAN}
     caps = [settings.get("max_keep"), named.pop("max_keep", None)]
     most = min((check_count("max_keep", cap) for cap in caps if cap is not None), default=None)

@@ -347,6 +347,10 @@ def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
     [
         (["answer", *MODEL, "--pruner", "fastvlm", "--num-keep", "4"], "did you mean 'fastervlm'"),
         (["answer", *MODEL, "--pruner", "uniform", "--num-keep", "999"], "at most 144"),
+        (
+            ["answer", *MODEL, "--pruner", "uniform:num_keep=9", "--max-keep", "4"],
+            "'uniform:num_keep=9' says how many tokens stay, and --max-keep 4 says it again",
+        ),
         (["answer", *MODEL, "--pruner", "uniform"], "pass exactly one"),
         (["answer", *MODEL, "--pruner", "uniform:seed", "--num-keep", "4"], "KEY=VALUE"),
         (
@@ -593,14 +597,14 @@ def test_what_the_tower_left_is_told_in_an_answer(capsys, photo):
 
 def test_stages_are_told_in_an_answer(capsys, photo):
     words = ["answer", *MODEL, "--image", photo, "--prompt", "What?", "--max-new-tokens", "2"]
-    words += ["--pruner", "fastv:stages=[[1,20]],layer=2", "--num-keep", "9"]
+    words += ["--pruner", "fastv:stages=[[1,20]],layer=2"]
     assert main([*words, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["visual_tokens_kept"] == [144]
     assert facts["layers"] == [{"layer": 1, "visual_tokens_kept": [20]}]
     assert main(words) == 0
     assert "144 of 144 visual tokens per image; 20 from layer 1 on;" in capsys.readouterr().out
-    assert main([*words[:-4], "--pruner", "fastv:stages=[[1"]) == 2
+    assert main([*words[:-2], "--pruner", "fastv:stages=[[1"]) == 2
     assert "'[[1' is no value; write numbers, words or lists" in capsys.readouterr().err
 
 

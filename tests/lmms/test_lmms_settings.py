@@ -79,6 +79,10 @@ def test_stages_and_k():
         ({"pruner": "fopro", "num_keep": 3}, "fopru"),
         ({"pruner": "fopru", "num_keep": 3, "keep_ratio": 0.5}, "pass one of them"),
         ({"pruner": "fastv:stages=[[1,K]]", "keep_ratio": 0.5}, "stands for num_keep"),
+        (
+            {"pruner": "fopru:num_keep=3", "max_keep": 4},
+            "says how many .* max_keep=4 says it again",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(given, message):

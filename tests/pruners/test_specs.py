@@ -9,6 +9,7 @@ from ocvtp.bench.variants import variants
 from ocvtp.evaluation.conditions import Budget, pruner_conditions
 from ocvtp.pruners.specs import (
     build_spec,
+    build_specs,
     has_budget,
     names_budget,
     parse_spec,
@@ -89,6 +90,16 @@ def test_a_spec_may_have_a_budget_of_its_own(spec):
     assert one.budget is None
     assert [variant.num_keep for variant in variants([spec], [64, 32], 576)] == [None, None]
     assert not has_budget(spec.partition(":")[0])
+
+
+def test_a_budget_that_counts_for_no_pruner_is_refused():
+    """That of all is of those that say none."""
+    both = build_specs(["divprune:num_keep=9", "fopru"], num_keep=4)
+    assert [pruner.num_keep for pruner in both] == [9, 4]
+    (of_k,) = build_specs(["fastv:stages=[[2,K]]"], num_keep=4)
+    assert of_k.stages == [[2, 4]]
+    with pytest.raises(ValueError, match="'divprune:num_keep=9' says .* and keep_ratio=0.5 says"):
+        build_specs(["divprune:num_keep=9"], num_keep=None, keep_ratio=0.5)
 
 
 def test_a_budget_of_a_network_that_is_not_trained_yet():
