@@ -20,11 +20,11 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -33,7 +33,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import ocvtp
 from ocvtp.hosts.loading import load_model
 from ocvtp.images import IMAGE_ERRORS, decode_image, limit_pixels
-from ocvtp.pruners.specs import build_spec
+from ocvtp.pruners.specs import build_specs, has_own_budget
 
 NEEDS = "examples/server.py: error: needs {}, which is not installed; pip install 'ocvtp[serve]'."
 try:
@@ -41,9 +41,12 @@ try:
     from fastapi.responses import JSONResponse, StreamingResponse
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
     from starlette.concurrency import run_in_threadpool
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 except ModuleNotFoundError as error:
     raise SystemExit(NEEDS.format(error.name)) from None
+
+T = TypeVar("T")
 
 
 class Text(BaseModel):
@@ -163,6 +166,8 @@ class Pieces(StoppingCriteria):
         return row.is_over
 
 
+USUAL = 36
+"""Visual tokens of an image where neither flags nor a request say how many."""
 PATIENCE = 0.05
 """Seconds that a batch may wait for as many questions as the last one had."""
 SLICE, SLACK = 2**14, 16
@@ -347,6 +352,11 @@ def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
         headers = {"Retry-After": "1"} if error.status == 429 else None
         return JSONResponse(as_error(error.message, error.status), error.status, headers)
 
+    @app.exception_handler(HTTPException)
+    async def explain(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {cut(request.url.path)}: {error.detail}; see docs/serving.md."
+        return JSONResponse(as_error(message, error.status_code), error.status_code, error.headers)
+
     @app.get("/health")
     async def health() -> JSONResponse:
         is_alive = worker.thread.is_alive()
@@ -380,13 +390,32 @@ def build_app(worker: Worker, limits: argparse.Namespace) -> FastAPI:
             worker.ask(question)
         except queue.Full:
             raise Refused(429, "as many requests wait as may; try again later.") from None
-        first = checked(await pieces.get())  # what is wrong has a status, in streams too
+        # what is wrong has a status, in streams too
+        first = checked(await while_there(request, question, pieces.get()))
         reply = Reply(question, pieces, first, name)
         if is_stream:
             return StreamingResponse(reply.events(), media_type="text/event-stream")
-        return await reply.whole()
+        return await while_there(request, question, reply.whole())
 
     return app
+
+
+async def while_there(request: Request, question: Question, answer: Coroutine[Any, Any, T]) -> T:
+    """What is awaited; a client that goes away before ends its question.
+
+    Raises:
+        Refused: if it did, for nobody to read. And what `answer` raises.
+    """
+    wanted, gone = asyncio.create_task(answer), asyncio.create_task(request.receive())
+    try:
+        await asyncio.wait({wanted, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if wanted.done():
+            return wanted.result()
+        raise Refused(400, "the client went away.")
+    finally:
+        question.gave_up = not wanted.done()
+        wanted.cancel()
+        gone.cancel()
 
 
 class WholeBodies:
@@ -636,9 +665,10 @@ def main(words: Sequence[str] | None = None) -> None:
 
     limit_pixels(arguments.max_pixels)
     try:
-        pruner = build_spec(
-            arguments.pruner, num_keep=arguments.num_keep, checkpoint=arguments.checkpoint
-        )
+        spec, num_keep = arguments.pruner, arguments.num_keep
+        if num_keep is None and not has_own_budget(spec):
+            num_keep = USUAL
+        (pruner,) = build_specs([spec], num_keep=num_keep, checkpoint=arguments.checkpoint)
         model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
         worker = Worker(model, processor, pruner, arguments.max_batch, arguments.max_waiting)
     except ValueError as error:
@@ -654,7 +684,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--pruner", default="divprune", help="see `ocvtp list`; none: no pruning")
-    parser.add_argument("--num-keep", type=int, default=36, help="of requests that name none")
+    parser.add_argument(
+        "--num-keep", type=int, help=f"of requests that name none (default: {USUAL})"
+    )
     parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
     parser.add_argument("--host", default="127.0.0.1", help="who may ask (default: this machine)")
     parser.add_argument("--port", type=int, default=8000)

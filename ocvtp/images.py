@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 """What Pillow raises on a file that is missing, truncated or no image."""
@@ -178,7 +178,10 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         IMAGE_ERRORS: if it is no image.
     """
-    return read_image(BytesIO(data), upright=True)
+    try:
+        return read_image(BytesIO(data), upright=True)
+    except UnidentifiedImageError as error:  # Pillow's own words name an object in memory
+        raise ValueError("it is no image of a known format") from error
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:

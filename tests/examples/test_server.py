@@ -231,7 +231,9 @@ def test_what_is_wrong_is_told_and_others_are_answered(served):
         "pass at most 3000": (400, about(0, max_tokens=3001)),
         "more than the 2048 that the model reads": (400, about(0, max_tokens=2040)),
         "image 0 is no data URL": (400, with_url("http://127.0.0.1/cat.png")),
-        "image 0 cannot be read": (400, with_url("data:image/png;base64,AAAA")),
+        "image 0 cannot be read (it is no image of a known": (
+            400, with_url("data:image/png;base64,AAAA"),
+        ),
         "up to 2 images": (400, many),
         "stands for an image; leave it out": (
             400, {"messages": [{"role": "user", "content": "<image> what is it?"}]},
@@ -324,6 +326,35 @@ def test_a_client_that_goes_away_ends_its_answer(server, served):
     assert 1 <= len(seen) < 10
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_before_its_answer_ends_it(served, monkeypatch, stream):
+    """Also one whose answer comes in one piece, and one that still waits for its first."""
+    app, worker = served()
+    asked, given = [], worker.ask
+    monkeypatch.setattr(worker, "ask", lambda question: asked.append(question) or given(question))
+    if stream:
+        monkeypatch.setattr(worker.thread, "start", lambda: None)  # no piece comes
+        monkeypatch.setattr(worker, "stop", lambda: None)
+    chat = about(0, num_keep=4, ignore_eos=True, stream=stream) | {"max_tokens": 1000}
+    body = [{"type": "http.request", "body": json.dumps(chat).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        while not body and not (asked and (stream or asked[0].tokens)):
+            await asyncio.sleep(0.01)
+        return body.pop() if body else {"type": "http.disconnect"}
+
+    async def leaves(app: Any) -> None:
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        await app(scope | {"query_string": b""}, receive, send)
+
+    async def send(message: dict[str, Any]) -> None: ...
+
+    conversation(app, leaves)
+    (question,) = asked
+    assert question.gave_up
+    assert len(question.tokens) < 900
+
+
 def test_budgets_that_a_request_cannot_change_are_refused(server, demo):
     """A K that would be ignored is none."""
     pruner = build_pruner("fastv", stages=[[1, 8]])
@@ -399,6 +430,8 @@ def test_a_body_is_read_before_its_request_is_refused(served, server, monkeypatc
         asyncio.run(server.read_body(server.Request({"type": "http", "headers": []}, leaves), 9))
     answers = asyncio.run(ask())
     assert [(one.status, one.unread) for one in answers] == [(413, 0), (413, 0), (404, 0), (429, 0)]
+    told = json.loads(answers[2].text)["error"]
+    assert told["message"] == "POST /v1/completions: Not Found; see docs/serving.md."
     monkeypatch.setattr(server, "LINGER", 0.01)
     sent = []
 
@@ -447,7 +480,12 @@ def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--num-keep", "0"], "num_keep=0; pass at least 1"), (["--model", "random:x"], "is unknown")],
+    [
+        (["--num-keep", "0"], "num_keep=0; pass at least 1"),
+        (["--pruner", "fps:num_keep=9", "--num-keep", "4"], "says how many .* num_keep=4 says it"),
+        (["--pruner", "fps:num_keep=9", "--model", "random:x"], "is unknown"),
+        (["--model", "random:x"], "is unknown"),
+    ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(server, monkeypatch, words, message):
     monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace())
