@@ -133,6 +133,17 @@ def refuse_second_budget(specs: Sequence[str], budget: Budget) -> None:
         )
 
 
+def _refuse_unread(specs: Sequence[str], shared: dict[str, Any]) -> None:
+    """A setting for all that counts for none: no pruner takes it, or each spec says it itself."""
+    for name, value in shared.items():
+        takers = [spec for spec in specs if name in known_settings(spec)]
+        counts = any(name not in parse_spec(spec)[1] for spec in takers)
+        if value is None or counts or (name == "num_keep" and any(map(names_budget, specs))):
+            continue
+        names, does = ", ".join(takers or specs), "says its own" if takers else "takes none"
+        raise ValueError(f"{name}={value!r} would not count: {names} {does}; leave it out.")
+
+
 def fill_in_budget(spec: str, num_keep: int | None) -> str:
     """The spec, `num_keep` in place of a K in its settings.
 
@@ -173,7 +184,8 @@ def build_specs(specs: Sequence[str], **shared: Any) -> list[Pruner]:
     """The pruners of specs that run once each; see `build_spec`.
 
     Raises:
-        ValueError: also for a budget that counts for none of them, see `refuse_second_budget`.
+        ValueError: also for a setting that counts for none of them, see `refuse_second_budget`.
     """
     refuse_second_budget(specs, Budget(*map(shared.get, BUDGETS)))
+    _refuse_unread(specs, shared)
     return [build_spec(spec, **shared) for spec in specs]

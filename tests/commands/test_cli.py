@@ -351,6 +351,15 @@ def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
             ["answer", *MODEL, "--pruner", "uniform:num_keep=9", "--max-keep", "4"],
             "'uniform:num_keep=9' says how many tokens stay, and --max-keep 4 says it again",
         ),
+        (
+            ["answer", *MODEL, "--pruner", "uniform", "--num-keep", "4", "--checkpoint", "here"],
+            "--checkpoint here would not count: uniform takes none; leave it out.",
+        ),
+        (
+            ["answer", *MODEL, "--pruner", "ocvtp:checkpoint=a", "--num-keep", "4"]
+            + ["--checkpoint", "b"],
+            "--checkpoint b would not count: ocvtp:checkpoint=a says its own; leave it out.",
+        ),
         (["answer", *MODEL, "--pruner", "uniform"], "pass exactly one"),
         (["answer", *MODEL, "--pruner", "uniform:seed", "--num-keep", "4"], "KEY=VALUE"),
         (
