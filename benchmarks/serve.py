@@ -38,7 +38,8 @@ from ocvtp.data.questions import ask
 from ocvtp.data.scenes import draw_scene
 from ocvtp.images import encoded
 from ocvtp.reporting.figure_files import save_figure
-from ocvtp.reporting.plot_style import COLOURS, MARKERS, Name, better, canvas, label, name_ends
+from ocvtp.reporting.plain_text import better
+from ocvtp.reporting.plot_style import COLOURS, MARKERS, Name, canvas, label, name_ends
 
 DEFAULT_OUTPUT = Path(__file__).parent / "results" / "serve-cpu.json"
 SIDES = ("unpruned", "pruned")

@@ -143,7 +143,7 @@ def _read(path: str | Path, shape: Mapping[str, Any], figure: Mapping[str, Any])
 def _without_a_figure(found: Mapping[str, Any]) -> str:
     known = {name for row in found["rows"] for name in row["figures"]}
     missing = [name for name in found["metrics"] if name not in known]
-    return f"no row has a figure {shown(missing[0])}" if missing else ""
+    return f"no row has a figure {shown(missing[0])}" if missing and known else ""
 
 
 def current_names(figures: Mapping[str, Any]) -> dict[str, Any]:
