@@ -136,7 +136,8 @@ def read_plan(config: Any, settings: Any = None) -> Plan:
     layout = layout_of(config, tiling_of(settings))
     spec = str(settings["pruner"])
     num_keep = settings.get("num_keep")
-    refuse_second_budget([spec], Budget(num_keep, settings.get("keep_ratio")))
+    if _other_stage(pruner_class(spec.partition(":")[0]).stage) is None:
+        refuse_second_budget([spec], Budget(num_keep, settings.get("keep_ratio")))
     name, named = parse_spec(fill_in_budget(spec, num_keep))
     own = {key: value for key, value in settings.items() if key not in _OF_THE_PLAN}
     caps = [settings.get("max_keep"), named.pop("max_keep", None)]

@@ -89,6 +89,7 @@ def test_alternatives_are_what_is_served():
         ({"pruner": "divprune:num_keep=9", "max_keep": 8}, "num_keep=9 and max_keep=8"),
         ({"pruner": "divprune:max_keep=8", "num_keep": 9}, "and num_keep=9 says it again"),
         ({"pruner": "divprune:num_keep=8", "keep_ratio": 0.5}, "and keep_ratio=0.5 says it again"),
+        ({"pruner": "fastv:stages=[[1,4]]", "num_keep": 5}, "'llm_layers'.*use one of divprune"),
         ({"pruner": "visionzip:num_contextual=K", "max_keep": 4}, "a K, which stands for num_keep"),
         ({"pruner": "divprune", "num_keep": 9, "max_keep": 0}, "max_keep=0; pass at least 1"),
         ({"pruner": "trim", "num_keep": 4}, r"reads the prompt.*use one of divprune, fastervlm"),

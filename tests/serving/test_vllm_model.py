@@ -379,6 +379,8 @@ def test_no_module_is_hooked(served):
 
 
 def test_the_network_keeps_its_type_in_a_half_precision_engine(folders, groups):
+    if torch.cpu._is_amx_tile_supported() and not hasattr(torch.ops._C, "convert_weight_packed"):
+        pytest.skip("this build of vLLM has no half precision here: no convert_weight_packed")
     spec = f"ocvtp:checkpoint={NETWORK}"
     model, _ = build(arguments(folders["clip"], spec, dtype="bfloat16"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
