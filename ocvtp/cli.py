@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
@@ -57,7 +58,7 @@ _CONTINUES = ("evaluate", "recommend", "bench", "extract", "teacher")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ocvtp COMMAND ...`; returns the exit status (2 for wrong input, 130 when stopped)."""
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")  # ours says it
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(_Plain("%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     words = list(sys.argv[1:] if argv is None else argv)
@@ -132,6 +133,14 @@ def _told(error: BaseException, words: Sequence[str]) -> int | None:
 def _shown(problem: str) -> str:
     """Without what a terminal would obey, and with a beginning alone of words that are no words."""
     return re.sub(r"(\S{200})\S{200,}", r"\1...", terminal(problem))
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """What `sys.stderr` is at the time: a bar stands in for it, to write above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 class _Plain(logging.Formatter):

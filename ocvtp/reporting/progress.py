@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -15,6 +15,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
 _SECONDS = 30.0
 """Between two lines in a file."""
@@ -32,20 +34,12 @@ def progress_bar(*extra: str) -> Progress:
     Where stderr is no terminal, say a file of a batch system, a line every half minute.
 
     Args:
-        extra: further columns, e.g. `{task.fields[loss]}`.
+        extra: further texts, e.g. `{task.fields[loss]}`; on a terminal below the bar.
     """
     console = Console(stderr=True, force_jupyter=False)
-    texts = ("{task.description}", *extra)
     if not console.is_terminal:
-        return _Lines(console, texts)
-    return Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        *(TextColumn(column) for column in texts),
-        console=console,
-        speed_estimate_period=_WINDOW,
-    )
+        return _Lines(console, ("{task.description}", *extra))
+    return _Bar(console, extra)
 
 
 def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
@@ -55,6 +49,31 @@ def tracked(items: Iterable[_T], description: str, total: int) -> Iterator[_T]:
         return
     with progress_bar() as progress:
         yield from progress.track(items, total, description=description)
+
+
+class _Bar(Progress):
+    """A bar; on a narrow terminal it and what is being done give way, and the figures stay whole.
+
+    Args:
+        console: that it is drawn on. below: formats of a `task`, for a line below its bar.
+    """
+
+    def __init__(self, console: Console, below: tuple[str, ...]) -> None:
+        whole = Column(no_wrap=True)
+        super().__init__(
+            BarColumn(),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(table_column=whole),
+            TextColumn("{task.description}", table_column=Column()),
+            console=console,
+            speed_estimate_period=_WINDOW,
+        )
+        self._below = below
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            yield from (Text(text) for text in _texts(self._below, task))
 
 
 class _Lines(Progress):
@@ -90,9 +109,13 @@ class _Lines(Progress):
     def _say(self) -> None:
         self._said = time.monotonic()
         for task in self.tasks:
-            words = (text.format(task=task) for text in self._texts)
-            parts = [_done(task), *filter(None, words)]
-            self.console.print("  ".join(parts), markup=False, highlight=False, soft_wrap=True)
+            line = "  ".join([_done(task), *_texts(self._texts, task)])
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _texts(formats: tuple[str, ...], task: Task) -> Iterator[str]:
+    """Of a task; none that is empty."""
+    return filter(None, (text.format(task=task) for text in formats))
 
 
 def _done(task: Task) -> str:
