@@ -69,6 +69,12 @@ def test_links_lead_somewhere(path):
         assert not anchor or anchor in anchors(there), f"{path}: {target}"
 
 
+@pytest.mark.parametrize("page", [Path("examples/README.md"), DOCS / "quick-start.md"], ids=str)
+def test_tables_of_examples_have_all(page):
+    there = {path.name for path in Path("examples").iterdir() if path.suffix in (".py", ".ipynb")}
+    assert set(re.findall(r"^\| \W*(\w+\.(?:py|ipynb))", page.read_text(), re.M)) == there
+
+
 def test_links_look_at_anchors():
     assert "what-select-costs" in anchors(DOCS / "results.md")
     assert "did-it-work" in anchors(DOCS / "train.md")
