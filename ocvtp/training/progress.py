@@ -1,12 +1,14 @@
-"""How far a training run is, on a terminal or in a log."""
+"""What a training run trains and how far it is, on a terminal or in a log."""
 
 from __future__ import annotations
 
 import time
 from typing import Any
 
-from pytorch_lightning.callbacks import ProgressBar
+from pytorch_lightning.callbacks import ModelSummary, ProgressBar
+from pytorch_lightning.utilities import rank_zero_info
 from rich.progress import Progress, TaskID
+from torch import nn
 
 from ocvtp.reporting.progress import progress_bar
 from ocvtp.training.schedule import epochs_done, planned_steps, steps_done
@@ -88,3 +90,20 @@ class RunProgress(ProgressBar):
             description=f"epoch {epochs_done(trainer)[0] + 1}{doing}",
             figures=", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         )
+
+
+class ParameterCounts(ModelSummary):
+    """One line: how many parameters are trained, and of what. Lightning's table goes to stdout."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        parts = [
+            f"{name} {trained:,} of {total:,}"
+            for name, child in pl_module.named_children()
+            if (total := _parameters(child))
+            for trained in [_parameters(child, trained=True)]
+        ]
+        rank_zero_info(f"trained parameters: {', '.join(parts)}")
+
+
+def _parameters(module: nn.Module, trained: bool = False) -> int:
+    return sum(one.numel() for one in module.parameters() if one.requires_grad or not trained)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import signal
 import sys
 import warnings
@@ -14,8 +15,14 @@ from typing import Any, Literal, NoReturn
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import (
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    ProgressBar,
+)
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.utilities import rank_zero
 
 from ocvtp.reporting import command_line
 from ocvtp.reporting.folder_lock import claimed
@@ -35,7 +42,7 @@ from ocvtp.training.lifecycle import (
 )
 from ocvtp.training.module import PrunerModule
 from ocvtp.training.pace import Pace
-from ocvtp.training.progress import RunProgress
+from ocvtp.training.progress import ParameterCounts, RunProgress
 from ocvtp.training.resume import (
     find_checkpoint,
     read_checkpoint,
@@ -184,8 +191,11 @@ class _TrainCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         shown: list[pl.Callback] = self.model.shown()
         shown.append(Pace())
-        if self.config.trainer.enable_progress_bar is not False and not self._has_bar():
+        trainer = self.config.trainer
+        if trainer.enable_progress_bar is not False and not self._names(ProgressBar):
             shown.append(RunProgress())
+        if trainer.enable_model_summary is not False and not self._names(ModelSummary):
+            shown.append(ParameterCounts())
         if self.config.ema is not None:
             shown.append(NetworkAverage(self.config.ema))
         if self.config.trainer.logger:
@@ -193,11 +203,11 @@ class _TrainCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = shown
         return super().instantiate_trainer(**kwargs)
 
-    def _has_bar(self) -> bool:
-        """Whether the settings name one."""
+    def _names(self, kind: type[pl.Callback]) -> bool:
+        """Whether the settings name such a callback."""
         named = self.config_init.trainer.callbacks or []
         named = named if isinstance(named, list) else [named]
-        return any(isinstance(one, ProgressBar) for one in named)
+        return any(isinstance(one, kind) for one in named)
 
 
 def _transform(model: NetworkModule) -> Any:
@@ -228,6 +238,9 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     # They are the same in every process already.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self.log\('(val|run)/")
+    # Lightning calls PyTorch so, and praises another logger wherever that is not installed.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    logging.getLogger(rank_zero.__name__).addFilter(_is_no_advice)
     with clear_errors(building=True):
         words = list(sys.argv[1:] if args is None else args)
         refuse_bombs(words)
@@ -266,6 +279,11 @@ def build(args: Sequence[str] | None = None, command: Command = "train") -> Ligh
     if command == "train":
         _apply_run_settings(cli)
     return cli
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    said = record.getMessage()
+    return "💡 Tip: " not in said and "Skipping setting a default `ModelSummary`" not in said
 
 
 def _apply_run_settings(cli: LightningCLI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -314,6 +315,20 @@ def test_fast_dev_run_keeps_nothing_and_says_so(tmp_path, scenes, capsys):
     assert "fast_dev_run tried 1 steps and keeps nothing" in said
     assert "checkpoint:" not in said
     assert not files(tmp_path)
+
+
+def test_a_run_says_what_it_trains_and_libraries_do_not_speak_of_themselves(tmp_path, scenes):
+    command = [sys.executable, "train.py", *quick(tmp_path, scenes, enable_model_summary=True)]
+    run = subprocess.run(
+        [*command, "--trainer.fast_dev_run", "true"], capture_output=True, text=True, check=True
+    )
+    assert re.search(
+        r"trained parameters: encoder 0 of [\d,]+, network ([\d,]+) of \1$", run.stderr, re.M
+    )
+    assert run.stdout.startswith("fast_dev_run tried")
+    assert "litlogger" not in run.stderr
+    assert "already configured" not in run.stderr
+    assert "treespec" not in run.stderr
 
 
 def test_a_run_that_is_never_validated_leaves_its_last_step(tmp_path, scenes, capsys):
