@@ -4,9 +4,10 @@
     python examples/server.py --model llava-hf/llava-1.5-7b-hf --device cuda --pruner divprune \
         --num-keep 64 --port 8000
 
-Needs `pip install "ocvtp[serve]"`. `POST /v1/chat/completions` takes what OpenAI's clients send:
-text, images as data URLs, `stream`, `max_tokens`; and `num_keep`, the visual tokens of each image
-of this request. Answers are greedy. `GET /health` says what is served. A client: docs/serving.md.
+Needs `pip install '.[serve]'` in a clone. `POST /v1/chat/completions` takes what OpenAI's clients
+send: text, images as data URLs, `stream`, `max_tokens`; and `num_keep`, the visual tokens of each
+image of this request. Answers are greedy. `GET /health` says what is served.
+A client: docs/serving.md.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from ocvtp.hosts.loading import load_model
 from ocvtp.images import IMAGE_ERRORS, decode_image, limit_pixels
 from ocvtp.pruners.specs import build_specs, has_own_budget
 
-NEEDS = "examples/server.py: error: needs {}, which is not installed; pip install 'ocvtp[serve]'."
+NEEDS = "examples/server.py: error: needs {}, which is missing; in a clone, pip install '.[serve]'."
 try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, StreamingResponse

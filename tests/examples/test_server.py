@@ -471,7 +471,7 @@ def test_a_long_prompt_is_refused_before_it_waits(served, server):
 def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
     for name in ("uvicorn", "fastapi"):
         monkeypatch.setitem(sys.modules, name, None)
-    message = r"^examples/server.py: error: needs {}, which is not installed; pip install 'ocvtp"
+    message = r"^examples/server.py: error: needs {}, which is missing; in a clone, pip install '."
     with pytest.raises(SystemExit, match=message.format("uvicorn")):
         server.main([])
     with pytest.raises(SystemExit, match=message.format("fastapi")):
