@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ocvtp.ops.ridge import RidgeSteps
+from ocvtp.ops.selection import ceilings
 from ocvtp.structures import take
 
 
@@ -41,14 +42,14 @@ def greedy_cover(
     restored = RidgeSteps(targets, even, num, penalty)
     covers = likeness * weights[:, None]  # [B, N, N], omega_m k_sm
     covered = torch.zeros_like(weights)  # max_s omega_m k_sm
-    blocked = torch.zeros_like(weights).masked_fill(~real, -1e30)
+    most = ceilings(weights, valid)
     picks = []
     for _ in range(num):
         gain = (covers - covered[:, None]).clamp_(min=0).sum(dim=2)  # [B, N]
         score = (1 - balance) * _shares(gain, real) + balance * _shares(restored.gains(), real)
-        pick = (score + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+        pick = torch.fmin(score, most).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
-        blocked = blocked.scatter(1, pick, float("-inf"))
+        most = most.scatter(1, pick, float("-inf"))
         covered = torch.maximum(covered, take(covers, pick).squeeze(1))
         restored.take(pick)
     return torch.cat(picks, dim=1)

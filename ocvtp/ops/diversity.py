@@ -1,4 +1,8 @@
-"""Greedy choices: K steps over all images of a call, each reading one row of the kernel."""
+"""Greedy choices: K steps over all images of a call, each reading one row of the kernel.
+
+A similarity that is no number, of tokens too long for their products, counts as none that is known:
+picks stay unique, at no further step.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +22,17 @@ Kernel = Callable[[Tensor], Tensor]
 """[B] token numbers to their similarity to all tokens, [B, N]."""
 
 
+def total(similarity: Tensor, more: Tensor) -> Tensor:
+    """To `accumulate` for the least mean similarity: the sum."""
+    return similarity + more.nan_to_num()
+
+
 def spread(
     kernel: Kernel,
     first: Tensor,
     num: int,
     candidates: Tensor | None = None,
-    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.fmax,
 ) -> Tensor:
     """From a first pick on, pick the token least similar to those before, again and again.
 
@@ -32,8 +41,7 @@ def spread(
         first: [B] token numbers.
         num: of picks, the first included.
         candidates: [B, N] bool; others come last. None for all tokens.
-        accumulate: `torch.maximum` for max-min diversity, `torch.add` for the least mean
-            similarity.
+        accumulate: `torch.fmax` for max-min diversity, `total` for the least mean similarity.
 
     Returns:
         [B, num] token numbers in the order of picking, unique.
@@ -50,7 +58,7 @@ def spread_from(
     chosen: Tensor,
     num: int,
     candidates: Tensor | None = None,
-    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.maximum,
+    accumulate: Callable[[Tensor, Tensor], Tensor] = torch.fmax,
 ) -> Tensor:
     """`spread` where some tokens are chosen already.
 

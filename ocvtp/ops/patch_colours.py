@@ -24,6 +24,7 @@ def histograms(pixels: Tensor, bins: int) -> Tensor:
     """
     colours = pixels.float().unflatten(2, (3, -1))  # [B, N, 3, P]
     index = (colours * (bins / 256)).floor().clamp(0, bins - 1).long()
+    index = index.clamp_(min=0)  # what is no number counts as 0, and not outside
     counts = colours.new_zeros(*colours.shape[:3], bins)
     found: Tensor = counts.scatter_add(3, index, torch.ones_like(colours)).flatten(2)
     return found

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ocvtp.ops.selection import ceilings
 from ocvtp.ops.similarity import all_pairs
 from ocvtp.structures import AttentionKey, VisualTokens, take
 
@@ -174,7 +175,7 @@ def greedy_ridge(
     if step is None:
         return greedy_ridge_shares(targets, weights, num, penalty, valid)[0]
     steps = RidgeSteps(targets, weights, num, penalty)
-    state = steps.state(_blocked(steps.energy, valid))
+    state = steps.state(ceilings(steps.energy, valid))
     return torch.cat([step(*state) for _ in range(num)], dim=1)
 
 
@@ -187,12 +188,12 @@ def greedy_ridge_shares(
     That is `1 - sum_n omega_n |R_n|^2 / e` of what its steps leave; it does not fall.
     """
     steps = RidgeSteps(targets, weights, num, penalty)
-    blocked = _blocked(steps.energy, valid)
+    most = ceilings(steps.energy, valid)
     picks, left, energy = [], [], mean_energy(targets, weights)
     for _ in range(num):
-        pick = (steps.gains() + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+        pick = torch.fmin(steps.gains(), most).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
-        blocked = blocked.scatter(1, pick, float("-inf"))
+        most = most.scatter(1, pick, float("-inf"))
         steps.take(pick)
         left.append((weights * steps.energy).sum(dim=1, keepdim=True))
     return torch.cat(picks, dim=1), 1 - torch.cat(left, dim=1) / energy
@@ -205,7 +206,7 @@ def ridge_step(
     energy: Tensor,
     gain: Tensor,
     done: Tensor,
-    blocked: Tensor,
+    most: Tensor,
     number: Tensor,
 ) -> Tensor:
     """A step of `greedy_ridge` that is the same in every step, for `torch.compile`: one graph.
@@ -215,14 +216,14 @@ def ridge_step(
 
     Args:
         gram, weights, floor, energy, gain, done: see `RidgeSteps`. The last three are written to.
-        blocked: [B, N], what is added to gains: -inf where a token was taken. It is written to.
+        most: [B, N], see `ocvtp.ops.selection.ceilings`. It is written to.
         number: [1] of the step, from 0. It is counted up.
 
     Returns:
         [B, 1] the token taken.
     """
-    pick = (gain / (energy + floor) + blocked).argmax(dim=1, keepdim=True)
-    blocked.scatter_(1, pick, float("-inf"))
+    pick = torch.fmin(gain / (energy + floor), most).argmax(dim=1, keepdim=True)
+    most.scatter_(1, pick, float("-inf"))
     found = _deflated(gram, weights, floor, energy, gain, done, pick)
     energy.copy_(found[0])
     gain.copy_(found[1])
@@ -265,10 +266,10 @@ class RidgeSteps:
         self._done[:, self._step] = row
         self._step += 1
 
-    def state(self, blocked: Tensor) -> tuple[Tensor, ...]:
+    def state(self, most: Tensor) -> tuple[Tensor, ...]:
         """The arguments of `ridge_step`, before the first one."""
-        fixed, number = (self._gram, self._weights, self._floor), blocked.new_zeros(1).long()
-        return *fixed, self.energy, self._gain, self._done, blocked, number
+        fixed, number = (self._gram, self._weights, self._floor), most.new_zeros(1).long()
+        return *fixed, self.energy, self._gain, self._done, most, number
 
 
 def _deflated(
@@ -291,12 +292,6 @@ def _deflated(
     total = shrink * (salient * column).sum(dim=1, keepdim=True)
     gain = gain - 2 * shrink * column * shared + squared * total
     return (energy - squared).clamp(min=0), gain.clamp(min=0), shrink.sqrt() * column
-
-
-def _blocked(energy: Tensor, valid: Tensor | None) -> Tensor:
-    """[B, N] what is added to gains, so that padding is taken last."""
-    blocked = torch.zeros_like(energy)
-    return blocked if valid is None else blocked.masked_fill(~valid, -1e30)
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

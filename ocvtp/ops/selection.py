@@ -97,6 +97,20 @@ def ranks(order: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(1, order, places)
 
 
+def ceilings(scores: Tensor, valid: Tensor | None) -> Tensor:
+    """The most that tokens may score where the best is taken again and again, by `torch.fmin`.
+
+    Who takes a token writes -inf at its place. A score that is no number counts as the best, once:
+    picks stay unique.
+
+    Args:
+        scores: [B, N], at least 0.
+        valid: [B, N] bool; padding is taken when nothing else is left.
+    """
+    free = torch.full_like(scores, float("inf"))
+    return free if valid is None else free.masked_fill(~valid, -1e30)
+
+
 def descending(scores: Tensor, valid: Tensor | None) -> Tensor:
     """[B, N] token numbers by falling score, padding last."""
     if valid is not None:

@@ -189,6 +189,26 @@ def test_exactly_k_ascending_indices(name, settings, grid_hw, ragged):
         check_merge(pruner, selection, count)
 
 
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("value", [1e19, float("inf"), float("nan")])
+@pytest.mark.parametrize(("name", "settings"), CASES)
+def test_k_ascending_indices_whatever_values_are_read(name, settings, value, ragged):
+    pruner = build(name, 7, **settings)
+    tokens = tokens_for(pruner, 2, (4, 4), ragged=ragged)
+
+    def spoiled(values):
+        return torch.where((torch.arange(16) % 3 == 0)[:, None], value * values.sign(), values)
+
+    tokens = replace(
+        tokens,
+        features=spoiled(tokens.features),
+        projected=None if tokens.projected is None else spoiled(tokens.projected),
+        hidden={layer: spoiled(values) for layer, values in tokens.hidden.items()},
+    )
+    selection = pruner.select(tokens)
+    check_indices(selection, 2, expected(name, 7, 16), 16, tokens.valid)
+
+
 def test_keeping_all_keeps_every_place(name):
     pruner = build(name, 16)
     selection = pruner.select(tokens_for(pruner, 3, (4, 4)))

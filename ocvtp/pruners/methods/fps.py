@@ -46,11 +46,11 @@ class FPS(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         points = full(getattr(tokens, self.space))  # [B, N, D]
-        lengths = points.square().sum(dim=2)
+        halves = points.square().sum(dim=2) / 2
 
         def nearness(pick: Tensor) -> Tensor:
-            """Minus the squared distance, [B, N]."""
-            return 2 * row(points, pick) - lengths - lengths.gather(1, pick[:, None])
+            """Minus half the squared distance, [B, N]."""
+            return row(points, pick) - halves - halves.gather(1, pick[:, None])
 
         first = torch.zeros_like(points[:, 0, 0], dtype=torch.int64)
         if tokens.valid is not None:

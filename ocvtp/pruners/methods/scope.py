@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ocvtp.ops.selection import ascending
+from ocvtp.ops.selection import ascending, ceilings
 from ocvtp.ops.similarity import unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
@@ -52,18 +52,17 @@ class SCOPE(Pruner):
         directions = unit(tokens.features)
         cosine = directions @ directions.transpose(1, 2)  # [B, N, N], needed by every step
         saliency = tokens.attention[self.block, "cls"] ** self.alpha
-        blocked = torch.zeros_like(saliency)
+        most = ceilings(saliency, tokens.valid)
         if tokens.valid is not None:  # padding covers nothing and is kept last
             cosine = cosine * tokens.valid[:, None] * tokens.valid[:, :, None]
-            blocked = blocked.masked_fill(~tokens.valid, -1.0)
         covered = torch.zeros_like(saliency)
         added = torch.empty_like(cosine)  # used again in every step: fresh memory costs more
         picks = []
         for _ in range(num_keep):
             torch.sub(cosine, covered[:, None], out=added)
             gain = added.clamp_(min=0).sum(dim=2) * saliency
-            pick = (gain + blocked).argmax(dim=1, keepdim=True)  # [B, 1]
+            pick = torch.fmin(gain, most).argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
-            blocked = blocked.scatter(1, pick, float("-inf"))
+            most = most.scatter(1, pick, float("-inf"))
             covered = torch.maximum(covered, take(cosine, pick).squeeze(1))
         return ascending(torch.cat(picks, dim=1), tokens.valid, tokens.num_tokens)

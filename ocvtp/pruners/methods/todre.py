@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from ocvtp.ops.diversity import cosine, spread
+from ocvtp.ops.diversity import cosine, spread, total
 from ocvtp.ops.selection import ascending, descending
 from ocvtp.ops.similarity import pairs_pay
 from ocvtp.pruners.base import Pruner, Status
@@ -66,7 +66,7 @@ class ToDRE(Pruner):
         assert tokens.projected is not None
         pivot = descending(tokens.attention[self.block, "cls"], tokens.valid)[:, 0]
         kernel = cosine(tokens.projected, num_keep)
-        picks = spread(kernel, pivot, num_keep, tokens.valid, accumulate=torch.add)
+        picks = spread(kernel, pivot, num_keep, tokens.valid, accumulate=total)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
 

@@ -3,10 +3,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ocvtp.ops.diversity import cosine, spread
+from ocvtp.ops.diversity import cosine, spread, total
 from ocvtp.ops.prompt_text import mean_squared_distance
 from ocvtp.ops.selection import ascending, descending, ranks
 from ocvtp.ops.similarity import cosine_to_sum, pairs_pay
@@ -59,7 +58,7 @@ class TrimTokenator(Pruner):
         alike = cosine_to_sum(tokens.projected, candidates)
         alike = alike.masked_fill(~candidates, float("inf"))
         kernel = cosine(tokens.projected, num_keep)
-        picks = spread(kernel, alike.argmin(dim=1), num_keep, candidates, torch.add)
+        picks = spread(kernel, alike.argmin(dim=1), num_keep, candidates, total)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
     def _stay(self, tokens: VisualTokens, num_keep: int) -> Tensor | int:
