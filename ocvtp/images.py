@@ -12,6 +12,7 @@ is refused by its header.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ IMAGE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionB
 """What Pillow raises on a file that is missing, truncated or no image."""
 
 _MOST_PIXELS = 2**26
+_GIVEN = re.compile(r"/dev/(stdin|fd/\d+)")
+"""Pipes that a shell gives: `... | ocvtp answer --image /dev/stdin`, `--image <(...)`."""
 _LONGEST = 256
 """Times its width. Processors scale the shorter side to that of the tower, so that a line of pixels
 in a file of a few bytes would take gigabytes."""
@@ -94,8 +97,9 @@ def opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
 
     Raises:
         IMAGE_ERRORS: if it is missing or no image, also from inside of the block.
-        ValueError: if it is a pipe or a device, has more than `most_pixels()`, or is of a format
-            that Pillow starts another program for.
+        ValueError: if it is a pipe (but one that this process was given, e.g. /dev/stdin) or a
+            device, has more than `most_pixels()`, or is of a format that Pillow starts another
+            program for.
     """
     if not isinstance(path, BytesIO):
         _refuse_waiting(path)
@@ -116,8 +120,10 @@ def opened(path: str | Path | BytesIO) -> Iterator[Image.Image]:
 def _refuse_waiting(path: str | Path) -> None:
     """Refuse what is there and no file: a pipe that nobody writes to would be waited for."""
     mode = os.stat(path).st_mode
+    if stat.S_ISFIFO(mode) and _GIVEN.fullmatch(os.fspath(path)):
+        return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError("it is a pipe or a device; take it out of the folder")
+        raise ValueError("it is a pipe or a device; save what it gives as a file")
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -4,6 +4,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -168,6 +169,20 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"x\.png cannot be read \(it is a pipe or a device"):
         open_image(tmp_path / "x.png")
+
+
+@pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="the system names no descriptors")
+def test_a_pipe_that_a_shell_gives_is_read(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    read, write = os.pipe()
+    try:
+        os.write(write, (tmp_path / "a.png").read_bytes())
+        os.close(write)
+        assert open_image(f"/dev/fd/{read}").size == (3, 2)
+    finally:
+        os.close(read)
+    with pytest.raises(ValueError, match="it is a pipe or a device; save what it gives as a file"):
+        open_image("/dev/null")
 
 
 @pytest.mark.parametrize("size", [1, 2, 50])

@@ -12,7 +12,7 @@ from ocvtp.evaluation.tables import Facts, budget_text, budgets, has_figure
 from ocvtp.evaluation.tasks.base import Ratio
 from ocvtp.reporting.chosen import Chosen
 from ocvtp.reporting.paper_table import Column, Entry, Kind, Row, overlap, with_bold
-from ocvtp.reporting.plain_text import better
+from ocvtp.reporting.plain_text import better, on_images
 
 _WHOLE = (UNPRUNED, SHUFFLED)
 Scores = Mapping[tuple[str, float | None], Mapping[str, Ratio]]
@@ -62,7 +62,7 @@ def notes(facts: Facts, scores: object, chosen: Chosen, bold: Bold) -> Iterator[
         figure = rows[0]["figures"][metric]
         yield (
             f"{metric} of {facts['task']} on {facts['model']}: {figure['n']}"
-            f" {facts.get('counts', 'questions')} on {figure['images']} images."
+            f" {facts.get('counts', 'questions')} {on_images(figure['images'])}."
         )
     seeds = {row["seeds"] for row in facts["rows"]} - {1}
     if seeds:

@@ -15,7 +15,7 @@ from ocvtp.evaluation.intervals import RESAMPLES
 from ocvtp.evaluation.labels import MEANINGS, ORIGINAL
 from ocvtp.reporting.markdown_table import table
 from ocvtp.reporting.paper_table import is_best
-from ocvtp.reporting.plain_text import code, markdown, one_line
+from ocvtp.reporting.plain_text import code, markdown, on_images, one_line
 
 Facts = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def full(facts: Facts) -> str:
     parts += [f"> Note. {markdown(remark)}" for remark in facts.get("remarks", ())]
     for metric in facts["metrics"]:
         figure = next(row["figures"][metric] for row in facts["rows"] if metric in row["figures"])
-        asked = f"{figure['n']} {markdown(facts['counts'])} on {figure['images']} images."
+        asked = f"{figure['n']} {markdown(facts['counts'])} {on_images(figure['images'])}."
         parts += [f"## {markdown(metric)}", asked]
         for budget in budgets(facts):
             parts += [f"### {_heading(budget)}", _budget_table(facts, metric, budget)]

@@ -32,6 +32,7 @@ from ocvtp.recommend.choice import (
 from ocvtp.recommend.code import lines
 from ocvtp.recommend.typical import Typical, typical
 from ocvtp.reporting.command_line import command as typed
+from ocvtp.reporting.plain_text import on_images
 
 KIND, SCHEMA = "ocvtp recommend", 1
 ACCURACY, SPEED = "accuracy", "speed"
@@ -165,8 +166,8 @@ def _chosen(
     """What is chosen of the options, by which figure, and what to know about it."""
     chosen = choose(found, wanted.max_drop)
     figure = next(r["figures"][metric] for r in accuracy["rows"] if r["label"] == UNPRUNED)
-    n, images = figure["n"], figure["images"]
-    questions = f"these {n} {accuracy['counts']} on {images} image{'' if images == 1 else 's'}"
+    asked = f"{figure['n']} {accuracy['counts']} {on_images(figure['images'])}"
+    questions = f"these {asked}"
     return {
         "metric": metric,
         "max_drop": wanted.max_drop,

@@ -57,6 +57,11 @@ def better(name: str, lower: bool) -> str:
     return f"{name} (lower is better)" if lower else name
 
 
+def on_images(number: int) -> str:
+    """`on 1 image`, `on 20 images`."""
+    return f"on {number} image{'' if number == 1 else 's'}"
+
+
 def _controls(character: str) -> bool:
     """Whether it commands a terminal, ends a line, or turns the direction of what follows."""
     kind = unicodedata.category(character)

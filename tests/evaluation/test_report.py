@@ -253,7 +253,9 @@ def test_one_image_says_nothing_of_whether_a_model_needs_images():
         figures = {"easy/all": Ratio((np.arange(400) < right) * 1.0, np.ones(400), np.zeros(400))}
         return row(label, 1.0, None, figures=figures)
 
-    ((level, text),) = warned(of_one("unpruned", 300), of_one("shuffled", 300))
+    rows = of_one("unpruned", 300), of_one("shuffled", 300)
+    assert " on 1 image.\n" in to_markdown(report(*rows))
+    ((level, text),) = warned(*rows)
     assert level == "mild"
     assert "there is one image, and no wrong one to ask about" in text
     ((_, text),) = warned(of_one("oracle", 20), of_one("fopru", 280))
