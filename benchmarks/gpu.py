@@ -141,7 +141,9 @@ def main(words: Sequence[str] | None = None) -> None:
     process += ["--output", str(folder)]
     code = 0
     if not arguments.report:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGHUP):  # cells end with this process
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, lambda number, _: sys.exit(128 + number))
         spare = SPARE_SECONDS + time.monotonic() - begin
         code = watch(process, folder, 60 * arguments.minutes - spare)
     if arguments.report or code == BROKEN or code < 0:  # killed: it could not write the last cell

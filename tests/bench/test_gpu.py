@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -139,6 +141,20 @@ def test_a_cell_is_ended_when_the_time_is_over(tmp_path):
     assert gpu.watch([sys.executable, "-c", script, str(tmp_path)], tmp_path, 8) == -9
     (cell,) = gpu.read_cells(tmp_path)
     assert (cell["state"], cell["error"]) == ("failed", "the time was over")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_cells_end_with_who_watches_them(tmp_path, number):
+    script = (
+        "import sys, time; from benchmarks import gpu\n"
+        "gpu.watch = lambda words, folder, seconds: (print('begun', flush=True), time.sleep(60))\n"
+        "gpu.main(['--output', sys.argv[1]])"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number  # not -number: it had the time to end them
 
 
 def test_a_model_that_must_be_built_takes_time(tmp_path):
