@@ -137,7 +137,8 @@ def _refuse_unread(specs: Sequence[str], shared: dict[str, Any]) -> None:
     """A setting for all that counts for none: no pruner takes it, or each spec says it itself."""
     for name, value in shared.items():
         takers = [spec for spec in specs if name in known_settings(spec)]
-        counts = any(name not in parse_spec(spec)[1] for spec in takers)
+        own = [spec for spec in takers if name in BUDGETS and has_budget(spec)]
+        counts = any(spec not in own and name not in parse_spec(spec)[1] for spec in takers)
         if value is None or counts or (name == "num_keep" and any(map(names_budget, specs))):
             continue
         names, does = ", ".join(takers or specs), "says its own" if takers else "takes none"

@@ -116,3 +116,8 @@ def test_budgets_in_words():
     ]
     assert str(Budget(keep_ratio=0.5, max_keep=9)) == "50%, at most 9"
     assert [Budget(64).count(10), Budget(keep_ratio=0.5, max_keep=9).count(100)] == [64, 9]
+
+
+def test_a_cap_beside_stages_of_a_budget_is_refused():
+    with pytest.raises(ValueError, match="max_keep=8 would not count: fastv:stages=.* its own"):
+        build_specs(["fastv:stages=[[1,K]]"], num_keep=16, max_keep=8)
