@@ -205,7 +205,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--import",
         metavar="FILE",
-        help="a Python file that registers pruners, tasks or hosts of your own",
+        help="a Python file that registers pruners, tasks or hosts of your own; may be given again",
     )
     parser.add_argument(
         "--max-pixels",
