@@ -73,6 +73,7 @@ def test_where_cells_take_longer_the_next_are_expected_to(tmp_path):
     assert states(tmp_path) == {"a": "done", "c": "done"}
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_written_and_tried_again_after_the_others(tmp_path):
     clock, place, reports = Clock(), Place(SMOKE, tmp_path), []
     gpu_run.run(make_jobs(clock, a=(10, -1), b=(10, 10)), place, 50, clock)
@@ -120,6 +121,7 @@ for name in ("killed", "hangs", "breaks", "good"):
 """
 
 
+@pytest.mark.slow
 def test_the_others_go_on_whatever_becomes_of_a_process(tmp_path):
     words = [sys.executable, "-c", CELLS_OF_ALL_FATES, str(tmp_path)]
     gpu.write_cell(tmp_path, {"cell": "earlier", "state": "begun", "limit": 3})
@@ -136,6 +138,7 @@ def test_the_others_go_on_whatever_becomes_of_a_process(tmp_path):
     assert errors["earlier"] == "the run was stopped while it ran"
 
 
+@pytest.mark.slow
 def test_a_cell_is_ended_when_the_time_is_over(tmp_path):
     script = CELLS_OF_ALL_FATES.replace('("killed", "hangs"', '("hangs"').replace(": 3}", ": 99}")
     assert gpu.watch([sys.executable, "-c", script, str(tmp_path)], tmp_path, 8) == -9
