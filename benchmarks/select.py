@@ -47,7 +47,8 @@ FORMS_CASES: dict[str, dict[str, Any]] = {
     "N=576, K=128, B=1": {"grid_hw": (24, 24), "num_keep": 128, "batch": 1},
     "N=576, K=128, B=8": {"grid_hw": (24, 24), "num_keep": 128, "batch": 8},
 }
-FORMS_OUTPUT = DEFAULT_OUTPUT.with_name("select-official-cpu.json")
+FORMS_NAME = "select-official-cpu.json"
+"""The file of official forms, beside the other."""
 GOALS_MS = {
     "N=576, K=64, B=1": {
         "fastervlm": 3, "fopru": 3, "hiprune": 3, "uniform": 3, "visionzip": 4, "trim": 12,
@@ -174,7 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if not arguments.no_forms:
-        measure_forms(arguments.rounds, FORMS_OUTPUT)
+        measure_forms(arguments.rounds, arguments.output.with_name(FORMS_NAME))
     if arguments.forms:
         return
     tower = None if arguments.no_tower else random_tower(vision_config(TOWER), 0).eval()
