@@ -39,15 +39,14 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         refuse_without_amount(arguments.pruners)
     options.check_tower(arguments)
     settings = task_settings(arguments)
-    if arguments.tower is not None:
-        refuse_questions(task_class(arguments.task))
     loaded = cache(partial(load_model, arguments.model, arguments.dtype, arguments.device))
-    load = None if arguments.tower is not None else lambda: loaded()[1]
-    task = make_task(Supplied(arguments.task, folder, load), settings)
     subject: Judged
     if arguments.tower is not None:
+        refuse_questions(task_class(arguments.task))
+        task = make_task(Supplied(arguments.task, folder, None), settings)
         subject = TowerSubject(**options.tower_settings(arguments))
     else:
+        task = make_task(Supplied(arguments.task, folder, lambda: loaded()[1]), settings)
         subject = Subject(*loaded(), arguments.model, arguments.text_tower)
     budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
     budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
