@@ -104,6 +104,11 @@ class Needs:
         )
 
     @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks of the vision tower whose queries or keys are read."""
+        return _union(self.keys, tuple(block for block, _ in self.attention))
+
+    @property
     def reads_received(self) -> bool:
         """Whether any of it is `received` attention."""
         return any(kind == "received" for _, kind in self.attention)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ocvtp.serving.layouts import QwenLayout
 from ocvtp.structures import Needs
 from ocvtp.towers import taps
-from ocvtp.towers.windows import PackedBlock, blocks_of, gather
+from ocvtp.towers.windows import PackedBlock, gather
 
 Heads = Callable[[Tensor], Tensor]
 
@@ -46,7 +46,7 @@ def look(
         side; and arguments of `VisualTokens` of I images, padded to the largest.
     """
     view = taps.Tower([*tower.blocks], int(tower.num_heads), _no_hooks)
-    numbers = {view.block(number) for number in blocks_of(needs)}
+    numbers = {view.block(number) for number in needs.blocks}
     layers = {view.layer(number) for number in needs.hidden}
     run = _Run(tower, layers | numbers)
     rows: Tensor = type(tower).forward(run, pixel_values, grids_thw)

@@ -289,7 +289,7 @@ def _not_in_tower(needs: Needs, tower: ServedTower) -> str | None:
     if tower.num_prefix == 0 and needs.reads_cls:
         return "reads the CLS token, which this tower has not"
     try:
-        blocks = {tower.block(n) for n in (*needs.keys, *(block for block, _ in needs.attention))}
+        blocks = {tower.block(n) for n in needs.blocks}
         layers = {tower.layer(number) for number in needs.hidden}
     except ValueError as error:
         return f"does not fit: {str(error).rstrip('.')}"

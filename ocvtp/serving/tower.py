@@ -25,7 +25,7 @@ QueryKey = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 def layers_wanted(needs: Needs, served: ServedTower) -> tuple[list[int], list[int]]:
     """The numbers of the layers that are read, the selected one included, and of the blocks."""
-    blocks = {served.block(n) for n in (*needs.keys, *(block for block, _ in needs.attention))}
+    blocks = {served.block(n) for n in needs.blocks}
     layers = {served.layer(number) for number in needs.hidden} | blocks | {served.num_built}
     return sorted(layers), sorted(blocks)
 

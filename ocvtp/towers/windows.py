@@ -80,7 +80,7 @@ def gather(
         RuntimeError: for what was not recorded.
     """
     layers = {number: view.layer(number) for number in needs.hidden}
-    numbers = {number: view.block(number) for number in blocks_of(needs)}
+    numbers = {number: view.block(number) for number in needs.blocks}
     missing = {f"layer {n}" for n in layers.values() if n not in hidden}
     missing |= {f"block {n}" for n in numbers.values() if n not in blocks}
     if missing:
@@ -97,11 +97,6 @@ def gather(
         "attention": attention,
         "keys": {number: units.raster(blocks[numbers[number]].keys) for number in needs.keys},
     }
-
-
-def blocks_of(needs: Needs) -> list[int]:
-    """The blocks whose queries or keys `needs` names."""
-    return [*needs.keys, *(block for block, _ in needs.attention)]
 
 
 def _attention(block: PackedBlock, num_heads: int, kind: AttentionKind) -> Tensor:

@@ -31,7 +31,7 @@ class View:
         coming: the same of the coming layer, if all that is still there were read.
         hidden: [B, L, D'] what it reads.
         images: for every row, the columns of each image that are still there.
-        text: for every row, the columns of the text behind the last image, the answer left out.
+        text: for every row, the columns of the text after the last image, the answer left out.
         layer: its number.
     """
 
@@ -76,7 +76,7 @@ class Masked:
             return self.model(**inputs, use_cache=False).logits
 
     def greedy(self, inputs: Inputs, num_new: int, said: Tensor | None = None) -> Tensor:
-        """[B, n], token by token, behind what was `said` [B, m]; padding is on the left."""
+        """[B, n], token by token, after what was `said` [B, m]; padding is on the left."""
         answer = inputs["input_ids"][:, :0] if said is None else said
         for _ in range(num_new):
             last = self.logits(inputs, answer)[:, -1]
@@ -101,7 +101,7 @@ class Masked:
         handles = [language_model.register_forward_pre_hook(state.begin, with_kwargs=True)]
         for number, layer in enumerate(language_model.layers):
             handles.append(layer.register_forward_pre_hook(state.before(number), with_kwargs=True))
-            handles.append(layer.self_attn.register_forward_hook(state.behind))
+            handles.append(layer.self_attn.register_forward_hook(state.after))
         try:
             yield
         finally:
@@ -132,7 +132,7 @@ class _State:
         self.weights = torch.empty(0)
         self.rope: Any = None
 
-    def behind(self, module: Any, args: Any, output: Any) -> None:
+    def after(self, module: Any, args: Any, output: Any) -> None:
         self.weights = output[1]
 
     def before(self, number: int) -> Callable[..., Any]:

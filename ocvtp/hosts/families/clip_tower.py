@@ -178,7 +178,7 @@ class ClipFamilyHost(Host):
         view = self.tower_parts()
         for layer in self._inside(needs).hidden:
             view.layer(layer)
-        for block in skip_unread.blocks_of(needs):
+        for block in needs.blocks:
             view.block(block)
 
     def _check_clip(self, needs: Needs) -> None:
@@ -207,8 +207,8 @@ class ClipFamilyHost(Host):
             hooks += self._tower_stages.hooks(self.tower)
         if self._may_cut:
             view, readers = self.tower_parts(), self._readers(needs)
-            asked = {view.block(b) for some in readers for b in skip_unread.blocks_of(some)}
-            hooks += skip_unread.hooks(view.blocks, self._behind_blocks(), asked)
+            asked = {view.block(b) for some in readers for b in some.blocks}
+            hooks += skip_unread.hooks(view.blocks, self._after_blocks(), asked)
         if self._may_project_later:
             hooks += skip_unread.hooks_of_projector(self._projector)
         return hooks
@@ -230,7 +230,7 @@ class ClipFamilyHost(Host):
     def _may_project_later(self) -> bool:
         return self.savings.project_kept and not is_compiled(self._projector)
 
-    def _behind_blocks(self) -> list[nn.Module]:
+    def _after_blocks(self) -> list[nn.Module]:
         """The tower's norm, and the head that pools what it gives."""
         names = ("post_layernorm", "head", "layernorm", "norm")
         return [getattr(self.tower, name) for name in names if hasattr(self.tower, name)]
@@ -238,7 +238,7 @@ class ClipFamilyHost(Host):
     @property
     def _last_half(self) -> int:
         """The number of the last module that `skip_unread` may leave out."""
-        return 2 * self.num_tower_blocks + len(self._behind_blocks()) - 1
+        return 2 * self.num_tower_blocks + len(self._after_blocks()) - 1
 
     def _first_unread(self, view: taps.Tower, images: dict[str, Any], needs: Needs) -> int:
         """From where on nobody reads the tower, see `skip_unread.first_unread`."""

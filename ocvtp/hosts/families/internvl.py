@@ -83,7 +83,7 @@ class InternVLHost(ClipFamilyHost):
                 " the prompt (see `ocvtp list`)."
             )
 
-    def _behind_blocks(self) -> list[nn.Module]:
+    def _after_blocks(self) -> list[nn.Module]:
         return [self.tower.layernorm]
 
     def hooks(self, needs: Needs) -> list[Hook]:

@@ -25,7 +25,6 @@ from ocvtp.towers.module_state import on_device
 from ocvtp.towers.windows import (
     PackedBlock,
     Units,
-    blocks_of,
     gather,
     window_order,
     window_sizes,
@@ -97,13 +96,13 @@ class QwenHost(Host):
         view = self.tower_parts()
         for layer in needs.hidden:
             view.layer(layer)
-        for block in blocks_of(needs):
+        for block in needs.blocks:
             view.block(block)
 
     def hooks(self, needs: Needs) -> list[Hook]:
         view = self.tower_parts()
         hooks = taps.hooks_for(view, Needs(hidden=needs.hidden))
-        for number in sorted({view.block(block) for block in blocks_of(needs)}):
+        for number in sorted({view.block(block) for block in needs.blocks}):
             hooks += taps.keep_fused_of(number, self.tower.blocks[number].attn)
         return hooks
 

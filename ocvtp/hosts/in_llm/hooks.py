@@ -74,7 +74,7 @@ def hooks(model: Any, pruner: LayerPruner) -> list[Hook]:
     columns = {need.column for _, need in needs if need.column is not None}
     found = [
         before(model, _before, with_kwargs=True),
-        after(model, _behind, always_call=True),
+        after(model, _end_pass, always_call=True),
     ]
     for number in range(min({*read, *columns, *places}), count):
         hook = partial(_before_layer, number)
@@ -132,7 +132,7 @@ def _plain_positions(kwargs: dict[str, Any], past: int, num_columns: int) -> Ten
     return given if given.ndim == 2 else None
 
 
-def _behind(model: Any, args: Any, output: Any) -> Any:
+def _end_pass(model: Any, args: Any, output: Any) -> Any:
     """After the language model: end the pass, and give every column of the prompt a state.
 
     A dropped token has the state of the one before it: the next token is predicted from there.

@@ -41,14 +41,9 @@ def first_unread(tower: taps.Tower, layers: Sequence[int], readers: Sequence[Nee
     count = len(tower.blocks)
     asked = [layer for needs in readers for layer in needs.hidden]
     numbers = [tower.layer(layer) for layer in [*layers, *asked]]
-    blocks = [tower.block(block) for needs in readers for block in blocks_of(needs)]
+    blocks = [tower.block(block) for needs in readers for block in needs.blocks]
     halves = [2 * layer + (layer == count) for layer in numbers]
     return max([*halves, *(2 * block + 1 for block in blocks)], default=0)
-
-
-def blocks_of(needs: Needs) -> list[int]:
-    """Blocks whose queries and keys are read."""
-    return [*needs.keys, *(block for block, _ in needs.attention)]
 
 
 def hooks(blocks: Sequence[Any], after: Sequence[nn.Module], asked: Collection[int]) -> list[Hook]:

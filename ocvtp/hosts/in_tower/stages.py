@@ -301,8 +301,7 @@ def first_block(part: Pruner, view: taps.Tower) -> int:
             f"pruner {part.name!r} drops tokens inside the vision tower, where only its hidden"
             " states, attention and keys are known; use one that reads nothing else."
         )
-    blocks = [block for block, _ in needs.attention] + list(needs.keys)
-    known = [view.layer(i) for i in needs.hidden] + [view.block(b) + 1 for b in blocks]
+    known = [view.layer(i) for i in needs.hidden] + [view.block(b) + 1 for b in needs.blocks]
     first = max(known, default=0)
     if first >= len(view.blocks):
         raise ValueError(

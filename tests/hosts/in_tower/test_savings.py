@@ -117,13 +117,13 @@ def test_blocks_run_as_far_as_somebody_reads(tower: str, request: pytest.Fixture
     model = tiny_llava(tower) if tower in DINOS else request.getfixturevalue(tower)
     inputs = make_batch(ONE, registers=num_registers(model))
     last = find_host(model).num_tower_blocks - 1  # layer -2 goes to the projector
-    behind = {f"attention {last}", f"MLP {last}"}
+    after = {f"attention {last}", f"MLP {last}"}
 
     def reads(**needs: Any) -> Pruner:
         return Scripted(wants=Needs(**needs))
 
-    assert left_out(model, reads(), inputs) == behind
-    assert left_out(model, reads(hidden=(2,), keys=(1,)), inputs) == behind
+    assert left_out(model, reads(), inputs) == after
+    assert left_out(model, reads(hidden=(2,), keys=(1,)), inputs) == after
     assert left_out(model, reads(attention=((-1, "received"),)), inputs) == {f"MLP {last}"}
     assert left_out(model, reads(keys=(-1,)), inputs) == {f"MLP {last}"}
     assert left_out(model, reads(hidden=(-1,)), inputs) == set()
@@ -189,7 +189,7 @@ def test_internvl_is_cut_where_it_reads_an_earlier_layer(cases: Any) -> None:
     model, inputs = deepcopy(cases["internvl"][0]), cases["internvl"][1]
     blocks = model.model.vision_tower.encoder.layer
     modules = {str(i): block.attention.projection_layer for i, block in enumerate(blocks)}
-    assert not find_host(model).savings_for(Needs()).cut_tower  # its last layer, behind the norm
+    assert not find_host(model).savings_for(Needs()).cut_tower  # its last layer, after the norm
     for layer in (-1, -3):
         model.config.vision_feature_layer = layer
         full = logits(model, build("random"), inputs, savings=NONE)
