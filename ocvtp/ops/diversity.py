@@ -7,13 +7,11 @@ picks stay unique, at no further step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from ocvtp.ops.similarity import cosine_pairs, full, pairs_pay, row, unit
-from ocvtp.structures import take
+from ocvtp.ops.similarity import Cosines
 
 _OUTSIDE = 1e30  # more similar than any candidate, less than a chosen token
 
@@ -86,27 +84,6 @@ def spread_from(
     return torch.stack(picks, dim=1) if picks else chosen[:, :0]
 
 
-def cosine(x: Tensor, num: int) -> Kernel:
-    """The kernel of cosines between tokens, in the cheaper form, see `ocvtp.ops.similarity`.
-
-    Args:
-        x: [B, N, D] of any length.
-        num: of rows that will be read.
-    """
-    if pairs_pay(x.shape[1], num):
-        return rows_of(cosine_pairs(x))
-    return partial(row, unit(x))
-
-
-def rows_of(pairs: Tensor) -> Kernel:
-    """The kernel that a matrix [B, N, N] holds."""
-
-    def kernel(pick: Tensor) -> Tensor:
-        return take(pairs, pick[:, None]).squeeze(1)
-
-    return kernel
-
-
 def dpp_map(x: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tensor:
     """Greedy MAP of the determinantal point process L_ij = q_i cos_ij q_j.
 
@@ -122,20 +99,19 @@ def dpp_map(x: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tenso
     Returns:
         [B, num] token numbers in the order of picking, unique.
     """
-    blank = torch.linalg.vector_norm(full(x), dim=2) == 0
-    gain = quality.square().masked_fill(blank, 0.0)  # [B, N], the diagonal
+    cosines = Cosines(x, num)
+    gain = quality.square().masked_fill(cosines.lengths == 0, 0.0)  # [B, N], the diagonal
     floor = 10 * torch.finfo(gain.dtype).eps * gain.amax(dim=1, keepdim=True)  # [B, 1]
     late = quality / quality.amax(dim=1, keepdim=True).clamp(min=1e-30) - 2  # in [-2, -1]
     if valid is not None:
         late = late.masked_fill(~valid, -3.0)
         gain = gain.masked_fill(~valid, 0.0)
     basis = gain.new_zeros(len(gain), num, gain.shape[1])  # [B, num, N]
-    kernel = cosine(x, num)
     picks = []
     for step in range(num):
         pick = torch.where(gain > floor, gain, late).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
-        alike = kernel(pick[:, 0]) * quality * quality.gather(1, pick)
+        alike = cosines(pick[:, 0]) * quality * quality.gather(1, pick)
         done = basis[:, :step]
         at_pick = done.gather(2, pick[:, None].expand(-1, step, 1))  # [B, step, 1]
         left = gain.gather(1, pick)

@@ -2,7 +2,7 @@
 
 A row reads all N D values of an image for as many products: memory is its limit. One matrix of all
 pairs takes N / 2 times as many, but reads the values few times. So whoever needs R rows takes them
-from a matrix where 10 R >= N and N <= 8192 (256 MiB an image), and else asks for them one by one
+from a matrix where 14 R >= N and N <= 8192 (256 MiB an image), and else asks for them one by one
 (`pairs_pay`). D and the number of images B change nothing: the cost of both grows with them alike.
 An image therefore takes the same way in every batch of images of its size.
 """
@@ -18,7 +18,7 @@ from torch.nn import functional
 from ocvtp.structures import take
 
 _BLOCK = 128  # measured: the fastest of 96 to 720 at 576 tokens of width 1024 and 4096
-_ROWS_FOR_ALL = 10  # that share of the rows takes as long as all pairs: measured on a CPU
+_ROWS_FOR_ALL = 14  # that share of the rows takes as long as all pairs: 10 and 19 on two CPUs
 _MOST_TOKENS = 8192  # 256 MiB a matrix
 _SHORTEST = 1e-12  # what is shorter counts as of this length: a blank token is like nothing
 
@@ -86,50 +86,79 @@ def by_image(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     return torch.cat([function(*image) for image in images])
 
 
-# Cosines without `unit(x)`: that takes as much memory as x, and a quarter of all pairs' time.
+class Cosines:
+    """Cosines of tokens of any length, divided by it where that costs least.
+
+    `unit(x)` would take as much memory as x, and a quarter of the time of all pairs.
+
+    Args:
+        x: [B, N, D].
+        num_rows: how many rows will be asked for; they come one by one, or of one matrix of all
+            pairs, see `pairs_pay`.
+
+    Attributes:
+        lengths: [B, N].
+    """
+
+    def __init__(self, x: Tensor, num_rows: int) -> None:
+        self._x = x
+        self._pairs: Tensor | None = None
+        if pairs_pay(x.shape[1], num_rows):
+            products = by_image(lambda own: all_pairs(full(own)), x)
+            self.lengths = products.diagonal(dim1=1, dim2=2).sqrt()
+            scale = self._divisor.reciprocal()
+            self._pairs = products.mul_(scale[:, :, None]).mul_(scale[:, None])
+        else:
+            self._x = full(x)  # read again and again
+            self.lengths = torch.linalg.vector_norm(self._x, dim=2)
+
+    @property
+    def _divisor(self) -> Tensor:
+        return self.lengths.clamp(min=_SHORTEST)
+
+    def __call__(self, pick: Tensor) -> Tensor:
+        """Of one token [B] of every image to all of its tokens, [B, N]."""
+        if self._pairs is not None:
+            return take(self._pairs, pick[:, None]).squeeze(1)
+        return row(self._x, pick) / self._divisor / self._divisor.gather(1, pick[:, None])
+
+    def to(self, direction: Tensor) -> Tensor:
+        """Of all tokens to one direction [B, D] of length 1 of every image, [B, N]."""
+        return self._products(direction[:, None]).squeeze(1) / self._divisor
+
+    def to_sum(self, chosen: Tensor) -> Tensor:
+        """[B, N] of each token the sum of its cosines to those that the mask [B, N] chooses."""
+        if self._pairs is not None:
+            return (chosen.to(self._pairs)[:, None] @ self._pairs).squeeze(1)
+        shares = (chosen / self._divisor)[:, None]
+        return self._products(shares @ self._x).squeeze(1) / self._divisor
+
+    def nearest_of(self, chosen: Tensor) -> Tensor:
+        """[B, N] the largest cosine of each token to the tokens [B, K]."""
+        if self._pairs is not None:
+            return take(self._pairs, chosen).amax(dim=1)
+        directions = take(self._x, chosen) / self._divisor.gather(1, chosen)[:, :, None]
+        return self._products(directions).amax(dim=1) / self._divisor
+
+    def nearest_other(self, valid: Tensor | None) -> Tensor:
+        """[B, N] of each token to the most similar other one; -inf for one without another.
+
+        Where there is no matrix, every pair is computed once: block i meets itself and the blocks
+        after it. Where there is one, a token's cosine to itself is -inf from then on.
+
+        Args:
+            valid: [B, N] bool; padding is nobody's neighbour.
+        """
+        if self._pairs is not None:
+            return _nearest_in(self._pairs, valid)
+        return _nearest_other(unit(self._x), valid)
+
+    def _products(self, directions: Tensor) -> Tensor:
+        """[B, K, D] with all tokens, [B, K, N]."""
+        return by_image(lambda own, to: to @ full(own).mT, self._x, directions)
 
 
-def cosine_pairs(x: Tensor) -> Tensor:
-    """Cosines [B, N, N] of every two tokens of [B, N, D], of any length."""
-    return by_image(_cosines, x)
-
-
-def _cosines(x: Tensor) -> Tensor:
-    pairs = all_pairs(full(x))
-    scale = pairs.diagonal(dim1=1, dim2=2).sqrt().clamp(min=_SHORTEST).reciprocal()
-    return pairs.mul_(scale[:, :, None]).mul_(scale[:, None])
-
-
-def cosine_to(x: Tensor, direction: Tensor) -> Tensor:
-    """Cosine of tokens [B, N, D] to one direction [B, D] of length 1 of every image: [B, N]."""
-    return by_image(
-        lambda own, to: (full(own) @ to.mT).squeeze(2), x, direction[:, None]
-    ) / _lengths(x)
-
-
-def cosine_to_sum(x: Tensor, chosen: Tensor) -> Tensor:
-    """[B, N] of each token the sum of its cosines to those that the mask [B, N] chooses."""
-    lengths = _lengths(x)
-
-    def products(own: Tensor, shares: Tensor) -> Tensor:
-        return (full(own) @ (shares @ full(own)).mT).squeeze(2)
-
-    return by_image(products, x, (chosen / lengths)[:, None]) / lengths
-
-
-def nearest_of(x: Tensor, directions: Tensor) -> Tensor:
-    """[B, N] the largest cosine of each token to directions [B, K, D] of length 1."""
-    return by_image(lambda own, to: (to @ full(own).mT).amax(dim=1), x, directions) / _lengths(x)
-
-
-def _lengths(x: Tensor) -> Tensor:
-    """Above 0: [B, N]."""
-    lengths: Tensor = torch.linalg.vector_norm(full(x), dim=2)
-    return lengths.clamp(min=_SHORTEST)
-
-
-def nearest_in(pairs: Tensor, valid: Tensor | None) -> Tensor:
-    """`nearest_other` of cosines [B, N, N], whose diagonal becomes -inf."""
+def _nearest_in(pairs: Tensor, valid: Tensor | None) -> Tensor:
     pairs.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
     if valid is None:
         return pairs.amax(dim=2)
@@ -137,18 +166,7 @@ def nearest_in(pairs: Tensor, valid: Tensor | None) -> Tensor:
     return pairs.masked_fill(~real, float("-inf")).amax(dim=2)
 
 
-def nearest_other(directions: Tensor, valid: Tensor | None) -> Tensor:
-    """Cosine of every token to the most similar other one, without holding N x N values.
-
-    Every pair is computed once: block i meets itself and the blocks after it.
-
-    Args:
-        directions: [B, N, D] of length 1.
-        valid: [B, N] bool; padding is nobody's neighbour.
-
-    Returns:
-        [B, N], -inf for a token without another.
-    """
+def _nearest_other(directions: Tensor, valid: Tensor | None) -> Tensor:
     batch, count, _ = directions.shape
     best = directions.new_full((batch, count), float("-inf"))
     for start in range(0, count, _BLOCK):

@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.ops.diversity import cosine, spread_from
+from ocvtp.ops.diversity import spread_from
 from ocvtp.ops.ridge import greedy_ridge
 from ocvtp.ops.selection import ascending, descending, top_k
-from ocvtp.ops.similarity import full, nearest_of, unit
+from ocvtp.ops.similarity import Cosines, full
 from ocvtp.slots.statistics import standardized
-from ocvtp.structures import Selection, VisualTokens, take
+from ocvtp.structures import Selection, VisualTokens
 
 _TINY = torch.finfo(torch.float32).tiny
 _LAST = -1e30  # below any candidate, above what is taken
@@ -88,14 +88,14 @@ class MMR(_Shared):
         score = (scores - low) / (high - low).clamp(min=torch.finfo(scores.dtype).tiny)
         left = score.masked_fill(~real, _LAST)  # of those that are not taken
         nearest = torch.full_like(score, -1.0)
-        kernel = cosine(_compared(tokens), num_keep)
+        cosines = Cosines(_compared(tokens), num_keep)
         value, picks = left, []
         for step in range(num_keep):
             pick = value.argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
             if step + 1 < num_keep:
                 left = left.scatter(1, pick, float("-inf"))
-                nearest = nearest.maximum(kernel(pick[:, 0]).to(nearest.dtype))
+                nearest = nearest.maximum(cosines(pick[:, 0]).to(nearest.dtype))
                 value = torch.where(
                     left > _LAST, self.share * score - (1 - self.share) * nearest, left
                 )
@@ -115,10 +115,9 @@ class MaxMin(_Shared):
     def select(self, scores: Tensor, tokens: VisualTokens, num_keep: int) -> Selection:
         best = descending(scores, tokens.valid)[:, : max(1, round(self.share * num_keep))]
         if (more := num_keep - best.shape[1]) > 0:
-            values = _compared(tokens)
+            cosines = Cosines(_compared(tokens), more)
             # The largest cosine to those that are there; where padding is, all real tokens are.
-            alike = nearest_of(values, unit(take(values, best)))
-            far = spread_from(cosine(values, more), alike, best, more, tokens.valid)
+            far = spread_from(cosines, cosines.nearest_of(best), best, more, tokens.valid)
             best = torch.cat([best, far], dim=1)
         return ascending(best, tokens.valid, tokens.num_tokens)
 

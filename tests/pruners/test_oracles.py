@@ -16,7 +16,7 @@ import ocvtp
 from ocvtp.ops.diversity import dpp_map
 from ocvtp.ops.merging import contextual_share, kept_and_rest
 from ocvtp.ops.selection import count_outliers, spaced
-from ocvtp.ops.similarity import nearest_other, unit
+from ocvtp.ops.similarity import unit
 from ocvtp.structures import VisualTokens
 
 GRID = (5, 7)  # 35 tokens: odd
@@ -64,17 +64,6 @@ def test_divprune(num_keep, seed):
         return farthest(cosine, [int(nearest.argmin())], num_keep, torch.amax)
 
     check_all(pruner, tokens, oracle)
-
-
-def test_nearest_other_over_several_blocks():
-    torch.manual_seed(0)
-    directions = unit(torch.randn(2, 300, 6, dtype=torch.float64))
-    valid = torch.arange(300) < torch.tensor([[300], [131]])
-    cosine = directions @ directions.transpose(1, 2)
-    cosine.diagonal(dim1=1, dim2=2).fill_(-math.inf)
-    assert_close(nearest_other(directions, None), cosine.amax(dim=2))
-    cosine.masked_fill_(~(valid[:, None] & valid[:, :, None]), -math.inf)
-    assert_close(nearest_other(directions, valid), cosine.amax(dim=2))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
-from ocvtp.ops.diversity import rows_of, spread
+from ocvtp.ops.diversity import spread
 from ocvtp.ops.selection import ascending
-from ocvtp.ops.similarity import cosine_pairs, nearest_in, nearest_other, pairs_fit, row, unit
+from ocvtp.ops.similarity import Cosines, pairs_fit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -41,13 +40,10 @@ class DivPrune(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        if pairs_fit(tokens.num_tokens):  # the first pick compares all pairs: whatever K is
-            pairs = cosine_pairs(tokens.projected)
-            lonely, kernel = nearest_in(pairs, tokens.valid), rows_of(pairs)
-        else:
-            directions = unit(tokens.projected)
-            lonely, kernel = nearest_other(directions, tokens.valid), partial(row, directions)
+        # The first pick compares all pairs, whatever K is.
+        cosines = Cosines(tokens.projected, num_rows=tokens.num_tokens)
+        lonely = cosines.nearest_other(tokens.valid)
         if tokens.valid is not None:
             lonely = lonely.masked_fill(~tokens.valid, float("inf"))
-        picks = spread(kernel, lonely.argmin(dim=1), num_keep, tokens.valid)
+        picks = spread(cosines, lonely.argmin(dim=1), num_keep, tokens.valid)
         return ascending(picks, tokens.valid, tokens.num_tokens)

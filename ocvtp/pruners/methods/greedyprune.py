@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ocvtp.ops.diversity import Kernel, cosine
+from ocvtp.ops.diversity import Kernel
 from ocvtp.ops.prompt_text import last_text
 from ocvtp.ops.selection import ascending, descending, ranks
-from ocvtp.ops.similarity import cosine_to, pairs_pay, unit
+from ocvtp.ops.similarity import Cosines, pairs_pay, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -54,11 +54,12 @@ class GreedyPrune(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        saliency = cosine_to(tokens.projected, unit(last_text(tokens)))
+        cosines = Cosines(tokens.projected, num_keep)
+        saliency = cosines.to(unit(last_text(tokens)))
         rank = ranks(descending(saliency, tokens.valid))
         if tokens.valid is not None:  # after all repetitions too
             rank = rank + 2 * tokens.num_tokens * ~tokens.valid
-        picks = self._suppress(rank, cosine(tokens.projected, num_keep), num_keep)
+        picks = self._suppress(rank, cosines, num_keep)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
     def _suppress(self, rank: Tensor, kernel: Kernel, num_keep: int) -> Tensor:

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 import torch
 
-from ocvtp.ops.diversity import cosine, spread, total
+from ocvtp.ops.diversity import spread, total
 from ocvtp.ops.selection import ascending, descending
-from ocvtp.ops.similarity import pairs_pay
+from ocvtp.ops.similarity import Cosines, pairs_pay
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.layer_pruner import LayerNeeds, LayerPruner, LayerStage
 from ocvtp.pruners.registry import register
@@ -65,8 +65,8 @@ class ToDRE(Pruner):
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
         pivot = descending(tokens.attention[self.block, "cls"], tokens.valid)[:, 0]
-        kernel = cosine(tokens.projected, num_keep)
-        picks = spread(kernel, pivot, num_keep, tokens.valid, accumulate=total)
+        cosines = Cosines(tokens.projected, num_keep)
+        picks = spread(cosines, pivot, num_keep, tokens.valid, accumulate=total)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
 

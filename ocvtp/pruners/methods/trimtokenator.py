@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ocvtp.ops.diversity import cosine, spread, total
+from ocvtp.ops.diversity import spread, total
 from ocvtp.ops.prompt_text import mean_squared_distance
 from ocvtp.ops.selection import ascending, descending, ranks
-from ocvtp.ops.similarity import cosine_to_sum, pairs_pay
+from ocvtp.ops.similarity import Cosines, pairs_pay
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -55,10 +55,9 @@ class TrimTokenator(Pruner):
         assert tokens.projected is not None
         close = descending(-mean_squared_distance(tokens), tokens.valid)
         candidates = ranks(close) < self._stay(tokens, num_keep)
-        alike = cosine_to_sum(tokens.projected, candidates)
-        alike = alike.masked_fill(~candidates, float("inf"))
-        kernel = cosine(tokens.projected, num_keep)
-        picks = spread(kernel, alike.argmin(dim=1), num_keep, candidates, total)
+        cosines = Cosines(tokens.projected, num_keep)
+        alike = cosines.to_sum(candidates).masked_fill(~candidates, float("inf"))
+        picks = spread(cosines, alike.argmin(dim=1), num_keep, candidates, total)
         return ascending(picks, tokens.valid, tokens.num_tokens)
 
     def _stay(self, tokens: VisualTokens, num_keep: int) -> Tensor | int:

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import torch
 
-from ocvtp.ops.diversity import cosine, spread_from
+from ocvtp.ops.diversity import spread_from
 from ocvtp.ops.prompt_text import text_mean
 from ocvtp.ops.selection import ascending, descending
-from ocvtp.ops.similarity import cosine_to, nearest_of, pairs_pay, unit
+from ocvtp.ops.similarity import Cosines, pairs_pay, unit
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
-from ocvtp.structures import Needs, Selection, VisualTokens, take
+from ocvtp.structures import Needs, Selection, VisualTokens
 
 
 @register("zspaprune")
@@ -54,12 +54,10 @@ class ZSPAPrune(Pruner):
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
         assert tokens.projected is not None
-        visual = tokens.projected
-        close = descending(cosine_to(visual, unit(text_mean(tokens))), tokens.valid)
         num_core = self._core(num_keep)
-        core, num_rest = close[:, :num_core], num_keep - num_core
-        nearest = nearest_of(visual, unit(take(visual, core)))
-        kernel = cosine(visual, num_rest)
-        rest = spread_from(kernel, nearest, core, num_rest, tokens.valid)
+        num_rest = num_keep - num_core
+        cosines = Cosines(tokens.projected, num_rest)
+        core = descending(cosines.to(unit(text_mean(tokens))), tokens.valid)[:, :num_core]
+        rest = spread_from(cosines, cosines.nearest_of(core), core, num_rest, tokens.valid)
         picks = torch.cat([core, rest], dim=1)
         return ascending(picks, tokens.valid, tokens.num_tokens)
