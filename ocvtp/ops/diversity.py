@@ -80,7 +80,7 @@ def spread_from(
         picks.append(pick)
         if step + 1 < num:
             similarity = accumulate(similarity, kernel(pick))
-            similarity = similarity.scatter(1, pick[:, None], float("inf"))
+            similarity.scatter_(1, pick[:, None], float("inf"))
     return torch.stack(picks, dim=1) if picks else chosen[:, :0]
 
 
@@ -113,11 +113,11 @@ def dpp_map(x: Tensor, quality: Tensor, num: int, valid: Tensor | None) -> Tenso
         picks.append(pick)
         alike = cosines(pick[:, 0]) * quality * quality.gather(1, pick)
         done = basis[:, :step]
-        at_pick = done.gather(2, pick[:, None].expand(-1, step, 1))  # [B, step, 1]
+        at_pick = done.gather(2, pick[:, None].expand(-1, step, 1)).mT  # [B, 1, step]
         left = gain.gather(1, pick)
         scale = left.masked_fill(left <= floor, float("inf")).rsqrt()  # 0 where nothing is left
-        new = (alike - (at_pick * done).sum(dim=1)) * scale
+        new = (alike - (at_pick @ done).squeeze(1)) * scale
         basis[:, step] = new
         gain = gain.addcmul(new, new, value=-1).scatter_(1, pick, float("-inf"))
-        late = late.scatter(1, pick, float("-inf"))
+        late.scatter_(1, pick, float("-inf"))
     return torch.cat(picks, dim=1)
