@@ -9,14 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ocvtp.pruners.base import Pruner
 from ocvtp.pruners.budgets import BUDGETS, StagePairs, average_kept, check_stages
-from ocvtp.pruners.layer_pruner import LayerPruner
+from ocvtp.pruners.layer_pruner import LayerPruner, LayerStage, to_average
 from ocvtp.structures import LayerTokens, Needs, Selection, VisualTokens, take
 
 
@@ -25,14 +25,14 @@ class FirstHalf(Pruner):
 
     Args:
         whole: the method; its needs are those of this half.
-        choose: what it keeps before the language model, which is not its own budget.
+        choose: what it keeps before the language model, where that takes more than a count.
         before: how many tokens that are for a budget of K, where an image has as many.
     """
 
     def __init__(
         self,
         whole: Pruner,
-        choose: Callable[[VisualTokens], Selection],
+        choose: Callable[[VisualTokens], Selection] | None = None,
         before: Callable[[int], int] = lambda num_keep: num_keep,
     ) -> None:
         super().__init__(**{name: getattr(whole, name) for name in BUDGETS})
@@ -60,7 +60,9 @@ class FirstHalf(Pruner):
         return self._whole.of_size(num_tokens).parts[0] if self.keeps_share else self
 
     def _select(self, tokens: VisualTokens, num_keep: int) -> Selection:
-        return self._choose(tokens)
+        if self._choose is not None:
+            return self._choose(tokens)
+        return self._whole._select(tokens, min(self._before(num_keep), tokens.num_tokens))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,9 +72,18 @@ class LaterHalf(LayerPruner):
     Args:
         keep_ratio: share of the image's tokens, those that the first half dropped included.
         share_before: share of them that the first half leaves where the budget is a share.
+
+    Attributes:
+        proportions: of the tokens that are left by its layers, one after the other.
     """
 
     share_before: float = 1.0
+
+    proportions: ClassVar[tuple[int, ...]]
+
+    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
+        average, layers = self._average(num_tokens), self._layers(num_layers)
+        return to_average(layers, self.proportions, num_layers, num_tokens, average)
 
     def _average(self, num_tokens: int) -> float:
         """Tokens of an image on average over the layers, not above the N' that are there."""

@@ -13,7 +13,7 @@ from ocvtp.ops.merging import (
 from ocvtp.ops.selection import descending, mask_of, ranks, top_k
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, inside, later_settings, of_tower
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
@@ -67,9 +67,7 @@ class VFlowOpt(Pruner):
     @property
     def parts(self) -> tuple[Pruner, ...]:
         settings = later_settings(self, self.stages, lambda ratio: 1.75 * ratio)
-        return FirstHalf(self, self._first, self._before), VFlowOptLater(
-            block=self.block, **settings
-        )
+        return FirstHalf(self, before=self._before), VFlowOptLater(block=self.block, **settings)
 
     @property
     def needs(self) -> Needs:
@@ -79,10 +77,6 @@ class VFlowOpt(Pruner):
         importance = tokens.attention[self.block, "global"]
         kept = top_k(importance, num_keep, tokens.valid)
         return _recycled(kept.keep_indices, importance, tokens.real, self._cells(tokens))
-
-    def _first(self, tokens: VisualTokens) -> Selection:
-        num_keep = self._before(self.budget(tokens.num_tokens))
-        return self._select(tokens, min(num_keep, tokens.num_tokens))
 
     def _before(self, num_keep: int) -> int:
         """Tokens that stay before the language model, for a budget of K."""
@@ -126,6 +120,7 @@ class VFlowOptLater(LaterHalf):
 
     name: ClassVar[str] = "vflowopt"
     status: ClassVar[Status] = "unofficial"
+    proportions: ClassVar[tuple[int, ...]] = (2, 1)
 
     @property
     def tower_needs(self) -> Needs:
@@ -136,10 +131,6 @@ class VFlowOptLater(LaterHalf):
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         return round(9 * num_layers / 28), round(18 * num_layers / 28)
-
-    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        average = self._average(num_tokens)
-        return to_average(self._layers(num_layers), (2, 1), num_layers, num_tokens, average)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         here, tower = inside(self, tokens)

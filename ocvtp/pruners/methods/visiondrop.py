@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 from ocvtp.ops.merging import contextual_share, dominant_and_contextual, head_mean, keep_all
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs, check_count
-from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, later_settings
 from ocvtp.structures import Needs, Selection, VisualTokens
@@ -67,7 +67,7 @@ class VisionDrop(Pruner):
         if not self.later:
             return (self,)
         later = VisionDropLater(**later_settings(self, self.stages, lambda ratio: 1.5 * ratio))
-        return FirstHalf(self, self._first, self._before), later
+        return FirstHalf(self, before=self._before), later
 
     @property
     def needs(self) -> Needs:
@@ -84,16 +84,10 @@ class VisionDrop(Pruner):
             valid=tokens.valid,
         )
 
-    def _first(self, tokens: VisualTokens) -> Selection:
-        num_keep = self._before(self.budget(tokens.num_tokens))
-        return self._select(tokens, min(num_keep, tokens.num_tokens))
-
     def _before(self, num_keep: int) -> int:
         """Tokens that stay before the language model, for a budget of K."""
         return num_keep if self.stages is not None else round(1.5 * num_keep)
 
-
-_KEPT = (35, 26, 19)
 
 _CONTEXTUAL = 0.135  # of 35, 26 and 19: 5, 4 and 3
 
@@ -106,16 +100,13 @@ class VisionDropLater(LaterHalf):
     status: ClassVar[Status] = "official"
     merging: ClassVar[bool] = True
     positions: ClassVar[Literal["contiguous", "original"]] = "contiguous"
+    proportions: ClassVar[tuple[int, ...]] = (35, 26, 19)
 
     def needs_at(self, layer: int) -> LayerNeeds:
         return LayerNeeds(attention=((layer - 1, "visual"),), keys=(layer - 1,))
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         return num_layers // 4, num_layers // 2, 3 * num_layers // 4
-
-    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        average = self._average(num_tokens)
-        return to_average(self._layers(num_layers), _KEPT, num_layers, num_tokens, average)
 
     def _select_at(self, tokens: VisualTokens, layer: int, num_keep: int) -> Selection:
         if num_keep == tokens.num_tokens:

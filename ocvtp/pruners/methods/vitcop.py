@@ -8,7 +8,7 @@ from ocvtp.ops.merging import head_mean, keep_all
 from ocvtp.ops.selection import ascending, descending, ranks, top_k
 from ocvtp.pruners.base import NamedSettings, Pruner, Status
 from ocvtp.pruners.budgets import StagePairs
-from ocvtp.pruners.layer_pruner import LayerNeeds, LayerStage, to_average
+from ocvtp.pruners.layer_pruner import LayerNeeds
 from ocvtp.pruners.registry import register
 from ocvtp.pruners.two_stage import FirstHalf, LaterHalf, inside, later_settings, needs_of, of_tower
 from ocvtp.structures import Needs, Selection, Stage, VisualTokens
@@ -112,6 +112,7 @@ class ViTCoPLater(LaterHalf):
     name: ClassVar[str] = "vitcop"
     status: ClassVar[Status] = "unofficial"
     merging: ClassVar[bool] = True
+    proportions: ClassVar[tuple[int, ...]] = (5, 1)
 
     @property
     def tower_needs(self) -> Needs:
@@ -122,10 +123,6 @@ class ViTCoPLater(LaterHalf):
 
     def _layers(self, num_layers: int) -> tuple[int, ...]:
         return 2, max(3, 22 * num_layers // 32)
-
-    def _schedule(self, num_layers: int, num_tokens: int) -> tuple[LayerStage, ...]:
-        average = self._average(num_tokens)
-        return to_average(self._layers(num_layers), (5, 1), num_layers, num_tokens, average)
 
     def _num_clusters(self, num_tokens: int) -> int:
         share, budget = self.cluster_share, self.keep_ratio
