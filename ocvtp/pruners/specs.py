@@ -10,11 +10,13 @@ from typing import Any
 from ocvtp.field_types import shown
 from ocvtp.plain_yaml import read_value
 from ocvtp.pruners.base import Pruner, naming
-from ocvtp.pruners.budgets import BUDGETS, Budget
+from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.pruners.layer_pruner import LayerPruner
 from ocvtp.pruners.registry import build_pruner, pruner_class, takes_named_setting
 
 _BUDGET = re.compile(r"\bK\b")
+_OF_K = ("num_keep", "keep_ratio")  # what a K may stand for
+_NETWORKS = {"checkpoint", "network"}  # one stands for the other
 
 
 def known_settings(spec: str) -> set[str]:
@@ -76,12 +78,13 @@ def names_setting(spec: str) -> bool:
 def has_budget(spec: str) -> bool:
     """Whether a spec says itself how many tokens stay, so that a shared budget does not count.
 
-    It does so by a budget of its own, a published setting, or `stages` of a pruner of stage
-    `llm_layers` alone.
+    It does so by a budget of its own, a published setting, `stages` of a pruner of stage
+    `llm_layers` alone, or as a pruner that takes no budget.
     """
     name, settings = parse_spec(spec)
     staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
-    return staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
+    own = staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
+    return own or not pruner_class(name).budgets
 
 
 def has_own_budget(spec: str) -> bool:
@@ -120,29 +123,45 @@ def refuse_without_amount(specs: Sequence[str]) -> None:
         )
 
 
-def refuse_second_budget(specs: Sequence[str], budget: Budget) -> None:
-    """For what runs each pruner at one budget: that of all counts for those that say none.
+def refuse_unread(specs: Sequence[str], **shared: Any) -> None:
+    """Refuse a setting for all pruners that counts for none of them.
+
+    Budgets count where a spec says none itself, other settings where a pruner takes them and its
+    spec does not say them.
+
+    Args:
+        specs: of all pruners.
+        shared: settings for them; those that are None are not given.
 
     Raises:
-        ValueError: if every spec says one, so that it would count for nothing.
+        ValueError: for the first that no pruner takes, or that each says itself.
     """
-    if specs and budget.settings() and all(map(has_own_budget, specs)):
-        raise ValueError(
-            f"pruner {shown(specs[0])} says how many tokens stay, and {budget.said} says it again;"
-            " leave one of them out."
-        )
-
-
-def _refuse_unread(specs: Sequence[str], shared: dict[str, Any]) -> None:
-    """A setting for all that counts for none: no pruner takes it, or each spec says it itself."""
     for name, value in shared.items():
+        if value is not None and not any(_reads(spec, name) for spec in specs):
+            raise ValueError(f"{name}={value!r} would not count: {_why(specs, name)}")
+
+
+def _reads(spec: str, name: str) -> bool:
+    """Whether a setting for all pruners counts for that of a spec."""
+    if name in BUDGETS and has_budget(spec):
+        return name in _OF_K and names_budget(spec)
+    own = parse_spec(spec)[1].keys() & (_NETWORKS if name in _NETWORKS else {name})
+    return name in known_settings(spec) and not own
+
+
+def _why(specs: Sequence[str], name: str) -> str:
+    """Why none of these pruners reads a setting, and what to do."""
+    if name not in BUDGETS:
         takers = [spec for spec in specs if name in known_settings(spec)]
-        own = [spec for spec in takers if name in BUDGETS and has_budget(spec)]
-        counts = any(spec not in own and name not in parse_spec(spec)[1] for spec in takers)
-        if value is None or counts or (name == "num_keep" and any(map(names_budget, specs))):
-            continue
-        names, does = ", ".join(takers or specs), "says its own" if takers else "takes none"
-        raise ValueError(f"{name}={value!r} would not count: {names} {does}; leave it out.")
+        if takers:
+            return f"{', '.join(takers)} says its own; leave it out."
+        those = f"{', '.join(specs)} takes no {name}" if specs else "no pruner is named"
+        return f"{those}; leave it out, or name a pruner that takes one."
+    whole = [spec for spec in specs if not pruner_class(spec.partition(":")[0]).budgets]
+    others = [spec for spec in specs if spec not in whole]
+    said = [f"{', '.join(others)} says how many tokens stay"] if others else []
+    said += [f"{', '.join(whole)} keeps all tokens"] if whole else []
+    return f"{' and '.join(said)}; leave it out."
 
 
 def fill_in_budget(spec: str, num_keep: int | None) -> str:
@@ -185,8 +204,7 @@ def build_specs(specs: Sequence[str], **shared: Any) -> list[Pruner]:
     """The pruners of specs that run once each; see `build_spec`.
 
     Raises:
-        ValueError: also for a setting that counts for none of them, see `refuse_second_budget`.
+        ValueError: also for a setting that counts for none of them, see `refuse_unread`.
     """
-    refuse_second_budget(specs, Budget(*map(shared.get, BUDGETS)))
-    _refuse_unread(specs, shared)
+    refuse_unread(specs, **shared)
     return [build_spec(spec, **shared) for spec in specs]

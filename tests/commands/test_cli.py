@@ -349,11 +349,11 @@ def test_show_with_pruners_that_disagree(capsys, photo, tmp_path, monkeypatch):
         (["answer", *MODEL, "--pruner", "uniform", "--num-keep", "999"], "at most 144"),
         (
             ["answer", *MODEL, "--pruner", "uniform:num_keep=9", "--max-keep", "4"],
-            "'uniform:num_keep=9' says how many tokens stay, and --max-keep 4 says it again",
+            "--max-keep 4 would not count: uniform:num_keep=9 says how many tokens stay",
         ),
         (
             ["answer", *MODEL, "--pruner", "uniform", "--num-keep", "4", "--checkpoint", "here"],
-            "--checkpoint here would not count: uniform takes none; leave it out.",
+            "--checkpoint here would not count: uniform takes no checkpoint; leave it out, or",
         ),
         (
             ["answer", *MODEL, "--pruner", "ocvtp:checkpoint=a", "--num-keep", "4"]

@@ -112,7 +112,7 @@ def test_the_compose_file_has_a_command_that_can_be_served(capsys):
         ([DEMO, *PRUNED, "--max-keep", "8"], "got --num-keep 16 and --max-keep 8, but --max-keep"),
         (
             [DEMO, "--pruner", "divprune:num_keep=64", "--num-keep", "32"],
-            "'divprune:num_keep=64' says how many tokens stay, and --num-keep 32 says it again",
+            "--num-keep 32 would not count: divprune:num_keep=64 says how many tokens stay",
         ),
         ([DEMO, *PRUNED, "--hf-overrides", "[1]"], r"--hf-overrides \[1\] is no JSON object"),
         ([DEMO, *PRUNED, "--hf-overrides", "{"], "is no JSON object .Expecting property name"),

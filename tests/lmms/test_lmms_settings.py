@@ -81,8 +81,10 @@ def test_stages_and_k():
         ({"pruner": "fastv:stages=[[1,K]]", "keep_ratio": 0.5}, "stands for num_keep"),
         (
             {"pruner": "fopru:num_keep=3", "max_keep": 4},
-            "says how many .* max_keep=4 says it again",
+            "max_keep=4 would not count: fopru:num_keep=3 says how many tokens stay; leave it out.",
         ),
+        ({"num_keep": 4}, "num_keep=4 would not count: none keeps all tokens"),
+        ({"checkpoint": "here"}, "checkpoint='here' would not count: none takes no checkpoint"),
     ],
 )
 def test_wrong_arguments_are_named(given, message):

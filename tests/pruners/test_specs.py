@@ -13,6 +13,7 @@ from ocvtp.pruners.specs import (
     has_budget,
     names_budget,
     parse_spec,
+    refuse_unread,
     with_budget,
 )
 
@@ -98,8 +99,35 @@ def test_a_budget_that_counts_for_no_pruner_is_refused():
     assert [pruner.num_keep for pruner in both] == [9, 4]
     (of_k,) = build_specs(["fastv:stages=[[2,K]]"], num_keep=4)
     assert of_k.stages == [[2, 4]]
-    with pytest.raises(ValueError, match="'divprune:num_keep=9' says .* and keep_ratio=0.5 says"):
+    with pytest.raises(
+        ValueError, match="keep_ratio=0.5 would not count: divprune:num_keep=9 says"
+    ):
         build_specs(["divprune:num_keep=9"], num_keep=None, keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("budget", [{"num_keep": 4}, {"keep_ratio": 0.5}, {"max_keep": 4}])
+def test_a_budget_for_what_keeps_all_tokens_is_refused(budget):
+    """Beside others it is theirs."""
+    (name,) = budget
+    with pytest.raises(ValueError, match=f"^{name}=.* would not count: none keeps all tokens; "):
+        build_specs(["none"], **budget)
+    whole, other = build_specs(["none", "divprune"], **budget)
+    assert (getattr(whole, name), getattr(other, name)) == (None, budget[name])
+    (one,) = pruner_conditions("none", [Budget(64), Budget(32)], [0], [], 576)
+    assert one.budget is None
+    both = ["none", "fastv:stages=[[2,9]]"]
+    told = r"fastv:stages=\[\[2,9\]\] says how many tokens stay and none keeps all tokens; leave it"
+    with pytest.raises(ValueError, match=told):
+        build_specs(both, **budget)
+
+
+def test_a_checkpoint_that_no_pruner_reads_is_refused():
+    for specs, why in ((["none"], "none takes no checkpoint"), ([], "no pruner is named")):
+        with pytest.raises(ValueError, match=f"^checkpoint='here' would not count: {why}; "):
+            refuse_unread(specs, checkpoint="here")
+    refuse_unread(["divprune", "ocvtp"], checkpoint="here")
+    with pytest.raises(ValueError, match="ocvtp:checkpoint=a says its own; leave it out"):
+        refuse_unread(["divprune", "ocvtp:checkpoint=a"], checkpoint="here")
 
 
 def test_a_budget_of_a_network_that_is_not_trained_yet():
@@ -119,5 +147,5 @@ def test_budgets_in_words():
 
 
 def test_a_cap_beside_stages_of_a_budget_is_refused():
-    with pytest.raises(ValueError, match="max_keep=8 would not count: fastv:stages=.* its own"):
+    with pytest.raises(ValueError, match="max_keep=8 would not count: fastv:stages=.* says how"):
         build_specs(["fastv:stages=[[1,K]]"], num_keep=16, max_keep=8)

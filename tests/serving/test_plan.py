@@ -87,8 +87,16 @@ def test_alternatives_are_what_is_served():
         ({"pruner": "divprune", "num_keep": 17}, "exceeds the 16 visual tokens"),
         ({"pruner": "divprune", "num_keep": 9, "max_keep": 8}, r"num_keep=9 and max_keep=8.*fewer"),
         ({"pruner": "divprune:num_keep=9", "max_keep": 8}, "num_keep=9 and max_keep=8"),
-        ({"pruner": "divprune:max_keep=8", "num_keep": 9}, "and num_keep=9 says it again"),
-        ({"pruner": "divprune:num_keep=8", "keep_ratio": 0.5}, "and keep_ratio=0.5 says it again"),
+        (
+            {"pruner": "divprune:max_keep=8", "num_keep": 9},
+            "num_keep=9 would not count: .* says how many",
+        ),
+        (
+            {"pruner": "divprune:num_keep=8", "keep_ratio": 0.5},
+            "keep_ratio=0.5 would not count: .* says how",
+        ),
+        ({"pruner": "none", "num_keep": 4}, "num_keep=4 would not count: none keeps all tokens"),
+        ({"pruner": "none", "max_keep": 4}, "max_keep=4 would not count: none keeps all tokens"),
         ({"pruner": "fastv:stages=[[1,4]]", "num_keep": 5}, "'llm_layers'.*use one of divprune"),
         ({"pruner": "visionzip:num_contextual=K", "max_keep": 4}, "a K, which stands for num_keep"),
         ({"pruner": "divprune", "num_keep": 9, "max_keep": 0}, "max_keep=0; pass at least 1"),
@@ -188,8 +196,8 @@ def test_what_is_served_is_what_is_published():
     for name, own in settings.items():
         assert plan(pruner=name, num_keep=4, **own).pruner.name == name
     left = set(ocvtp.list_pruners("llm_input")) - set(alternatives(layout)) - set(settings)
-    assert left - {*TRAINED, "random"} == {
+    assert left - {*TRAINED, "random", "none"} == {
         name
-        for name in left - {*TRAINED, "random"}
+        for name in left - {*TRAINED, "random", "none"}
         if (needs := ocvtp.build_pruner(name, num_keep=4).needs).text or needs.clip
     }

@@ -9,7 +9,7 @@ from typing import Any
 from ocvtp.evaluation.conditions import Budget, Place, pruner_conditions
 from ocvtp.field_types import no_such
 from ocvtp.pruners import Pruner
-from ocvtp.pruners.specs import build_spec, names_budget, refuse_second_budget
+from ocvtp.pruners.specs import build_spec, names_budget, refuse_unread
 
 MAX_NEW_TOKENS = 1024
 """Length of an answer at most, where a task does not say; that of lmms-eval's LLaVA."""
@@ -79,22 +79,24 @@ class ModelArgs:
         One pruner serves all batches; one that draws is made for each, as in `ocvtp evaluate`.
 
         Raises:
-            ValueError: for what `build_spec` refuses, and for two budgets.
+            ValueError: for what `build_spec` refuses, for two budgets, and for what would not
+                count.
         """
         if self.num_keep is not None and self.keep_ratio is not None:
             raise ValueError(
                 f"num_keep={self.num_keep} and keep_ratio={self.keep_ratio}; pass one of them."
             )
         budget = Budget(self.num_keep, self.keep_ratio, self.max_keep).checked("model_args")
-        refuse_second_budget([self.pruner], budget)
-        if not budget.settings():
-            pruner = build_spec(self.pruner, checkpoint=self.checkpoint)
-            return lambda start: pruner
-        if self.num_keep is None and names_budget(self.pruner):
+        told = budget.settings()
+        if told and self.num_keep is None and names_budget(self.pruner):
             raise ValueError(
                 f"pruner={self.pruner!r} has a K, which stands for num_keep; pass that in place of"
                 f" {budget.said}."
             )
+        refuse_unread([self.pruner], checkpoint=self.checkpoint, **told)
+        if not told:
+            pruner = build_spec(self.pruner, checkpoint=self.checkpoint)
+            return lambda start: pruner
         checkpoints = [] if self.checkpoint is None else [self.checkpoint]
         (condition,) = pruner_conditions(self.pruner, [budget], [self.seed], checkpoints, 0)
         return lambda start: condition.make(Place(start, list))
