@@ -9,13 +9,13 @@ from ocvtp.commands import output
 from ocvtp.commands.tasks import make_task, task_settings
 from ocvtp.evaluation.lmms.export import export_task
 from ocvtp.evaluation.tasks.base import Supplied
-from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.loading import load_processor
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the task and say how to run it."""
     folder, model = output.folder(arguments.output), arguments.model
-    supplied = Supplied(arguments.task, folder, model and (lambda: load_model(model)[1]))
+    supplied = Supplied(arguments.task, folder, model and (lambda: load_processor(model)))
     task = make_task(supplied, task_settings(arguments))
     path = export_task(task, folder)
     facts = {"task": path.stem, "yaml": str(path), "questions": len(task.items)}

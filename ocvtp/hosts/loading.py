@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from ocvtp.choices import TINY_MODELS
+from ocvtp.hosts.prompt.clip_text import find_clip
 from ocvtp.hosts.registry import hosts
 from ocvtp.images import open_image as open_image  # users import it from here too
+from ocvtp.pruners.base import Pruner
 from ocvtp.random_models import full_size
 from ocvtp.random_models.byte_tokenizer import byte_tokenizer
 from ocvtp.shipped import find_weights
@@ -42,22 +46,88 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> tuple[Any
         if dtype != "auto":
             _cast_weights(model, getattr(torch, dtype))
     else:
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoConfig, AutoModelForImageTextToText
 
-        try:
+        processor = load_processor(name)
+        with _loading(name):
             source = find_weights(name)
-            processor = AutoProcessor.from_pretrained(source)
             if dtype == "auto" and torch.device(device).type == "cpu":
                 saved = AutoConfig.from_pretrained(source).dtype
                 dtype = "float32" if saved == torch.float16 else dtype
             model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a"
-                " folder or hub id of a vision-language model, or one of"
-                f" {[*_tiny_models(), *FULL_SIZE_MODELS]}."
-            ) from error
     return model.to(device).eval(), processor
+
+
+def load_processor(name: str) -> Any:
+    """The processor of `load_model` alone, which is there at once.
+
+    Args:
+        name: see there.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if name in FULL_SIZE_MODELS:
+        return full_size.processor(name.removeprefix("random:"))
+    if name.startswith("random:"):
+        return _random_model(name)[1]
+    from transformers import AutoProcessor
+
+    with _loading(name):
+        return AutoProcessor.from_pretrained(find_weights(name))
+
+
+def empty_model(name: str) -> Any:
+    """The model of `load_model` on the device `meta`: its modules, and no weights.
+
+    Args:
+        name: see there.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(load_config(name))
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What transformers raises in the block, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); pass a folder"
+            " or hub id of a vision-language model, or one of"
+            f" {[*_tiny_models(), *FULL_SIZE_MODELS]}."
+        ) from error
+
+
+def check_model(
+    name: str,
+    dtype: str,
+    device: str,
+    pruners: Sequence[Pruner] = (),
+    text_tower: str | None = None,
+) -> None:
+    """Refuse what `load_model` and `attach` would, where no weights need be read to know it.
+
+    Args:
+        name: see `load_model`. dtype: see there. device: see there.
+        pruners: that will be attached.
+        text_tower: name of a CLIP, see `attach`.
+
+    Raises:
+        ValueError: for a precision and a device that cannot be used, and for pruners that compare
+            images with the prompt where the CLIP for that is not there.
+    """
+    check_place(dtype, device)
+    if any(pruner.tower_needs.clip for pruner in pruners):
+        tower = getattr(load_config(name), "vision_config", None)
+        if getattr(tower, "model_type", None) == "clip_vision_model":  # others have no CLIP at all
+            find_clip(tower, text_tower, find_weights(name))
 
 
 def check_place(dtype: str, device: str) -> None:

@@ -102,9 +102,8 @@ def build(name: str, dtype: str = "auto", device: str = "cpu", seed: int = 0) ->
     Raises:
         ValueError: as `config_of`.
     """
-    config = config_of(name)
-    model = materialise(config, dtype, device, seed)
-    return model, _processor(name, config)
+    model = materialise(config_of(name), dtype, device, seed)
+    return model, processor(name)
 
 
 def _llava_config(config_class: Any, text: dict[str, Any], dtype: str, **settings: Any) -> Any:
@@ -136,7 +135,15 @@ def _tokenizer(name: str) -> Any:
     return byte_tokenizer(family.SPECIAL_TOKENS)
 
 
-def _processor(name: str, config: Any) -> Any:
+def processor(name: str) -> Any:
+    """The processor of a model; builds no weights.
+
+    Args:
+        name: one of `FULL_SIZE_MODELS`.
+
+    Raises:
+        ValueError: as `config_of`.
+    """
     from transformers import (
         AutoProcessor,
         LlavaNextImageProcessor,
@@ -151,7 +158,7 @@ def _processor(name: str, config: Any) -> Any:
     if name == "qwen2.5-vl-7b":
         most = _QWEN_7B_MOST_TOKENS
         return tiny_qwen.processor(Qwen2_5_VLProcessor, tokenizer, patch=14, most_tokens=most)
-    vision = config.vision_config
+    vision = config_of(name).vision_config
     if name == "llava-next-7b":
         side = vision.image_size
         images = LlavaNextImageProcessor(

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,9 @@ def load_clip_text(tower: Any, text_tower: TextTower = None, folder: str = "") -
         ValueError: if there is none, or it does not fit the tower.
     """
     tokenizer = None
-    if text_tower is None:
-        model, tokenizer = _known(tower, folder)
-    elif isinstance(text_tower, (str, Path)):
-        model, tokenizer = _named(str(text_tower), tower)
+    if text_tower is None or isinstance(text_tower, (str, Path)):
+        name = find_clip(tower.config, text_tower, folder)
+        model, tokenizer = _named(name, tower, is_known=text_tower is None)
     elif isinstance(text_tower, (tuple, list)) and len(text_tower) == 2:
         model, tokenizer = text_tower[0], find_tokenizer(text_tower[1])
     else:
@@ -141,23 +141,60 @@ def load_clip_text(tower: Any, text_tower: TextTower = None, folder: str = "") -
 _PROJECTIONS = ("text_projection", "visual_projection")
 
 
-def _known(tower: Any, folder: str) -> tuple[Any, Any]:
+def find_clip(config: Any, text_tower: str | Path | None = None, folder: str = "") -> str:
+    """The name of the CLIP that belongs to a vision tower; no weights are read.
+
+    Args:
+        config: of the tower. text_tower: a name, see `load_clip_text`. folder: see there.
+
+    Raises:
+        ValueError: if there is none, or what is there is no CLIP.
+    """
+    if text_tower is None:
+        name = _known(config, folder)
+        with _lacking(name):
+            _check_type(name, local_files_only=True)
+    elif not (name := str(text_tower)).startswith("random:"):
+        with _loading(name):
+            _check_type(find_weights(name), local_files_only=False)
+    return name
+
+
+def _known(config: Any, folder: str) -> str:
+    """The CLIP that is known to belong to a tower of this configuration."""
     for name, settings in _KNOWN:
-        if all(getattr(tower.config, k, None) == v for k, v in settings.items()):
-            try:
-                return _from_pretrained(name, tower, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"the pruner compares images with the prompt by CLIP's text tower, which this"
-                    f" model does not carry; pass text_tower={name!r} to load (and download) the"
-                    " one that belongs to its vision tower, or a folder that holds it."
-                ) from error
+        if all(getattr(config, k, None) == v for k, v in settings.items()):
+            return name
     there = _clip_in(folder)
     how = _HOW if there is None else f"pass text_tower={there!r}, which lies in the model's folder"
     raise ValueError(
         "the pruner compares images with the prompt by CLIP's text tower, which this model does not"
         f" carry; {how}."
     )
+
+
+@contextmanager
+def _lacking(name: str) -> Iterator[None]:
+    """A known CLIP that is not on this machine is to be asked for."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            "the pruner compares images with the prompt by CLIP's text tower, which this model does"
+            f" not carry; pass text_tower={name!r} to load (and download) the one that belongs to"
+            " its vision tower, or a folder that holds it."
+        ) from error
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """What transformers raises in the block, in one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text_tower={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); {_HOW}."
+        ) from error
 
 
 def _clip_in(folder: str) -> str | None:
@@ -172,26 +209,31 @@ def _clip_in(folder: str) -> str | None:
     return None
 
 
-def _named(name: str, tower: Any) -> tuple[Any, Any]:
+def _named(name: str, tower: Any, is_known: bool) -> tuple[Any, Any]:
+    """The CLIP of a name, and its tokenizer; nothing is downloaded of one that nobody named."""
     if name.startswith("random:"):
         from ocvtp.random_models.tiny_clip import random_clip
 
         return random_clip(name)
-    try:
+    if is_known:
+        with _lacking(name):
+            return _from_pretrained(name, tower, local_files_only=True)
+    with _loading(name):
         return _from_pretrained(find_weights(name), tower, local_files_only=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"text_tower={name!r} cannot be loaded ({' '.join(str(error).split())[:300]}); {_HOW}."
-        ) from error
+
+
+def _check_type(name: str, local_files_only: bool) -> None:
+    from transformers import AutoConfig
+
+    kind = AutoConfig.from_pretrained(name, local_files_only=local_files_only).model_type
+    if kind != "clip":
+        raise ValueError(f"it is a {kind}, no whole CLIP")
 
 
 def _from_pretrained(name: str, tower: Any, local_files_only: bool) -> tuple[Any, Any]:
     """A CLIP on the tower's device and in its precision, and its tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+    from transformers import AutoTokenizer, CLIPModel
 
-    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only)
-    if config.model_type != "clip":
-        raise ValueError(f"it is a {config.model_type}, no whole CLIP")
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     model, info = CLIPModel.from_pretrained(
         name, dtype=tower.dtype, local_files_only=local_files_only, output_loading_info=True
