@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ocvtp.choices import SavingRows
-from ocvtp.evaluation.conditions import Budget, Place, pruner_conditions
+from ocvtp.evaluation.conditions import Budget, Place, lacks_network, pruner_conditions
 from ocvtp.evaluation.labels import UNPRUNED
 from ocvtp.evaluation.runner import Subject
 from ocvtp.flops import count
@@ -18,8 +18,8 @@ from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Savings
 from ocvtp.hosts.prompt.read_call import look
 from ocvtp.hosts.registry import find_host
-from ocvtp.pruners import Compose, Pruner, pruner_class, trainable
-from ocvtp.pruners.specs import build_spec, parse_spec, runs_once
+from ocvtp.pruners import Compose, Pruner, trainable
+from ocvtp.pruners.specs import build_spec, runs_once
 from ocvtp.structures import Needs
 
 
@@ -132,7 +132,7 @@ def lacking_network(specs: Sequence[str], checkpoint: str | None) -> set[str]:
     """Names of the pruners that take a trained network and get none."""
     if checkpoint is not None:
         return set()
-    return {spec.partition(":")[0] for spec in specs if _lacks_network(spec)}
+    return {spec.partition(":")[0] for spec in specs if lacks_network(spec)}
 
 
 @torch.no_grad()
@@ -165,7 +165,7 @@ def _pruners(
     checkpoint: str | None,
     network: Any,
 ) -> Iterator[tuple[Budget | None, Pruner | Compose, bool]]:
-    if checkpoint is None and _lacks_network(spec):
+    if checkpoint is None and lacks_network(spec):
         if isinstance(network, Mapping):
             network = network[spec.partition(":")[0]]
         for budget in [None] if runs_once(spec, bool(budgets)) else budgets:
@@ -175,12 +175,6 @@ def _pruners(
     checkpoints = [] if checkpoint is None else [checkpoint]
     for condition in pruner_conditions(spec, budgets, [0], checkpoints, num_tokens):
         yield condition.budget, condition.make(Place(0, list)), False
-
-
-def _lacks_network(spec: str) -> bool:
-    name, own = parse_spec(spec)
-    takes = issubclass(pruner_class(name), trainable.TrainablePruner)
-    return takes and not {"network", "checkpoint"} & set(own)
 
 
 def _savings(rows: SavingRows) -> dict[str, Savings]:

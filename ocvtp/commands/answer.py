@@ -10,7 +10,7 @@ from typing import Any
 from ocvtp.commands import options, output
 from ocvtp.hosts.attach import attached
 from ocvtp.hosts.base import Tiling
-from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.loading import check_model, load_model, open_image
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all, refuse_beyond_context
 from ocvtp.hosts.prompt.shorten import Prompt
@@ -102,6 +102,7 @@ def answer(
     Raises:
         ValueError: if something cannot be read, or the pruner does not fit the model.
     """
+    check_model(model, dtype, device, [pruner], text_tower)
     pictures = [open_image(path) for path in images]
     vlm, processor = load_model(model, dtype, device)
     host = find_host(vlm)

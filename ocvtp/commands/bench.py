@@ -14,9 +14,10 @@ from ocvtp.bench.run import CELLS, Plan, bench
 from ocvtp.bench.workload import grid
 from ocvtp.commands import output
 from ocvtp.commands.flags import bench as add_arguments
+from ocvtp.evaluation.conditions import check_specs
 from ocvtp.evaluation.runner import Subject
-from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import known_settings, refuse_without_amount
+from ocvtp.hosts.loading import check_model, empty_model, load_model
+from ocvtp.pruners.budgets import budgets_of
 from ocvtp.reporting.folder_lock import claimed
 from ocvtp.reporting.results_files import read_values
 
@@ -38,35 +39,38 @@ def run(arguments: argparse.Namespace) -> int:
         checkpoint=arguments.checkpoint,
         skip_unfit=arguments.skip_unfit,
     )
-    for spec in arguments.pruners:
-        known_settings(spec)  # refuses what is unknown before anything is loaded
-    if not arguments.num_keep:
-        refuse_without_amount(arguments.pruners)
+    checkpoints = [] if plan.checkpoint is None else [plan.checkpoint]
+    pruners = check_specs(plan.pruners, budgets_of(plan.num_keep), checkpoints, untrained=True)
+    name = arguments.model or f"random:{arguments.random_weights}"
+    place, text_tower = (name, arguments.dtype, arguments.device), arguments.text_tower
+    check_model(*place, () if plan.skip_unfit else pruners, text_tower)
+    if arguments.attention is not None:  # refused before the weights are loaded
+        _set_attention(empty_model(name), arguments.attention)
     accuracy = None if arguments.accuracy is None else _accuracy(arguments.accuracy, plan, folder)
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads {arguments.threads}; pass at least 1.")
         torch.set_num_threads(arguments.threads)
     with claimed(folder, "ocvtp bench"):
-        found = bench(_subject(arguments), plan, folder, output.command(arguments))
+        model, processor = load_model(*place)
+        _set_attention(model, arguments.attention)
+        subject = Subject(model, processor, name, text_tower)
+        found = bench(subject, plan, folder, output.command(arguments))
         paths = report.write(found, folder, accuracy)
     wrote = ", ".join(str(path) for path in paths)
     output.emit(found, f"{report.short(found)}\nwrote {wrote}", arguments.json)
     return 0
 
 
-def _subject(arguments: argparse.Namespace) -> Subject:
-    name = arguments.model or f"random:{arguments.random_weights}"
-    model, processor = load_model(name, arguments.dtype, arguments.device)
-    if arguments.attention is not None:
-        try:
-            model.set_attn_implementation(arguments.attention)
-        except (ImportError, ValueError) as error:
-            raise ValueError(
-                f"--attention {arguments.attention} cannot be had ({error}); pass sdpa or eager, or"
-                " leave it out."
-            ) from error
-    return Subject(model, processor, name, arguments.text_tower)
+def _set_attention(model: Any, name: str | None) -> None:
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"--attention {name} cannot be had ({error}); pass sdpa or eager, or leave it out."
+        ) from error
 
 
 def _accuracy(path: str, plan: Plan, folder: Path) -> dict[str, Any]:

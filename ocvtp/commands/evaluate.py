@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
-from ocvtp.evaluation.conditions import Budget
+from ocvtp.evaluation.conditions import check_specs
 from ocvtp.evaluation.judged import Judged
 from ocvtp.evaluation.labels import CONTROLS
 from ocvtp.evaluation.report import results, short_table, write
@@ -18,8 +18,8 @@ from ocvtp.evaluation.scores import SCORES
 from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.evaluation.tasks.registry import task_class
 from ocvtp.evaluation.towers import TowerSubject, refuse_questions
-from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import known_settings, refuse_without_amount
+from ocvtp.hosts.loading import check_model, load_model, load_processor
+from ocvtp.pruners.budgets import budgets_of
 from ocvtp.reporting.folder_lock import claimed
 
 
@@ -33,23 +33,25 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, folder: Path) -> int:
     if arguments.seeds < 1 or arguments.batch_size < 1:
         raise ValueError("--seeds and --batch-size count something; pass at least 1.")
-    for spec in arguments.pruners:
-        known_settings(spec)  # refuses what is unknown before anything is loaded
-    if not arguments.num_keep and not arguments.keep_ratio:
-        refuse_without_amount(arguments.pruners)
+    budgets = budgets_of(arguments.num_keep, arguments.keep_ratio)
+    controls = () if arguments.no_controls else CONTROLS
+    pruners = check_specs(arguments.pruners, budgets, arguments.checkpoint, controls=bool(controls))
     options.check_tower(arguments)
     settings = task_settings(arguments)
-    loaded = cache(partial(load_model, arguments.model, arguments.dtype, arguments.device))
     subject: Judged
     if arguments.tower is not None:
         refuse_questions(task_class(arguments.task))
         task = make_task(Supplied(arguments.task, folder, None), settings)
         subject = TowerSubject(**options.tower_settings(arguments))
     else:
-        task = make_task(Supplied(arguments.task, folder, lambda: loaded()[1]), settings)
-        subject = Subject(*loaded(), arguments.model, arguments.text_tower)
-    budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
-    budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
+        place, text_tower = (
+            (arguments.model, arguments.dtype, arguments.device),
+            arguments.text_tower,
+        )
+        check_model(*place, () if arguments.skip_unfit else pruners, text_tower)
+        supplied = Supplied(arguments.task, folder, partial(load_processor, arguments.model))
+        task = make_task(supplied, settings)
+        subject = Subject(*load_model(*place), arguments.model, text_tower)
     report, records = evaluate(
         subject,
         task,
@@ -59,7 +61,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         checkpoints=arguments.checkpoint,
         seeds=range(arguments.seeds),
         batch_size=arguments.batch_size,
-        controls=() if arguments.no_controls else CONTROLS,
+        controls=controls,
         skip_unfit=arguments.skip_unfit,
         positions=arguments.positions or (),
         command=output.command(arguments),

@@ -9,17 +9,18 @@ from typing import Any
 
 from ocvtp.commands import options, output
 from ocvtp.commands.image_files import image_files
-from ocvtp.evaluation.conditions import Budget
+from ocvtp.evaluation.conditions import check_specs
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.towers import TowerSubject
+from ocvtp.explore.kept import check_prompt
 from ocvtp.explore.page import policy, to_html
 from ocvtp.explore.run import Wanted, explore
 from ocvtp.explore.server import PageServer
 from ocvtp.explore.views import ModelView, TowerView, View
 from ocvtp.hosts.base import Tiling
-from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.loading import check_model, load_model
 from ocvtp.images import open_image
-from ocvtp.pruners.specs import known_settings
+from ocvtp.pruners.budgets import budgets_of
 from ocvtp.reporting.files import write_whole
 
 
@@ -28,8 +29,13 @@ def run(arguments: argparse.Namespace) -> int:
     path = output.file(arguments.output)
     options.check_tower(arguments)
     options.check_counts(arguments, "num_keep", "max_images", "max_new_tokens")
-    for spec in arguments.pruners:
-        known_settings(spec)  # refuses what is unknown before anything is loaded
+    budgets = budgets_of(arguments.num_keep, arguments.keep_ratio)
+    pruners = check_specs(arguments.pruners, budgets, arguments.checkpoint)
+    if arguments.tower is None:
+        fit = [] if arguments.skip_unfit else pruners
+        check_prompt(fit, arguments.prompt)
+        place = (arguments.model, arguments.dtype, arguments.device)
+        check_model(*place, fit, arguments.text_tower)
     named = image_files(arguments.images)
     files = named[: arguments.max_images]
     sizes = [open_image(file).size for file in files]  # what is no image is told before all
@@ -37,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         server = None
         if arguments.serve is not None:  # a port that is taken is told before all the work
             server = stack.enter_context(PageServer(arguments.serve))
-        facts = explore(_view(arguments), _wanted(arguments), files, sizes)
+        wanted = Wanted(arguments.pruners, budgets, arguments.checkpoint, arguments.skip_unfit)
+        facts = explore(_view(arguments), wanted, files, sizes)
         page = to_html({**facts, "command": output.command(arguments)})
         write_whole(path, page.encode())
         _tell(arguments, facts, path, len(named), server)
@@ -57,12 +64,6 @@ def _view(arguments: argparse.Namespace) -> View:
         Tiling(arguments.budget),
         shares=arguments.no_times,
     )
-
-
-def _wanted(arguments: argparse.Namespace) -> Wanted:
-    budgets = [Budget(num_keep=count) for count in arguments.num_keep or ()]
-    budgets += [Budget(keep_ratio=share) for share in arguments.keep_ratio or ()]
-    return Wanted(arguments.pruners, budgets, arguments.checkpoint, arguments.skip_unfit)
 
 
 def _tell(

@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ocvtp.commands import output
+from ocvtp.evaluation.conditions import check_asked
 from ocvtp.flops import Count, count
 from ocvtp.flops.count import NOTHING_SAVED
 from ocvtp.flops.report import ANY, KIND, UNPRUNED, Key, bars, results, to_markdown
 from ocvtp.flops.sizes import Sizes, sizes_of
 from ocvtp.hosts.loading import load_config
-from ocvtp.pruners.specs import (
-    build_spec,
-    known_settings,
-    refuse_without_amount,
-    runs_once,
-)
+from ocvtp.pruners.budgets import budgets_of
+from ocvtp.pruners.specs import build_spec, runs_once
 from ocvtp.reporting.command_line import as_typed
 from ocvtp.reporting.figure_files import save_figure
 from ocvtp.reporting.files import replacing
@@ -28,10 +25,8 @@ from ocvtp.reporting.results_files import RESULTS, refuse_another
 
 def run(arguments: argparse.Namespace) -> int:
     """Count, write and print."""
-    for spec in arguments.pruners:
-        known_settings(spec)  # refuses what is unknown before anything is counted
-    if not arguments.num_keep:
-        refuse_without_amount(arguments.pruners)
+    checkpoints = [] if arguments.checkpoint is None else [arguments.checkpoint]
+    check_asked(arguments.pruners, budgets_of(arguments.num_keep), checkpoints)
     folder = None if arguments.output is None else output.folder(arguments.output)
     if folder is not None:
         refuse_another(folder, KIND)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from ocvtp.commands import options, output
 from ocvtp.commands.tasks import make_task, task_settings
+from ocvtp.evaluation.conditions import check_specs
 from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.agreement import AGREEMENT, Agreement
 from ocvtp.evaluation.tasks.base import Supplied
-from ocvtp.hosts.loading import load_model
-from ocvtp.pruners.specs import known_settings
+from ocvtp.hosts.loading import check_model, load_model, load_processor
+from ocvtp.pruners.budgets import budgets_of
 from ocvtp.recommend.choice import refuse_unknown
 from ocvtp.recommend.report import short, write
-from ocvtp.recommend.run import ACCURACY, SPEED, Wanted, recommend
+from ocvtp.recommend.run import ACCURACY, SHARES, SPEED, Wanted, recommend
 from ocvtp.reporting.folder_lock import claimed
 
 
@@ -46,16 +47,21 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         repetitions=arguments.repetitions,
         skip_unfit=arguments.skip_unfit,
     )
-    for spec in wanted.specs:
-        known_settings(spec)  # refuses what is unknown before anything is loaded
-    settings = task_settings(arguments)
-    loaded = cache(partial(load_model, arguments.model, arguments.dtype, arguments.device))
-    task = make_task(Supplied(arguments.task, folder, lambda: loaded()[1]), settings)
+    named = budgets_of(wanted.num_keep, wanted.shares)
+    checkpoints = [] if wanted.checkpoint is None else [wanted.checkpoint]
+    pruners = check_specs(
+        wanted.specs, named or budgets_of((), SHARES), checkpoints, controls=not named
+    )
+    place, text_tower = (arguments.model, arguments.dtype, arguments.device), arguments.text_tower
+    leaves_out = wanted.skip_unfit or not wanted.pruners
+    check_model(*place, () if leaves_out else pruners, text_tower)
+    supplied = Supplied(arguments.task, folder, partial(load_processor, arguments.model))
+    task = make_task(supplied, task_settings(arguments))
     if by_agreement:
         task = Agreement(task)
     elif wanted.metric is not None:
         refuse_unknown(wanted.metric, task)
-    subject = Subject(*loaded(), arguments.model, arguments.text_tower)
+    subject = Subject(*load_model(*place), arguments.model, text_tower)
     found = recommend(subject, task, wanted, folder, output.command(arguments))
     wrote = ", ".join(str(path) for path in write(found, folder))
     remarks = "".join(f"{text}\n" for text in found["remarks"])

@@ -13,7 +13,7 @@ from ocvtp.commands import output as printing
 from ocvtp.evaluation.towers import TowerSubject
 from ocvtp.explore.kept import Looked, Stage, check_prompt, in_model, on_tower
 from ocvtp.hosts.base import Tiling
-from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.loading import check_model, load_model, open_image
 from ocvtp.hosts.prompt.chat_template import with_template
 from ocvtp.hosts.prompt.checks import refuse_beyond_all
 from ocvtp.hosts.registry import find_host
@@ -86,10 +86,11 @@ def show(
         ValueError: if something cannot be read, or a pruner does not fit the model.
     """
     files = [image] if isinstance(image, str) else list(image)
+    check_prompt(pruners, prompt)
+    check_model(model, dtype, device, pruners, text_tower)
     pictures = list(map(open_image, files))
     vlm, processor = load_model(model, dtype, device)
     host = find_host(vlm, tiling)
-    check_prompt(pruners, prompt)
     for pruner in pruners:
         refuse_beyond_all(host, pruner)
     text = with_template(processor, prompt or "", 1)

@@ -24,12 +24,16 @@ from ocvtp.evaluation.labels import (
 from ocvtp.evaluation.oracle import Oracle
 from ocvtp.learning.artifact import CONFIG_NAME, WEIGHTS_NAME
 from ocvtp.pruners import Pruner, build_pruner, pruner_class, trainable
+from ocvtp.pruners.budgets import BUDGETS
 from ocvtp.pruners.budgets import Budget as Budget
+from ocvtp.pruners.registry import checked_settings
 from ocvtp.pruners.specs import (
     build_spec,
     known_settings,
     names_budget,
     parse_spec,
+    refuse_unread,
+    refuse_without_amount,
     runs_once,
     with_budget,
 )
@@ -191,6 +195,89 @@ def pruner_conditions(
                 )
             )
     return made
+
+
+def check_specs(
+    specs: Sequence[str],
+    budgets: Sequence[Budget],
+    checkpoints: Sequence[str] = (),
+    *,
+    controls: bool = False,
+    untrained: bool = False,
+) -> list[Pruner]:
+    """Make pruners before a model is loaded, so that what is wrong with them is told at once.
+
+    Args:
+        specs: of them. budgets: see `check_asked`. checkpoints: see there. controls: see there.
+        untrained: whether those that lack a network are given one that fits the model.
+
+    Returns:
+        each pruner at each budget, as far as they can be made without a model: not those without a
+        network, and not where a K stands for a share.
+
+    Raises:
+        ValueError: for what `check_asked` and `build_spec` refuse.
+    """
+    check_asked(specs, budgets, checkpoints, controls=controls)
+    found = []
+    for spec in specs:
+        if untrained and not checkpoints and lacks_network(spec):
+            name, own = parse_spec(with_budget(spec, 1))
+            checked_settings(pruner_class(name), own)
+            continue
+        counts = [b for b in budgets if b.num_keep is not None or not names_budget(spec)]
+        made = pruner_conditions(spec, counts, [0], checkpoints, 0)
+        found += [condition.make(Place(0, list)) for condition in made]
+    return found
+
+
+def check_asked(
+    specs: Sequence[str],
+    budgets: Sequence[Budget],
+    checkpoints: Sequence[str] = (),
+    *,
+    controls: bool = False,
+) -> None:
+    """Refuse unknown pruners, and budgets and checkpoints that are wrong, missing or do not count.
+
+    Args:
+        specs: of the pruners. budgets: of those that say none; none where each says its own.
+        checkpoints: exported networks, for those that take one.
+        controls: whether what runs beside them reads the budgets, too.
+
+    Raises:
+        ValueError: for the first.
+    """
+    for spec in specs:
+        known_settings(spec)
+    for budget in budgets:
+        budget.checked("every pruner")
+    if not budgets:
+        refuse_without_amount(specs)
+    elif specs and not controls:
+        given = {n: [k for b in budgets if (k := getattr(b, n)) is not None] for n in BUDGETS}
+        refuse_unread(specs, **{name: values or None for name, values in given.items()})
+    refuse_unread(specs, checkpoint=list(checkpoints) or None)
+    _refuse_of_others(specs, checkpoints)
+
+
+def _refuse_of_others(specs: Sequence[str], checkpoints: Sequence[str]) -> None:
+    """Refuse a network that no pruner reads, where they read another one."""
+    takers = [spec for spec in specs if takes_checkpoints(spec)]
+    read = {path for spec in takers for path in readable(spec, checkpoints)}
+    if others := [path for path in checkpoints if path not in read]:
+        owners = " or ".join(trainable.readers(others[0]))
+        raise ValueError(
+            f"checkpoint={others[0]!r} would not count: it is a network of pruner {owners}, and"
+            f" {', '.join(specs)} is none; name that too, or leave it out."
+        )
+
+
+def lacks_network(spec: str) -> bool:
+    """Whether a pruner takes a trained network that its spec does not say."""
+    name, own = parse_spec(spec)
+    takes = issubclass(pruner_class(name), trainable.TrainablePruner)
+    return takes and not {"network", "checkpoint"} & set(own)
 
 
 def takes_checkpoints(spec: str) -> bool:

@@ -87,6 +87,17 @@ class Budget:
         )
 
 
+def budgets_of(counts: Sequence[int] | None, shares: Sequence[float] | None = None) -> list[Budget]:
+    """Budgets that differ, in the order in which they were named.
+
+    Args:
+        counts: of tokens kept of an image. shares: of its tokens.
+    """
+    found = [Budget(num_keep=count) for count in counts or ()]
+    found += [Budget(keep_ratio=share) for share in shares or ()]
+    return list(dict.fromkeys(found))
+
+
 def count_kept(
     num_tokens: int, num_keep: int | None, keep_ratio: float | None, max_keep: int | None
 ) -> int:

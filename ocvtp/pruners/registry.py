@@ -72,7 +72,16 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
         ValueError: for unknown names and settings.
     """
     cls = pruner_class(name)
-    known = [f.name for f in fields(cls) if f.init]
+    return cls(**checked_settings(cls, settings))
+
+
+def checked_settings(cls: type[Pruner], settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that settings of a pruner stand for, in plain numbers.
+
+    Raises:
+        ValueError: for names that it does not take, and for values of another kind.
+    """
+    name, known = cls.name, [f.name for f in fields(cls) if f.init]
     if takes_named_setting(cls):
         settings = _with_named(cls, **settings)
     for setting in settings:
@@ -83,7 +92,7 @@ def build_pruner(name: str, **settings: Any) -> Pruner:
             )
     settings = {name: plain(value) for name, value in settings.items()}
     _check_kinds(cls, settings)
-    return cls(**settings)
+    return settings
 
 
 def _check_kinds(cls: type[Pruner], settings: dict[str, Any]) -> None:

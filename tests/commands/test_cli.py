@@ -68,7 +68,7 @@ def test_answer_counts_tokens_before_and_after(capsys, photo):
     assert main(words) == 0
     text = capsys.readouterr().out
     assert "fastervlm: 7 of 144 visual tokens" in text
-    assert main([*words[:4], "none", *words[5:], "--json"]) == 0
+    assert main([*words[:4], "none", *words[7:], "--json"]) == 0
     unpruned = json.loads(capsys.readouterr().out)
     assert unpruned["prompt_tokens"] == unpruned["prompt_tokens_kept"]
 

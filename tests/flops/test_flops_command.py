@@ -81,9 +81,13 @@ def test_a_spec_that_has_a_budget_needs_no_other(capsys):
         ("unpruned", "576", "576"), (specs[0], "own", "64"), (specs[1], "own", "82.25"),
         (specs[2], "own", "288"),
     ]  # fmt: skip
-    assert main([*words, "fopru:max_keep=64", "--num-keep", "192", "64", "--json"]) == 0
+    other = ["fopru:max_keep=64", "fopru", "--num-keep", "192", "64"]
+    assert main([*words, *other, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]  # once, whatever others are told
-    assert [row["num_keep"] for row in rows] == [576, None]
+    assert [row["num_keep"] for row in rows] == [576, 192, 64, None]
+    assert main([*words, "fopru:max_keep=64", "none", "--num-keep", "192", "64"]) == 2
+    told = "--num-keep 192 64 would not count: fopru:max_keep=64 says how many tokens stay and none"
+    assert told in capsys.readouterr().err
     assert main([*words, "fastervlm:quality=0.8", "fopru:max_keep=64"]) == 0
     told = "`fastervlm:quality=0.8`: how many tokens 'fastervlm' keeps hangs on"
     assert told in capsys.readouterr().out
