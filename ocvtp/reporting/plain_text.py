@@ -62,6 +62,16 @@ def on_images(number: int) -> str:
     return f"on {number} image{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """A time as people say it: `0.4 s`, `34 s`, `5 min 36 s`, `3 h 41 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds) if seconds < 3600 else 60 * round(seconds / 60)
+    (hours, rest), units = divmod(whole, 3600), ("h", "min", "s")
+    numbers = zip((hours, *divmod(rest, 60)), units, strict=True)
+    return " ".join(f"{number} {unit}" for number, unit in numbers if number)
+
+
 def _controls(character: str) -> bool:
     """Whether it commands a terminal, ends a line, or turns the direction of what follows."""
     kind = unicodedata.category(character)

@@ -18,6 +18,8 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from ocvtp.reporting.plain_text import duration
+
 _SECONDS = 30.0
 """Between two lines in a file."""
 _WINDOW = 600.0
@@ -119,14 +121,8 @@ def _texts(formats: tuple[str, ...], task: Task) -> Iterator[str]:
 
 
 def _done(task: Task) -> str:
-    """`120/400, 0:02:10 left`."""
+    """`120/400, 2 min 10 s left`."""
     if task.total is None:
         return f"{task.completed:.0f}"
-    left = f", {_clock(task.time_remaining)} left" if task.time_remaining else ""
+    left = f", {duration(task.time_remaining)} left" if task.time_remaining else ""
     return f"{task.completed:.0f}/{task.total:.0f}{left}"
-
-
-def _clock(seconds: float) -> str:
-    """`0:02:10`."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"

@@ -16,6 +16,7 @@ from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.callbacks import ModelSummary, ProgressBar
 from pytorch_lightning.utilities import CombinedLoader
 
+from ocvtp.reporting.plain_text import duration
 from ocvtp.training.averaging import NetworkAverage
 from ocvtp.training.base import NetworkModule
 from ocvtp.training.errors import restoring
@@ -73,8 +74,8 @@ class Check:
             " validation images",
             f"{self.images_per_s:.1f} images/s, {self.data_wait:.0%} of the time waiting for data;"
             f" {self.memory_gb:.1f}{room} GB of memory; loss {self.loss:.4g}",
-            f"{self.steps} steps take about {self.hours:.2g} hours, after {self.start_s:.0f} s of"
-            " start",
+            f"{self.steps} steps take about {duration(3600 * self.hours)}, after"
+            f" {duration(self.start_s)} of start",
             f"checkpoints take {self.disk_gb:.2g} GB of {self.free_gb:.0f} GB free",
         ]
         if self.data_wait > 0.3:

@@ -13,7 +13,7 @@ from ocvtp.cli import main
 from ocvtp.evaluation import tables
 from ocvtp.evaluation.report import Report, Row, results
 from ocvtp.evaluation.tasks.base import Ratio
-from ocvtp.reporting.plain_text import cell, code, markdown, one_line, terminal
+from ocvtp.reporting.plain_text import cell, code, duration, markdown, one_line, terminal
 
 
 @pytest.mark.parametrize(
@@ -102,3 +102,9 @@ def test_errors_and_warnings_are_plain(tmp_path, capsys, monkeypatch):
 def test_a_word_of_thousands_of_letters_is_shortened(tmp_path, capsys):
     assert main(["resize", "x" * 3000, str(tmp_path), "--size", "8"]) == 2
     assert len(capsys.readouterr().err) < 400
+
+
+def test_a_time_as_people_say_it():
+    seconds = [0.04, 9.94, 9.96, 34, 59.6, 336, 3599.6, 3629, 13260, 360000]
+    told = ["0.0 s", "9.9 s", "10 s", "34 s", "1 min", "5 min 36 s", "1 h", "1 h", "3 h 41 min"]
+    assert list(map(duration, seconds)) == [*told, "100 h"]

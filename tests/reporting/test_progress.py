@@ -46,7 +46,7 @@ def test_the_time_left_of_steps_of_minutes(capsys, monkeypatch):
         task = bar.add_task("", total=10)
         for _ in range(5):
             bar.advance(task)
-    assert "5/10, 0:10:00 left" in capsys.readouterr().err
+    assert "5/10, 10 min left" in capsys.readouterr().err
 
 
 def test_many_items_are_told_of_and_few_are_not(capsys):
