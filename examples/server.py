@@ -4,9 +4,9 @@
     python examples/server.py --model llava-hf/llava-1.5-7b-hf --device cuda --pruner divprune \
         --num-keep 64 --port 8000
 
-Needs `pip install '.[serve]'` in a clone. `POST /v1/chat/completions` takes what OpenAI's clients
-send: text, images as data URLs, `stream`, `max_tokens`; and `num_keep`, the visual tokens of each
-image of this request. Answers are greedy. `GET /health` says what is served.
+Needs `pip install -e '.[serve]'` in a clone. `POST /v1/chat/completions` takes what OpenAI's
+clients send: text, images as data URLs, `stream`, `max_tokens`; and `num_keep`, the visual tokens
+of each image of this request. Answers are greedy. `GET /health` says what is served.
 A client: docs/serving.md.
 """
 
@@ -18,6 +18,7 @@ import base64
 import binascii
 import json
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -32,11 +33,14 @@ from PIL.Image import Image
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import ocvtp
-from ocvtp.hosts.loading import load_model
+from ocvtp.hosts.loading import check_model, load_model
 from ocvtp.images import IMAGE_ERRORS, decode_image, limit_pixels
 from ocvtp.pruners.specs import build_specs, has_own_budget
+from ocvtp.reporting.command_line import in_flags
 
-NEEDS = "examples/server.py: error: needs {}, which is missing; in a clone, pip install '.[serve]'."
+NEEDS = (
+    "examples/server.py: error: needs {}, which is missing; in a clone, pip install -e '.[serve]'."
+)
 try:
     from fastapi import FastAPI, Request
     from fastapi.responses import JSONResponse, StreamingResponse
@@ -189,10 +193,17 @@ class Worker:
         model, processor: see `ocvtp.hosts.loading.load_model`.
         pruner: of all requests; its `num_keep` is that of requests that name none.
         max_batch: questions at a time. max_waiting: more are refused.
+        text_tower: see `ocvtp.attach`.
     """
 
     def __init__(
-        self, model: Any, processor: Any, pruner: Any, max_batch: int, max_waiting: int
+        self,
+        model: Any,
+        processor: Any,
+        pruner: Any,
+        max_batch: int,
+        max_waiting: int,
+        text_tower: str | None = None,
     ) -> None:
         self.model, self.processor, self.pruner = model, processor, pruner
         processor.tokenizer.padding_side = "left"  # answers follow their prompts, in batches too
@@ -209,7 +220,9 @@ class Worker:
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.answered = self.batches = 0
         self._asked: list[Question] = []
-        self._handle = ocvtp.attach(model, pruner, processor=processor, on_prune=self._note)
+        self._handle = ocvtp.attach(
+            model, pruner, processor=processor, text_tower=text_tower, on_prune=self._note
+        )
 
     def stop(self) -> None:
         """Finish what waits, and leave the model as it was."""
@@ -658,6 +671,7 @@ def as_image(url: str, number: int) -> Image:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Load the model, and serve it."""
+    words = sys.argv[1:] if words is None else words
     arguments = parse(words)
     try:
         import uvicorn
@@ -666,19 +680,31 @@ def main(words: Sequence[str] | None = None) -> None:
 
     limit_pixels(arguments.max_pixels)
     try:
-        spec, num_keep = arguments.pruner, arguments.num_keep
-        if num_keep is None and not has_own_budget(spec):
-            num_keep = USUAL
-        (pruner,) = build_specs([spec], num_keep=num_keep, checkpoint=arguments.checkpoint)
-        model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
-        worker = Worker(model, processor, pruner, arguments.max_batch, arguments.max_waiting)
+        with in_flags(vars(arguments), words):
+            worker = build_worker(arguments)
     except ValueError as error:
         raise SystemExit(f"examples/server.py: error: {error}") from None
     app = build_app(worker, arguments)
     uvicorn.run(app, host=arguments.host, port=arguments.port, access_log=False)
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def build_worker(arguments: argparse.Namespace) -> Worker:
+    """The model under its pruner.
+
+    Raises:
+        ValueError: for flags that make no sense; before the model is loaded, where that is known.
+    """
+    spec, num_keep, text_tower = arguments.pruner, arguments.num_keep, arguments.text_tower
+    if num_keep is None and not has_own_budget(spec):
+        num_keep = USUAL
+    (pruner,) = build_specs([spec], num_keep=num_keep, checkpoint=arguments.checkpoint)
+    place = (arguments.model, arguments.dtype, arguments.device)
+    check_model(*place, [pruner], text_tower)
+    sizes = (arguments.max_batch, arguments.max_waiting)
+    return Worker(*load_model(*place), pruner, *sizes, text_tower)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description="serve a pruned model")
     parser.add_argument("--model", default="checkpoints/demo-vlm", help="folder or hub id")
@@ -689,6 +715,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--num-keep", type=int, help=f"of requests that name none (default: {USUAL})"
     )
     parser.add_argument("--checkpoint", help="exported network, for pruners that take one")
+    parser.add_argument(
+        "--text-tower", help="folder or hub id of a CLIP, for pruners that compare images with it"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="who may ask (default: this machine)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-batch", type=int, default=32, help="requests at a time")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 from ocvtp import build_pruner
 from ocvtp.data.questions import ask
@@ -471,7 +472,9 @@ def test_a_long_prompt_is_refused_before_it_waits(served, server):
 def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
     for name in ("uvicorn", "fastapi"):
         monkeypatch.setitem(sys.modules, name, None)
-    message = r"^examples/server.py: error: needs {}, which is missing; in a clone, pip install '."
+    message = (
+        r"^examples/server.py: error: needs {}, which is missing; in a clone, pip install -e '."
+    )
     with pytest.raises(SystemExit, match=message.format("uvicorn")):
         server.main([])
     with pytest.raises(SystemExit, match=message.format("fastapi")):
@@ -481,13 +484,29 @@ def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-keep", "0"], "num_keep=0; pass at least 1"),
-        (["--pruner", "fps:num_keep=9", "--num-keep", "4"], "says how many .* num_keep=4 says it"),
+        (["--num-keep", "0"], "--num-keep 0; pass at least 1"),
+        (["--pruner", "fps:num_keep=9", "--num-keep", "4"], "--num-keep 4 would not count: fps"),
+        (["--pruner", "none", "--num-keep", "4"], "--num-keep 4 would not count: none keeps all"),
+        (["--pruner", "trim"], "pass --text-tower .*demo-vlm/clip, which lies in the model's"),
+        (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--pruner", "fps:num_keep=9", "--model", "random:x"], "is unknown"),
         (["--model", "random:x"], "is unknown"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_line(server, monkeypatch, words, message):
+    """In flags, and before the model is loaded."""
+
+    def load(*_, **__):
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load)
     monkeypatch.setitem(sys.modules, "uvicorn", SimpleNamespace())
     with pytest.raises(SystemExit, match=f"^examples/server.py: error: .*{message}"):
         server.main(words)
+
+
+def test_a_pruner_that_reads_the_prompt_by_clip_is_served_with_it(server):
+    words = ["--pruner", "trim", "--text-tower", "checkpoints/demo-vlm/clip"]
+    worker = server.build_worker(server.parse(words))
+    assert worker.pruner.name == "trim"
+    worker._handle.remove()
