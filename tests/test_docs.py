@@ -87,6 +87,13 @@ def test_the_readme_is_short():
     assert [line for line in lines if len(line) > 130] == []
 
 
+def test_a_clone_stays_editable_whatever_is_installed_of_it():
+    """Without `-e`, an extra would put a copy in place of what `make install` has made."""
+    code = [path for folder in ("ocvtp", "examples") for path in Path(folder).rglob("*.py")]
+    for path in [*READ, *code]:
+        assert not re.search(r"pip install (['\"]?\.(\[|\s|$))", path.read_text(), re.M), path
+
+
 def test_the_readme_has_what_a_new_user_looks_for():
     text = README.read_text()
     for what in ("make demo", "make test", "pip install", "](docs/images/kept.png)"):

@@ -83,8 +83,8 @@ def check_vllm() -> None:
     """
     if find_spec("vllm") is None:
         raise ValueError(
-            "vLLM is not installed here; in a clone, pip install '.[vllm]' into an environment of"
-            " its own, or serve without it (see the documentation, Serve)."
+            "vLLM is not installed here; in a clone, pip install -e '.[vllm]' into an environment"
+            " of its own, or serve without it (see the documentation, Serve)."
         )
     check_version()
     if not entry_points(group="vllm.general_plugins", name="ocvtp"):

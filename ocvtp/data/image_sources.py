@@ -24,7 +24,7 @@ from ocvtp.data.mapped_arrays import MappedArrays, TextArray, kept_arrays
 from ocvtp.field_types import shown
 from ocvtp.images import IMAGE_ERRORS, decode_image
 
-_EXTRA = "pip install '.[datasets]' in a clone"
+_EXTRA = "pip install -e '.[datasets]' in a clone"
 _SPLIT = "train"
 """Which stands for all files, where no name begins so."""
 

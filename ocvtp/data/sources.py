@@ -155,7 +155,7 @@ class TarDataModule(SourceDataModule):
 class TableDataModule(SourceDataModule):
     """Images in a table of Hugging Face's `datasets`: parquet files, or what `save_to_disk` wrote.
 
-    Needs the library (`pip install '.[datasets]'` in a clone); nothing is downloaded.
+    Needs the library (`pip install -e '.[datasets]'` in a clone); nothing is downloaded.
 
     Args:
         root: folder or .parquet file, see `ocvtp.data.image_sources.TableImages`.

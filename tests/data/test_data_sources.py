@@ -377,5 +377,5 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path, datasets):
 
 def test_the_library_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"datasets, which is not here .*pip install '.\[dat"):
+    with pytest.raises(ValueError, match=r"datasets, which is not here .*pip install -e '.\[dat"):
         opened(TableDataModule, tmp_path)
