@@ -11,6 +11,7 @@ its error, and the others go on. report.md and plots are made of whatever is the
 
 Cells run in a process of their own, `benchmarks.gpu_run`, which this one watches: where it hangs,
 is killed or breaks its device, the cell is written as failed, and a new process does the next.
+Where this one is killed, the other ends itself.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -48,6 +50,21 @@ def write_cell(folder: Path, cell: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(cell, indent=1) + "\n")
 
 
+def end_with(watcher: int) -> None:
+    """End this process, with all of its group, when the one that started it is gone, even killed.
+
+    Args:
+        watcher: its process id.
+    """
+
+    def look() -> None:
+        while os.getppid() == watcher:
+            time.sleep(_LOOK_SECONDS)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
 def _failed_since(folder: Path, when: float) -> list[str]:
     """Names of the cells that failed in this run; older ones are tried again."""
     files = [path for path in (folder / "cells").glob("*.json") if path.stat().st_mtime >= when]
@@ -59,7 +76,7 @@ def watch(words: Sequence[str], folder: Path, seconds: float) -> int:
     """Run cells in one process after the other, until none is left that was not tried.
 
     Args:
-        words: what starts a process; `--seconds` and `--skip` are added.
+        words: what starts a process; `--seconds`, `--watcher` and `--skip` are added.
         folder: of the results.
         seconds: for all.
 
@@ -72,7 +89,8 @@ def watch(words: Sequence[str], folder: Path, seconds: float) -> int:
     when = time.time()
     while True:
         left = deadline - time.monotonic()
-        more = ["--seconds", f"{left:.1f}", *(["--skip", *lost] if lost else [])]
+        more = ["--seconds", f"{left:.1f}", "--watcher", str(os.getpid())]
+        more += ["--skip", *lost] if lost else []
         code, cell, why = _until_it_ends([*words, *more], folder, deadline)
         if cell is None and code != BROKEN:
             return code

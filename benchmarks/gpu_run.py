@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu import BROKEN, START_SECONDS, read_cells, write_cell
+from benchmarks.gpu import BROKEN, START_SECONDS, end_with, read_cells, write_cell
 from benchmarks.gpu_cells import BUILD, CELLS, FULL, SMOKE, BrokenDevice, Job, Place, Setting
 from benchmarks.gpu_report import write_report
 from benchmarks.timing import environment
@@ -125,11 +125,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=0.0, help="for all, the start included")
     parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--watcher", type=int, help="the process that it ends with")
     parser.add_argument("--skip", nargs="*", default=[], help="cells that are not tried")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args(words)
+    if arguments.watcher is not None:
+        end_with(arguments.watcher)
     setting: Setting = SMOKE if arguments.smoke else FULL
     jobs = [make(setting) for make in CELLS]
     if arguments.plan:

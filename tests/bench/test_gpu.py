@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,52 @@ def test_cells_end_with_who_watches_them(tmp_path, number):
         assert process.stdout.readline() == "begun\n"
         process.send_signal(number)
         assert process.wait(30) == 128 + number  # not -number: it had the time to end them
+
+
+@pytest.mark.slow
+def test_cells_end_where_who_watches_them_is_killed(tmp_path):
+    """The real process of a smoke run, and what a cell of it has started."""
+    words = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--output", str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        until(lambda: "begun" in states(tmp_path).values())
+        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    until(lambda: not is_running(int(child)), seconds=5)
+
+
+def test_what_a_process_started_ends_with_its_watcher_too(tmp_path):
+    cells = (
+        "import os, subprocess, sys; from benchmarks.gpu import end_with\n"
+        "started = subprocess.Popen(['sleep', '60'])\n"
+        "print(os.getpid(), started.pid, flush=True)\n"
+        "end_with(int(sys.argv[sys.argv.index('--watcher') + 1]))\n"
+        "started.wait()"
+    )
+    script = (
+        "import sys; from pathlib import Path; from benchmarks import gpu\n"
+        f"gpu.watch([sys.executable, '-c', {cells!r}], Path(sys.argv[1]), 60)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        pids = list(map(int, process.stdout.readline().split()))
+        assert all(map(is_running, pids))
+        process.kill()
+    until(lambda: not any(map(is_running, pids)))
+
+
+def is_running(pid):
+    """Whether there is such a process, and it is none that ended and that nobody asked about."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def until(holds, seconds=60):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_model_that_must_be_built_takes_time(tmp_path):
