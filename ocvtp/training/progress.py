@@ -11,7 +11,7 @@ from rich.progress import Progress, TaskID
 from torch import nn
 
 from ocvtp.reporting.progress import progress_bar
-from ocvtp.training.schedule import epochs_done, planned_steps, steps_done
+from ocvtp.training.schedule import epochs_done, is_at_an_end, planned_steps, steps_done
 
 _SECONDS = 0.5
 """Between two looks at the figures, which wait for the device."""
@@ -36,8 +36,10 @@ class RunProgress(ProgressBar):
         self._is_on = True
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The next epoch is that of the first step, where a checkpoint ended one."""
         self._begin()
-        self._show(trainer, total=planned_steps(trainer))
+        next_epoch = epochs_done(trainer)[0] + is_at_an_end(trainer)
+        self._show(trainer, total=planned_steps(trainer), epoch=next_epoch)
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if self._is_due():
@@ -78,16 +80,20 @@ class RunProgress(ProgressBar):
     def _is_due(self) -> bool:
         return time.monotonic() - self._looked >= _SECONDS
 
-    def _show(self, trainer: Any, doing: str = "", total: int | None = None) -> None:
+    def _show(
+        self, trainer: Any, doing: str = "", total: int | None = None, epoch: int | None = None
+    ) -> None:
         if self._progress is None:
             return
+        if epoch is None:
+            epoch = epochs_done(trainer)[0]
         self._looked = time.monotonic()
         figures = trainer.progress_bar_metrics
         self._progress.update(
             self._bar,
             total=total,
             completed=steps_done(trainer),
-            description=f"epoch {epochs_done(trainer)[0] + 1}{doing}",
+            description=f"epoch {epoch + 1}{doing}",
             figures=", ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         )
 

@@ -335,6 +335,8 @@ def train(args: Sequence[str] | None = None) -> TrainingResult:
     callbacks.append(stop)
     write_whole_checkpoints(trainer)
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    # Of an epoch that ends before its validation; where none ran at all, `_result` says so.
+    warnings.filterwarnings("ignore", message=r"`ModelCheckpoint\(monitor=.* could not find the")
     try:
         with (
             _alone(trainer, cli.config.output),

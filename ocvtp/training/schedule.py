@@ -60,7 +60,7 @@ def count_whole_epoch(trainer: Any) -> None:
     Lightning counts its batches: of an epoch of 6, continued where it has 12, it would leave out
     the first 6 of the next. To be called when training starts.
     """
-    if _is_at_an_end(trainer):
+    if is_at_an_end(trainer):
         current = trainer.fit_loop.epoch_loop.batch_progress.current
         more = trainer.num_training_batches - current.ready
         for name in ("ready", "started", "processed", "completed"):
@@ -73,14 +73,14 @@ def begin_epoch(trainer: Any) -> None:
     Lightning does not. To be called when training starts, and what was done has been counted.
     """
     epochs = trainer.fit_loop.epoch_progress
-    if not _is_at_an_end(trainer):
+    if not is_at_an_end(trainer):
         return
     if trainer.fit_loop.restarted_mid_epoch and epochs.current.processed == epochs.current.started:
         epochs.increment_ready()
         epochs.increment_started()
 
 
-def _is_at_an_end(trainer: Any) -> bool:
+def is_at_an_end(trainer: Any) -> bool:
     """Whether the checkpoint that is continued was written after the last batch of an epoch."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     known = not math.isinf(trainer.num_training_batches)

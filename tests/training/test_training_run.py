@@ -15,6 +15,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from pytorch_lightning.callbacks.model_checkpoint import warning_cache
 from test_training import checkpoints, damaged, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
 
@@ -340,6 +341,16 @@ def test_a_run_that_is_never_validated_leaves_its_last_step(tmp_path, scenes, ca
     assert content(tmp_path / "checkpoints/last.ckpt")["global_step"] == 6
     none = train([*words, "--trainer.limit_val_batches", "0"])
     assert content(none.best)["global_step"] == 6
+
+
+def test_a_run_that_ends_before_its_validation_says_so_once(tmp_path, scenes, capsys, recwarn):
+    """In one line of ours; Lightning would warn of a figure that cannot be there yet."""
+    warning_cache.clear()
+    assert run_words([*quick(tmp_path, scenes), "--trainer.max_steps", "2"]) == 0
+    assert (
+        "no validation ran, so that no checkpoint is the best; this is" in capsys.readouterr().out
+    )
+    assert not [str(one.message) for one in recwarn if "monitored key" in str(one.message)]
 
 
 def test_no_step_at_all(tmp_path, scenes):
