@@ -44,14 +44,11 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
         task = make_task(Supplied(arguments.task, folder, None), settings)
         subject = TowerSubject(**options.tower_settings(arguments))
     else:
-        place, text_tower = (
-            (arguments.model, arguments.dtype, arguments.device),
-            arguments.text_tower,
-        )
-        check_model(*place, () if arguments.skip_unfit else pruners, text_tower)
+        place = (arguments.model, arguments.dtype, arguments.device)
+        check_model(*place, () if arguments.skip_unfit else pruners, arguments.text_tower)
         supplied = Supplied(arguments.task, folder, partial(load_processor, arguments.model))
         task = make_task(supplied, settings)
-        subject = Subject(*load_model(*place), arguments.model, text_tower)
+        subject = Subject(*load_model(*place), arguments.model, arguments.text_tower)
     report, records = evaluate(
         subject,
         task,

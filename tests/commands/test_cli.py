@@ -84,8 +84,8 @@ def test_photographs_are_seen_upright_and_deep_greys_scaled(capsys, tmp_path):
     Image.fromarray(np.rot90(levels)).save(tmp_path / "sideways.png")
     said, drawn = {}, {}
     for name in ("plain", "deep", "sideways"):
-        words = [*MODEL, "--num-keep", "140", "--image", str(tmp_path / f"{name}.png"), "--json"]
-        more = ["--prompt", "What?", "--max-new-tokens", "12"]
+        words = [*MODEL, "--image", str(tmp_path / f"{name}.png"), "--json"]
+        more = ["--num-keep", "140", "--prompt", "What?", "--max-new-tokens", "12"]
         assert main(["answer", *words, "--pruner", "fastervlm", *more]) == 0
         said[name] = json.loads(capsys.readouterr().out)["answer"]
         assert main(["show", *words, "--pruner", "none", "--output", str(tmp_path / "o.png")]) == 0
