@@ -65,6 +65,8 @@ class Plan:
         for name, least in (("new_tokens", 2), ("warmup", 0), ("repetitions", 5)):
             if (value := getattr(self, name)) < least:
                 raise ValueError(f"{name}={value}; pass at least {least}.")
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size={self.image_size}; pass a width and a height above 0.")
         object.__setattr__(self, "num_keep", [check_count("num_keep", k) for k in self.num_keep])
 
     def settings(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ocvtp.pruners.specs import build_specs
 
 def run(arguments: argparse.Namespace) -> int:
     """Answer and print."""
+    options.check_counts(arguments, "max_new_tokens")
     (pruner,) = build_specs([arguments.pruner], **options.pruner_settings(arguments))
     result = answer(
         arguments.model,

@@ -39,11 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_on(arguments: argparse.Namespace) -> int:
     """Print what runs on a model, and what the others would need."""
     from ocvtp.evaluation.runner import Subject
-    from ocvtp.hosts.loading import load_model
+    from ocvtp.hosts.loading import check_model, load_model
     from ocvtp.recommend.fits import fits
 
-    model, processor = load_model(arguments.model, arguments.dtype, arguments.device)
-    found = fits(Subject(model, processor, arguments.model, arguments.text_tower))
+    place = (arguments.model, arguments.dtype, arguments.device)
+    check_model(*place, text_tower=arguments.text_tower)
+    found = fits(Subject(*load_model(*place), arguments.model, arguments.text_tower))
     stages = {entry.name: entry.stage for entry in catalog()}
     if arguments.json:
         rows = [asdict(fit) | {"stage": stages[fit.name]} for fit in found]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ocvtp.commands import output
+from ocvtp.commands import options, output
 from ocvtp.commands.image_files import image_files
 from ocvtp.data.questions import ask
 from ocvtp.data.scenes import draw_scene, scene_style, split_seed
 from ocvtp.evaluation.gate_probe import Facts, build_gates, probe, to_markdown
-from ocvtp.hosts.loading import load_model, open_image
+from ocvtp.hosts.loading import check_place, load_model, open_image
 
 GATES = ("key_bias:floor=0", "noise", "scale")
 """What is measured where no gate is named: the key bias without a floor."""
@@ -22,6 +22,8 @@ PROMPT = "What is in the image?"
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and print."""
+    options.check_counts(arguments, "num_images", "num_keep")
+    check_place(arguments.dtype, arguments.device)
     specs = tuple(dict.fromkeys(arguments.gate or GATES))
     gates = build_gates(specs)  # refuses what is unknown before anything is loaded
     items = _items(arguments)
@@ -41,8 +43,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _items(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Questions about so many images, see `PromptTransform`."""
-    if arguments.num_images < 1:
-        raise ValueError(f"--num-images {arguments.num_images}; pass 1 or more.")
     if arguments.images is None:
         if arguments.prompt is not None:
             raise ValueError(

@@ -120,11 +120,11 @@ def check_model(
         text_tower: name of a CLIP, see `attach`.
 
     Raises:
-        ValueError: for a precision and a device that cannot be used, and for pruners that compare
-            images with the prompt where the CLIP for that is not there.
+        ValueError: for a precision and a device that cannot be used, for a `text_tower` that is no
+            CLIP, and for pruners that compare images with the prompt where there is none for it.
     """
     check_place(dtype, device)
-    if any(pruner.tower_needs.clip for pruner in pruners):
+    if text_tower is not None or any(pruner.tower_needs.clip for pruner in pruners):
         tower = getattr(load_config(name), "vision_config", None)
         if getattr(tower, "model_type", None) == "clip_vision_model":  # others have no CLIP at all
             find_clip(tower, text_tower, find_weights(name))

@@ -43,11 +43,16 @@ WHOLE = "--num-keep 16 would not count: none keeps all tokens; leave it out."
         ([*BENCH, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
         ([*BENCH, "--pruners", "ocvtp:k=1", "--num-keep", "16"], "has no setting 'k'"),
         ([*BENCH, *DIVPRUNE, "--attention", "nope"], "--attention nope cannot be had ("),
+        ([*BENCH, *DIVPRUNE, "--image-size", "0", "5"], "--image-size 0 5; pass a width and a"),
         ([*EXPLORE, "--pruners", "none", "--num-keep", "16"], WHOLE),
         ([*EXPLORE, "--pruners", "zspaprune", "--num-keep", "9"], "reads the prompt; pass"),
         ([*SHOW, "--pruner", "zspaprune", "--num-keep", "9"], "reads the prompt; pass --prompt"),
         ([*ANSWER, "--pruner", "none", "--num-keep", "16"], WHOLE),
         ([*ANSWER, "--pruner", "trim", "--num-keep", "9"], NO_CLIP),
+        ([*ANSWER, "--pruner", "none", "--max-new-tokens", "0"], "--max-new-tokens 0; pass"),
+        (["probe", "--model", DEMO, "--num-keep", "0"], "--num-keep 0; pass at least 1"),
+        (["probe", "--model", DEMO, "--device", "nowhere"], "--device nowhere cannot be used"),
+        (["list", "--model", DEMO, "--text-tower", "/no/such"], "/no/such cannot be loaded ("),
         (
             [*ANSWER, "--pruner", "trim", "--num-keep", "9", "--text-tower", "/no/such"],
             "--text-tower /no/such cannot be loaded (",
@@ -64,7 +69,8 @@ def test_a_mistake_is_told_before_weights_are_read(capsys, monkeypatch, tmp_path
 
     monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", load)
     monkeypatch.chdir(ROOT)
-    words = [*words, "--output", str(tmp_path / "out")] if words[0] != "answer" else words
+    writes = words[0] not in ("answer", "probe", "list")
+    words = [*words, "--output", str(tmp_path / "out")] if writes else words
     assert main(words) == 2
     assert message in capsys.readouterr().err
 

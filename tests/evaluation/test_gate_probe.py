@@ -118,7 +118,7 @@ def test_ones_own_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--gate", "scale:floor=0.1"], "gate 'scale' has no setting 'floor'"),
         (["--gate", "key_bias:floor"], "gate 'key_bias:floor': 'floor' is no KEY=VALUE"),
         (["--num-keep", "9"], "--num-keep 9; pass 1 to 8 of 9 visual tokens"),
-        (["--num-images", "0"], "--num-images 0; pass 1 or more"),
+        (["--num-images", "0"], "--num-images 0; pass at least 1."),
         (["--layer", "7"], "layer 7 of the language model does not run here"),
         (["--layer", "-1"], "layer -1 of the language model does not run here"),
         (["--layer", "1"], "pass a layer from there on"),
