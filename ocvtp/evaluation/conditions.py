@@ -243,7 +243,7 @@ def check_asked(
     Args:
         specs: of the pruners. budgets: of those that say none; none where each says its own.
         checkpoints: exported networks, for those that take one.
-        controls: whether what runs beside them reads the budgets, too.
+        controls: whether what runs beside them reads the budgets, and the sizes of the networks.
 
     Raises:
         ValueError: for the first.
@@ -257,8 +257,10 @@ def check_asked(
     elif specs and not controls:
         given = {n: [k for b in budgets if (k := getattr(b, n)) is not None] for n in BUDGETS}
         refuse_unread(specs, **{name: values or None for name, values in given.items()})
-    refuse_unread(specs, checkpoint=list(checkpoints) or None)
-    _refuse_of_others(specs, checkpoints)
+    read = [path for path in checkpoints if controls and trainable.readers(path)]
+    others = [path for path in checkpoints if path not in read]
+    refuse_unread(specs, checkpoint=others or None)
+    _refuse_of_others(specs, others)
 
 
 def _refuse_of_others(specs: Sequence[str], checkpoints: Sequence[str]) -> None:

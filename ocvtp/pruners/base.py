@@ -88,7 +88,7 @@ class Pruner(ABC):
     budgets: ClassVar[tuple[Budget, ...]] = ("exact",)
     """`adaptive` after `exact` if the method can also choose how many tokens an image keeps, and
     `quality` if it can be told what they must hold; `average` if the budget is one over the layers
-    of the language model. Empty if no budget changes what stays."""
+    of the language model."""
     named_settings: ClassVar[NamedSettings] = {}
     """Published settings, which `build_pruner` takes as `setting=NAME`: name -> arguments, the
     budget among them (none where the paper's own holds without one)."""

@@ -18,8 +18,7 @@ class Entry:
         title: `Pruner.title`.
         stage: where it acts, e.g. `llm_input + llm_layers`.
         needs: what the host must supply, `Pruner.reads`.
-        budget: `exact`, `exact or adaptive`, `exact or quality`, `average` and the like; `-` if
-            none counts.
+        budget: `exact`, `exact or adaptive`, `exact or quality`, `average` and the like.
         merges: whether kept tokens are mixtures.
         settings: names of the published ones, `Pruner.named_settings`.
         status: `Pruner.status`.
@@ -55,7 +54,7 @@ def entry(name: str) -> Entry:
         title=cls.title,
         stage=" + ".join(part.stage for part in parts),
         needs=cls.reads,
-        budget=" or ".join(cls.budgets) or "-",
+        budget=" or ".join(cls.budgets),
         merges=cls.merging or any(part.merging for part in parts),
         settings=tuple(cls.named_settings),
         status=cls.status,

@@ -78,13 +78,12 @@ def names_setting(spec: str) -> bool:
 def has_budget(spec: str) -> bool:
     """Whether a spec says itself how many tokens stay, so that a shared budget does not count.
 
-    It does so by a budget of its own, a published setting, `stages` of a pruner of stage
-    `llm_layers` alone, or as a pruner that takes no budget.
+    It does so by a budget of its own, a published setting, or `stages` of a pruner of stage
+    `llm_layers` alone.
     """
     name, settings = parse_spec(spec)
     staged = "stages" in settings and issubclass(pruner_class(name), LayerPruner)
-    own = staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
-    return own or not pruner_class(name).budgets
+    return staged or names_setting(spec) or not settings.keys().isdisjoint(BUDGETS)
 
 
 def has_own_budget(spec: str) -> bool:
@@ -157,11 +156,7 @@ def _why(specs: Sequence[str], name: str) -> str:
             return f"{', '.join(takers)} says its own; leave it out."
         those = f"{', '.join(specs)} takes no {name}" if specs else "no pruner is named"
         return f"{those}; leave it out, or name a pruner that takes one."
-    whole = [spec for spec in specs if not pruner_class(spec.partition(":")[0]).budgets]
-    others = [spec for spec in specs if spec not in whole]
-    said = [f"{', '.join(others)} says how many tokens stay"] if others else []
-    said += [f"{', '.join(whole)} keeps all tokens"] if whole else []
-    return f"{' and '.join(said)}; leave it out."
+    return f"{', '.join(specs)} says how many tokens stay; leave it out."
 
 
 def fill_in_budget(spec: str, num_keep: int | None) -> str:

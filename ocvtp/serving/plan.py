@@ -93,13 +93,7 @@ class Plan:
 
     def of_request(self, given: Any) -> Budget:
         """The budget of a request, from what it says under `ocvtp`; see `budgets.of_request`."""
-        budget = of_request(given, self.budget, self.most, self.spec)
-        if budget != self.budget and not self.pruner.budgets:
-            raise ValueError(
-                f"the request has {budget.said}, but pruner {self.spec!r} of this engine keeps all"
-                " tokens; leave it out."
-            )
-        return budget
+        return of_request(given, self.budget, self.most, self.spec)
 
     def asked(self, shape: Shape, budget: Budget) -> tuple[int, ...]:
         """How many tokens of each view of an image are asked for; more than it has leave it whole.
@@ -142,11 +136,8 @@ def read_plan(config: Any, settings: Any = None) -> Plan:
     layout = layout_of(config, tiling_of(settings))
     spec = str(settings["pruner"])
     num_keep = settings.get("num_keep")
-    kind = pruner_class(spec.partition(":")[0])
-    if _other_stage(kind.stage) is None:
+    if _other_stage(pruner_class(spec.partition(":")[0]).stage) is None:
         refuse_unread([spec], num_keep=num_keep, keep_ratio=settings.get("keep_ratio"))
-    if not kind.budgets:
-        refuse_unread([spec], max_keep=settings.get("max_keep"))
     name, named = parse_spec(fill_in_budget(spec, num_keep))
     own = {key: value for key, value in settings.items() if key not in _OF_THE_PLAN}
     caps = [settings.get("max_keep"), named.pop("max_keep", None)]
@@ -250,7 +241,7 @@ def alternatives(layout: Layout) -> list[str]:
             pruner = build_pruner(name, num_keep=1)
         except ValueError:  # wants more than a budget
             continue
-        if pruner.budgets and _problem(pruner, layout) is None:
+        if _problem(pruner, layout) is None:
             names.append(name)
     return names
 

@@ -22,7 +22,6 @@ DIVPRUNE = ["--pruners", "divprune", "--num-keep", "16"]
 TRIM = ["--pruners", "trim", "--num-keep", "16"]
 UNREAD = "--checkpoint here would not count: divprune takes no checkpoint; leave it out"
 NO_CLIP = "; pass --text-tower checkpoints/demo-vlm/clip, which lies in the model's folder."
-WHOLE = "--num-keep 16 would not count: none keeps all tokens; leave it out."
 
 
 @pytest.mark.parametrize(
@@ -30,24 +29,19 @@ WHOLE = "--num-keep 16 would not count: none keeps all tokens; leave it out."
     [
         ([*RECOMMEND, "--metric", "nope"], "--metric nope: the figures of this task are easy/"),
         ([*RECOMMEND, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
-        ([*RECOMMEND, "--pruners", "none", "--num-keep", "16"], WHOLE),
         ([*EVALUATE, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
         ([*EVALUATE, *DIVPRUNE, "--questions", "0"], "--questions 0: pass at least one of each"),
         ([*EVALUATE, *DIVPRUNE, "--device", "nowhere"], "--device nowhere cannot be used"),
         ([*EVALUATE, "--num-keep", "0"], "--num-keep 0; pass at least 1 token."),
         ([*EVALUATE, "--pruners", "ocvtp", "--num-keep", "9"], "needs a trained network: pass"),
         ([*EVALUATE, "--pruners", "divprune:k=1", "--num-keep", "9"], "has no setting 'k'"),
-        ([*EVALUATE, "--pruners", "none", "--num-keep", "16", "--no-controls"], WHOLE),
         ([*EVALUATE, *TRIM], NO_CLIP),
-        ([*BENCH, "--pruners", "none", "--num-keep", "16"], WHOLE),
         ([*BENCH, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
         ([*BENCH, "--pruners", "ocvtp:k=1", "--num-keep", "16"], "has no setting 'k'"),
         ([*BENCH, *DIVPRUNE, "--attention", "nope"], "--attention nope cannot be had ("),
         ([*BENCH, *DIVPRUNE, "--image-size", "0", "5"], "--image-size 0 5; pass a width and a"),
-        ([*EXPLORE, "--pruners", "none", "--num-keep", "16"], WHOLE),
         ([*EXPLORE, "--pruners", "zspaprune", "--num-keep", "9"], "reads the prompt; pass"),
         ([*SHOW, "--pruner", "zspaprune", "--num-keep", "9"], "reads the prompt; pass --prompt"),
-        ([*ANSWER, "--pruner", "none", "--num-keep", "16"], WHOLE),
         ([*ANSWER, "--pruner", "trim", "--num-keep", "9"], NO_CLIP),
         ([*ANSWER, "--pruner", "none", "--max-new-tokens", "0"], "--max-new-tokens 0; pass"),
         (["probe", "--model", DEMO, "--num-keep", "0"], "--num-keep 0; pass at least 1"),

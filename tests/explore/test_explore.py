@@ -81,18 +81,8 @@ def test_a_page_says_what_show_and_answer_say(capsys, photos, tmp_path, monkeypa
     monkeypatch.setattr(
         "ocvtp.commands.show.figure", lambda image, panels, **how: drawn.extend(panels) or Figure()
     )
-    given = [*MODEL, "--image", str(photos / "b.png"), "--prompt", "And this?"]
-    budget = ["--num-keep", "7"]
-    shown = [
-        "show",
-        *given,
-        *budget,
-        "--pruner",
-        "fopru",
-        fastv,
-        "--output",
-        str(tmp_path / "o.png"),
-    ]
+    given = [*MODEL, "--image", str(photos / "b.png"), "--num-keep", "7", "--prompt", "And this?"]
+    shown = ["show", *given, "--pruner", "fopru", fastv, "--output", str(tmp_path / "o.png")]
     assert main(shown) == 0
     looks = looks_of(facts, image=1, prompt=1)
     assert kept(looks["unpruned", None][0]) == list(range(144))
@@ -104,8 +94,8 @@ def test_a_page_says_what_show_and_answer_say(capsys, photos, tmp_path, monkeypa
         assert label.partition(":")[0] + stage["place"] == panel.title
     capsys.readouterr()
     answers = [run["answer"] for run in facts["images"][1]["runs"][1]]
-    for number, *pruner in ((0, "none"), (1, "fopru", *budget), (3, fastv, *budget)):
-        asked = ["answer", *given, "--pruner", *pruner, "--max-new-tokens", "3", "--json"]
+    for number, pruner in ((0, "none"), (1, "fopru"), (3, fastv)):
+        asked = ["answer", *given, "--pruner", pruner, "--max-new-tokens", "3", "--json"]
         assert main(asked) == 0
         assert json.loads(capsys.readouterr().out)["answer"] == answers[number]
     for image in facts["images"]:

@@ -85,8 +85,8 @@ def test_a_spec_that_has_a_budget_needs_no_other(capsys):
     assert main([*words, *other, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]  # once, whatever others are told
     assert [row["num_keep"] for row in rows] == [576, 192, 64, None]
-    assert main([*words, "fopru:max_keep=64", "none", "--num-keep", "192", "64"]) == 2
-    told = "--num-keep 192 64 would not count: fopru:max_keep=64 says how many tokens stay and none"
+    assert main([*words, "fopru:max_keep=64", "--num-keep", "192", "64"]) == 2
+    told = "--num-keep 192 64 would not count: fopru:max_keep=64 says how many tokens stay; leave"
     assert told in capsys.readouterr().err
     assert main([*words, "fastervlm:quality=0.8", "fopru:max_keep=64"]) == 0
     told = "`fastervlm:quality=0.8`: how many tokens 'fastervlm' keeps hangs on"

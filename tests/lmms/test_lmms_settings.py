@@ -83,7 +83,6 @@ def test_stages_and_k():
             {"pruner": "fopru:num_keep=3", "max_keep": 4},
             "max_keep=4 would not count: fopru:num_keep=3 says how many tokens stay; leave it out.",
         ),
-        ({"num_keep": 4}, "num_keep=4 would not count: none keeps all tokens"),
         ({"checkpoint": "here"}, "checkpoint='here' would not count: none takes no checkpoint"),
     ],
 )

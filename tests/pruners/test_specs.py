@@ -106,19 +106,10 @@ def test_a_budget_that_counts_for_no_pruner_is_refused():
 
 
 @pytest.mark.parametrize("budget", [{"num_keep": 4}, {"keep_ratio": 0.5}, {"max_keep": 4}])
-def test_a_budget_for_what_keeps_all_tokens_is_refused(budget):
-    """Beside others it is theirs."""
-    (name,) = budget
-    with pytest.raises(ValueError, match=f"^{name}=.* would not count: none keeps all tokens; "):
-        build_specs(["none"], **budget)
-    whole, other = build_specs(["none", "divprune"], **budget)
-    assert (getattr(whole, name), getattr(other, name)) == (None, budget[name])
-    (one,) = pruner_conditions("none", [Budget(64), Budget(32)], [0], [], 576)
-    assert one.budget is None
-    both = ["none", "fastv:stages=[[2,9]]"]
-    told = r"fastv:stages=\[\[2,9\]\] says how many tokens stay and none keeps all tokens; leave it"
-    with pytest.raises(ValueError, match=told):
-        build_specs(both, **budget)
+def test_what_keeps_all_tokens_takes_a_budget_as_the_others_do(budget):
+    """So that a command is the same for the yardstick and for what is measured by it."""
+    (whole,) = build_specs(["none"], **budget)
+    assert whole.name == "none"
 
 
 def test_a_checkpoint_that_no_pruner_reads_is_refused():

@@ -95,8 +95,6 @@ def test_alternatives_are_what_is_served():
             {"pruner": "divprune:num_keep=8", "keep_ratio": 0.5},
             "keep_ratio=0.5 would not count: .* says how",
         ),
-        ({"pruner": "none", "num_keep": 4}, "num_keep=4 would not count: none keeps all tokens"),
-        ({"pruner": "none", "max_keep": 4}, "max_keep=4 would not count: none keeps all tokens"),
         ({"pruner": "fastv:stages=[[1,4]]", "num_keep": 5}, "'llm_layers'.*use one of divprune"),
         ({"pruner": "visionzip:num_contextual=K", "max_keep": 4}, "a K, which stands for num_keep"),
         ({"pruner": "divprune", "num_keep": 9, "max_keep": 0}, "max_keep=0; pass at least 1"),
@@ -196,8 +194,8 @@ def test_what_is_served_is_what_is_published():
     for name, own in settings.items():
         assert plan(pruner=name, num_keep=4, **own).pruner.name == name
     left = set(ocvtp.list_pruners("llm_input")) - set(alternatives(layout)) - set(settings)
-    assert left - {*TRAINED, "random", "none"} == {
+    assert left - {*TRAINED, "random"} == {
         name
-        for name in left - {*TRAINED, "random", "none"}
+        for name in left - {*TRAINED, "random"}
         if (needs := ocvtp.build_pruner(name, num_keep=4).needs).text or needs.clip
     }

@@ -35,6 +35,7 @@ def engine(spec="divprune", **settings):
         ({"num_keep": 3, "max_keep": 8}, [2, 3, 3]),
         ({"max_keep": 8}, [2, 8, 8]),
         ({"spec": "none"}, [2, 8, 100]),
+        ({"spec": "none", "max_keep": 8}, [2, 8, 100]),
     ],
 )
 def test_tokens_that_stay(settings, kept):
@@ -80,13 +81,6 @@ def test_a_request_changes_the_budget(given, budget):
 def test_requests_that_are_no_budget_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         engine(num_keep=8).of_request(given)
-
-
-def test_a_request_cannot_prune_what_keeps_all():
-    served = engine("none")
-    assert served.of_request(None) == served.of_request({}) == served.budget
-    with pytest.raises(ValueError, match="has num_keep=4, but pruner 'none' .* keeps all tokens"):
-        served.of_request({"num_keep": 4})
 
 
 def test_what_chooses_alike_has_one_identity(small_network):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ocvtp.ops.merging import keep_all
-from ocvtp.pruners.base import Budget, Pruner, Status
+from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Selection, VisualTokens
 
@@ -17,15 +17,13 @@ class NoPruning(Pruner):
     Paper: none.
 
     Args:
-        num_keep: accepted, so that sweeps can name it beside the others; has no effect. Commands
-            refuse a budget that would count for it alone.
+        num_keep: accepted, so that sweeps can name it beside the others; has no effect.
     Deviations: none.
     """
 
     title: ClassVar[str] = "None: keep every token, the yardstick of every table."
     reads: ClassVar[str] = "-"
     status: ClassVar[Status] = "control"
-    budgets: ClassVar[tuple[Budget, ...]] = ()
 
     def __post_init__(self) -> None:
         self._check_numbers()
