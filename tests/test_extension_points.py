@@ -103,11 +103,11 @@ COMMANDS = {
         ["flops", "--model", "random:tiny-toy", "--pruners", "divprune", *FOUR],
     ],
     "apart": [["train", "--config", "settings.yaml", "--output", "out"]],
-    "linear_scorer": [["list", "--json"]],  # the rest is in tests/training/test_trainable.py
-    "outlying": [["list", "--json"]],  # the rest is in tests/selectors/test_scorer_registry.py
-    "unlike": [["list", "--json"]],  # the rest is in tests/selectors/losses/test_plug_in.py
 }
 """What is done with each toy."""
+TOLD = ("linear_scorer", "outlying", "unlike")
+"""Tried as a whole in tests/training/test_trainable.py, and in tests/selectors/ in
+test_scorer_registry.py and losses/test_plug_in.py."""
 
 
 @pytest.mark.parametrize("name", TOYS)
@@ -121,7 +121,7 @@ def test_a_toy_is_one_file_of_public_names(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_a_toy_works_where_nothing_but_its_file_is(name: str, tmp_path: Path) -> None:
     (tmp_path / f"{name}.py").write_text(TOYS[name])
     (tmp_path / "settings.yaml").write_text(SETTINGS)
@@ -137,9 +137,6 @@ def test_a_toy_works_where_nothing_but_its_file_is(name: str, tmp_path: Path) ->
         "squares": "divprune",
         "toy_family": "divprune",
         "apart": "",
-        "linear_scorer": '"name": "linear"',
-        "outlying": "",
-        "unlike": "",
     }[name]
     assert expected in said
     if name == "apart":
@@ -147,6 +144,18 @@ def test_a_toy_works_where_nothing_but_its_file_is(name: str, tmp_path: Path) ->
     if name in ("brightest", "squares"):
         found = json.loads((tmp_path / "out" / "results.json").read_text())
         assert any(row["pruner"] in ("brightest", "divprune") for row in found["rows"])
+
+
+@pytest.mark.slow
+def test_several_toys_are_told_of_side_by_side(tmp_path: Path) -> None:
+    imports = []
+    for name in TOLD:
+        (tmp_path / f"{name}.py").write_text(TOYS[name])
+        imports += ["--import", f"{name}.py"]
+    command = [sys.executable, "-m", "ocvtp.cli", *imports, "list", "--json"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert '"name": "linear"' in run.stdout
 
 
 def test_files_of_the_package_that_a_new_family_and_a_new_method_touch() -> None:

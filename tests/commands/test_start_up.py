@@ -213,14 +213,14 @@ def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
     ],
 )
 def test_time_to_start(code, yardstick, limit):
-    """Least processor time of several processes, one after the other, with a margin for noise."""
-    own, others = (
-        min(times)
-        for times in zip(
-            *((processor_time(code), processor_time(yardstick)) for _ in range(3)), strict=True
-        )
-    )
-    assert own <= 1.15 * limit * others, f"{own:.2f} s against {others:.2f} s"
+    """Least processor time of some processes, one after the other, with a margin for noise."""
+    own, others = list[float](), list[float]()
+    for _ in range(3):  # noise is no fault
+        own.append(processor_time(code))
+        others.append(processor_time(yardstick))
+        if min(own) <= 1.15 * limit * min(others):
+            return
+    pytest.fail(f"{min(own):.2f} s against {min(others):.2f} s")
 
 
 def processor_time(code: str) -> float:
