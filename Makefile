@@ -73,7 +73,7 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed $
 environments: $(STAMP) $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(DOCS)/.installed
 
 # On older versions, of the slow tests those that every host has for every feature, and calls that keep all.
-HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py tests/hosts/test_keep_all.py tests/hosts/families \
+HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py tests/hosts/test_keep_all.py \
 	-k "not test_keep_all or none" -m slow
 
 test-oldest: $(OLDEST)/.installed
