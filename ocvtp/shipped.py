@@ -6,10 +6,14 @@ the package.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 _PACKAGE = Path(__file__).parent
 ROOT = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
@@ -86,13 +90,41 @@ def find_folder(name: str) -> str:
 def find_weights(name: str) -> str:
     """`find_folder` of weights that a hub may have instead.
 
+    Where the hub cannot be reached, what was downloaded before is all that there is: it is set
+    offline, as it would be asked again and again for minutes.
+
     Raises:
-        ValueError: for what can only be a folder and is none: a hub would be asked for it again and
-            again first.
+        ValueError: for what can only be a folder and is none.
     """
     found = find_folder(name)
-    parts = Path(name).parts
-    is_a_place = len(parts) != 2 or parts[0] in (".", "..", "~", "checkpoints")
-    if "/" in name and is_a_place and not Path(found).exists():
+    if Path(found).exists() or ":" in name:
+        return found
+    first, *others = Path(name).parts or ("",)
+    if others and (len(others) > 1 or first in (".", "..", "~") or Path(first).is_dir()):
         raise ValueError(f"{name!r} does not exist; pass a folder that does, or a hub id.")
+    _set_hub_offline_where_it_is()
     return found
+
+
+def _set_hub_offline_where_it_is() -> None:
+    """By its name, which is looked up here unless a proxy does it."""
+    from huggingface_hub import constants
+
+    can = getproxies() or _is_known(constants.ENDPOINT)
+    constants.HF_HUB_OFFLINE = _is_to_be_offline() or not can
+
+
+@cache
+def _is_to_be_offline() -> bool:
+    """What the environment said at first."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def _is_known(address: str) -> bool:
+    try:
+        socket.getaddrinfo(urlsplit(address).hostname, None)
+    except OSError:
+        return False
+    return True

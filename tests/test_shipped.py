@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ from email.parser import Parser
 from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -386,7 +388,9 @@ def test_the_citation_is_of_this_version():
     assert {"cff-version", "title", "message", "authors", "license"} <= facts.keys()
 
 
-@pytest.mark.parametrize("name", ["outputs/a/b", "./llava", "/no/such/folder", "checkpoints/demo"])
+@pytest.mark.parametrize(
+    "name", ["outputs/a/b", "./llava", "/no/such/folder", "checkpoints/demo", "docs/none"]
+)
 def test_what_can_only_be_a_folder_is_not_looked_for_in_a_hub(name):
     with pytest.raises(ValueError, match="does not exist; pass a folder that does, or a hub id"):
         shipped.find_weights(name)
@@ -395,3 +399,23 @@ def test_what_can_only_be_a_folder_is_not_looked_for_in_a_hub(name):
 @pytest.mark.parametrize("name", ["llava-hf/llava-1.5-7b-hf", "gpt2", "checkpoints/demo-vlm"])
 def test_hub_ids_and_folders_pass(name):
     assert shipped.find_weights(name) in (name, str(shipped.ROOT / name))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("proxies", [{}, {"https": "http://here"}])
+def test_a_hub_whose_name_is_not_known_is_not_asked(monkeypatch, known, proxies):
+    """Unless a proxy is to ask it. It is asked again where the network comes back."""
+
+    def look_up(*_):
+        if not known:
+            raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(shipped, "getproxies", lambda: proxies)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(shipped, "_is_to_be_offline", lambda: False)
+    shipped.find_weights("nobody/nothing")
+    assert huggingface_hub.is_offline_mode() == (not known and not proxies)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: [])
+    shipped.find_weights("nobody/nothing")
+    assert not huggingface_hub.is_offline_mode()

@@ -25,7 +25,7 @@ from ocvtp.random_models.clip_config import (
     square_processor,
     vision_config,
 )
-from ocvtp.shipped import find_folder
+from ocvtp.shipped import find_weights
 from ocvtp.towers import taps
 from ocvtp.towers.families import look
 from ocvtp.transformers_names import (
@@ -78,7 +78,7 @@ class CLIPEncoder(FrozenEncoder):
         img_size: int | None = None,
     ) -> None:
         super().__init__(dtype)
-        self._source = find_folder(tower) if isinstance(tower, str) else tower
+        self._source = find_weights(tower) if isinstance(tower, str) else tower
         self._seed = seed
         self._config = config = vision_config(tower)
         self._is_random = isinstance(tower, dict) or tower.startswith("random:")

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ocvtp.field_types import shown
 from ocvtp.reporting.files import replacing
-from ocvtp.shipped import find_folder
+from ocvtp.shipped import find_weights
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "model.safetensors"
@@ -273,7 +273,7 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _locate(source: str | Path, name: str, **hub: Any) -> Path:
-    folder = Path(find_folder(str(source)))
+    folder = Path(find_weights(str(source)))
     if folder.is_dir():
         path = folder / name
         if not path.is_file():
