@@ -99,8 +99,9 @@ def find_weights(name: str) -> str:
     found = find_folder(name)
     if Path(found).exists() or ":" in name:
         return found
-    first, *others = Path(name).parts or ("",)
-    if others and (len(others) > 1 or first in (".", "..", "~") or Path(first).is_dir()):
+    parts = Path(name).parts
+    is_an_id = len(parts) == 2 and parts[0] not in ("..", "~", "checkpoints")
+    if "/" in name and not (is_an_id and not Path(parts[0]).is_dir()):
         raise ValueError(f"{name!r} does not exist; pass a folder that does, or a hub id.")
     _set_hub_offline_where_it_is()
     return found

@@ -78,9 +78,9 @@ class CLIPEncoder(FrozenEncoder):
         img_size: int | None = None,
     ) -> None:
         super().__init__(dtype)
-        self._source = find_weights(tower) if isinstance(tower, str) else tower
         self._seed = seed
         self._config = config = vision_config(tower)
+        self._source = find_weights(tower) if isinstance(tower, str) else tower
         self._is_random = isinstance(tower, dict) or tower.startswith("random:")
         self.tower_id = "random" if isinstance(tower, dict) else tower
         self.layer = taps.resolve(layer, config.num_hidden_layers + 1, "hidden_states")

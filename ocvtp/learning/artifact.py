@@ -273,7 +273,10 @@ def explained(what: str) -> Iterator[None]:
 
 
 def _locate(source: str | Path, name: str, **hub: Any) -> Path:
-    folder = Path(find_weights(str(source)))
+    try:
+        folder = Path(find_weights(str(source)))
+    except ValueError as error:
+        raise _is_nowhere(source, "there is none here") from error
     if folder.is_dir():
         path = folder / name
         if not path.is_file():
@@ -282,7 +285,11 @@ def _locate(source: str | Path, name: str, **hub: Any) -> Path:
     try:
         return Path(hf_hub_download(str(source), name, **hub))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"{source!s} is neither a folder nor a model id of the hub that can be reached now"
-            f" ({type(error).__name__}); pass a folder that `ocvtp export` wrote."
-        ) from error
+        raise _is_nowhere(source, type(error).__name__) from error
+
+
+def _is_nowhere(source: str | Path, why: str) -> ValueError:
+    return ValueError(
+        f"{source!s} is neither a folder nor a model id of the hub that can be reached now ({why});"
+        " pass a folder that `ocvtp export` wrote."
+    )
