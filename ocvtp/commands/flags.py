@@ -159,7 +159,7 @@ def evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[:KEY=VALUE,...]",
         help="see `ocvtp list`; controls run beside them",
     )
-    options.add_budgets(parser, required=False)
+    options.add_budgets(parser)
     parser.add_argument(
         "--checkpoint",
         nargs="+",

@@ -43,7 +43,7 @@ def _run_on(arguments: argparse.Namespace) -> int:
     from ocvtp.recommend.fits import fits
 
     place = (arguments.model, arguments.dtype, arguments.device)
-    check_model(*place, text_tower=arguments.text_tower)
+    check_model(*place, (), arguments.text_tower, reads_clip=arguments.text_tower is not None)
     found = fits(Subject(*load_model(*place), arguments.model, arguments.text_tower))
     stages = {entry.name: entry.stage for entry in catalog()}
     if arguments.json:

@@ -189,10 +189,10 @@ def add_text_tower(parser: argparse.ArgumentParser) -> None:
 _OWN = "; not needed where every pruner says its own budget"
 
 
-def add_budgets(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """The budgets that several pruners are tried at; or none, where each may say its own."""
-    budget = parser.add_mutually_exclusive_group(required=required)
-    told = f"tokens kept per image{'' if required else _OWN}"
+def add_budgets(parser: argparse.ArgumentParser) -> None:
+    """The budgets that several pruners are tried at; none where each says its own."""
+    budget = parser.add_mutually_exclusive_group()
+    told = f"tokens kept per image{_OWN}"
     budget.add_argument("--num-keep", type=int, nargs="+", help=told)
     budget.add_argument("--keep-ratio", type=float, nargs="+", help="shares of tokens kept")
 

@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     named = budgets_of(wanted.num_keep, wanted.shares)
     checkpoints = [] if wanted.checkpoint is None else [wanted.checkpoint]
     pruners = check_specs(
-        wanted.specs, named or budgets_of((), SHARES), checkpoints, controls=not named
+        wanted.specs, named or budgets_of((), SHARES), checkpoints, given=bool(named)
     )
     place, text_tower = (arguments.model, arguments.dtype, arguments.device), arguments.text_tower
     leaves_out = wanted.skip_unfit or not wanted.pruners

@@ -152,8 +152,7 @@ def pruner_conditions(
 
     Args:
         spec: see `build_spec`; a K in its settings stands for the tokens of the budget, e.g.
-            `fastv:stages=[[1,K]]`. With a budget of its own, other `stages` or a published
-            `setting`, it runs once.
+            `fastv:stages=[[1,K]]`. With a budget of its own, see `has_budget`, it runs once.
         budgets: see `Budget`; none: it runs once if it needs none. seeds: of what is random.
         checkpoints: exported networks; it is run with those that it can read.
         num_tokens: of an image.
@@ -165,8 +164,7 @@ def pruner_conditions(
     known, (_, own) = known_settings(spec), parse_spec(spec)
     of_budget = names_budget(spec)
     made: list[Condition] = []
-    once = ("stages" in own and not of_budget) or runs_once(spec, bool(budgets))
-    for budget in [None] if once else budgets:
+    for budget in [None] if runs_once(spec, bool(budgets)) else budgets:
         shared, exact = {} if budget is None else budget.settings(), spec
         if budget is not None and of_budget:
             exact = with_budget(spec, budget.count(num_tokens))
@@ -204,12 +202,14 @@ def check_specs(
     *,
     controls: bool = False,
     untrained: bool = False,
+    given: bool = True,
 ) -> list[Pruner]:
     """Make pruners before a model is loaded, so that what is wrong with them is told at once.
 
     Args:
         specs: of them. budgets: see `check_asked`. checkpoints: see there. controls: see there.
         untrained: whether those that lack a network are given one that fits the model.
+        given: see there.
 
     Returns:
         each pruner at each budget, as far as they can be made without a model: not those without a
@@ -218,7 +218,7 @@ def check_specs(
     Raises:
         ValueError: for what `check_asked` and `build_spec` refuse.
     """
-    check_asked(specs, budgets, checkpoints, controls=controls)
+    check_asked(specs, budgets, checkpoints, controls=controls, given=given)
     found = []
     for spec in specs:
         if untrained and not checkpoints and lacks_network(spec):
@@ -237,6 +237,7 @@ def check_asked(
     checkpoints: Sequence[str] = (),
     *,
     controls: bool = False,
+    given: bool = True,
 ) -> None:
     """Refuse unknown pruners, and budgets and checkpoints that are wrong, missing or do not count.
 
@@ -244,6 +245,7 @@ def check_asked(
         specs: of the pruners. budgets: of those that say none; none where each says its own.
         checkpoints: exported networks, for those that take one.
         controls: whether what runs beside them reads the budgets, and the sizes of the networks.
+        given: whether budgets were asked for, and are not those that a command has of its own.
 
     Raises:
         ValueError: for the first.
@@ -254,9 +256,9 @@ def check_asked(
         budget.checked("every pruner")
     if not budgets:
         refuse_without_amount(specs)
-    elif specs and not controls:
-        given = {n: [k for b in budgets if (k := getattr(b, n)) is not None] for n in BUDGETS}
-        refuse_unread(specs, **{name: values or None for name, values in given.items()})
+    elif specs and given and not controls:
+        shared = {n: [k for b in budgets if (k := getattr(b, n)) is not None] for n in BUDGETS}
+        refuse_unread(specs, **{name: values or None for name, values in shared.items()})
     read = [path for path in checkpoints if controls and trainable.readers(path)]
     others = [path for path in checkpoints if path not in read]
     refuse_unread(specs, checkpoint=others or None)

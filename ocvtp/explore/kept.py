@@ -67,7 +67,7 @@ def check_prompt(pruners: Sequence[Pruner | Compose], prompt: str | None) -> Non
     Raises:
         ValueError: that names them.
     """
-    readers = [p.name for p in pruners if p.tower_needs.text or p.tower_needs.clip]
+    readers = dict.fromkeys(p.name for p in pruners if p.tower_needs.text or p.tower_needs.clip)
     if readers and prompt is None:
         raise ValueError(f"{' and '.join(readers)} reads the prompt; pass --prompt.")
 

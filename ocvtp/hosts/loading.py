@@ -88,8 +88,9 @@ def empty_model(name: str) -> Any:
     """
     from transformers import AutoModelForImageTextToText
 
+    config = load_config(name)
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(load_config(name))
+        return AutoModelForImageTextToText.from_config(config)
 
 
 @contextmanager
@@ -111,6 +112,8 @@ def check_model(
     device: str,
     pruners: Sequence[Pruner] = (),
     text_tower: str | None = None,
+    *,
+    reads_clip: bool = False,
 ) -> None:
     """Refuse what `load_model` and `attach` would, where no weights need be read to know it.
 
@@ -118,13 +121,14 @@ def check_model(
         name: see `load_model`. dtype: see there. device: see there.
         pruners: that will be attached.
         text_tower: name of a CLIP, see `attach`.
+        reads_clip: whether that is read in any case.
 
     Raises:
         ValueError: for a precision and a device that cannot be used, for a `text_tower` that is no
             CLIP, and for pruners that compare images with the prompt where there is none for it.
     """
     check_place(dtype, device)
-    if text_tower is not None or any(pruner.tower_needs.clip for pruner in pruners):
+    if reads_clip or any(pruner.tower_needs.clip for pruner in pruners):
         tower = getattr(load_config(name), "vision_config", None)
         if getattr(tower, "model_type", None) == "clip_vision_model":  # others have no CLIP at all
             find_clip(tower, text_tower, find_weights(name))

@@ -1,7 +1,6 @@
 """Greedy choices: K steps over all images of a call, each reading one row of the kernel.
 
-A similarity that is no number, of tokens too long for their products, counts as none that is known:
-picks stay unique, at no further step.
+A similarity that is no number counts as none that is known: picks stay unique, at no further step.
 """
 
 from __future__ import annotations

@@ -82,14 +82,20 @@ def by_image(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     """
     if values[0].device.type != "cpu" or len(values[0]) < 2:
         return function(*values)
-    images = zip(*(part.split(1) for part in values), strict=True)
-    return torch.cat([function(*image) for image in images])
+    first, *others = zip(*(part.split(1) for part in values), strict=True)
+    made = function(*first)
+    found = made.new_empty(len(values[0]), *made.shape[1:])  # never all of them and their join
+    found[:1] = made
+    for number, image in enumerate(others, 1):
+        found[number : number + 1] = function(*image)
+    return found
 
 
 class Cosines:
     """Cosines of tokens of any length, divided by it where that costs least.
 
-    `unit(x)` would take as much memory as x, and a quarter of the time of all pairs.
+    `unit(x)` would take as much memory as x, and a quarter of the time of all pairs. What is no
+    number, of tokens too long for their products, counts as 0.
 
     Args:
         x: [B, N, D].
@@ -107,7 +113,7 @@ class Cosines:
             products = by_image(lambda own: all_pairs(full(own)), x)
             self.lengths = products.diagonal(dim1=1, dim2=2).sqrt()
             scale = self._divisor.reciprocal()
-            self._pairs = products.mul_(scale[:, :, None]).mul_(scale[:, None])
+            self._pairs = products.mul_(scale[:, :, None]).mul_(scale[:, None]).nan_to_num_()
         else:
             self._x = full(x)  # read again and again
             self.lengths = torch.linalg.vector_norm(self._x, dim=2)
@@ -120,25 +126,26 @@ class Cosines:
         """Of one token [B] of every image to all of its tokens, [B, N]."""
         if self._pairs is not None:
             return take(self._pairs, pick[:, None]).squeeze(1)
-        return row(self._x, pick) / self._divisor / self._divisor.gather(1, pick[:, None])
+        ends = self._divisor.gather(1, pick[:, None])
+        return (row(self._x, pick) / self._divisor / ends).nan_to_num()
 
     def to(self, direction: Tensor) -> Tensor:
         """Of all tokens to one direction [B, D] of length 1 of every image, [B, N]."""
-        return self._products(direction[:, None]).squeeze(1) / self._divisor
+        return (self._products(direction[:, None]).squeeze(1) / self._divisor).nan_to_num()
 
     def to_sum(self, chosen: Tensor) -> Tensor:
         """[B, N] of each token the sum of its cosines to those that the mask [B, N] chooses."""
         if self._pairs is not None:
             return (chosen.to(self._pairs)[:, None] @ self._pairs).squeeze(1)
         shares = (chosen / self._divisor)[:, None]
-        return self._products(shares @ self._x).squeeze(1) / self._divisor
+        return (self._products(shares @ self._x).squeeze(1) / self._divisor).nan_to_num()
 
     def nearest_of(self, chosen: Tensor) -> Tensor:
         """[B, N] the largest cosine of each token to the tokens [B, K]."""
         if self._pairs is not None:
             return take(self._pairs, chosen).amax(dim=1)
         directions = take(self._x, chosen) / self._divisor.gather(1, chosen)[:, :, None]
-        return self._products(directions).amax(dim=1) / self._divisor
+        return (self._products(directions).amax(dim=1) / self._divisor).nan_to_num()
 
     def nearest_other(self, valid: Tensor | None) -> Tensor:
         """[B, N] of each token to the most similar other one; -inf for one without another.

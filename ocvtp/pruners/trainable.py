@@ -60,6 +60,11 @@ class TrainablePruner(Pruner, Generic[NetworkT]):
                 " (written by `ocvtp export`) or, in Python, network=a"
                 f"{'n' * (kind[0] in 'AEIOU')} {kind}, and not both."
             )
+        if self.network is not None and not isinstance(self.network, self.network_class):
+            raise ValueError(
+                f"network={self.network!r} is no {self.network_class.__name__}; pass one, or"
+                " checkpoint=DIR_OR_HUB_ID."
+            )
         if self.checkpoint is not None and self.network is None:
             self.network = self._read(self.checkpoint)
 

@@ -6,8 +6,9 @@ import pytest
 import transformers
 from small_networks import TRAINED, network_setting
 
+from ocvtp import build_pruner
 from ocvtp.cli import main
-from ocvtp.hosts.loading import load_model, load_processor
+from ocvtp.hosts.loading import RANDOM_MODELS, check_model, empty_model, load_model, load_processor
 from ocvtp.shipped import ROOT
 
 DEMO = "checkpoints/demo-vlm"
@@ -29,6 +30,7 @@ NO_CLIP = "; pass --text-tower checkpoints/demo-vlm/clip, which lies in the mode
     [
         ([*RECOMMEND, "--metric", "nope"], "--metric nope: the figures of this task are easy/"),
         ([*RECOMMEND, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
+        ([*RECOMMEND, "--pruners", "divprune", "--checkpoint", "here"], UNREAD),
         ([*EVALUATE, *DIVPRUNE, "--checkpoint", "here"], UNREAD),
         ([*EVALUATE, *DIVPRUNE, "--questions", "0"], "--questions 0: pass at least one of each"),
         ([*EVALUATE, *DIVPRUNE, "--device", "nowhere"], "--device nowhere cannot be used"),
@@ -40,7 +42,9 @@ NO_CLIP = "; pass --text-tower checkpoints/demo-vlm/clip, which lies in the mode
         ([*BENCH, "--pruners", "ocvtp:k=1", "--num-keep", "16"], "has no setting 'k'"),
         ([*BENCH, *DIVPRUNE, "--attention", "nope"], "--attention nope cannot be had ("),
         ([*BENCH, *DIVPRUNE, "--image-size", "0", "5"], "--image-size 0 5; pass a width and a"),
-        ([*EXPLORE, "--pruners", "zspaprune", "--num-keep", "9"], "reads the prompt; pass"),
+        ([*EXPLORE, "--pruners", "zspaprune", "--num-keep", "9", "4"], "error: zspaprune reads"),
+        ([*EXPLORE, "--pruners", "zspaprune"], "'zspaprune' says no budget of its own; pass"),
+        ([*BENCH, "--pruners", "learned:network=abc", "--num-keep", "9"], "'abc' is no Selector"),
         ([*SHOW, "--pruner", "zspaprune", "--num-keep", "9"], "reads the prompt; pass --prompt"),
         ([*ANSWER, "--pruner", "trim", "--num-keep", "9"], NO_CLIP),
         ([*ANSWER, "--pruner", "none", "--max-new-tokens", "0"], "--max-new-tokens 0; pass"),
@@ -67,6 +71,15 @@ def test_a_mistake_is_told_before_weights_are_read(capsys, monkeypatch, tmp_path
     words = [*words, "--output", str(tmp_path / "out")] if writes else words
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", RANDOM_MODELS)
+def test_a_model_without_weights_is_of_the_same_class(name):
+    assert type(empty_model(name)) is type(load_model(name)[0])
+
+
+def test_a_clip_that_no_pruner_reads_is_not_looked_for():
+    check_model(DEMO, "auto", "cpu", [build_pruner("divprune", num_keep=4)], "/no/such")
 
 
 @pytest.mark.parametrize("name", TRAINED[:2])

@@ -486,7 +486,6 @@ def test_what_is_not_installed_is_said_in_one_line(server, monkeypatch):
     [
         (["--num-keep", "0"], "--num-keep 0; pass at least 1"),
         (["--pruner", "fps:num_keep=9", "--num-keep", "4"], "--num-keep 4 would not count: fps"),
-        (["--pruner", "none", "--num-keep", "4"], "--num-keep 4 would not count: none keeps all"),
         (["--pruner", "trim"], "pass --text-tower .*demo-vlm/clip, which lies in the model's"),
         (["--device", "nowhere"], "--device nowhere cannot be used"),
         (["--pruner", "fps:num_keep=9", "--model", "random:x"], "is unknown"),

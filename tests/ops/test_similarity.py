@@ -57,6 +57,20 @@ def test_cosines_without_unit_vectors(num_rows, dtype):
     assert (cosines.lengths == 0).nonzero().tolist() == [[1, 4]]
 
 
+@pytest.mark.parametrize("num_rows", [0, 9])
+def test_a_cosine_that_is_no_number_is_0(num_rows):
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 3] *= 1e19
+    x[0, 5] = math.nan
+    cosines, odd = Cosines(x, num_rows), torch.tensor([3, 5])
+    direction = unit(torch.ones(1, 64))
+    for row in (cosines(odd[:1]), cosines.to_sum(torch.ones(1, 9, dtype=torch.bool))):
+        assert row.isfinite().all()
+    assert cosines.to(direction)[0, odd].tolist() == [0, 0]
+    assert cosines.nearest_of(torch.tensor([[0, 1]]))[0, odd].tolist() == [0, 0]
+    assert (cosines.nearest_of(torch.tensor([[0, 1]]))[0, :2] > 0.9).all()
+
+
 @pytest.mark.parametrize("most", [0, 300])
 def test_the_nearest_other_with_a_matrix_and_without(most, monkeypatch):
     monkeypatch.setattr(similarity, "_MOST_TOKENS", most)

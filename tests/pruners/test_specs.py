@@ -112,6 +112,14 @@ def test_what_keeps_all_tokens_takes_a_budget_as_the_others_do(budget):
     assert whole.name == "none"
 
 
+def test_stages_inside_leave_a_method_of_two_halves_its_budget_before():
+    for budgets in ([Budget(16)], [Budget(16), Budget(9)]):
+        made = pruner_conditions("vflowopt:stages=[[1,9]]", budgets, [0], [], 576)
+        assert [one.budget for one in made] == budgets
+    (once,) = pruner_conditions("fastv:stages=[[1,9]]", [Budget(16), Budget(9)], [0], [], 576)
+    assert once.budget is None
+
+
 def test_a_checkpoint_that_no_pruner_reads_is_refused():
     for specs, why in ((["none"], "none takes no checkpoint"), ([], "no pruner is named")):
         with pytest.raises(ValueError, match=f"^checkpoint='here' would not count: {why}; "):
