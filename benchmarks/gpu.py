@@ -148,12 +148,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny models on the CPU")
     arguments = parser.parse_args(words)
     process = [sys.executable, "-m", "benchmarks.gpu_run", *["--smoke"] * arguments.smoke]
-    if arguments.plan:
-        sys.exit(subprocess.run([*process, "--plan"], cwd=_ROOT, check=False).returncode)
-    if arguments.output is None:
-        parser.error("pass --output DIR, or --plan")
     if not arguments.minutes > 0:
         parser.error(f"--minutes {arguments.minutes}; pass a number above 0")
+    if arguments.plan:
+        process += ["--plan", "--seconds", str(60 * arguments.minutes - SPARE_SECONDS)]
+        sys.exit(subprocess.run(process, cwd=_ROOT, check=False).returncode)
+    if arguments.output is None:
+        parser.error("pass --output DIR, or --plan")
     folder = arguments.output.resolve()
     process += ["--output", str(folder)]
     code = 0

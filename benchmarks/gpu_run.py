@@ -109,11 +109,14 @@ def report(jobs: Sequence[Job], folder: Path, draw: bool = True) -> list[Path]:
     return write_report(facts | {"left out": left}, there, folder, draw)
 
 
-def plan_lines(jobs: Sequence[Job]) -> list[str]:
-    """The cells with their seconds, one by one and in sum."""
+def plan_lines(jobs: Sequence[Job], limit: float) -> list[str]:
+    """The cells with their seconds, one by one and in sum, and those that the limit leaves out."""
     lines, total, built = [f"{'start':22s} {START_SECONDS:5.0f} s"], float(START_SECONDS), {""}
     for job in jobs:
         seconds = job.seconds + (0 if job.model in built else BUILD)
+        if total + seconds > limit:
+            lines.append(f"{job.name:22s} {seconds:5.0f} s  left out   {job.what}")
+            continue
         built.add(job.model)
         total += seconds
         lines.append(f"{job.name:22s} {seconds:5.0f} s  {total / 60:5.1f} min  {job.what}")
@@ -136,7 +139,7 @@ def main(words: Sequence[str] | None = None) -> None:
     setting: Setting = SMOKE if arguments.smoke else FULL
     jobs = [make(setting) for make in CELLS]
     if arguments.plan:
-        print("\n".join(plan_lines(jobs)))
+        print("\n".join(plan_lines(jobs, arguments.seconds)))
         return
     if arguments.report and not (arguments.output / "place.json").is_file():
         parser.error(f"--output {arguments.output} holds no cells; pass a folder of results")

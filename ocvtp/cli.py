@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from ocvtp import __version__
 from ocvtp.commands.flags import FLAGS
@@ -196,8 +196,15 @@ def _limit_pixels(count: str) -> None:
 _BEFORE = {"--import": _import, "--max-pixels": _limit_pixels}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as commands do, without all flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"ocvtp: error: {message}; see `{self.prog} --help`.\n")
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ocvtp",
         description="Train, export, plug in and measure visual-token pruners.",
         allow_abbrev=False,

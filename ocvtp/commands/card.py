@@ -54,6 +54,8 @@ def checked(given: str) -> Artifact:
     folder = Path(find_folder(given))
     if not folder.is_dir():
         raise ValueError(f"{given} is no folder; pass one that `ocvtp export` wrote.")
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(f"{given} has no {CONFIG_NAME}; pass a folder that `ocvtp export` wrote.")
     names = trainable.readers(str(folder))
     config = config_of(folder)
     kind = trainable.of_name(names[0]) if names else trainable.of_format(config.get("format") or "")

@@ -17,7 +17,6 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.scores import SCORES
 from ocvtp.evaluation.tasks.base import Supplied
 from ocvtp.evaluation.tasks.registry import task_class
-from ocvtp.evaluation.towers import TowerSubject, refuse_questions
 from ocvtp.hosts.loading import check_model, load_model, load_processor
 from ocvtp.pruners.budgets import budgets_of
 from ocvtp.reporting.folder_lock import claimed
@@ -40,6 +39,8 @@ def _run(arguments: argparse.Namespace, folder: Path) -> int:
     settings = task_settings(arguments)
     subject: Judged
     if arguments.tower is not None:
+        from ocvtp.evaluation.towers import TowerSubject, refuse_questions
+
         refuse_questions(task_class(arguments.task))
         task = make_task(Supplied(arguments.task, folder, None), settings)
         subject = TowerSubject(**options.tower_settings(arguments))

@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import timm
-
 from ocvtp.encoders.base import DType, FrozenEncoder
 from ocvtp.encoders.clip import CLIPEncoder
-from ocvtp.encoders.timm import TimmEncoder
 from ocvtp.random_models.clip_config import SECOND_TO_LAST, selected_layer
 from ocvtp.shipped import find_folder
 
@@ -40,6 +37,8 @@ def build_encoder(
     if img_size is not None and img_size < 1:
         raise ValueError(f"img_size={img_size} counts pixels; pass a multiple of a patch's side.")
     if _is_of_timm(name):
+        from ocvtp.encoders.timm import TimmEncoder
+
         args = {} if img_size is None else {"img_size": img_size}
         own = SECOND_TO_LAST if layer is None else layer
         return TimmEncoder(_name_for_timm(name), own, dtype=dtype, model_args=args)
@@ -53,8 +52,11 @@ def source_of(name: str) -> str:
 
 
 def _is_of_timm(name: str) -> bool:
-    is_named = name.startswith((_TIMM, *_TIMM_OWN)) or timm.is_model(name)
-    return is_named or _is_written_by_timm(Path(name))
+    if name.startswith((_TIMM, *_TIMM_OWN)) or _is_written_by_timm(Path(name)):
+        return True
+    import timm  # takes seconds
+
+    return bool(timm.is_model(name))
 
 
 def _name_for_timm(name: str) -> str:

@@ -21,7 +21,9 @@ def load_tensors(path: str | Path) -> dict[str, Any]:
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder; pass the path of a file, e.g. of its last.ckpt.")
     if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; pass the path of a file.")
+        beside = sorted(p.name for p in Path(path).parent.glob(f"*{Path(path).suffix or '.ckpt'}"))
+        there = f" (beside it: {', '.join(beside)})" if beside else ""
+        raise ValueError(f"{path} does not exist{there}; pass the path of a file.")
     try:
         _refuse_packed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)

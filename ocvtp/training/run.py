@@ -429,7 +429,7 @@ def _result(
     elif not steps:
         note = f"no step was taken ({end}, limit_train_batches={trainer.limit_train_batches})"
     elif not best:
-        best, note = last, "no validation ran, so that no checkpoint is the best; this is the last"
+        best, note = last, "no validation ran: the best checkpoint is the last one"
     best_score = checkpoint.best_model_score
     score = None if best_score is None else float(best_score)
     return TrainingResult(best, last or best, score, note, trainer.is_global_zero)

@@ -226,10 +226,12 @@ def test_seconds_follow_operations():
 
 @pytest.mark.slow
 def test_the_plan_of_eight_minutes_reaches_the_tests(capsys):
-    gpu_run.main(["--plan"])
+    gpu_run.main(["--plan", "--seconds", str(60 * 8 - gpu.SPARE_SECONDS)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == [make(SMOKE).name for make in CELLS]
     assert float(next(line for line in lines if line.startswith("tests")).split()[3]) < 8
+    left = [line.split()[0] for line in lines if "left out" in line]
+    assert left == ["llava-b32-k64", "qwen-b1"]
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def test_the_plan_of_eight_minutes_reaches_the_tests(capsys):
     [
         ([], "pass --output DIR, or --plan"),
         (["--output", "x", "--minutes", "0"], "pass a number above 0"),
+        (["--plan", "--minutes", "-1"], "pass a number above 0"),
     ],
 )
 def test_wrong_words(words, said, capsys):

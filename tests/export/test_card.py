@@ -108,7 +108,7 @@ def test_the_command_adds_what_it_is_told(capsys, artifact, tmp_path):
     ("damage", "told"),
     [
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "damaged"),
-        (lambda folder: (folder / "config.json").unlink(), "is that of no trainable pruner"),
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json; pass a folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
     ],
 )
