@@ -91,6 +91,14 @@ def by_image(function: Callable[..., Tensor], *values: Tensor) -> Tensor:
     return found
 
 
+def cosine_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every two tokens of [B, N, D], of any length: [B, N, N]; and their lengths [B, N]."""
+    products = by_image(lambda own: all_pairs(full(own)), x)
+    lengths = products.diagonal(dim1=1, dim2=2).sqrt()
+    scale = lengths.clamp(min=_SHORTEST).reciprocal()
+    return products.mul_(scale[:, :, None]).mul_(scale[:, None]).nan_to_num_(), lengths
+
+
 class Cosines:
     """Cosines of tokens of any length, divided by it where that costs least.
 
@@ -110,10 +118,7 @@ class Cosines:
         self._x = x
         self._pairs: Tensor | None = None
         if pairs_pay(x.shape[1], num_rows):
-            products = by_image(lambda own: all_pairs(full(own)), x)
-            self.lengths = products.diagonal(dim1=1, dim2=2).sqrt()
-            scale = self._divisor.reciprocal()
-            self._pairs = products.mul_(scale[:, :, None]).mul_(scale[:, None]).nan_to_num_()
+            self._pairs, self.lengths = cosine_pairs(x)
         else:
             self._x = full(x)  # read again and again
             self.lengths = torch.linalg.vector_norm(self._x, dim=2)
