@@ -73,16 +73,13 @@ $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(TRL)/.installed $
 environments: $(STAMP) $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.installed $(DOCS)/.installed
 
 # On older versions, of the slow tests those that every host has for every feature, and calls that keep all.
-HOSTS_SLOW := tests/hosts/test_matrix.py tests/hosts/test_cache_names.py tests/hosts/test_keep_all.py \
-	-k "not test_keep_all or none" -m slow
+OF_VERSIONS := -m "not slow or versions"
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(HOSTS_SLOW)
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
+	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
 
 test-before: $(BEFORE)/.installed
-	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal -m slow tests/hosts/test_matrix.py tests/hosts/test_cache_names.py
-	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/hosts tests/bench
+	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
 VLLM := $(VENV)/vllm
@@ -102,7 +99,7 @@ test-vllm: $(VLLM)/.installed
 
 test-lmms: export OMP_NUM_THREADS := 1
 test-lmms: $(LMMS)/.installed
-	$(LMMS)/bin/python -m pytest tests/lmms
+	$(LMMS)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/lmms
 
 test-trl: export OMP_NUM_THREADS := 1
 test-trl: $(TRL)/.installed

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from ocvtp import Pruner, attach, build_pruner, transformers_names
 
+pytestmark = pytest.mark.versions
 NAMES = ("past_key_values", "cache")
 PRUNERS = {
     "llm_input": lambda: build_pruner("uniform", num_keep=3),

@@ -36,7 +36,8 @@ def calls() -> Iterator[Any]:
     for table in TABLES:
         for title, entry in table.entries.items():
             for pruner in PRUNERS:
-                marks = [pytest.mark.slow] if entry.slow or pruner != "none" else []
+                marks = [pytest.mark.versions] if pruner == "none" else [pytest.mark.slow]
+                marks += [pytest.mark.slow] if entry.slow else []
                 name = f"{table.method}-{title}-{pruner}"
                 yield pytest.param(table, title, pruner, id=name, marks=marks)
 

@@ -16,6 +16,7 @@ from matrix.supplies import SUPPLIES, check_supply
 from benchmarks import hosts, table
 from ocvtp.hosts.registry import HOSTS
 
+pytestmark = pytest.mark.versions
 Record = Callable[[str, Any], None]
 FEATURE_PARAMS = [
     pytest.param(title, id=check.__name__, marks=[pytest.mark.slow] if title in SLOW else [])
