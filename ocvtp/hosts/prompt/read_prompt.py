@@ -15,7 +15,6 @@ from ocvtp.hosts.prompt.chat_template import find_processor
 from ocvtp.hosts.prompt.clip_text import ClipText, TextTower, load_clip_text
 from ocvtp.hosts.prompt.user_words import Prompts, embed_words
 from ocvtp.structures import Needs
-from ocvtp.towers.module_state import uncompiled
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,6 @@ class Reader:
     wants_text: bool
     clip: ClipText | None
 
-    @uncompiled
     @torch.no_grad()
     def read(
         self, host: Host, encoded: Encoded, ids: Tensor, real: Tensor, rows: Tensor

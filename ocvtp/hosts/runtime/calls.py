@@ -22,8 +22,12 @@ from ocvtp.hosts.runtime.call_budgets import CallBudgets, inside_block, take_bud
 from ocvtp.hosts.runtime.caller_processors import with_assistant
 from ocvtp.hosts.wrap_methods import Original
 from ocvtp.pruners.budgets import BUDGETS
+from ocvtp.towers.module_state import uncompiled
 from ocvtp.towers.recordings import CALL
 from ocvtp.transformers_names import brings_images, cache_in, cache_length, name_cache
+
+_shorten = uncompiled(Attachment.shorten)
+"""Eagerly in compiled code too, of which it would make graphs that end at every choice."""
 
 
 def forward(
@@ -110,7 +114,7 @@ def _pruned(
     whole = is_tuple or attachment.keeps_all or (isinstance(around, Call) and around.wants_tuple)
     call = Call(attachment.host.model)
     with call.on_its_way():
-        short = attachment.shorten(kwargs, whole, budgets)
+        short = _shorten(attachment, kwargs, whole, budgets)
         prompt, inputs = short.prompt, short.inputs | {"input_ids": None}
         inputs["inputs_embeds"] = prompt.embeddings
         if is_tuple:

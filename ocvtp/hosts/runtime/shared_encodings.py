@@ -16,7 +16,6 @@ from ocvtp.hosts.registry import check, find_host
 from ocvtp.pruners import Compose, Pruner
 from ocvtp.structures import Needs
 from ocvtp.towers.joined_needs import covers, joined, only
-from ocvtp.towers.module_state import uncompiled
 
 _IN_TOWER = ("pixels", "encoder")
 
@@ -185,7 +184,6 @@ def _acts_in_tower(pruner: Pruner | Compose) -> bool:
     return any(part.stage in _IN_TOWER for part in pruner.parts)
 
 
-@uncompiled
 def _call(host: Host, images: dict[str, Any]) -> _Call | None:
     """What to compare; None for a call that cannot be shared."""
     tensors = {name: value for name, value in images.items() if isinstance(value, Tensor)}

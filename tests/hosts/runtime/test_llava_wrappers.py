@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_compiled_models_prune(
         assert_close(compiled(**inputs).logits[real], short.logits()[real], 1e-5)
         assert torch.equal(ask(compiled, inputs), answer)
     assert_close(compiled(**inputs).logits, expected, 1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_a_pruner_does_is_not_compiled(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    """Of a compiled model, graphs are made of the language model alone."""
+    graphs = list[Any]()
+
+    def backend(graph: Any, given: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, counts = deepcopy(llava), list[int]()
+    for around in (nullcontext(), pruner(model)):
+        torch.compiler.reset()
+        graphs.clear()
+        with around:
+            torch.compile(model, backend=backend)(**inputs)
+        counts.append(len(graphs))
+    assert 0 < counts[1] < counts[0]
 
 
 @pytest.mark.slow
