@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sampling import mark_the_rest_slow
+from sampling import leave_repetitions_out, mark_the_rest_slow
 from tiny_models import tiny_llava
 from tiny_next import tiny_next
 from torch import Tensor
@@ -113,6 +113,8 @@ def with_version(name: str) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave GPU tests out where there is no GPU, and network tests unless they are asked for."""
+    if not config.getoption("--every-case"):
+        leave_repetitions_out(config, items)
     mark_the_rest_slow(items)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -122,5 +124,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How many malformed inputs tests/fuzz tries."""
+    """How many malformed inputs tests/fuzz tries, and whether cases are left out."""
     parser.addoption("--fuzz", type=int, default=500, help="malformed inputs (default: 500)")
+    parser.addoption(
+        "--every-case", action="store_true", help="whole products of tests marked `covering`"
+    )

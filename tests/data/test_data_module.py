@@ -109,6 +109,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_exactly(root, tmp_path, uninterru
     assert second.seen == uninterrupted[stop:steps]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("val", [False, True])
 @pytest.mark.parametrize("until", ["steps", "epochs"])

@@ -120,6 +120,7 @@ def test_the_learned_pruner_also_inside_the_tower(models, early):
     assert count(model, pruner=pruner, **sizes).total == pytest.approx(expected, rel=REL)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llava", "qwen2.5-vl"])
 @pytest.mark.parametrize("read", [{"kind": "last_heads"}, {"learnt": True}])
@@ -140,6 +141,7 @@ def test_a_learned_scorer_inside_the_language_model(models, family, read, block)
     assert found.total == pytest.approx(expected, rel=REL)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("cut_tower", [False, True])
 @pytest.mark.parametrize("project_kept", [False, True])

@@ -32,14 +32,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 
 def calls() -> Iterator[Any]:
-    """Every argument set; slow ones, and those under a pruner that reads the tower, marked."""
+    """Every argument set; slow ones marked."""
     for table in TABLES:
         for title, entry in table.entries.items():
-            for pruner in PRUNERS:
-                marks = [pytest.mark.versions] if pruner == "none" else [pytest.mark.slow]
-                marks += [pytest.mark.slow] if entry.slow else []
-                name = f"{table.method}-{title}-{pruner}"
-                yield pytest.param(table, title, pruner, id=name, marks=marks)
+            marks = [pytest.mark.slow] if entry.slow else []
+            yield pytest.param(table, title, id=f"{table.method}-{title}", marks=marks)
 
 
 @pytest.fixture(scope="module", params=EVERY_FAMILY)
@@ -55,9 +52,12 @@ def bare(family: Family, number: int, title: str) -> Any:
     return outcome(family, TABLES[number], title, None)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.sampled(40)
+@pytest.mark.versions
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("table", "title", "pruner"), list(calls()))
+@pytest.mark.parametrize("pruner", PRUNERS)
+@pytest.mark.parametrize(("table", "title"), list(calls()))
 def test_calls_are_those_of_the_bare_model(
     family: Family, table: Table, title: str, pruner: str
 ) -> None:

@@ -175,6 +175,7 @@ def check_merge(pruner, selection, count):
             assert keep[kept].tolist() == sorted(anchors[kept].tolist())
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("grid_hw", GRIDS)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("name", "settings"), CASES)
@@ -459,6 +460,7 @@ class NoCopyBetweenDevices(TorchDispatchMode):
         return made
 
 
+@pytest.mark.covering(1)
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize(("name", "settings"), CASES)

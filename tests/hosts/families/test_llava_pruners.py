@@ -181,8 +181,8 @@ def test_a_tower_without_cls(llava_siglip: Any, reading: Any, name: str) -> None
         ocvtp.attach(llava_siglip, pruner, **reading)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.usefixtures("untouched_dino")
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.sampled(4)
 def test_dino_towers(llava_dino: Any, processor: Any, name: str, settings: dict[str, Any]) -> None:

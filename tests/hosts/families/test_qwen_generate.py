@@ -123,6 +123,7 @@ def without_images(inputs: Any) -> Any:
     return {k: v for k, v in inputs.items() if k not in ("pixel_values", "image_grid_thw")}
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @prompts
 @pytest.mark.parametrize("images_again", [False, True])

@@ -122,6 +122,7 @@ def tokens_by_hand(
     )
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("sizes", [SAME, MIXED], ids=["same", "mixed"])

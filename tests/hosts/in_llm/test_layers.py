@@ -199,6 +199,7 @@ def test_keeping_all_is_the_bare_model(family: Family) -> None:
 # ------------------------------------------------------------------------------- what pruners see
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["last", "text", "visual"])
 @pytest.mark.parametrize("when", ["before", "coming"])
@@ -437,6 +438,7 @@ def test_prompt_lookup(llava: Family, kind: Any) -> None:
             assert answer(llava, inputs, max_new_tokens=12, prompt_lookup_num_tokens=3).equal(plain)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Layered, Renumbering])
 @pytest.mark.parametrize("copied", [False, True])

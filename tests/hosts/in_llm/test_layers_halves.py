@@ -254,6 +254,7 @@ def places_of(
 # -------------------------------------------------------------------------- as if they were masked
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
@@ -269,6 +270,7 @@ def test_a_method_equals_masked_columns(family: Family, method: str, rows: Any) 
     assert_close(actual[hand.short_text], expected[text_of(family, inputs)], 1e-5)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_equals_its_rows(family: Family, method: str, side: Any) -> None:

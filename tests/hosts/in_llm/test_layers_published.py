@@ -164,6 +164,7 @@ def answer(family: Family, inputs: Inputs) -> Tensor:
     return sequences[:, inputs["input_ids"].shape[1] :]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [ONE, ROWS, MIXED], ids=["one", "three", "mixed"])
 @pytest.mark.parametrize("method", METHODS)
@@ -193,6 +194,7 @@ def test_states_are_compared_behind_the_last_norm() -> None:
     assert_close(actual[text], expected[text], 1e-5)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_equals_its_rows(family: Family, method: str, side: Any) -> None:

@@ -56,6 +56,7 @@ def without_images(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name != "pixel_values"}
 
 
+@pytest.mark.covering(2)
 @prompts
 @pytest.mark.parametrize("images_again", [False, True])
 @pytest.mark.parametrize("own_cache", [None, DynamicCache, StaticCache])
