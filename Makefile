@@ -37,14 +37,15 @@ demo: install
 # Tests that were rewritten for their assertions are kept, for every process and for the next run.
 unexport PYTHONDONTWRITEBYTECODE
 
-# One thread a process: there are two.
+# One thread a process.
+PROCESSES := 2
 test test-fast test-oldest test-before: export OMP_NUM_THREADS := 1
 
 test: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal
 
 test-fast: install
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal -m "not slow"
 
 # Environments on top of the other one: the oldest transformers that is supported; the last one before
 # `past_key_values` was renamed `cache`; lmms-eval, which pins what others need newer; TRL's trainers; what
@@ -76,10 +77,10 @@ environments: $(STAMP) $(OLDEST)/.installed $(BEFORE)/.installed $(LMMS)/.instal
 OF_VERSIONS := -m "not slow or versions"
 
 test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
+	$(OLDEST)/bin/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench tests/evaluation tests/encoders tests/training/test_training_layouts.py tests/commands/test_cli.py tests/demo_vlm/test_demo_vlm.py tests/demo_vlm/test_demo_vlm_batches.py tests/demo_vlm/test_demo_vlm_learner.py
 
 test-before: $(BEFORE)/.installed
-	$(BEFORE)/bin/python -m pytest --numprocesses 2 --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench
+	$(BEFORE)/bin/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(OF_VERSIONS) tests/hosts tests/bench
 
 # vLLM pins torch and transformers, and takes 9 GB: an environment of its own, outside CI.
 VLLM := $(VENV)/vllm
@@ -99,7 +100,7 @@ test-vllm: $(VLLM)/.installed
 
 test-lmms: export OMP_NUM_THREADS := 1
 test-lmms: $(LMMS)/.installed
-	$(LMMS)/bin/python -m pytest --numprocesses 2 --dist worksteal tests/lmms
+	$(LMMS)/bin/python -m pytest --numprocesses $(PROCESSES) --dist worksteal tests/lmms
 
 test-trl: export OMP_NUM_THREADS := 1
 test-trl: $(TRL)/.installed
