@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ocvtp.ops.ridge import RidgeSteps
 from ocvtp.ops.selection import ceilings
 from ocvtp.structures import take
+
+_VALUES_AT_ONCE = 200_000  # 0.8 MB, as much as two blocks of an image with 576 tokens
+
+
+class CoverGains:
+    """What one more token adds to a cover, of every token: `sum_m max(0, k_sm - c_m)`.
+
+    On a CPU the matrix is read in blocks, so that what is made of one stays in a core's cache.
+
+    Args:
+        covers: k [B, N, N], what token s covers of token m.
+    """
+
+    def __init__(self, covers: Tensor) -> None:
+        count = covers.shape[1]
+        if covers.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = math.ceil(count / math.ceil(covers.numel() / _VALUES_AT_ONCE))
+        self._blocks = covers.split(count, dim=1)
+        self._room = torch.empty_like(self._blocks[0])  # fresh memory at every step costs more
+
+    def __call__(self, covered: Tensor) -> Tensor:
+        """[B, N], of what is covered so far, c [B, N]."""
+        left = covered[:, None]
+        rooms = (self._room[:, : block.shape[1]] for block in self._blocks)
+        added = [
+            torch.sub(block, left, out=room).clamp_(min=0).sum(dim=2)
+            for block, room in zip(self._blocks, rooms, strict=True)
+        ]
+        return torch.cat(added, dim=1)
 
 
 def greedy_cover(
@@ -41,12 +72,13 @@ def greedy_cover(
     even = real.to(targets.dtype) / real.sum(dim=1, keepdim=True)
     restored = RidgeSteps(targets, even, num, penalty)
     covers = likeness * weights[:, None]  # [B, N, N], omega_m k_sm
+    gains = CoverGains(covers)
     covered = torch.zeros_like(weights)  # max_s omega_m k_sm
     most = ceilings(weights, valid)
     picks = []
     for _ in range(num):
-        gain = (covers - covered[:, None]).clamp_(min=0).sum(dim=2)  # [B, N]
-        score = (1 - balance) * _shares(gain, real) + balance * _shares(restored.gains(), real)
+        more_covered, more_restored = _shares(gains(covered), real), _shares(restored.gains(), real)
+        score = (1 - balance) * more_covered + balance * more_restored
         pick = torch.fmin(score, most).argmax(dim=1, keepdim=True)  # [B, 1]
         picks.append(pick)
         most = most.scatter(1, pick, float("-inf"))

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from ocvtp.ops.cover import CoverGains
 from ocvtp.ops.selection import ascending, ceilings
 from ocvtp.ops.similarity import cosine_pairs
 from ocvtp.pruners.base import Pruner, Status
 from ocvtp.pruners.registry import register
 from ocvtp.structures import Needs, Selection, VisualTokens, take
-
-_VALUES_AT_ONCE = 200_000  # 0.8 MB, as much as two blocks of an image with 576 tokens
 
 
 @register("scope")
@@ -59,26 +56,11 @@ class SCOPE(Pruner):
         if tokens.valid is not None:  # padding covers nothing and is kept last
             cosine = cosine * tokens.valid[:, None] * tokens.valid[:, :, None]
         covered = torch.zeros_like(saliency)
-        blocks = cosine.split(_rows_at_once(cosine), dim=1)
-        room = torch.empty_like(blocks[0])  # used again and again: fresh memory costs more
-        picks = []
+        gains, picks = CoverGains(cosine), []
         for _ in range(num_keep):
-            added = [
-                torch.sub(block, covered[:, None], out=room[:, : block.shape[1]]).clamp_(min=0)
-                .sum(dim=2)
-                for block in blocks
-            ]  # fmt: skip
-            gain = torch.cat(added, dim=1) * saliency
+            gain = gains(covered) * saliency
             pick = torch.fmin(gain, most).argmax(dim=1, keepdim=True)  # [B, 1]
             picks.append(pick)
             most = most.scatter(1, pick, float("-inf"))
             covered = torch.maximum(covered, take(cosine, pick).squeeze(1))
         return ascending(torch.cat(picks, dim=1), tokens.valid, tokens.num_tokens)
-
-
-def _rows_at_once(matrix: Tensor) -> int:
-    """On a CPU so many of [B, N, N] that what is made of them stays in a core's cache."""
-    count = matrix.shape[1]
-    if matrix.device.type != "cpu" or torch.compiler.is_compiling():
-        return count
-    return math.ceil(count / math.ceil(matrix.numel() / _VALUES_AT_ONCE))
