@@ -113,7 +113,8 @@ def with_version(name: str) -> str:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave GPU tests out where there is no GPU, and network tests unless they are asked for."""
-    if not config.getoption("--every-case"):
+    named = any("[" in word for word in config.args)  # cases, by their ids
+    if not named and not config.getoption("--every-case"):
         leave_repetitions_out(config, items)
     mark_the_rest_slow(items)
     for item in items:

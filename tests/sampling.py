@@ -84,7 +84,7 @@ def parameters(case: Any) -> Mapping[str, tuple[int, ...]]:
     """The values of a case, those that are parametrized together as one."""
     left, found = {name: id(value) for name, value in case.callspec.params.items()}, {}
     for mark in case.iter_markers("parametrize"):
-        names = mark.args[0]
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         names = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
         found[",".join(names)] = tuple(left.pop(name) for name in names if name in left)
     return found | {name: (value,) for name, value in left.items()}

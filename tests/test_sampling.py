@@ -7,12 +7,19 @@ from itertools import combinations, product
 from types import SimpleNamespace
 
 import pytest
-from sampling import covering, parameters, spread
+from sampling import covering, leave_repetitions_out, parameters, spread
+
+
+class Case(SimpleNamespace):
+    """Equal to itself alone, as cases of pytest are."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
 
 
 def cases(*sizes, allowed=lambda *_: True):
     return [
-        SimpleNamespace(
+        Case(
             callspec=SimpleNamespace(params=dict(zip("abcd", index, strict=False))),
             iter_markers=lambda name: iter(()),
         )
@@ -54,7 +61,7 @@ def test_every_pair_occurs(sizes):
 
 
 def test_what_goes_together_is_one_parameter():
-    mark = pytest.mark.parametrize(("a", "b"), [(1, 2)]).mark
+    mark = pytest.mark.parametrize(argnames=("a", "b"), argvalues=[(1, 2)]).mark
     (case,) = cases(1, 1, 1)
     case.iter_markers = lambda name: iter((mark,))
     assert {name: len(value) for name, value in parameters(case).items()} == {"a,b": 2, "c": 1}
@@ -77,11 +84,14 @@ def test_slow_cases_stay_slow(request, a):
     assert (request.node.get_closest_marker("slow") is None) == (a in (1, 3))
 
 
-@pytest.mark.covering(2)
-@pytest.mark.parametrize("a", range(3))
-@pytest.mark.parametrize("b", range(2))
-@pytest.mark.parametrize("c", range(2))
-def test_repetitions_are_left_out(request, a, b, c):
-    every = request.config.getoption("--every-case")
-    of_this = [i for i in request.session.items if i.originalname == request.node.originalname]
-    assert len(of_this) == (12 if every else 6)
+def test_repetitions_are_left_out():
+    told, items = [], cases(3, 2, 2) + cases(5)
+    for number, item in enumerate(items):
+        marks = {"covering": pytest.mark.covering(2).mark} if number < 12 else {}
+        item.nodeid = f"{'many' if marks else 'few'}[{number}]"
+        item.get_closest_marker = marks.get
+    hook = SimpleNamespace(pytest_deselected=lambda items: told.extend(items))
+    kept = list(items)
+    leave_repetitions_out(SimpleNamespace(hook=hook), kept)
+    assert kept == covering(items[:12], 2) + items[12:]
+    assert len(told) == len(items) - len(kept) == 6

@@ -6,7 +6,7 @@ import pytest
 
 from tools.trip import Trip, follow, generate_trip
 
-MOST = {"fastervlm": 123, "fastv:stages=[[1,16]]": 151, "tome": 215}
+MOST = {"fastervlm": 124, "fastv:stages=[[1,16]]": 152, "tome": 216}
 
 
 @pytest.mark.parametrize("spec", MOST)

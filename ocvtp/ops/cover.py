@@ -26,10 +26,11 @@ class CoverGains:
     def __init__(self, covers: Tensor) -> None:
         count = covers.shape[1]
         if covers.device.type == "cpu" and not torch.compiler.is_compiling():
-            count = math.ceil(count / math.ceil(covers.numel() / _VALUES_AT_ONCE))
+            count = math.ceil(count / max(1, math.ceil(covers.numel() / _VALUES_AT_ONCE)))
         self._blocks = covers.split(count, dim=1)
         self._room = torch.empty_like(self._blocks[0])  # fresh memory at every step costs more
 
+    @torch.no_grad()
     def __call__(self, covered: Tensor) -> Tensor:
         """[B, N], of what is covered so far, c [B, N]."""
         left = covered[:, None]

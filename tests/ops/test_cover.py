@@ -153,3 +153,14 @@ def test_the_longer_side_is_that_of_the_image():
     narrow = torch.arange(COUNT).view(GRID)[:, :2].flatten()
     alone = likeness(directions[2:, narrow], (3, 2), 1.5, 0.2)
     assert_close(found[2:, narrow][:, :, narrow], alone)
+
+
+def test_no_images_are_no_picks():
+    assert greedy_cover(*(part[:0] for part in make()), 3, 0.5).shape == (0, 3)
+
+
+def test_picks_have_no_gradient():
+    alike, weights, targets = make()
+    wanted = greedy_cover(alike, weights, targets, 3, 0.5)
+    found = greedy_cover(alike.requires_grad_(), weights, targets.requires_grad_(), 3, 0.5)
+    assert found.equal(wanted)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ocvtp.hosts.wrap_methods import Wrapped, any_lost, has_methods
 from ocvtp.towers.hooks import Hook, Removable
+from ocvtp.towers.module_state import uncompiled
 
 _HOOKS = (
     "_forward_hooks",
@@ -92,6 +93,7 @@ class InstalledHooks:
         self._put: list[list[Put]] = [[] for _ in groups]
         self._found: tuple[Any, list[_Holder]] = None, []
 
+    @uncompiled
     def renew(self) -> None:
         """Put in again what is not where it belongs.
 

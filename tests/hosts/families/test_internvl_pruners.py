@@ -145,7 +145,6 @@ def shortened(
     return shorten_internvl(model, inputs, kept, side, rows)
 
 
-@pytest.mark.covering(2)
 @pytest.mark.slow
 @shown
 @pytest.mark.parametrize(("name", "settings"), CASES)

@@ -89,6 +89,21 @@ def test_what_a_pruner_does_is_not_compiled(llava: Any, pruner: Pruner, inputs: 
 
 @pytest.mark.slow
 @torch.no_grad()
+def test_a_compiled_function_attaches(llava: Any, pruner: Pruner, inputs: Any) -> None:
+    with pruner(llava):
+        expected = llava(**inputs).logits
+
+    @torch.compile(backend="eager")
+    def call() -> Tensor:
+        with pruner(llava):
+            return llava(**inputs).logits
+
+    torch.compiler.reset()
+    assert_close(call(), expected, 1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
 def test_a_compiled_tower_is_looked_into(
     llava: Any, pruner: Pruner, inputs: Any, answer: Tensor
 ) -> None:
