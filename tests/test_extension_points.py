@@ -11,11 +11,10 @@ import ast
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import RUN, outputs
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "checkpoints" / "demo-vlm")
@@ -121,41 +120,38 @@ def test_a_toy_is_one_file_of_public_names(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_toy_works_where_nothing_but_its_file_is(name: str, tmp_path: Path) -> None:
-    (tmp_path / f"{name}.py").write_text(TOYS[name])
-    (tmp_path / "settings.yaml").write_text(SETTINGS)
-    shutil.copy(ROOT / "docs" / "images" / "scene.png", tmp_path / "picture.png")
-    said = ""
-    for words in COMMANDS[name]:
-        command = [sys.executable, "-m", "ocvtp.cli", "--import", f"{name}.py", *words]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        said += run.stdout
-    expected = {
-        "brightest": '"name": "brightest"',
-        "squares": "divprune",
-        "toy_family": "divprune",
-        "apart": "",
-    }[name]
-    assert expected in said
-    if name == "apart":
-        assert list(tmp_path.glob("out/checkpoints/*.ckpt"))
-    if name in ("brightest", "squares"):
-        found = json.loads((tmp_path / "out" / "results.json").read_text())
-        assert any(row["pruner"] in ("brightest", "divprune") for row in found["rows"])
-
-
-@pytest.mark.slow
-def test_several_toys_are_told_of_side_by_side(tmp_path: Path) -> None:
+def test_a_toy_works_where_nothing_but_its_file_is(tmp_path: Path) -> None:
+    """Each command in a fork of one process, which has imported nothing of the package."""
+    folders, codes = [], []
+    for name, commands in COMMANDS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(TOYS[name])
+        (folder / "settings.yaml").write_text(SETTINGS)
+        shutil.copy(ROOT / "docs" / "images" / "scene.png", folder / "picture.png")
+        for words in commands:
+            folders.append(folder)
+            codes.append(RUN.format(words=["--import", f"{name}.py", *words]))
+    (tmp_path / "told").mkdir()
     imports = []
     for name in TOLD:
-        (tmp_path / f"{name}.py").write_text(TOYS[name])
+        (tmp_path / "told" / f"{name}.py").write_text(TOYS[name])
         imports += ["--import", f"{name}.py"]
-    command = [sys.executable, "-m", "ocvtp.cli", *imports, "list", "--json"]
-    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert '"name": "linear"' in run.stdout
+    folders.append(tmp_path / "told")
+    codes.append(RUN.format(words=[*imports, "list", "--json"]))
+    first = "import torch, transformers, pytorch_lightning"
+    listed, evaluated, asked, answered, counted, _, told = outputs(
+        codes, first=first, folders=folders
+    )
+    assert '"name": "brightest"' in listed
+    assert "brightest" in evaluated
+    for said in (asked, answered, counted):
+        assert "divprune" in said
+    assert list(tmp_path.glob("apart/out/checkpoints/*.ckpt"))
+    for name, pruner in (("brightest", "brightest"), ("squares", "divprune")):
+        found = json.loads((tmp_path / name / "out" / "results.json").read_text())
+        assert any(row["pruner"] == pruner for row in found["rows"])
+    assert '"name": "linear"' in told
 
 
 def test_files_of_the_package_that_a_new_family_and_a_new_method_touch() -> None:

@@ -17,6 +17,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from fresh_process import RUN, outputs
 from packaging.requirements import Requirement
 
 import ocvtp
@@ -210,27 +211,6 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
-def installed(wheel, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
-
-
-def outside(installed: Path, folder: Path, *words: str) -> str:
-    """What `ocvtp` of the wheel prints, run from a folder of the user's."""
-    code = (
-        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        "import ocvtp; from ocvtp.cli import main\n"
-        f"assert ocvtp.__file__.startswith({str(installed)!r}), ocvtp.__file__\n"
-        f"sys.exit(main({list(words)}))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_shipped_scorers_are_of_the_recipe_beside_them(seed):
     folder = f"checkpoints/demo-learned/{seed}"
@@ -267,13 +247,6 @@ def test_the_wheel_holds_what_is_needed_and_no_more(wheel):
 
 
 @pytest.mark.slow
-def test_the_wheel_knows_the_demo_model_and_its_pruner(installed, tmp_path):
-    words = ["flops", "--model", "checkpoints/demo-vlm", "--num-keep", "8", "--pruners", "ocvtp"]
-    found = outside(installed, tmp_path, *words, "--checkpoint", "checkpoints/demo-pruner/0")
-    assert "| ocvtp" in found
-
-
-@pytest.mark.slow
 def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     code = f"from hatchling.build import build_sdist; print(build_sdist({str(tmp_path)!r}))"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -296,18 +269,6 @@ def test_the_source_distribution_makes_the_same_wheel(wheel, tmp_path):
     (again,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(again) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
-
-
-@pytest.mark.slow
-def test_the_wheel_says_where_the_recipe_of_the_demo_model_is(installed, tmp_path):
-    code = (
-        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        "from ocvtp.cli import main; sys.exit(main(['demo-vlm', '--config', 'cpu']))"
-    )
-    words = [sys.executable, "-c", code]
-    run = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 2
-    assert "is in the repository, not in the installed package; clone it" in run.stderr
 
 
 # ------------------------------------------------------------------------ a bare environment
@@ -354,30 +315,46 @@ def bare(wheel, tmp_path_factory) -> Path:
     return folder / "bin"
 
 
-@pytest.mark.slow
-def test_the_wheel_needs_no_more_than_it_declares(bare, tmp_path):
-    def ocvtp_says(*words: str) -> str:
-        run = subprocess.run(
-            [str(bare / "ocvtp"), *words], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert run.returncode == 0, run.stderr
-        return run.stdout
+IN_THE_WHEEL = "import ocvtp, sys; assert ocvtp.__file__.startswith(sys.prefix), ocvtp.__file__\n"
+NO_RECIPE = """
+from ocvtp.cli import main
+sys.stderr = sys.stdout
+assert main(["demo-vlm", "--config", "cpu"]) == 2
+"""
 
+
+@pytest.mark.slow
+def test_the_wheel_works_and_needs_no_more_than_it_declares(bare, tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     absent = subprocess.run([str(bare / "python"), "-c", "import pytest"], capture_output=True)
     assert absent.returncode != 0
-    assert ocvtp_says("--version") == f"ocvtp {ocvtp.__version__}\n"
-    listed = json.loads(ocvtp_says("list", "--json"))["pruners"]
-    assert [row["name"] for row in listed] == ocvtp.list_pruners()
-    train = ["--config", "scenes", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
+    version = subprocess.run(
+        [str(bare / "ocvtp"), "--version"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert version.stdout == f"ocvtp {ocvtp.__version__}\n"
+    train = ["train", "--config", "scenes", "--trainer.max_epochs", "1"]
+    train += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     train += ["--data.num_train", "16", "--data.num_val", "4", "--output", "run"]
-    ocvtp_says("train", *train, "--trainer.enable_progress_bar", "false")
-    last = "run/checkpoints/last.ckpt"
-    ocvtp_says("export", "--checkpoint", last, "--output", "mine")
+    export = ["export", "--checkpoint", "run/checkpoints/last.ckpt", "--output", "mine"]
+    demo = ["--model", "checkpoints/demo-vlm"]
+    evaluate = ["evaluate", *demo, "--task", "scenes", "--num-images", "1", "--levels", "easy"]
+    evaluate += ["--pruners", "divprune", "--num-keep", "16", "--dtype", "float32"]
+    evaluate += ["--output", "judged"]
+    flops = ["flops", *demo, "--num-keep", "8", "--pruners", "ocvtp"]
+    flops += ["--checkpoint", "checkpoints/demo-pruner/0"]
+    commands = [["list", "--json"], train, export, evaluate, flops]
+    codes = [*(RUN.format(words=words) for words in commands), NO_RECIPE]
+    listed, _, _, _, counted, told = outputs(
+        [IN_THE_WHEEL + code for code in codes],
+        first="import torch, transformers, pytorch_lightning",
+        folders=[tmp_path] * len(codes),
+        python=str(bare / "python"),
+    )
+    assert [row["name"] for row in json.loads(listed)["pruners"]] == ocvtp.list_pruners()
     assert {"config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "mine").iterdir()}
-    asked = ["--model", "checkpoints/demo-vlm", "--task", "scenes", "--num-images", "1"]
-    asked += ["--levels", "easy", "--num-keep", "16", "--dtype", "float32", "--output", "judged"]
-    ocvtp_says("evaluate", *asked, "--pruners", "divprune")
     assert (tmp_path / "judged/accuracy.png").is_file()
+    assert "| ocvtp" in counted
+    assert "is in the repository, not in the installed package; clone it" in told
 
 
 def test_the_citation_is_of_this_version():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
-import subprocess
-import sys
 from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from fresh_process import outputs
 
 import ocvtp
 from ocvtp import choices
@@ -27,47 +26,56 @@ RUN = "from ocvtp.cli import main; main({words})"
 LISTS = [RUN.format(words=words) for words in (["list"], ["list", "--json"])]
 BUILDS = "import ocvtp; ocvtp.build_pruner('fastv', num_keep=4)"
 NAMES = "from ocvtp import *; attach"
+BARE = "import ocvtp"
 PARTS = [
     f"import ocvtp; assert ocvtp.{part}.__name__ == 'ocvtp.{part}', ocvtp.{part}"
     for part in ("encoders", "hosts", "pruners", "slots", "structures")
 ]
-
-
-EACH = """
-import atexit, json, os, sys
-first, heavy, *codes = sys.argv[1:]
-exec(first)
-for code in codes:
-    if not os.fork():
-        try:
-            exec(code, {"__name__": "__main__"})
-        except SystemExit as end:
-            assert end.code in (None, 0, 2), end
-        atexit._run_exitfuncs()
-        print("imported", json.dumps([name for name in heavy.split() if name in sys.modules]))
-        sys.stdout.flush()
-        os._exit(0)  # at once: to take torch apart takes long
-    assert os.wait()[1] == 0, code
+ATTACHES = """
+import sys
+import torch
+from ocvtp.pruners import Compose, build_pruner
+assert "ocvtp.hosts" not in sys.modules
+for pruner in (build_pruner("uniform", num_keep=4), Compose([build_pruner("none")])):
+    try:
+        with pruner(torch.nn.Linear(1, 1)): pass
+    except ValueError as error:
+        assert "is not supported" in str(error), error
+    else:
+        raise SystemExit("attached to no model")
+"""
+SEEN = """
+import atexit, json, sys
+try:
+    exec({code!r}, {{"__name__": "__main__"}})
+except SystemExit as end:
+    assert end.code in (None, 0, 2), end
+atexit._run_exitfuncs()
+print("imported", json.dumps([name for name in {heavy} if name in sys.modules]))
+"""
+TIMED = """
+import os
+try:
+    exec({code!r})
+except SystemExit:
+    pass
+spent = os.times()
+print(spent.user + spent.system)
 """
 
 
 def imported(*codes: str, first: str = "") -> list[set[str]]:
-    """Heavy modules that a process has after each code, which may exit.
-
-    Each runs in a fork of one fresh process that has run `first`: torch is imported once for all.
-    """
-    words = [sys.executable, "-c", EACH, first, " ".join(HEAVY), *codes]
-    run = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    lines = [line for line in run.stdout.splitlines() if line.startswith("imported [")]
-    assert len(lines) == len(codes), run.stderr
+    """Heavy modules that a process has after each code, which may exit."""
+    heavy = sorted(HEAVY)
+    found = outputs([SEEN.format(code=code, heavy=heavy) for code in codes], first=first)
+    lines = [text.splitlines()[-1] for text in found]
     return [set(json.loads(line.removeprefix("imported "))) for line in lines]
 
 
 @cache
 def after_torch() -> dict[str, set[str]]:
     """What is imported by code that needs torch."""
-    codes = [*LISTS, BUILDS, NAMES, *PARTS]
+    codes = [*LISTS, BUILDS, NAMES, *PARTS, ATTACHES]
     return dict(zip(codes, imported(*codes, first="import torch"), strict=True))
 
 
@@ -142,19 +150,7 @@ def test_parts_of_the_package_are_its_attributes():
 
 @pytest.mark.slow
 def test_a_pruner_attaches_whatever_was_imported_before():
-    code = (
-        "import sys\nimport torch\n"
-        "from ocvtp.pruners import Compose, build_pruner\n"
-        "assert 'ocvtp.hosts' not in sys.modules\n"
-        "for pruner in (build_pruner('uniform', num_keep=4), Compose([build_pruner('none')])):\n"
-        "    try:\n"
-        "        with pruner(torch.nn.Linear(1, 1)): pass\n"
-        "    except ValueError as error:\n"
-        "        assert 'is not supported' in str(error), error\n"
-        "    else:\n"
-        "        raise SystemExit('attached to no model')\n"
-    )
-    imported(code, first="import torch")
+    assert ATTACHES in after_torch()
 
 
 def test_every_command_has_flags():
@@ -204,33 +200,20 @@ def test_what_is_not_compiled_runs_eagerly_in_compiled_code():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "yardstick", "limit"),
-    [
-        (RUN.format(words=["list"]), "import torch", 1.2),
-        ("import ocvtp", "import torch, transformers", 1.15),
-        (RUN.format(words=["--help"]), "import torch", 0.5),
-    ],
-)
-def test_time_to_start(code, yardstick, limit):
-    """Least processor time of some processes, one after the other, with a margin for noise."""
-    own, others = list[float](), list[float]()
+def test_time_to_start():
+    """Least processor time of some processes, with a margin for noise."""
+    limits = {RUN.format(words=["list"]): 1.2, RUN.format(words=["--help"]): 0.5, BARE: 0.5}
+    rounds = list[list[float]]()
     for _ in range(3):  # noise is no fault
-        own.append(processor_time(code))
-        others.append(processor_time(yardstick))
-        if min(own) <= 1.15 * limit * min(others):
+        rounds.append(processor_times("import torch", *limits))
+        torch, *own = (min(times) for times in zip(*rounds, strict=True))
+        most = [1.15 * limit * torch for limit in limits.values()]
+        if all(one <= limit for one, limit in zip(own, most, strict=True)):
             return
-    pytest.fail(f"{min(own):.2f} s against {min(others):.2f} s")
+    pytest.fail(f"{own} s, where import torch takes {torch:.2f}")
 
 
-def processor_time(code: str) -> float:
-    """Seconds of a process, without the time that it waited."""
-    measured = (
-        f"import contextlib, io, os\nwith contextlib.redirect_stdout(io.StringIO()):\n"
-        f"    try:\n        exec({code!r})\n    except SystemExit:\n        pass\n"
-        "spent = os.times()\nprint(spent.user + spent.system)"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", measured], capture_output=True, text=True, check=True
-    )
-    return float(run.stdout)
+def processor_times(*codes: str) -> list[float]:
+    """Seconds of each in a process of its own, without the time that it waited."""
+    found = outputs([TIMED.format(code=code) for code in codes])
+    return [float(text.splitlines()[-1]) for text in found]
