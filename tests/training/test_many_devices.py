@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import data, module, scenes, settings_file, trainer
+from fresh_process import RUN, TRAINS, in_two_processes, outputs
+from test_training import damage, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
 
 from ocvtp.data.loader import InOrder
+from ocvtp.export import export_checkpoint
 from ocvtp.training.figures import Figures, share_of_gradient
 from ocvtp.training.run import build, train
 from ocvtp.training.schedule import warmup_cosine
@@ -22,16 +22,15 @@ __all__ = ["scenes"]
 
 # Uneven shares of seven images, one after the other: of the second step one process has none.
 SPY = """
-import sys
+import os
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from ocvtp.data.loader import InOrder, ResumableLoader
 from ocvtp.training.figures import Figures, gathered, share_of_gradient
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-store = f"file://{folder}/store"
-distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+rank = int(os.environ["LOCAL_RANK"])
+distributed.init_process_group("gloo", rank=rank, world_size=2)
 torch.manual_seed(0)
 images, network = torch.randn(7, 5), DistributedDataParallel(nn.Linear(5, 1, bias=False))
 steps = [[images[:4], images[4:5]], [images[5:7], images[:0]]]
@@ -53,19 +52,42 @@ torch.save({
     "gradients": gradients, "pooled": figures.pooled(), "nothing": figures.pooled(),
     "whole": [[list(batch) for batch in loader] for loader in two_epochs(9)],
     "parts": [list(InOrder(range(n))) for n in (7, 2, 1)], "ranks": gathered(rank),
-}, f"{folder}/rank{rank}.pt")
+}, f"uneven{rank}.pt")
 """
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, scenes):
+    """Where two processes have run what tests look at, what they said, words of a run."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "uneven").mkdir()
+    words = words_of_uneven(folder, scenes)
+    uneven = [*words, *TWO, "--trainer.max_epochs", "2"]
+    (folder / "skips").mkdir()
+    skips = settings_file(folder / "skips", damage(scenes, folder / "damaged"), accelerator="cpu")
+    skips = ["--config", str(skips), "--data.on_error", "skip", "--data.batch_size", "1", *TWO]
+    runs = [RUN.format(words=["train", *words]) for words in (uneven, skips)]
+    codes = [in_two_processes(code) for code in (SPY, *runs)]
+    said = outputs(codes, first=TRAINS, folders=[folder] * 3)
+    return folder, said, words
 
 
 @pytest.mark.slow
-def test_uneven_shares_count_by_their_images(tmp_path):
-    script = tmp_path / "spy.py"
-    script.write_text(SPY)
-    words = [sys.executable, str(script)]
-    other = subprocess.Popen([*words, "1", str(tmp_path)])
-    assert subprocess.run([*words, "0", str(tmp_path)], timeout=120).returncode == 0
-    assert other.wait(60) == 0
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+def test_two_processes(made):
+    """DDP over gloo: each rank trains on its share; a rank without images does not stall."""
+    folder, (_, _, said), _ = made
+    assert "000000000002" in said
+    content = torch.load(folder / "skips/checkpoints/last.ckpt", weights_only=True)
+    assert content["global_step"] == 12  # 24 images, 2 ranks, one image each
+    assert content["ocvtp"]["training"]["devices"] == 2
+    assert any(row["val/loss"] for row in rows(folder / "skips"))
+    export_checkpoint(folder / "skips/checkpoints/best.ckpt", folder / "out")
+
+
+@pytest.mark.slow
+def test_uneven_shares_count_by_their_images(made):
+    ranks = [torch.load(made[0] / f"uneven{rank}.pt", weights_only=True) for rank in (0, 1)]
     torch.manual_seed(0)
     images, network = torch.randn(7, 5), torch.nn.Linear(5, 1, bias=False)
     for number, seen in enumerate((images[:5], images[5:])):
@@ -100,15 +122,15 @@ def test_figures_of_one_process():
     assert list(InOrder(range(3))) == [0, 1, 2]
 
 
-@pytest.fixture
-def uneven(tmp_path, scenes):
+def words_of_uneven(folder, scenes):
     """24 training images, and five of validation, of which the second process can read none."""
-    root = tmp_path / "uneven"
+    root = folder / "scenes"
     shutil.copytree(scenes, root)
-    folder = sorted((root / "val2017").iterdir())
-    for victim in folder[2:5]:
+    for victim in sorted((root / "val2017").iterdir())[2:5]:
         victim.write_bytes(victim.read_bytes()[:300])
-    return root
+    path = settings_file(folder / "uneven", root, accelerator="cpu", log_every_n_steps=1)
+    words = ["--config", str(path), "--data.on_error", "skip", "--data.batch_size", "2"]
+    return [*words, "--data.limit_val", "5", "--trainer.enable_progress_bar", "false"]
 
 
 def rows(folder: Path, version: int = 0) -> list[dict[str, str]]:
@@ -116,35 +138,29 @@ def rows(folder: Path, version: int = 0) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_with_one_device(tmp_path, uneven):
+def test_a_run_that_goes_on_with_one_device(made):
     """Validation, schedule and length of two processes are those of one; see each assertion."""
-    path = settings_file(tmp_path, uneven, accelerator="cpu", log_every_n_steps=1)
-    words = ["--config", str(path), "--data.on_error", "skip", "--data.batch_size", "2"]
-    words += ["--data.limit_val", "5", "--trainer.enable_progress_bar", "false"]
-    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_epochs", "2"]
-    run = subprocess.run(
-        [sys.executable, "train.py", *words, *two], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("best checkpoint:") == 1  # one process speaks
-    last = tmp_path / "checkpoints/last.ckpt"
+    folder, (_, said, _), words = made
+    folder = folder / "uneven"
+    assert said.count("best checkpoint:") == 1  # one process speaks
+    last = folder / "checkpoints/last.ckpt"
     kept = torch.load(last, weights_only=True)
     assert kept["global_step"] == 12
     # Images that a process cannot read neither stop it nor count; the figure is that of one device.
     cli = build([*words, "--trainer.logger", "false"])
     cli.model.load_state_dict(kept["state_dict"])
     alone = cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]
-    logged = [row for row in rows(tmp_path) if row["val/loss"]][-1]
+    logged = [row for row in rows(folder) if row["val/loss"]][-1]
     for name in ("loss", "coverage_residual", "mbo_i"):
         assert float(logged[f"val/{name}"]) == pytest.approx(alone[f"val/{name}"], rel=1e-5)
     assert float(logged["skipped_images"]) == 3 * 2  # of both processes, in two validations
-    assert len([row for row in rows(tmp_path) if row["train/loss"]]) == 12
+    assert len([row for row in rows(folder) if row["train/loss"]]) == 12
     # 6 steps an epoch were taken; now it is 12, and the rate ends where it should.
     train([*words, "--resume", str(last), "--trainer.max_epochs", "4"])
     kept = torch.load(last, weights_only=True)
     assert kept["global_step"] == 12 + 24
     assert kept["ocvtp"]["training"]["epochs"] == 4
-    rates = [float(row["lr-AdamW"]) for row in rows(tmp_path, 1) if row["lr-AdamW"]]
+    rates = [float(row["lr-AdamW"]) for row in rows(folder, 1) if row["lr-AdamW"]]
     assert len(rates) == 24
     assert rates == sorted(rates, reverse=True)
     assert rates[0] == pytest.approx(1e-3 * warmup_cosine(24, round(48 * 4 / 30), 48, 1e-5))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -593,23 +594,23 @@ def test_another_teacher_is_refused(words, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda d: (d / "teacher.json").write_text('{"shards": 3}'),
-        lambda d: (d / "teacher.json").write_text("[]"),
-        lambda d: (d / "teacher-00001.safetensors").unlink(),
-        lambda d: (d / "teacher-00001.safetensors").write_bytes(b"123"),
-        lambda d: save_file({"x": torch.zeros(2)}, d / "teacher-00001.safetensors"),
-        lambda d: _without(d / "teacher-00001.safetensors", "attention.0"),
-    ],
-)
-def test_a_damaged_teacher_is_one_error(damage, words, tmp_path):
-    folder = tmp_path / "teacher"
-    assert stored(words, "distil", folder) == 0
-    damage(folder)
-    with pytest.raises(ValueError, match=r"finished and whole.*run `ocvtp teacher"):
-        build(words("distil", f"--model.teacher={folder}"))
+def test_a_damaged_teacher_is_one_error(words, tmp_path):
+    whole = tmp_path / "teacher"
+    assert stored(words, "distil", whole) == 0
+    for number, damage in enumerate(
+        (
+            lambda d: (d / "teacher.json").write_text('{"shards": 3}'),
+            lambda d: (d / "teacher.json").write_text("[]"),
+            lambda d: (d / "teacher-00001.safetensors").unlink(),
+            lambda d: (d / "teacher-00001.safetensors").write_bytes(b"123"),
+            lambda d: save_file({"x": torch.zeros(2)}, d / "teacher-00001.safetensors"),
+            lambda d: _without(d / "teacher-00001.safetensors", "attention.0"),
+        )
+    ):
+        folder = shutil.copytree(whole, tmp_path / str(number))
+        damage(folder)
+        with pytest.raises(ValueError, match=r"finished and whole.*run `ocvtp teacher"):
+            build(words("distil", f"--model.teacher={folder}"))
 
 
 def _without(path, name):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-import subprocess
-import sys
 from functools import cache
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from fresh_process import TRAINS, in_two_processes, outputs
 from torch.testing import assert_close
 
 from ocvtp.training.run import train
@@ -78,22 +79,19 @@ def words_of(recipe, scenes, output, **more):
     return [*found, *(f"--{name}={value}" for name, value in settings.items())]
 
 
-def spied(folder: Path, scenes: Path, **more):
-    """What each process of a run saw."""
+def spied(folder: Path, scenes: Path, together: bool = False, **more):
+    """What each process of a run saw: this one, or two others together."""
     folder.mkdir()
-    script = folder / "spy.py"
-    script.write_text(SPY)
     losses = "{kl: {}, ce: {}}"  # which count every question
     words = words_of(
         "kl", scenes, folder / "run", model__losses=losses, trainer__accelerator="cpu", **more
     )
-    run = subprocess.run(
-        [sys.executable, str(script), str(folder), *words],
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    if together:
+        code = f"import sys; sys.argv[1:] = {[str(folder), *words]}\n{SPY}"
+        outputs([in_two_processes(code)], first=TRAINS)
+    else:
+        with patch("sys.argv", ["spy", str(folder), *words]):
+            exec(SPY, {})
     return [torch.load(path, weights_only=True) for path in sorted(folder.glob("rank*.pt"))]
 
 
@@ -101,7 +99,7 @@ def spied(folder: Path, scenes: Path, **more):
 def test_two_processes_learn_as_one(scenes, tmp_path):
     (alone,) = spied(tmp_path / "alone", scenes, data__batch_size=8)
     ranks = spied(
-        tmp_path / "together", scenes, trainer__devices=2, trainer__strategy="ddp",
+        tmp_path / "together", scenes, together=True, trainer__devices=2, trainer__strategy="ddp",
         data__val_batch_size=4,
     )  # fmt: skip
     assert len(ranks) == 2
@@ -127,11 +125,9 @@ def test_two_processes_learn_as_one(scenes, tmp_path):
                 assert rank["figures"][name] == pytest.approx(alone["figures"][name], abs=2e-3)
 
 
-PRECISIONS = [
-    {"trainer__precision": "bf16-mixed"},
-    {"model__host__dtype": "bfloat16"},
-    {"trainer__precision": "bf16-mixed", "model__host__dtype": "bfloat16"},
-]
+MIXED = {"trainer__precision": "bf16-mixed"}
+HOST = {"model__host__dtype": "bfloat16"}
+PRECISIONS = [*product(RECIPES, [MIXED, HOST]), ("kl", MIXED | HOST)]
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +149,7 @@ def losses(scenes, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("precision", PRECISIONS, ids=["mixed", "host", "both"])
+@pytest.mark.parametrize(("recipe", "precision"), PRECISIONS, ids=str)
 def test_bf16(recipe, precision, losses):
     first, figures, state = losses(recipe, **precision)
     for name, values in state.items():

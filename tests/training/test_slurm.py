@@ -28,6 +28,8 @@ import signal
 import sys
 from pathlib import Path
 
+from transformers import CLIPImageProcessor, CLIPVisionModel
+
 import ocvtp.training.run
 from ocvtp.cli import main
 from ocvtp.training.module import PrunerModule

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from fresh_process import RUN, TRAINS, in_two_processes, outputs
 from pytorch_lightning.callbacks.model_checkpoint import warning_cache
 from test_training import checkpoints, damaged, data, module, scenes, settings_file, trainer
 from torch.testing import assert_close
@@ -116,8 +118,15 @@ def test_the_names_of_the_seed(tmp_path, scenes, file, words, wanted):
 # -------------------------------------------------------------- the folder
 
 
-@pytest.mark.parametrize("flag", ["--output", "--trainer.default_root_dir"])
-@pytest.mark.parametrize("style", ["short", "explicit", "folders alone"])
+@pytest.mark.parametrize(
+    ("flag", "style"),
+    [
+        ("--output", "short"),
+        ("--trainer.default_root_dir", "explicit"),
+        ("--output", "folders alone"),
+        ("--trainer.default_root_dir", "folders alone"),
+    ],
+)
 def test_one_setting_moves_all_that_a_run_writes(tmp_path, scenes, flag, style):
     """Also where a file names the folders of loggers and checkpoints, as saved ones do."""
     home, away = tmp_path / "home", tmp_path / "away"
@@ -318,20 +327,6 @@ def test_fast_dev_run_keeps_nothing_and_says_so(tmp_path, scenes, capsys):
     assert not files(tmp_path)
 
 
-def test_a_run_says_what_it_trains_and_libraries_do_not_speak_of_themselves(tmp_path, scenes):
-    command = [sys.executable, "train.py", *quick(tmp_path, scenes, enable_model_summary=True)]
-    run = subprocess.run(
-        [*command, "--trainer.fast_dev_run", "true"], capture_output=True, text=True, check=True
-    )
-    assert re.search(
-        r"trained parameters: encoder 0 of [\d,]+, network ([\d,]+) of \1$", run.stderr, re.M
-    )
-    assert run.stdout.startswith("fast_dev_run tried")
-    assert "litlogger" not in run.stderr
-    assert "already configured" not in run.stderr
-    assert "treespec" not in run.stderr
-
-
 def test_a_run_that_is_never_validated_leaves_its_last_step(tmp_path, scenes, capsys):
     words = quick(tmp_path, scenes, check_val_every_n_epoch=4)
     assert run_words(words) == 0
@@ -358,16 +353,16 @@ def test_no_step_at_all(tmp_path, scenes):
     )
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_more_epochs_continue_the_last_one_bit_for_bit(tmp_path, scenes, epochs, monkeypatch):
+def test_more_epochs_continue_the_last_one_bit_for_bit(tmp_path, scenes, monkeypatch):
     """`last.ckpt` of a run that ended continues as if it had not; the schedule apart."""
     monkeypatch.setattr("ocvtp.training.base.planned_steps", lambda trainer: 18)
     straight = train([*quick(tmp_path / "a", scenes), "--trainer.max_epochs", "3"])
-    words = quick(tmp_path / "b", scenes)
-    train([*words, "--trainer.max_epochs", str(epochs)])
-    more = train([*words, "--resume", "last", "--trainer.max_epochs", "3"])
-    assert content(more.last)["global_step"] == 18
-    assert_close(weights(more.last), weights(straight.last), rtol=0, atol=0)
+    for epochs in (1, 2):
+        words = quick(tmp_path / f"{epochs}", scenes)
+        train([*words, "--trainer.max_epochs", str(epochs)])
+        more = train([*words, "--resume", "last", "--trainer.max_epochs", "3"])
+        assert content(more.last)["global_step"] == 18
+        assert_close(weights(more.last), weights(straight.last), rtol=0, atol=0)
 
 
 # ----------------------------------------------------------------- the stop
@@ -393,10 +388,21 @@ def signal_in_step(monkeypatch):
     return send
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, scenes):
+    """A run of two epochs with some words more; each once."""
+
+    @cache
+    def run(*more):
+        folder = tmp_path_factory.mktemp("undisturbed")
+        return train([*quick(folder, scenes), "--trainer.max_epochs", "2", *more])
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("number", "at", "stops", "more"),
     [
-        (signal.SIGINT, 1, 2, []),
         (signal.SIGINT, 0, 1, []),
         (signal.SIGTERM, 8, 9, []),
         (signal.SIGINT, 5, 6, []),  # the last step of an epoch: after its validation
@@ -406,9 +412,9 @@ def signal_in_step(monkeypatch):
     ],
 )
 def test_a_stopped_run_continues_bit_for_bit(
-    tmp_path, scenes, signal_in_step, number, at, stops, more
+    tmp_path, scenes, undisturbed, signal_in_step, number, at, stops, more
 ):
-    straight = train([*quick(tmp_path / "a", scenes), "--trainer.max_epochs", "2", *more])
+    straight = undisturbed(*more)
     words = [*quick(tmp_path / "b", scenes), "--trainer.max_epochs", "2", *more]
     before = signal.getsignal(number)
     calm = signal_in_step(number, at)
@@ -493,9 +499,12 @@ def test_a_signal_before_training_starts(tmp_path, scenes, monkeypatch):
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own(tmp_path, scenes):
-    """With workers and several processes, all of which a terminal sends the signal."""
+    """With workers and several processes, all of which a terminal sends the signal.
+
+    Until then a run says what it trains, and libraries do not speak of themselves.
+    """
     devices = 2
-    words = quick(tmp_path, scenes, devices=devices, accelerator="cpu")
+    words = quick(tmp_path, scenes, devices=devices, accelerator="cpu", enable_model_summary=True)
     words += ["--trainer.max_epochs", "500", "--data.num_workers", "1", "--trainer.strategy", "ddp"]
     log = tmp_path / "csv/version_0/metrics.csv"
     with subprocess.Popen(
@@ -510,26 +519,19 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path, scenes):
                 break
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        error = process.communicate(timeout=120)[1]
+        said, error = process.communicate(timeout=120)
     assert process.returncode == 130, error[-3000:]
-    assert "Traceback" not in error
+    assert said == ""
+    parameters = r"trained parameters: encoder 0 of [\d,]+, network ([\d,]+) of \1$"
+    assert len(re.findall(parameters, error, re.M)) == 1
+    for unwanted in ("Traceback", "litlogger", "already configured", "treespec"):
+        assert unwanted not in error
     assert error.count("continue with:") == 1
     command = shlex.split(error.split("continue with:")[1].splitlines()[0])
     steps = content(command[-1])["global_step"]
     per_epoch = 6 // devices
-    run = subprocess.run(
-        [
-            sys.executable,
-            "train.py",
-            *command[2:],
-            "--trainer.max_epochs",
-            str(steps // per_epoch + 1),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    more = [*command[1:], "--trainer.max_epochs", str(steps // per_epoch + 1)]
+    outputs([in_two_processes(RUN.format(words=more))], first=TRAINS)
     assert content(command[-1])["global_step"] == (steps // per_epoch + 1) * per_epoch
 
 
