@@ -168,13 +168,8 @@ def _settle_output(
     named = list(_folders(config.trainer))
     if not _commanded(words, "checkpoint.dirpath"):
         named += _folders(config.checkpoint)
-    files = parser.parse_args(_without(words, OUTPUT), defaults=False)
-    bases = [Path(files[name]).absolute() for name in OUTPUT if files.get(name) is not None]
-    if not bases and any(_commanded(words, name) for name in OUTPUT):
-        bases = [path.parent if name == "dirpath" else path for _, name, path in named]
-    for holder, name, path in named:
-        if base := next((base for base in bases if path.is_relative_to(base)), None):
-            holder[name] = str(Path(output) / path.relative_to(base))
+    if named:  # another parse takes long
+        _move(named, parser.parse_args(_without(words, OUTPUT), defaults=False), words, output)
     config.output = config.trainer.default_root_dir = output
     if config.checkpoint.dirpath is None:
         config.checkpoint.dirpath = str(Path(output) / "checkpoints")
@@ -186,6 +181,18 @@ def _settle_output(
             )
             for kind, name in _LOGGERS.items()
         ]
+
+
+def _move(
+    named: Sequence[tuple[Any, str, Path]], files: Namespace, words: Sequence[str], output: str
+) -> None:
+    """Folders below the one of the files go below the one of the run."""
+    bases = [Path(files[name]).absolute() for name in OUTPUT if files.get(name) is not None]
+    if not bases and any(_commanded(words, name) for name in OUTPUT):
+        bases = [path.parent if name == "dirpath" else path for _, name, path in named]
+    for holder, name, path in named:
+        if base := next((base for base in bases if path.is_relative_to(base)), None):
+            holder[name] = str(Path(output) / path.relative_to(base))
 
 
 def _one_value(words: Sequence[str], said: Namespace, names: Sequence[str]) -> Any:
