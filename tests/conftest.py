@@ -126,7 +126,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How many malformed inputs tests/fuzz tries, and whether cases are left out."""
-    parser.addoption("--fuzz", type=int, default=500, help="malformed inputs (default: 500)")
+    parser.addoption("--fuzz", type=int, default=300, help="malformed inputs (default: 300)")
     parser.addoption(
         "--every-case", action="store_true", help="whole products of tests marked `covering`"
     )

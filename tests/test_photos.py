@@ -62,7 +62,7 @@ def parted(words: list[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def tiny(command: str, words: list[str]) -> list[str]:
-    """The same for 64 tokens and two steps."""
+    """The same for 64 tokens, two steps, and pictures of one photograph."""
     if command in ("extract", "train"):
         if any("surprise" in word for word in words):
             sizes = {"network.init_args.hidden_dim": 8}
@@ -74,6 +74,9 @@ def tiny(command: str, words: list[str]) -> list[str]:
         steps = {"max_steps": 2, "val_check_interval": 1, "accelerator": "cpu"}
         words = [*words, "--data.init_args.batch_size=6"]
         return [*words, *(f"--trainer.{name}={value}" for name, value in steps.items())]
+    if command == "show":
+        first = words.index("--image") + 1
+        words = [*words[: first + 1], *words[words.index("--output") :]]
     if command == "evaluate":
         words = " ".join(words).replace("--num-keep 128 64 32 16", "--num-keep 16 8").split()
     return ["112" if word == "336" else word for word in words]

@@ -14,6 +14,11 @@ from ocvtp import cli
 from ocvtp.bench.compare import compare
 from ocvtp.bench.measure import Bench
 from ocvtp.bench.report import times_table
+from ocvtp.bench.run import Plan
+from ocvtp.bench.run import bench as measured
+from ocvtp.bench.workload import Cell
+from ocvtp.evaluation.runner import Subject
+from ocvtp.hosts.loading import load_model
 from ocvtp.pruners.methods.fopru import FoPru
 
 FLAGS = ("--model", "random:tiny-llava", "--threads", "1", "--image-size", "96", "96",
@@ -349,14 +354,14 @@ def test_another_device_is_a_warning(steady):
 @pytest.mark.slow
 def test_two_runs_agree_and_a_planted_slowdown_is_found(tmp_path, monkeypatch):
     """On a machine that may be busy: three attempts."""
-    words, many = ("--pruners", "fopru", "random", "--num-keep", "16"), 150
-    choose = FoPru._select
+    name, choose = "random:tiny-llava", FoPru._select
+    subject = Subject(*load_model(name, "float32"), name)
+    sizes = {"new_tokens": 2, "warmup": 1, "repetitions": 100, "image_size": (96, 96)}
+    plan = Plan(["fopru"], [16], [Cell(1, 32)], **sizes)
     for attempt in range(3):
-        runs = [tmp_path / f"{name}{attempt}" for name in "abc"]
-        for folder in runs[:2]:
-            assert bench(folder, *words, repetitions=many) == 0
-        row = next(r for r in load(runs[0])["cells"][0]["rows"] if r["label"] == "fopru")
-        seconds = 0.1 * row["figures"]["ttft"]["median"] / 1e3
+        a, b = (measured(subject, plan, tmp_path / f"{name}{attempt}") for name in "ab")
+        row = next(r for r in a["cells"][0]["rows"] if r["label"] == "fopru")
+        seconds = 0.15 * row["figures"]["ttft"]["median"] / 1e3
 
         def slow(self, tokens, num_keep, seconds=seconds):
             end = time.perf_counter() + seconds
@@ -365,9 +370,8 @@ def test_two_runs_agree_and_a_planted_slowdown_is_found(tmp_path, monkeypatch):
             return choose(self, tokens, num_keep)
 
         monkeypatch.setattr(FoPru, "_select", slow)
-        assert bench(runs[2], *words, repetitions=many) == 0
+        c = measured(subject, plan, tmp_path / f"c{attempt}")
         monkeypatch.setattr(FoPru, "_select", choose)
-        a, b, c = map(load, runs)
         same = [x for x in compare(a, b)["changes"] if x["flag"] and x["relative"]]
         planted = [
             (x["row"], x["metric"]) for x in compare(a, c)["changes"] if x["flag"] == "slower"
