@@ -30,8 +30,8 @@ demo: install
 		--pruners ocvtp learned divprune fopru visionzip ridge --checkpoint $(DEMO)/oc-pruner $(DEMO)/learned \
 		--num-keep 16 --batch-size 64 --output $(DEMO)/accuracy
 	$(BIN)/ocvtp show --model checkpoints/demo-vlm --checkpoint $(DEMO)/oc-pruner --num-keep 16 \
-		--pruner ocvtp fopru visionzip hiprune:object_block=2 divprune scope zspaprune ridge \
-		trim tome "fastv:stages=[[1,16]]" random --text-tower checkpoints/demo-vlm/clip \
+		--pruner ocvtp learned:checkpoint=$(DEMO)/learned fopru visionzip hiprune:object_block=2 divprune scope zspaprune ridge \
+		trim:nearest=true tome "fastv:stages=[[1,16]]" random --text-tower checkpoints/demo-vlm/clip \
 		--prompt "How many circles are there in the image?" --image $(SCENE) --output $(DEMO)/kept.png
 
 # Tests that were rewritten for their assertions are kept, for every process and for the next run.

@@ -54,9 +54,8 @@ class Earlier:
 
     def remarks(self) -> list[str]:
         """What a reader must know of them."""
-        if not self.rows:
-            return []
-        return [f"kept from earlier runs in this folder: {names_of(map(_key, self.rows))}."]
+        judged = [_key(row) for row in self.rows if row.figures]  # and not without a note why not
+        return [f"kept from earlier runs in this folder: {names_of(judged)}."] if judged else []
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -30,13 +30,14 @@ _LEAST = 4.6  # inches
 _OTHERS = ("",) * 5  # what else the legend may hold
 _SEEN = 8.0  # times the points that may be lost: how far down rows are drawn at least
 _NARROWEST = 2.0  # points and percent of an axis
+UP = r"$\uparrow$"
 _BELOW, _BESIDE, _GAP = 0.025, 0.02, 0.036  # of the axes: where names are, and between them
 
 
 def pareto(found: Facts) -> Figure:
     """A dot a row, with its intervals; nearer to the lower left is better.
 
-    Rows that lose far more than may be lost stand as small triangles at the upper edge, so that the
+    Rows that lose far more than may be lost stand as small arrows at the upper edge, so that the
     others can be told apart.
 
     Args:
@@ -97,7 +98,7 @@ def _draw_row(panel: Any, row: Facts, mark: Mark, top: float) -> None:
     loud = row["on_front"] or row["chosen"]
     style = {"color": mark.colour, "zorder": 3 if loud else 2, "alpha": 1.0 if loud else 0.55}
     if y > top:
-        panel.plot(x, top, "^", ms=4, clip_on=False, **style)
+        panel.plot(x, top, marker=UP, ms=6, clip_on=False, **style)
         return
     low, high = _ends(row["points"])
     left, right = _ends(row["ttft"])
@@ -146,7 +147,7 @@ def _legend(panel: Any, own: Mapping[str, Mark], chosen: bool, beyond: bool) -> 
     handles.append(Line2D([], [], color=INK, lw=1.8, alpha=0.75, label="Pareto front"))
     handles.append(Line2D([], [], color=COLOURS[2], lw=1, ls="--", label="may be lost"))
     if beyond:
-        handles.append(mark("^", GREY, "loses more"))
+        handles.append(mark(UP, GREY, "loses more"))
     if chosen:
         handles.append(mark("o", INK, "chosen", mfc="none", mew=1.4))
     panel.legend(

@@ -430,6 +430,7 @@ def test_what_cannot_be_run_this_time_keeps_its_figures(subject, few, tmp_path):
     write_all(few, *skipped, tmp_path / "new")
     report, _ = ask(subject, few, tmp_path / "new", pruners=["uniform"], controls=())
     assert [row.label for row in report.rows if row.note] == ["trim", "trim"]
+    assert report.remarks == []
     assert wide["rows"]
 
 

@@ -15,7 +15,7 @@ from ocvtp.evaluation.runner import Subject
 from ocvtp.evaluation.tasks.vqa import VqaTask
 from ocvtp.hosts.loading import load_model
 from ocvtp.recommend.choice import choose, facts_of, front
-from ocvtp.recommend.plot import pareto
+from ocvtp.recommend.plot import UP, pareto
 from ocvtp.recommend.report import markdown, short, write
 from ocvtp.recommend.run import Wanted, _chosen, _left_out
 from ocvtp.recommend.typical import typical
@@ -100,7 +100,7 @@ def test_the_plot_shows_every_row_and_tells_the_far_ones_apart():
         near = np.abs(dots - [row.ttft.value, -row.points.value]).sum(axis=1).min()
         assert near < 1e-6, row
     arrows = [
-        line for line in panel.lines if line.get_marker() == "^" and len(line.get_xdata()) == 1
+        line for line in panel.lines if line.get_marker() == UP and len(line.get_xdata()) == 1
     ]
     assert {float(line.get_xdata()[0]) for line in arrows} >= {35.0, 38.0}
     annotated = {text.get_text() for text in panel.texts}
