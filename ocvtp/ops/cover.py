@@ -27,13 +27,12 @@ class CoverGains:
         count = covers.shape[1]
         if covers.device.type == "cpu" and not torch.compiler.is_compiling():
             count = math.ceil(count / max(1, math.ceil(covers.numel() / _VALUES_AT_ONCE)))
-        self._blocks = covers.split(count, dim=1)
+        self._blocks = covers.detach().split(count, dim=1)  # picks have no gradient
         self._room = torch.empty_like(self._blocks[0])  # fresh memory at every step costs more
 
-    @torch.no_grad()
     def __call__(self, covered: Tensor) -> Tensor:
         """[B, N], of what is covered so far, c [B, N]."""
-        left = covered[:, None]
+        left = covered.detach()[:, None]
         rooms = (self._room[:, : block.shape[1]] for block in self._blocks)
         added = [
             torch.sub(block, left, out=room).clamp_(min=0).sum(dim=2)
