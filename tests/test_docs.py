@@ -176,6 +176,7 @@ def train_settings() -> set[str]:
     return keys | {"config", "help", "print_config", "resume", "output", "data.on_error"}
 
 
+@pytest.mark.slow
 def test_every_command_is_on_the_page_of_commands(capsys):
     from ocvtp.cli import main
 

@@ -57,6 +57,7 @@ def states(folder):
     return {cell["cell"]: cell["state"] for cell in found}
 
 
+@pytest.mark.slow
 def test_none_begins_that_would_not_end_and_another_run_goes_on(tmp_path):
     clock, place = Clock(), Place(SMOKE, tmp_path)
     jobs = make_jobs(clock, a=(10, 10), long=(60, 60), b=(10, 10))
@@ -67,6 +68,7 @@ def test_none_begins_that_would_not_end_and_another_run_goes_on(tmp_path):
     assert clock.now == 100 + 10 + 10 + 60, "a cell that is done was run again"
 
 
+@pytest.mark.slow
 def test_where_cells_take_longer_the_next_are_expected_to(tmp_path):
     clock = Clock()
     jobs = make_jobs(clock, a=(10, 30), b=(20, 20), c=(5, 5))

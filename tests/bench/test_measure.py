@@ -74,6 +74,7 @@ def test_every_stage_is_seen_where_it_runs(samples):
         assert np.all(np.array(parts["around"]) < parts["prefill"])
 
 
+@pytest.mark.slow
 def test_the_timer_costs_less_than_a_hundredth(subject, request_of):
     row = variants(["fopru"], [16], 144)[1]
     whole = Bench(subject, 4).rounds(request_of, [row], 1, 3, lambda _: None)[row.key]["whole"]

@@ -67,6 +67,7 @@ def test_every_scene_has_its_questions_and_none_twice_while_there_are_others(roo
             assert len(set(texts)) == 4
 
 
+@pytest.mark.slow
 def test_scenes_of_too_few_questions_repeat_them(tmp_path):
     data = module(tmp_path / "few", levels="easy", num_train=2, questions=150)
     texts = [question.question for question in data.train_set.questions[:150]]

@@ -223,6 +223,7 @@ def test_a_stopped_one_leaves_nothing_and_is_begun_again(settings, monkeypatch, 
     assert (Path(settings.output) / "clip/recipe.json").is_file()
 
 
+@pytest.mark.slow
 def test_figures_and_card(settings):
     add_text_tower(settings)
     shown = replace(settings.report, num_images=6)

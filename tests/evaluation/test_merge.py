@@ -186,6 +186,7 @@ def store(found, folder):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_report(capsys, tmp_path):
     a, b = store(evaluated(*A), tmp_path / "a"), store(evaluated(*B), tmp_path / "b")
     words = ["merge", a, f"{b}/results.json", "--output", str(tmp_path / "both")]

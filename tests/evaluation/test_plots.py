@@ -253,6 +253,7 @@ def test_a_method_of_yours_has_a_colour_though_it_is_not_among_the_best():
     assert bold == ["mine"]
 
 
+@pytest.mark.slow
 def test_panels_are_a_column_wide_and_names_stay_beside_them():
     rows = [row(f"p{i}", b, 399, 400) for i in range(30) for b in (0.5, 0.25)]
     rows += [row(f"c{i}", b, 398, 400, control=True) for i in range(20) for b in (0.5, 0.25)]

@@ -215,6 +215,7 @@ def test_built_negatives(instances, tmp_path):
     assert found["adversarial"][2][1] == ("dog", "no")
 
 
+@pytest.mark.slow
 def test_random_negatives_are_uniform_and_seeded(instances, tmp_path):
     def negatives(seed, split):
         found = asked(build_pope(instances, tmp_path / str(seed), seed=seed)[split])

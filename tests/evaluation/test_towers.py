@@ -153,6 +153,7 @@ def test_towers_of_transformers(drawn, tower, tmp_path, capsys):
     assert {row["label"]: row["visual_tokens"] for row in facts["rows"]}["unpruned"] == 196
 
 
+@pytest.mark.slow
 def test_it_runs_once_for_all_pruners_that_agree(drawn, tower_folder, tmp_path, monkeypatch):
     shapes, plain = [], FrozenEncoder.forward
 

@@ -274,6 +274,7 @@ def test_the_usual_image_of_a_family(name, tokens):
     assert count(config, num_keep=9).visual[0] == 9
 
 
+@pytest.mark.slow
 def test_counting_makes_no_numbers_and_changes_no_configuration():
     model, _ = full_size.build("llava-mid", device="meta")
     config = full_size.config_of("qwen2.5-vl-7b")

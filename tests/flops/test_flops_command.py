@@ -72,6 +72,7 @@ def test_k_of_stages_is_no_average(capsys):
     assert "an average over its layers. Where `stages` or a published `setting` say" in legend
 
 
+@pytest.mark.slow
 def test_a_spec_that_has_a_budget_needs_no_other(capsys):
     words = ["flops", "--model", "llava-1.5-7b", "--pruners"]
     specs = ["fopru:max_keep=64", "sparsevlm:setting=paper-64", "divprune:keep_ratio=0.5"]

@@ -88,7 +88,7 @@ def _run(model: Any, inputs: Any) -> int:
     return int(counter.get_total_flops())
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SIDES)
 def test_models_without_a_pruner(models, family):
     model, inputs, sizes, _ = models[family]

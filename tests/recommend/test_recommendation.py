@@ -130,6 +130,7 @@ def test_the_plot_draws_labels_as_those_of_accuracy_and_time_do():
             assert look == (expected[label].colour, expected[label].marker)
 
 
+@pytest.mark.slow
 def test_one_row_and_rows_without_intervals_are_drawn(tmp_path):
     for found in (FOUND[:1], [option("fopru", 4, -45.0, 135)]):
         rows = made_up(found)

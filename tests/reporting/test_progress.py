@@ -49,6 +49,7 @@ def test_the_time_left_of_steps_of_minutes(capsys, monkeypatch):
     assert "5/10, 10 min left" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_many_items_are_told_of_and_few_are_not(capsys):
     assert list(progress.tracked(range(200), "few", 200)) == list(range(200))
     assert capsys.readouterr().err == ""

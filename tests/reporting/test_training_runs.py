@@ -167,6 +167,7 @@ def test_a_panel_for_each_figure_that_there_is(runs):
     assert len(plot_runs([], []).axes) == 1
 
 
+@pytest.mark.slow
 def test_a_name_that_looks_like_a_formula_is_drawn(runs, tmp_path):
     (runs / "a").rename(runs / r"a$\foo$b")
     assert main(["runs", str(runs), "--plot", str(tmp_path / "runs.png")]) == 0

@@ -120,6 +120,7 @@ def naive_loss(net, tokens, num_slots, objective, objects=None):
     return error, -torch.stack(matched).mean()
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_three_graphs_however_many_steps():
     """Of slots and tokens, of the solver, and of slots and its tokens."""
     torch.compiler.reset()

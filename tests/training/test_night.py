@@ -334,6 +334,7 @@ def test_a_log_gets_lines_of_the_whole_run(tmp_path, scenes, capsys, monkeypatch
     assert lines[-1].startswith("18/18")
 
 
+@pytest.mark.slow
 def test_a_bar_of_the_settings_stands_alone(tmp_path, scenes):
     own = {"class_path": "pytorch_lightning.callbacks.TQDMProgressBar"}
     for callbacks in (own, [own]):

@@ -276,6 +276,7 @@ def test_compiled_models_read(llava: Any, processor: Any) -> None:
     assert torch.equal(pruner.seen[0].text, expected.text)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_attached_model_copies_and_pickles(llava: Any, processor: Any) -> None:
     inputs, stream = make_prompts(processor, ROWS), io.BytesIO()
