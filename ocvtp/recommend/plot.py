@@ -30,7 +30,7 @@ _LEAST = 4.6  # inches
 _OTHERS = ("",) * 5  # what else the legend may hold
 _SEEN = 8.0  # times the points that may be lost: how far down rows are drawn at least
 _NARROWEST = 2.0  # points and percent of an axis
-UP = r"$\uparrow$"
+UP = r"$\uparrow$"  # the mark of what loses more than is drawn; no pruner has it
 _BELOW, _BESIDE, _GAP = 0.025, 0.02, 0.036  # of the axes: where names are, and between them
 
 
